@@ -342,8 +342,10 @@ def _chain(
     leaf = issued.leaf
     time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
     try:
-        # the latest to end comes first, so that the path uses the newest version of an intermediate
-        newest = sorted(issued.intermediates, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
+        # another root leads nowhere, and its cross certificate has its name and key; the latest to end comes first, so
+        # that the path uses the newest version of an intermediate
+        others = [one for one in issued.intermediates if one.subject != one.issuer or not is_signed_by(one, one)]
+        newest = sorted(others, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
         path = verified_path(leaf, newest, anchor, time)
     except verification.VerificationError as e:
         return (), [_chain_violation(issued, expected, time, str(e))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +90,19 @@ def test_takes_the_intermediate_that_lasts_of_two_with_one_key() -> None:
     old = Signer.make("mid", parent=root(), key=new.key, end=NOW + timedelta(days=30))
     for sent in ((old, new), (new, old)):
         assert check(through(*sent), request(), expectation()).intermediates == (new.certificate,)
+
+
+def test_a_cross_signed_chain_passes_in_any_order() -> None:
+    """The company's root comes along by itself, as a CA with a cross certificate sends it, and is not part of the path."""
+    other = Signer.make("other root")
+    cross = Signer.make("other root", parent=root(), key=other.key)
+    mid = Signer.make("mid", parent=other)
+    for sent in itertools.permutations((mid, other, cross)):
+        found = check(through(*sent, signer=mid), request(), expectation()).intermediates
+        assert found == (mid.certificate, cross.certificate)
+    ours = Signer.make("mid", parent=root(), key=mid.key)
+    found = check(through(mid, other, ours, signer=mid), request(), expectation()).intermediates
+    assert found == (ours.certificate,)
 
 
 def test_accepts_an_intermediate_as_the_anchor() -> None:
