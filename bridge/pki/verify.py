@@ -3,7 +3,7 @@ Proof that a CA's answer is exactly what was asked for (pure: no file, no networ
 
 kubeadm checks little more than the chain, so every property that makes a certificate work is checked here, and all
 violations are reported at once; `bridge.pki.go_x509` adds what Go can't read or verify. Not checked: revocation (no
-control-plane component looks at it) and key identifiers (Go builds paths without them).
+control-plane component looks at it).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
+from itertools import pairwise
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -106,7 +107,8 @@ def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verifi
         path, broken = _chain(issued, expected, request.spec.ekus)
         violations += broken
         if expected.cross is not None:
-            violations += _below_cross((issued.leaf, *path), expected.cross)
+            below = _below_cross((issued.leaf, *path), expected.cross)
+            violations += [one for one in below if one not in violations]
     if violations:
         raise VerificationError(request.spec.name, violations)
     return Verified(leaf=issued.leaf, intermediates=path, cross=(expected.cross,) if expected.cross is not None else ())
@@ -365,7 +367,8 @@ def _path_violations(
         if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
             want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"
             yield Violation(subject="notAfter", want=want, got=f"{leaf.not_valid_after_utc:{_TIME}} UTC")
-    for issuer in (*intermediates, anchor):
+    for certificate, issuer in pairwise((leaf, *intermediates, anchor)):
+        yield from _authority_key(certificate, issuer)
         usage = extension(issuer, x509.KeyUsage)
         if usage is not None and not usage.key_cert_sign:
             who = f"{name_text(issuer.subject)} with keyUsage {_key_usage_text(usage)}"
@@ -378,14 +381,27 @@ def _path_violations(
         )
 
 
+def _authority_key(certificate: x509.Certificate, issuer: x509.Certificate) -> Iterator[Violation]:
+    """OpenSSL takes no issuer that has another key identifier, or another issuer and serial number (RFC 5280 §4.2.1.1)."""
+    found, key_id = extension(certificate, x509.AuthorityKeyIdentifier), extension(issuer, x509.SubjectKeyIdentifier)
+    if found is None:
+        return
+    if key_id is not None and found.key_identifier not in (None, key_id.digest):
+        want = f"the subjectKeyIdentifier of {name_text(issuer.subject)}"
+        yield Violation(subject="authorityKeyIdentifier", want=want, got="another one")
+    if found.authority_cert_serial_number not in (None, issuer.serial_number):
+        want = f"the serial number of {name_text(issuer.subject)}, {issuer.serial_number:x}, or none"
+        yield Violation(subject="authorityKeyIdentifier", want=want, got=f"{found.authority_cert_serial_number:x}")
+
+
 def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> Iterator[Violation]:
     """What keeps OpenSSL from taking the cross certificate for the issuer: the AKI (RFC 5280 §4.2.1.1), or its path length."""
-    found, key_id = extension(chain[-1], x509.AuthorityKeyIdentifier), extension(cross, x509.SubjectKeyIdentifier)
+    found = extension(chain[-1], x509.AuthorityKeyIdentifier)
     if found is not None and found.authority_cert_serial_number is not None:
         want = "a key identifier alone, since the cross certificate has another issuer and serial number"
         yield Violation(subject="authorityKeyIdentifier", want=want, got="an issuer and serial number, too")
-    if found is not None and key_id is not None and found.key_identifier not in (None, key_id.digest):
-        yield Violation(subject="authorityKeyIdentifier", want="the cross certificate's", got="another one")
+    else:
+        yield from _authority_key(chain[-1], cross)
     length = getattr(extension(cross, x509.BasicConstraints), "path_length", None)
     if length is not None and length < len(chain) - 1:
         want, got = f"at most {length} intermediates below the cross certificate", str(len(chain) - 1)

@@ -380,6 +380,10 @@ def rows_of(trial: Trial, reported: object) -> set[Row]:
 OURS_ALONE: dict[str, dict[int, Callable[[Draft], None]]] = {
     "an issuer with an empty KeyUsage": {1: put("2.5.29.15", value(der.BIT_STRING, b"\x00"), critical=True)},
     "a constraint that begins with a dot": {1: constraints(0x82, b".example.org", kind=1)},
+    "a key identifier that is not the issuer's": {
+        0: put(AKI, ISSUER_ID),
+        1: put(SKI, value(der.OCTET_STRING, b"87654321")),
+    },
     "an e-mail address below a constraint": {1: sans(value(0x81, b"a@b")), 2: constraints(0x81, b"b")},
 }
 
