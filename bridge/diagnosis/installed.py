@@ -24,7 +24,8 @@ from bridge.node.kubelet import KubeletFiles
 from bridge.node.manifests import path_of, pod_name
 from bridge.node.pairs import is_sa_pair, key_finding
 from bridge.pki import expiry, verify
-from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates, name_text, san_entries
+from bridge.pki.certificates import UNREADABLE, anchor_of, leads_to, load_pem_certificates, name_text, san_entries
+from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import CA_ENDS_SOON
 from bridge.renewal import ForeignIdentityError, foreign_identity
 from bridge.renewal.prepare import Allowed
@@ -42,6 +43,10 @@ _ROOTLESS = "kubeadm-"
 _BEFORE_JOIN = "not here yet: `kubeadm join` writes it from kubelet.conf, and refuses one that is there"
 _SA_HINT = "copy sa.key and sa.pub from another control-plane node, or from a backup; never make new ones"
 _NEXT_CA = "`ca-bridge help replace-the-ca` has the way to another one; kubeadm has none"
+_UNSUPPORTED = (
+    "nothing can be renewed below this CA: another one is needed, with a name and a key of RSA-2048 or more, P-256, P-384 "
+    "or P-521 (docs/certificates.md, docs/replace-the-ca.md)"
+)
 _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or another copy"
 
 
@@ -307,12 +312,16 @@ def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding
     """Check that it leads to a CA of its CA file, by the intermediates that its own file has."""
     anchors = next((state.certificates for state in authorities if state.authority == item.spec.authority), ())
     leaf, *intermediates = item.certificates
-    if not anchors or any(_leads_to(leaf, intermediates, anchor) for anchor in anchors):
+    if not anchors or any(not _no_path(leaf, intermediates, anchor) for anchor in anchors):
         return
     name, issuer = item.spec.name, _name(item.certificates[-1], "issuer")
     wanted = f"wanted a certificate of the CA in {item.anchor_path} ({_name(anchors[0])})"
     known = {_name(ca): state.authority.name for state in authorities for ca in state.certificates}
-    if issuer in known:
+    if (signer := anchor_of(item.certificates, anchors)) is not None:
+        kind, why = algorithm_name(signer.public_key()), _no_path(leaf, intermediates, signer)
+        text = f"{wanted} by a path that ca-bridge takes, found one by that CA's key ({kind}): {why}"
+        yield Finding.error("ca-unsupported", name, text, _UNSUPPORTED)
+    elif issuer in known:
         other = "another CA of the same name" if issuer == _name(anchors[0]) else f"one of {known[issuer]}"
         yield Finding.error("pair-of-another-ca", name, f"{wanted}, found {other}", _RESTORE)
     else:
@@ -321,18 +330,18 @@ def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding
         yield Finding.error("missing-intermediate", name, text, hint)
 
 
-def _leads_to(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> bool:
-    """Whether there is a path at some time; dates are judged apart."""
+def _no_path(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> str:
+    """Why there is no path at any time, empty where there is one; dates are judged apart."""
     chain = (leaf, *intermediates, anchor)
     end, begin = min(one.not_valid_after_utc for one in chain), max(one.not_valid_before_utc for one in chain)
     if end <= begin:  # such as one that ended before its CA had a new certificate with the same key
-        return leads_to(chain[:-1], [anchor])
+        return "" if leads_to(chain[:-1], [anchor]) else "another signature"
     time = max(end - timedelta(seconds=1), begin)
     try:
         verify.verified_path(leaf, intermediates, anchor, time)
-    except (NoPathError, *UNREADABLE):
-        return False
-    return True
+    except (NoPathError, *UNREADABLE) as e:
+        return one_line(e)
+    return ""
 
 
 def _name(certificate: x509.Certificate, whose: Literal["subject", "issuer"] = "subject") -> str:

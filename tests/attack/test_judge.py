@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -398,6 +399,15 @@ def judged_alone(go: Judge, fault: str) -> set[Row]:
     return rows_of(trial, fault)
 
 
+def judged_below(go: Judge, key: csr.PrivateKey) -> set[Row]:
+    """A good answer of a CA with this key."""
+    root, one = Signer.make(key=key), asked("apiserver")
+    ders = [_der(root.issue(one.request).leaf), _der(root.certificate)]
+    trial = tried_both(go, ders, one.request, NOW, key_pem=csr.key_pem(one.key), host=HOSTS["apiserver"])
+    assert trial.is_beyond, trial
+    return rows_of(trial, key)
+
+
 def judged_hostile(go: Judge, fault: str) -> set[Row]:
     """One of the answers of `tests/kit/hostile.py`, and its twin, which both take."""
     case, now = HOSTILE[fault], datetime.now(UTC)  # some are made by openssl, which knows no other time
@@ -430,6 +440,8 @@ def test_nothing_that_go_refuses_is_installed(go: Judge, tried: Tried) -> None:
         rows |= judged_hostile(go, fault)
     for fault in OURS_ALONE:
         rows |= judged_alone(go, fault)
+    for key in (ec.generate_private_key(ec.SECP224R1()), rsa.generate_private_key(65537, 1024)):
+        rows |= judged_below(go, key)
     assert set(beyond_go()) == rows
     tried("changed certificates and chains, judged by us and by Go", SEEDS)
     tried("hostile answers judged by us and by Go, each with a twin", len(HOSTILE))

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ec import SECP224R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificate
@@ -33,6 +33,7 @@ from bridge.system.console import READ_ONLY_HINT
 from bridge.system.locks import lock
 from tests.kit import apiserver, dead_fs
 from tests.kit.cas import Bridge, add_openssl
+from tests.kit.issuing import Signer, signed_again
 from tests.kit.members import Place
 from tests.kit.pki import NODE, Pki, kubeadm_pki
 
@@ -185,6 +186,13 @@ def pair_of_another_ca(site: Site) -> None:
         shutil.copy(
             site.pki.pki_dir / f"front-proxy-client{suffix}", site.pki.pki_dir / f"apiserver-kubelet-client{suffix}"
         )
+
+
+def ca_with_a_key_of_224_bits(site: Site) -> None:
+    signer, pki = Signer.make("front-proxy-ca", key=generate_private_key(SECP224R1())), site.pki.pki_dir
+    live = load_pem_x509_certificate((pki / "front-proxy-client.crt").read_bytes())
+    (pki / "front-proxy-client.crt").write_bytes(signed_again(live, signer))
+    (pki / "front-proxy-ca.crt").write_bytes(pem(signer.certificate))
 
 
 def no_intermediate(site: Site) -> None:
@@ -429,6 +437,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (open_directory, "error", "open-directory", "{pki}"),
     (pair_of_another_cluster, "error", "pair-of-another-ca", "apiserver"),
     (pair_of_another_ca, "error", "pair-of-another-ca", "apiserver-kubelet-client"),
+    (ca_with_a_key_of_224_bits, "error", "ca-unsupported", "front-proxy-client"),
     (no_intermediate, "error", "missing-intermediate", "front-proxy-client"),
     (ca_of_another_cluster_in_a_kubeconfig, "error", "kubeconfig-ca", "scheduler.conf"),
     (another_server_in_a_kubeconfig, "warning", "kubeconfig-server", "controller-manager.conf"),
