@@ -6,6 +6,7 @@ says when it is asked again.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     BridgeError,
+    Exit,
     NoVerdictError,
     SettingsError,
     VerificationError,
@@ -102,8 +104,8 @@ class CA:
             ca.look(specs, expected)
         except BridgeError as e:
             ca.trouble = e
-        except OSError as e:
-            ca.trouble = _failed(ca.label, e)
+        except Exception as e:  # noqa: BLE001 (a plug-in's bug is an error of its CA)
+            ca.trouble = failed(ca.label, e)
         return ca
 
     def look(self, specs: Sequence[CertificateSpec], expected: Callable[[CA], Expectation]) -> None:
@@ -135,7 +137,7 @@ class CA:
 
     def ask_identity(self) -> str | None:
         """Our name at the CA, for the audit log; None: the CA does not tell."""
-        with contextlib.suppress(BackendError):
+        with contextlib.suppress(Exception):  # a bug in it comes to light where it is asked to sign
             return (self.backend.identity() or None) if isinstance(self.backend, contract.Identifies) else None
         return None
 
@@ -146,7 +148,7 @@ class CA:
             return {}
         if isinstance(backend, contract.Spends) and backend.spends():
             return {}
-        with contextlib.suppress(BackendError):
+        with contextlib.suppress(Exception):
             return {f"{table}.{one.key}": one for one in backend.credential_ends()}
         return {}
 
@@ -299,11 +301,13 @@ class CA:
             registry.close(self.backend)
 
     def _question(self, question: Callable[[], T]) -> T:
-        """Ask by the retry policy; a backend that fails by itself counts as unavailable, so that other CAs go on."""
+        """Ask by the retry policy; a backend that fails by itself is an error of this CA, so that other CAs go on."""
         try:
             return self.retry.ask(question)
-        except OSError as e:
-            raise _failed(self.label, e) from e
+        except BridgeError:
+            raise
+        except Exception as e:
+            raise failed(self.label, e) from e
 
     def opened(self) -> Backend:
         """The backend; the error that kept it from being opened."""
@@ -312,8 +316,13 @@ class CA:
         return self.backend
 
 
-def _failed(label: str, error: OSError) -> BackendUnavailableError:
-    return BackendUnavailableError(f"{label}: {error}")
+def failed(label: str, error: Exception) -> BackendError:
+    """A backend that fails by itself: unavailable by an error of the system, else a bug, whose text may hold a secret."""
+    if isinstance(error, OSError):
+        return BackendUnavailableError(f"{label}: {error}")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{label}: wanted an answer or an error of `bridge.errors`, found {type(error).__name__} at {place.filename}:{place.lineno}"
+    return NoVerdictError(text, hint="a bug in the backend: report it to its author", exit_code=Exit.FAILED)
 
 
 def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.Certificate, ...]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from cryptography import x509
 
-from bridge.ca import registry
+from bridge.ca import failed, registry
 from bridge.ca.conformance import ABILITIES, CHECKS, FURTHER_ABILITIES, Check, NotSupportedError, Trial, abilities
 from bridge.cli.options import ZERO, Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
@@ -367,6 +367,9 @@ def _result(check: Check, trial: Trial) -> tuple[str, int]:
         if not check.must:
             return _line("differs", check, f"{e}; a CA may do so"), Exit.DONE
         return _line("FAILED", check, _with_hint(e)), e.exit_code
+    except Exception as e:  # noqa: BLE001 (a plug-in's bug is what the test is to find)
+        bug = failed(type(trial.backend).__name__, e)
+        return _line("FAILED", check, _with_hint(bug)), bug.exit_code
     return _line("ok", check), Exit.DONE
 
 

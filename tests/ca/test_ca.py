@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import cast
 
 import pytest
 from cryptography import x509
 
 from bridge.ca import CA
+from bridge.ca.registry import Configured
 from bridge.ca.retry import Outage, Rest
-from bridge.contract import Issued, SignRequest
-from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
+from bridge.contract import BackendSettings, BackendType, Issued, SignRequest
+from bridge.errors import (
+    BackendError,
+    BackendRefusedError,
+    BackendUnavailableError,
+    BridgeError,
+    LocalFileError,
+    NoVerdictError,
+)
 from bridge.pki.verify import Expectation
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request
@@ -106,7 +116,7 @@ def test_a_ca_certificate_of_the_year_0_is_another_cas(begin: bytes, end: bytes)
 
 
 def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
-    """At once, since no retry gives permission; what is no error of the system's is a bug, and comes through."""
+    """At once, since no retry gives permission; what is no error of the system's is a bug in it, whose text is not shown."""
     leaf = TestCA.make().leaf(SPECS["apiserver"])
     request = sign_request(leaf, SPECS["apiserver"], "ecdsa-p256", timedelta(days=1))
 
@@ -117,8 +127,26 @@ def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
     assert isinstance(answer, BackendUnavailableError)
     assert "Permission denied" in str(answer)
     assert ask(None) == Issued(leaf=leaf)
-    with pytest.raises(KeyError):
-        ask(KeyError("x"))
+    bug = ask(KeyError("s3cret"))
+    assert isinstance(bug, NoVerdictError)
+    assert bug.exit_code == 1
+    assert re.search(r"found KeyError at .*/test_ca\.py:\d+$", str(bug))
+    with pytest.raises(BridgeError, match=r"^not ours$"):
+        ask(BridgeError("not ours"))
+
+    class Broken(HasIssuer):
+        """One that can't be opened."""
+
+        settings_type = BackendSettings
+
+        @classmethod
+        def from_settings(cls, settings: BackendSettings) -> Broken:
+            raise KeyError(settings.node)
+
+    made = Configured(
+        authority="ca", name="x", type_name="x", settings=BackendSettings(), backend_type=cast(BackendType, Broken)
+    )
+    assert "found KeyError at" in str(CA.reach(made, [], lambda _: expected(leaf)).trouble)
 
 
 class BreaksOff:

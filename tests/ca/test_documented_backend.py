@@ -97,7 +97,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_its_place(directory: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(directory / "plugins"), "PYTHONDONTWRITEBYTECODE": "1"}
+    places = os.pathsep.join([str(directory / "plugins"), str(PAGE.parents[1])])  # the sources that are tested, too
+    environment = {**os.environ, "PYTHONPATH": places, "PYTHONDONTWRITEBYTECODE": "1"}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]
     return subprocess.run(command, cwd=directory, env=environment, check=False, capture_output=True, text=True)
@@ -135,6 +136,19 @@ def test_a_backend_that_forgets_the_usages_does_not_pass(installed: Path) -> Non
         module.write_text(right)
     assert run.returncode == 1
     assert "EKU: wanted serverAuth, got clientAuth" in run.stdout
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[1]", "{}", '{"certificates": null}', '{"certificates": ""}'])
+def test_an_answer_of_something_else_is_an_error_of_the_contract(answer: str, installed: Path) -> None:
+    """Where a backend parses what a server sends, nothing else than errors of `bridge.errors` may come out."""
+    code = (
+        "import site_ca, bridge.errors as e\n"
+        "settings = site_ca.SiteSettings(url='http://ca', token=site_ca.Secret('file', '/x'))\n"
+        f"try: site_ca.SiteBackend(settings)._certificates({answer.encode()!r})\n"
+        "except e.NoVerdictError as found: print(found)"
+    )
+    run = in_its_place(installed, sys.executable, "-c", code)
+    assert run.stdout.startswith("wanted certificates from http://ca, found: "), run.stderr
 
 
 def test_the_program_finds_it(installed: Path, tmp_path: Path) -> None:
