@@ -42,6 +42,7 @@ from bridge.errors import BackendError, BackendRefusedError, LocalFileError, Set
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, is_signed_by, key_and_usages
 from bridge.specs import EKU, PODS, CertificateSpec
 from bridge.system.waiting import workers
+from bridge.words import one_line
 
 #: The fields of `VaultAuth` that a method needs.
 _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -112,7 +113,7 @@ class VaultSettings(BackendSettings):
     url: str  #: The server's URL: `https://`, or `http://` on the loopback interface.
     namespace: str | None = None  #: A namespace of Vault Enterprise or OpenBao.
     mount: str = "pki"  #: Where the CA's PKI engine is mounted; usually each authority has its own.
-    issuer: str | None = None  #: The issuer's name or id; if not set, the role or the mount decides.
+    issuer: str | None = None  #: The issuer's name or id; if not set, the mount's default one.
     ca_file: Path | None = None  #: CA certificates (PEM) for the server's TLS certificate; if not set, the system's.
     client_cert: Path | None = None  #: The client certificate for mutual TLS and for method `cert`.
     client_key: Path | None = None  #: The key of `client_cert`.
@@ -232,11 +233,20 @@ class VaultBackend:
         for one in wanted:
             role = self._role(one.spec)
             looked = self._read_role(role)
-            violations = list(vault_setup.unlike(looked, one)) if looked else []
+            violations = [*vault_setup.unlike(looked, one), *self._another_issuer(looked)] if looked else []
             if violations:
                 place = f"role {role} of {self._settings.mount.strip('/')}"
                 found[one.spec.name] = [replace(v, subject=f"{place}: {v.subject}") for v in violations]
         return found
+
+    def _another_issuer(self, role: Mapping[str, object]) -> Iterator[Violation]:
+        """A role that signs by another issuer than the mount's default one, whose certificate `issuers` tells."""
+        reference = role.get("issuer_ref")
+        if self._settings.issuer is not None or not isinstance(reference, str) or reference in {"", "default"}:
+            return
+        if self._issuers(reference)[:1] != self.issuers()[:1]:
+            want = "the mount's default issuer, or the role's in the settings (`issuer`)"
+            yield Violation(subject="issuer_ref", want=want, got=one_line(reference))
 
     def advice(self, spec: CertificateSpec) -> str:
         """The role, or in mode `sign-verbatim` the engine."""
@@ -252,7 +262,9 @@ class VaultBackend:
 
     def issuers(self) -> list[x509.Certificate]:
         """The settings' issuer or the mount's default one, with its chain; no token is needed, and no role is read."""
-        issuer = self._settings.issuer
+        return self._issuers(self._settings.issuer)
+
+    def _issuers(self, issuer: str | None) -> list[x509.Certificate]:
         path = f"issuer/{quote(issuer, safe='')}/json" if issuer else "cert/ca_chain"
         answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
         pem = [*texts(answer.data.get("certificate")), *texts(answer.data.get("ca_chain"))]

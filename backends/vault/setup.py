@@ -87,7 +87,7 @@ def text(
     select = role_selector(engine.role, engine.roles, node)
     payloads = roles(items, validity, select) if engine.mode == "sign" else {}
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
-    return commands(engine.mount, payloads, policy_name=policy_name, policy_text=allowed)
+    return commands(engine, payloads, policy_name=policy_name, policy_text=allowed)
 
 
 def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
@@ -106,7 +106,7 @@ def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, beside=parameters)
     cluster = f"-{wanted.cluster}" if wanted.cluster != DEFAULT_CLUSTER else ""
     name = f"ca-bridge{cluster}-{wanted.authority.name}"
-    return commands(engine.mount, payloads, policy_name=name, policy_text=allowed)
+    return commands(engine, payloads, policy_name=name, policy_text=allowed)
 
 
 def role_beside(one: NamePatterns) -> dict[str, object]:
@@ -279,16 +279,17 @@ path "{path}" {{
 
 
 def commands(
-    mount: str, role_payloads: Mapping[str, Mapping[str, object]], *, policy_name: str, policy_text: str
+    engine: VaultSettings, role_payloads: Mapping[str, Mapping[str, object]], *, policy_name: str, policy_text: str
 ) -> str:
     """A repeatable script for the server's administrator: roles and policies, but no engine, CA or auth method."""
-    mount = mount.strip("/")
+    mount, space = engine.mount.strip("/"), shlex.quote(engine.namespace or "")
+    head = _HEAD + (_NAMESPACE.format(space=space) if engine.namespace else "")
     writes = [
         _WRITE.format(path=shlex.quote(f"{mount}/roles/{name}"), json=_json(payload))
         for name, payload in role_payloads.items()
     ]
     ending = _POLICY.format(name=shlex.quote(policy_name), text=policy_text.strip(), mount=shlex.quote(mount))
-    return "\n".join([_HEAD, *writes, ending])
+    return "\n".join([head, *writes, ending])
 
 
 _HEAD = """\
@@ -301,6 +302,10 @@ cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vaul
 # Also where what reads the lines ends early (`| head`), all is written.
 trap '' PIPE
 say() { echo "$*" 2>/dev/null || :; }
+"""
+_NAMESPACE = """\
+BAO_NAMESPACE={space} VAULT_NAMESPACE={space}
+export BAO_NAMESPACE VAULT_NAMESPACE
 """
 _WRITE = """\
 "$cli" write {path} - >/dev/null <<'JSON'

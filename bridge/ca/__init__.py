@@ -383,7 +383,7 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
         return
     got = f"{subject_line(issuers[0])}, SHA-256 {fingerprint(issuers[0])[:16]}…"
-    hint = "the mount, label, URL or directory of this authority may be another one's"
+    hint = "the mount, issuer, label, URL or directory of this authority may be another one's"
     try:
         if not verify.is_valid_at(issuers[0], expected.now):
             got += f", valid only {verify.validity_text(issuers[0], expected.now)}"

@@ -36,7 +36,7 @@ from backends import vault as vault_backend
 from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from backends.vault import setup as vault_setup
 from backends.vault.server import Server
-from bridge.contract import Issued, Secret, Selector, SignRequest
+from bridge.contract import Issued, Secret, Selector, SignRequest, Wanted
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -922,13 +922,41 @@ def test_what_a_role_does_not_store_is_not_recalled(
             assert backend.may_recall() is not no_store
 
 
+def test_a_role_of_another_issuer_is_found(
+    bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], tmp_path: Path
+) -> None:
+    """It would sign by a CA that the settings do not name; a role may name the default issuer by its id, too."""
+    bao.add_ca("issuers", ca.certificate_pem, ca.key_pem)
+    default, other = bao.read("issuers/config/issuers")["data"]["default"], TestCA.make()
+    imported = bao.write("issuers/issuers/import/bundle", pem_bundle=(other.certificate_pem + other.key_pem).decode())
+    [another] = imported["data"]["imported_issuers"]
+    [(name, role)] = vault_setup.roles({"admin.conf": live["admin.conf"]}, DAYS_30).items()
+    day = timedelta(days=1)
+    wanted = Wanted(spec=ADMIN, certificate=live["admin.conf"], key="ecdsa-p256", validity=day, at_least=day)
+
+    def found(reference: str, issuer: str | None = None) -> list[str]:
+        bao.add_roles("issuers", {name: {**role, "issuer_ref": reference}})
+        auth = token_file(tmp_path, bao.root_token)
+        with vault(bao.url, auth, mount="issuers", issuer=issuer) as backend:
+            return [one.subject for one in backend.check_whole([wanted]).get("admin.conf", [])]
+
+    assert [found(one) for one in ("default", default)] == [[], []]
+    assert found(another, issuer=default) == []
+    assert found(another) == [f"role {name} of issuers: issuer_ref"]
+
+
 def test_works_in_a_namespace(
     bao: openbao.OpenBao, ca: TestCA, live: dict[str, x509.Certificate], apiserver: SignRequest, tmp_path: Path
 ) -> None:
-    """Login, signing and revoking all happen in the namespace; another one is refused."""
+    """The script of `setup`, login, signing and revoking all work in the namespace; another one is refused."""
     team = bao.in_namespace("team1")
     team.add_ca("pki", ca.certificate_pem, ca.key_pem)
-    team.add_policy("node", vault_setup.policy("pki", team.add_kubeadm_roles("pki", live)))
+    script = vault_setup.text(VaultSettings(url="", namespace="team1"), live, timedelta(days=365), "node")
+    program = openbao.program()
+    assert program is not None
+    environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
+    environment |= {"BAO_ADDR": bao.url, "BAO_TOKEN": bao.root_token}
+    subprocess.run(["sh"], input=script, text=True, check=True, env=environment, capture_output=True)
     auth, before = approle(team, tmp_path, "node"), team.accessors()
     with vault(bao.url, auth, namespace="team1") as backend:
         verify.check(backend.sign(apiserver), apiserver, expectation(ca.certificate))
@@ -1538,7 +1566,9 @@ def test_the_printed_script_makes_all_that_signing_needs(
     some = {name: live[name] for name in ("apiserver", "admin.conf", "scheduler.conf")}
     roles = vault_setup.roles(some, timedelta(days=90))
     policy = vault_setup.policy("scripted", roles)
-    text = vault_setup.commands("scripted", roles, policy_name="a node's", policy_text=policy)
+    text = vault_setup.commands(
+        VaultSettings(url="", mount="scripted"), roles, policy_name="a node's", policy_text=policy
+    )
     program = openbao.program()
     assert program is not None
     environment = {"PATH": f"{program.parent}:{os.defpath}", "HOME": str(tmp_path)}
@@ -1561,7 +1591,9 @@ def test_the_printed_script_writes_all_though_its_output_is_closed(
     """`sh roles.sh | head -1`, whose pipe is closed after the first line: each role and the policy all the same."""
     (tmp_path / "bao").write_text(f'#!/bin/sh\ncat >/dev/null; echo "$*" >>{tmp_path}/calls; sleep 0.05\n')
     (tmp_path / "bao").chmod(0o755)
-    text = vault_setup.commands("pki", vault_setup.roles(live, DAYS_30), policy_name="node", policy_text="")
+    text = vault_setup.commands(
+        VaultSettings(url="", mount="pki"), vault_setup.roles(live, DAYS_30), policy_name="node", policy_text=""
+    )
     (tmp_path / "roles.sh").write_text(text)
     environment = {"PATH": f"{tmp_path}:{os.defpath}"}
     words = ["sh", "-c", f"sh {tmp_path}/roles.sh | head -1"]
@@ -1573,7 +1605,7 @@ def test_the_printed_script_writes_all_though_its_output_is_closed(
 def test_the_printed_script_says_what_it_lacks(live: dict[str, x509.Certificate], tmp_path: Path) -> None:
     """Without a command line program the script fails and writes nothing."""
     roles = vault_setup.roles(live, DAYS_30)
-    text = vault_setup.commands("pki", roles, policy_name="node", policy_text="")
+    text = vault_setup.commands(VaultSettings(url="", mount="pki"), roles, policy_name="node", policy_text="")
     run = subprocess.run(
         ["/bin/sh"], input=text, text=True, check=False, env={"PATH": str(tmp_path)}, capture_output=True
     )
