@@ -74,6 +74,8 @@ def _run() -> NoReturn:
         app()
     except SystemExit as e:
         _end(e.code)
+    except OSError as e:  # the version, or help
+        _end_unwritten(e)
     raise AssertionError("Typer ends with SystemExit")
 
 

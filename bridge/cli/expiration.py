@@ -16,7 +16,7 @@ from bridge import dataclass
 from bridge.cli.app import Command
 from bridge.cli.expiration_forms import PhaseOfCa, look
 from bridge.cli.options import Common, command, duration_option, utc_now
-from bridge.cli.printing import say, say_usage
+from bridge.cli.printing import say, say_usage, unwritten
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
@@ -111,11 +111,12 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
     try:
         settings = common.settings()
         limits = Thresholds.of(settings, warning, critical)
-        return _print(*nagios_check(settings, utc_now(), limits, _failures(settings), _own(settings) or ()))
+        code = _print(*nagios_check(settings, utc_now(), limits, _failures(settings), _own(settings) or ()))
     except (BridgeError, OSError) as e:
         error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename}: {e.strerror}")
         print_error(error)
-        return _print(_unknown(error.reason), [], _UNKNOWN)
+        code = _print(_unknown(error.reason), [], _UNKNOWN)
+    return _UNKNOWN if unwritten else code
 
 
 def _print(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = False) -> int:

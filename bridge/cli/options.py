@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from bridge import dataclass
+from bridge.cli import printing
 from bridge.cli.app import Command, Group
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import kubelet
@@ -105,7 +106,9 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
                     **{field.name: arguments.pop(field.name) for field in dataclasses.fields(bundle)}
                 )
             with _errors():
-                raise typer.Exit(function(common, **arguments) or 0)
+                code = function(common, **arguments) or 0
+                _report_unwritten()
+                raise typer.Exit(printing.exit_code(code))
 
         options: list[inspect.Parameter] = []
         for p in theirs:
@@ -125,6 +128,7 @@ def _errors() -> Iterator[None]:
     """Turn an exception into a message on standard error and the promised exit code."""
     replaced_here.clear()
     changed_here.clear()
+    printing.unwritten.clear()
     try:
         yield
     except BridgeError as e:
@@ -137,7 +141,7 @@ def _errors() -> Iterator[None]:
         elif changed_here:
             text, hint = f"interrupted after {changed_here[-1]} was changed", "the same command again goes on"
         _fail(BridgeError(text, hint=hint), waiting.exit_code(e))
-    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):  # end a command as they should
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # end a command as they should
         raise
     except OSError as e:
         _fail(BridgeError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or type(e).__name__}"))
@@ -147,6 +151,16 @@ def _errors() -> Iterator[None]:
         console.log.debug("traceback: %s", " < ".join(reversed(frames)))
         text = f"internal error: {type(e).__name__} at {frames[-1]}"
         _fail(BridgeError(text, hint="a bug: report it with what -v prints"))
+
+
+def _report_unwritten() -> None:
+    """Report that standard output can't be written; a reader that went away, such as `head`, only after a replacement."""
+    for error in printing.unwritten:
+        text = f"standard output: {error.strerror}"
+        if replaced_here:
+            text += f"; files were replaced, and the old ones are in the backup {replaced_here[-1]}"
+        if replaced_here or not isinstance(error, BrokenPipeError):
+            console.print_error(BridgeError(text), has_hint=False)
 
 
 def _fail(error: BridgeError, code: int | None = None) -> NoReturn:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from bridge.errors import Exit
 from bridge.pki.expiry import left_text, minute
 from bridge.system import console
 from bridge.system.console import Progress, log
@@ -24,6 +25,9 @@ SCHEMA_VERSION = 1
 
 #: Where the values begin in the description of a bundle.
 VALUES_BEGIN = 14
+
+#: Why standard output can't be written, if so: the command goes on to its errors and its exit code.
+unwritten: list[OSError] = []
 
 
 def end_text(end: datetime | None, now: datetime) -> str:
@@ -43,7 +47,16 @@ def say(text: str, *, is_styled: bool = False) -> None:
     import typer  # noqa: PLC0415 (what makes the text can be had without a command line)
 
     console.clear_status()
-    typer.echo((text if is_styled else steady(text)).removesuffix("\n"), nl=bool(text))
+    try:
+        if not unwritten:
+            typer.echo((text if is_styled else steady(text)).removesuffix("\n"), nl=bool(text))
+    except OSError as e:
+        unwritten.append(e)
+
+
+def exit_code(code: int) -> int:
+    """The exit code of a command with this result, which has failed, too, where standard output could not be written."""
+    return Exit.worst([code, Exit.FAILED]) if unwritten and code in Exit.PRECEDENCE else code
 
 
 def say_usage(error: Any) -> None:

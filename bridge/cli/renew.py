@@ -26,7 +26,7 @@ from bridge.cli.options import (
     duration_option,
     utc_now,
 )
-from bridge.cli.printing import end_text, progress_shown, say, say_json, say_sentence, say_table
+from bridge.cli.printing import end_text, exit_code, progress_shown, say, say_json, say_sentence, say_table
 from bridge.cli.results import about, errors_json, failed_json, print_errors, print_restart, report
 from bridge.diagnosis import Finding, use
 from bridge.errors import Exit
@@ -135,7 +135,7 @@ def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], 
         for sentence in selection.skipped:
             log.log(logging.INFO if options.is_by_name else logging.DEBUG, "%s", sentence)
         report(result, node, selection, settings, now(), output, restarts=options.restarts)
-        outcome.exit_code = result.exit_code
+        outcome.exit_code = exit_code(result.exit_code)
     return outcome.exit_code
 
 
@@ -313,7 +313,7 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
         else:
             _print(result)
         print_errors(result.failed, result.errors)
-        outcome.exit_code = result.exit_code
+        outcome.exit_code = exit_code(result.exit_code)
     return outcome.exit_code
 
 

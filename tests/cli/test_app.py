@@ -556,6 +556,47 @@ def test_a_result_that_cannot_be_written_is_an_error(
     assert "Traceback" not in closed.stderr
 
 
+def to_a_full_disk(*args: str) -> tuple[int, str]:
+    """Run the program with a standard output that can't be written: its exit code and its messages."""
+    command = [sys.executable, "-c", "from bridge.entry import main; main()", *args]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_a_full_disk_below_the_result_hides_no_worse_code(node: Pki, config: Path, tmp_path: Path) -> None:
+    """A hook that failed after the installation is still 7, for the metrics, too; the messages name the backup."""
+    before, metrics = leaf_serial(node), tmp_path / "ca-bridge.prom"
+    config.write_text(f'{config.read_text()}[hooks]\nafter_install = ["false"]\n[metrics]\nfile = "{metrics}"\n')
+    code, said = to_a_full_disk("renew", "apiserver", "--config", str(config))
+    assert (code, leaf_serial(node) != before) == (7, True)
+    backups = tmp_path / "state/backups"
+    (backup,) = backups.iterdir()
+    text = f"standard output: No space left on device; files were replaced, and the old ones are in the backup {backup.name} "
+    assert text in said
+    assert "after_install" in said
+    assert "ca_bridge_last_run_exit_code 7\n" in metrics.read_text()
+    code, said = to_a_full_disk("rollback", "--config", str(config))
+    assert (code, leaf_serial(node)) == (1, before)
+    (newer,) = set(backups.iterdir()) - {backup}
+    assert text.replace(backup.name, newer.name) in said
+    code, said = to_a_full_disk("renew", "--rehearse", "front-proxy-client", "--config", str(config))
+    assert (code, "files were replaced" in said) == (1, False)
+    assert "ca_bridge_last_rehearsal_exit_code 1\n" in metrics.read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(("--version",), 1), (("renew", "-h"), 1), (("backups",), 1), (("check-expiration", "-o", "nagios"), 3)],
+)
+def test_a_full_disk_below_other_output(config: Path, args: tuple[str, ...], code: int) -> None:
+    """One line says it; for Nagios that is UNKNOWN, even where the line would have been CRITICAL."""
+    places = ["--config", str(config)] if len(args) != 1 or args == ("backups",) else []
+    found, said = to_a_full_disk(*args, *places)
+    assert found == code
+    assert re.fullmatch(r"error: standard output: No space left on device( \[run \w+\])?\n", said)
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "…"), ("iso-8859-1", "\\u2026")])
 def test_a_locale_that_lacks_a_character_ends_no_command(encoding: str, shown: str) -> None:
     """Such as that of quotation marks, or of a name: it is shown by its number."""
