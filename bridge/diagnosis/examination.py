@@ -93,7 +93,7 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
             yield Finding.error("desk-policy", str(file), str(problem), e.hint)
     archive = policy.desk.archive if policy is not None else None
     yield from installed.open_directories([file.parent, *([archive] if archive is not None else [])])
-    yield from machine.disk_space(settings, node=False)
+    yield from machine.disk_space([settings.node.state_dir])
     yield from machine.state_directory(settings.node.state_dir)
     yield from machine.lock(settings.node.state_dir, now)
     yield from machine.jobs_of_cron()

@@ -19,7 +19,7 @@ from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.renewal.prepare import BYTES_NEEDED, INODES_NEEDED
+from bridge.renewal.prepare import BYTES_NEEDED, INODES_NEEDED, directories
 from bridge.renewal.transaction import state_files
 from bridge.settings.tables import Settings
 from bridge.state import Store, copies
@@ -39,7 +39,7 @@ _HUNG_AFTER = timedelta(hours=1)
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Examine the machine."""
-    yield from disk_space(settings)
+    yield from disk_space(directories(settings, [item for item in node.items if item.managed]))
     yield from _frozen(node)
     yield from state_directory(settings.node.state_dir)
     yield from lock(settings.node.state_dir, now)
@@ -49,9 +49,8 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _copies(node, [home for home in _homes() if home / ".kube/config" not in settings.copies.files.paths])
 
 
-def disk_space(settings: Settings, *, node: bool = True) -> Iterator[Finding]:
+def disk_space(places: Sequence[Path]) -> Iterator[Finding]:
     """Bytes and inodes, on each file system that is written to."""
-    places = [settings.node.state_dir, *([settings.node.pki_dir, settings.node.kubeconfig_dir] if node else [])]
     for found in disk_spaces(places):
         about = f"file system of {found.place}"
         if found.is_read_only:

@@ -155,7 +155,7 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
         return transaction.with_earlier(Result(outcomes=()))
     selection = Selection(items=items)
     with transaction.about(selection):
-        assert_room(run.settings)
+        assert_room(run.settings, selection.items)
         answered, failed = _answered(run, node, items, found)
         proven, failed = verify_all(run, answered, failed)
         for one in answered if run.settings.node.desk_key is not None else ():
@@ -423,7 +423,7 @@ def _install(
     run: Run, transaction: Transaction, selection: Selection, node: Node, contents: _Contents, options: RunOptions
 ) -> Result:
     with transaction.about(selection):
-        assert_room(run.settings)
+        assert_room(run.settings, selection.items)
         expected, unproved = expectations(node, run.settings, selection.items, run.now())
         answered, failed = [], [*selection.failed, *unproved]
         for item in selection.items:

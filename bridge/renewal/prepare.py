@@ -374,10 +374,19 @@ def _advertised(node: NodeSettings) -> list[str]:
 BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
 
 
-def assert_room(settings: Settings) -> None:
-    """Look at the disks of the state, PKI and kubeconfig directories (NotReadyError)."""
+def directories(settings: Settings, items: Sequence[Item]) -> list[Path]:
+    """The directories that a renewal of these writes to: a file that is a link is replaced where it leads."""
     node = settings.node
-    found = list(disk_spaces((node.state_dir, node.pki_dir, node.kubeconfig_dir)))
+    files = [path for item in items for path in (item.certificate_path, item.key_path) if path is not None]
+    places = [place for item in items if item.pair is not None for place in item.pair.places]
+    files += [path for place in places for _, path in place.paths()]
+    real = dict.fromkeys(Path(os.path.realpath(file)).parent for file in files)
+    return [node.state_dir, node.pki_dir, node.kubeconfig_dir, *real]
+
+
+def assert_room(settings: Settings, items: Sequence[Item] = ()) -> None:
+    """Look at the disks that are written to (NotReadyError)."""
+    found = list(disk_spaces(directories(settings, items)))
     if closed := [str(room.place) for room in found if room.is_read_only]:
         text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
         raise NotReadyError(text, hint=f"{READ_ONLY_HINT}, then run again; no CA was asked")

@@ -90,7 +90,7 @@ def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: da
 def renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
     """Renew the selected certificates, from keys to components that use them."""
     with transaction.about(selection):
-        assert_room(run.settings)
+        assert_room(run.settings, selection.items)
         stuck = without_restart(node, run.settings, selection.items, run.now()) if options.restarts else []
         answered, failed, unasked = _prepare_and_issue(run, selection, stuck, node, options)
         proven, failed = verify_all(run, answered, failed)
@@ -255,7 +255,7 @@ def _without_open(selection: Selection, run: Run) -> Selection:
 
 
 def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -> Rehearsal:
-    assert_room(run.settings)
+    assert_room(run.settings, selection.items)
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     expected = {name: _expected(one, settings, name) for name, one in expected.items()}
     impossible = dict(_impossible(run.settings, expected))

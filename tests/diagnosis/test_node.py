@@ -609,15 +609,28 @@ def test_finds_a_full_file_system(site: Site, options: str, check: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("place", ["state", "etc/kubernetes/pki"])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("state", "apiserver"),
+        ("etc/kubernetes/pki", "apiserver"),
+        ("etc/kubernetes/pki/etcd", "etcd-server"),
+        ("disk", "apiserver"),
+    ],
+)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
-def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place: str) -> None:
-    """`doctor` and `renew` find it, and `renew` asks no CA and says what to do; a writable mount is fine."""
+def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place: str, name: str) -> None:
+    """`doctor` and `renew` find it, below a directory or a link, too; `renew` asks no CA and says what to do."""
     state = site.bridge.directory / "state"
     state.mkdir(mode=0o700)
     (state / "backups").mkdir(mode=0o700)
-    index, *_ = (add_openssl(site.bridge, name) / "index.txt" for name in ("ca", "etcd-ca", "front-proxy-ca"))
+    indexes = [add_openssl(site.bridge, name) / "index.txt" for name in ("ca", "etcd-ca", "front-proxy-ca")]
     directory = state if place == "state" else site.pki.root / place
+    if place == "disk":
+        directory.mkdir()
+        certificate = site.pki.pki_dir / "apiserver.crt"
+        certificate.rename(directory / "apiserver.crt")
+        certificate.symlink_to(directory / "apiserver.crt")
     program = Path(sys.executable).with_name("ca-bridge")
 
     def run(mount: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -628,12 +641,12 @@ def test_a_read_only_file_system_is_found_before_a_ca_is_asked(site: Site, place
     found = json.loads(run("ro", "doctor", "-o", "json").stdout)
     wrong = [(one["level"], one["check"], one["about"]) for one in found["findings"] if one["level"] != "ok"]
     assert wrong == [("error", "read-only", [f"file system of {directory}"])]
-    renewed = run("ro", "renew", "apiserver")
+    renewed = run("ro", "renew", name)
     assert renewed.returncode == 1
     assert READ_ONLY_HINT in renewed.stderr
-    assert index.read_text() == ""
-    assert run("rw", "renew", "apiserver").returncode == 0
-    assert index.read_text() != ""
+    assert [index.read_text() for index in indexes] == [""] * 3
+    assert run("rw", "renew", name).returncode == 0
+    assert any(index.read_text() for index in indexes)
 
 
 @pytest.mark.parametrize("san", ["new.example.com", "zz.example.com"])
