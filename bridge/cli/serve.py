@@ -40,8 +40,9 @@ class MissingExtraError(BridgeError):
 
     exit_code = Exit.USAGE
     hint = (
-        "install them beside the program: `pip install 'kubeadm-ca-bridge[serve]'`, "
-        "or with digests `pip install --require-hashes -r requirements-serve.lock`"
+        "install them beside the program: "
+        "`pip install --require-hashes --target /opt/ca-bridge/plugins -r requirements-serve.lock`; "
+        "or into a clone's environment: `pip install '.[serve]'`"
     )
 
 

@@ -52,7 +52,7 @@ _PATIENCE = {
     "tcp_user_timeout": 30_000,
     "options": "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
 }
-_NO_DRIVER = "serve.database names it; PostgreSQL needs `pip install 'kubeadm-ca-bridge[serve,postgresql]'`"
+_NO_DRIVER = "serve.database names it; PostgreSQL's driver is in requirements-serve.lock (`ca-bridge help door#begin`)"
 #: PostgreSQL's advisory locks have numbers: for the tables' form.
 _FORM_LOCK = 0x0CAB_0001
 #: A digest, a name and a serial number in hex; texts for people.
