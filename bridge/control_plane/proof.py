@@ -105,8 +105,13 @@ def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> P
     node = settings.node
     found = within(lambda: inventory.of(node), settings, now, wait)
     if not found.findings:
+        directory, reason = node.kubeconfig_dir / "manifests", " none"
+        try:
+            list(directory.iterdir())
+        except OSError as e:
+            reason = f": {e.strerror}"
         raise BridgeError(
-            f"nothing could be proven: wanted static-pod manifests in {node.kubeconfig_dir / 'manifests'}, found none",
+            f"nothing could be proven: wanted static-pod manifests in {directory}, found{reason}",
             hint="run it on a node of the cluster; --kubeconfig-dir tells where its files are",
         )
     return found

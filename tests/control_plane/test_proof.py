@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import ssl
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -551,6 +552,17 @@ def test_without_static_pods_there_is_nothing_to_prove(site: Site) -> None:
     assert run.exit_code == 1
     assert run.stdout == ""
     assert "nothing could be proven" in run.stderr
+    with tempfile.TemporaryDirectory() as closed:
+        Path(closed, "pki").mkdir()
+        Path(closed, "manifests").mkdir(mode=0)
+        Path(closed).chmod(0o755)
+        os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())
+        try:
+            run = CliRunner().invoke(app, ["prove", "--pki-dir", f"{closed}/pki", "--kubeconfig-dir", closed])
+        finally:
+            os.seteuid(os.getuid())
+    assert f"in {closed}/manifests, found: Permission denied" in run.stderr
+    assert "hint: run it as root (sudo)" in run.stderr
 
 
 def finding(state: ProofState, component: Component | None = Component.ETCD) -> ProofFinding:
