@@ -146,6 +146,13 @@ def _kinds(_: object) -> Iterator[Offer]:
     yield "cron", "the same for cron"
 
 
+def _settings_kinds(_: object) -> Iterator[Offer]:
+    from bridge.cli.settings import examples  # noqa: PLC0415
+
+    with contextlib.suppress(BridgeError):
+        yield from ((name, "its tables") for name in examples())
+
+
 def _backups(settings: Callable[[], Settings]) -> Iterator[Offer]:
     with contextlib.suppress(BridgeError, OSError):
         names = (path.name for path in (settings().node.state_dir / "backups").iterdir())
@@ -170,6 +177,7 @@ VALUES: dict[tuple[str, str], Find] = {
     ("", "components"): _components,
     ("", "backup_id"): _backups,
     ("", "kind"): _kinds,
+    ("init", "kind"): _settings_kinds,
     ("show", "name"): _subjects,
     ("cancel", "names"): _pending,
     ("test", "names"): _certificates,

@@ -146,11 +146,15 @@ def _is_absent(path: Path) -> bool:
 _DESK = "desk"
 
 
+def examples() -> dict[str, str]:
+    """The tables of each kind of CA, and of a CA host, by the name of the kind."""
+    found = {path.parent.name: path.read_text(encoding="utf-8") for path in example().parent.glob("*/config.toml")}
+    return {name: text for name, text in sorted(found.items()) if "\n[authority.ca]" in text}
+
+
 def initial(kind: str | None) -> str:
     """A settings file to begin with: one kind's tables, and below them the program's own, with every default."""
-    general = example().read_text(encoding="utf-8")
-    examples = {path.parent.name: path.read_text(encoding="utf-8") for path in example().parent.glob("*/config.toml")}
-    kinds = {name: text for name, text in sorted(examples.items()) if "\n[authority.ca]" in text}
+    general, kinds = example().read_text(encoding="utf-8"), examples()
     if kind is None:
         return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
     kind = "door" if kind == "gateway" else kind  # the backend's type; alone it is the signer in a cluster

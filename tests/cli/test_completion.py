@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import completion
+from bridge.cli.settings import examples as initial_kinds
 from tests.kit import manual
 from tests.kit.commands import PROGRAM, commands
 
@@ -52,6 +53,8 @@ def test_what_may_be_typed() -> None:
     assert offered("check-expiration", "--output=pro") == ["prometheus"]
     assert offered("check-expiration", "--output", "=", "pro") == ["prometheus"]
     assert {"vault", "systemd"} <= set(offered("setup", ""))
+    assert offered("settings", "init", "") == list(initial_kinds())
+    assert offered("settings", "init", "d") == ["desk", "door"]
     assert offered("setup", "--authority", "etc") == ["etcd-ca"]
     assert offered("backend", "test", "front") == ["front-proxy-ca"]
     assert "etcd-peer" in offered("backend", "test", "etcd-ca", "")
