@@ -115,7 +115,7 @@ def _keep(run: Run, one: UnprovenPair, left: UnprovenPair | None) -> None:
 
 
 def _finish_one(run: Run, one: UnprovenPair, done: Finished) -> UnprovenPair | None:
-    node = run.read_node()
+    node = run.read_node(one.name)
     item = own(node).get(one.name)
     if item is None:
         text = f"[certificate.{one.name}] is gone from the settings; whether it is in use was not seen"

@@ -189,11 +189,12 @@ _EKUS = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 def collisions(pairs: Sequence[PairSettings], taken: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     """Pairs with a file of another pair, or one that is `taken`: pair, wanted, found. Links are looked at later."""
     users: dict[Path, str] = {}
+    others = frozenset(taken)
     for pair in pairs:
         for number, files in enumerate(pair.places):
             for _, path in files.paths():
                 if path in users:
                     yield pair.name, "files of its own", f"{path}, which {users[path]} names as well"
-                elif any(path == one or one in path.parents for one in taken):
+                elif not others.isdisjoint((path, *path.parents)):
                     yield pair.name, "a file that is not kubeadm's, the kubelet's or ca-bridge's", str(path)
                 users[path] = pair.name if not number else f"a copy of {pair.name}"

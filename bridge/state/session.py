@@ -44,9 +44,11 @@ class Run:
     progress: Progress
     now: Now
 
-    def read_node(self) -> Node:
-        """Read the node's files now."""
-        return inventory.of(self.settings.node)
+    def read_node(self, pair: str = "") -> Node:
+        """Read the node's files now; of further pairs, where one is named, that one's alone."""
+        node = self.settings.node
+        one = tuple(found for found in node.pairs if found.name == pair)
+        return inventory.of(replace(node, pairs=one) if pair else node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,15 +13,19 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from typer.testing import CliRunner
 
 from backends.vault import setup as vault_setup
+from bridge.cli.app import app
 from bridge.contract import SignRequest
 from bridge.errors import Exit
+from bridge.node import pairs as node_pairs
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates, pem, san_entries
 from bridge.settings.load import load
@@ -101,6 +105,25 @@ def test_a_pair_that_is_not_there_is_issued_as_the_settings_say(bridge: Bridge, 
     shown = bridge.run("check-expiration")
     assert shown.returncode == 0
     assert f"{NAME} " in shown.stdout
+
+
+def test_many_pairs_are_read_as_often_as_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run reads grows with the number of pairs, and not with its square."""
+    read = node_pairs._item
+    counts: list[float] = []
+    for count in (1, 4):
+        counted = Mock(side_effect=read)
+        monkeypatch.setattr(node_pairs, "_item", counted)
+        bridge = Bridge(pki=handmade_pki(tmp_path / f"node-{count}"), directory=tmp_path / f"bridge-{count}")
+        add_openssl(bridge, "ca")
+        for number in range(count):
+            place = tmp_path / f"{count}-{number}"
+            place.mkdir()
+            add(bridge, place, {"key": "ecdsa-p256", "reload": "true"}, f"pair-{number}")
+        run = CliRunner().invoke(app, ["renew", "--config", str(bridge.config)])
+        assert run.exit_code == 0, run.stderr
+        counts.append(counted.call_count / count)
+    assert counts[0] == counts[1]
 
 
 @needs_haproxy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from bridge.cli.settings import in_force
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings.load import parse
+from bridge.settings.pairs import collisions
 from bridge.specs import SPECS
 
 RIGHT = {
@@ -122,6 +125,24 @@ def test_two_pairs_with_one_file_are_refused() -> None:
     parse(text(key_file=RIGHT["certificate_file"]))
     both = problems(text(reload='"/bin/true"', component='"etcd"'))
     assert [(one.key, one.found) for one in both] == [("certificate.registry.component", "reload and component")]
+
+
+def test_files_of_many_pairs_are_compared_once_each() -> None:
+    """Pairs are not compared with each file of the node, one by one."""
+
+    class Files(list[Path]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[Path]:
+            self.looks += 1
+            return super().__iter__()
+
+    taken = Files([Path("/etc/kubernetes/admin.conf"), Path("/var/lib/ca-bridge")])
+    files = [("/etc/kubernetes/admin.conf", "/a"), ("/b", "/var/lib/ca-bridge/x/y"), ("/c", "/d")]
+    [pair] = parse(text()).node.pairs
+    pairs = [replace(pair, certificate_file=Path(one), key_file=Path(other)) for one, other in files]
+    found = [file for _, _, file in collisions(pairs, taken)]
+    assert (found, taken.looks) == (["/etc/kubernetes/admin.conf", "/var/lib/ca-bridge/x/y"], 1)
 
 
 def test_a_backend_may_have_an_exception_for_a_pair() -> None:
