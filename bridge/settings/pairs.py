@@ -46,7 +46,8 @@ class PairFiles:
 
     certificate_file: Path  #: The certificate, then its intermediates.
     key_file: Path  #: Its private key; the same file as `certificate_file` for a program that reads both from one.
-    #: A file for what verifies the certificate: its intermediates, then the certificates of the CA.
+    #: A file for what verifies the certificate: its intermediates, then the certificates of the CA. ca-bridge writes it,
+    #: so each pair has one of its own.
     ca_file: Path | None = None
     #: The owner of the files, such as `"haproxy"` or `"root:haproxy"`. If empty, the files keep theirs, and new ones
     #: belong to root.
@@ -194,7 +195,7 @@ def collisions(pairs: Sequence[PairSettings], taken: Sequence[Path]) -> Iterator
         for number, files in enumerate(pair.places):
             for _, path in files.paths():
                 if path in users:
-                    yield pair.name, "files of its own", f"{path}, which {users[path]} names as well"
+                    yield pair.name, "files of its own, since ca-bridge writes them", f"{path}, which {users[path]} names as well"
                 elif not others.isdisjoint((path, *path.parents)):
                     yield pair.name, "a file that is not kubeadm's, the kubelet's or ca-bridge's", str(path)
                 users[path] = pair.name if not number else f"a copy of {pair.name}"

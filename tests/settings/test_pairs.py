@@ -120,6 +120,12 @@ def test_files_of_others_are_refused(path: str) -> None:
 def test_two_pairs_with_one_file_are_refused() -> None:
     """A pair and another, a pair and its copy; one file for certificate and key is right."""
     assert [one.key for one in problems(text() + text("other"))] == ["certificate.other"] * 2
+    others = {"certificate_file": '"/o.crt"', "key_file": '"/o.key"', "ca_file": '"/ca.crt"'}
+    [shared] = problems(text(ca_file='"/ca.crt"') + text("other", **others))
+    assert (shared.wanted, shared.found) == (
+        "files of its own, since ca-bridge writes them",
+        "/ca.crt, which registry names as well",
+    )
     again = '[certificate.registry.copies.x]\ncertificate_file = "/etc/registry/tls.crt"\nkey_file = "/b"\n'
     assert [one.key for one in problems(text() + again)] == ["certificate.registry"]
     parse(text(key_file=RIGHT["certificate_file"]))
