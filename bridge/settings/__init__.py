@@ -106,6 +106,9 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
         found = re.sub(
             r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(e)
         )
+        found = (
+            "a byte order mark before it: save the file as UTF-8 without BOM" if text.startswith("\ufeff") else found
+        )
         raise SettingsError([SettingsProblem("", "TOML", found, file)], hint=_declared_before(text, str(e))) from None
     return Reader(Source(file, text if len(text) < _LONGEST_WITH_LINES else "")), document
 

@@ -195,7 +195,11 @@ def collisions(pairs: Sequence[PairSettings], taken: Sequence[Path]) -> Iterator
         for number, files in enumerate(pair.places):
             for _, path in files.paths():
                 if path in users:
-                    yield pair.name, "files of its own, since ca-bridge writes them", f"{path}, which {users[path]} names as well"
+                    yield (
+                        pair.name,
+                        "files of its own, since ca-bridge writes them",
+                        f"{path}, which {users[path]} names as well",
+                    )
                 elif not others.isdisjoint((path, *path.parents)):
                     yield pair.name, "a file that is not kubeadm's, the kubelet's or ca-bridge's", str(path)
                 users[path] = pair.name if not number else f"a copy of {pair.name}"

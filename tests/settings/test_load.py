@@ -143,6 +143,13 @@ def test_a_default_file_that_can_not_be_looked_for_is_an_error_of_ours(
         load(None)
 
 
+def test_a_byte_order_mark_is_named() -> None:
+    """An editor of Windows writes one, and TOML has none; the same text without it is read."""
+    with pytest.raises(SettingsError, match="found a byte order mark"):
+        parse("\ufeff[node]\n")
+    parse("[node]\n")
+
+
 @pytest.mark.parametrize(
     "text", ["[node", "a = ", 'x = "unclosed', "[a]\n[a]\n", "a = 1\na = 2\n", f"a = {'9' * 5000}"]
 )
