@@ -496,6 +496,8 @@ def _has_come(opened: socket.socket) -> bool:
 class TlsSocket(ssl.SSLSocket):
     """Closed also where the peer has reset it before the handshake, when `SSLSocket._create` reads from it and leaves it open."""
 
+    __del__ = ssl.SSLSocket.close  # it may go before the connection that keeps it, with an error's frames
+
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """Receive bytes; a reset ends the connection."""
         try:

@@ -216,8 +216,9 @@ def test_the_policy_is_asked_again_after_the_approval(own: Team, bundle: Request
         place = brought(own.door, bundle)
         away = own.desk.ca("ca").rename(own.desk.directory / "away")
         run = own.run(alice, "approve", digest(bundle))
-        own.desk.policy.write_text(own.desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["cp-9"]'))
-        away.rename(own.desk.ca("ca"))
+    own.desk.policy.write_text(own.desk.policy.read_text().replace('nodes = ["cp-*"]', 'nodes = ["cp-9"]'))
+    away.rename(own.desk.ca("ca"))
+    with running(own.door):
         answer = awaited(own.door, place).answers["apiserver"]
 
     assert run.returncode == Exit.DONE, run.stderr
