@@ -44,7 +44,7 @@ def report(
         if not restarts:
             print_pairs(node, [outcome.name for outcome in result.renewed])
         if result.restarted:
-            say_sentence(f"restarted: {', '.join(result.restarted)}")
+            say(f"restarted: {', '.join(result.restarted)}")
         if result.read_again:
             say(f"read again: {', '.join(result.read_again)}")
         if result.proven is not None:

@@ -380,7 +380,7 @@ def _say_done(done: Done, settings: Settings) -> None:
     say_waiting(done.result.waiting, utc_now())
     print_restart("These go on with the CAs of before until they are restarted", done.to_restart, settings)
     if done.result.restarted:
-        say_sentence(f"restarted: {', '.join(done.result.restarted)}")
+        say(f"restarted: {', '.join(done.result.restarted)}")
     if done.result.proven is not None:
         say(f"proven: {done.result.proven} checks hold")
     if done.exit_code == Exit.DONE:

@@ -134,6 +134,6 @@ def test_a_database_of_another_kind_is_refused() -> None:
     """The message says which packages there are; its twin is a server that does not answer."""
     with pytest.raises(DatabaseError, match="wanted a database") as e:
         Memory("oracle://db.example/door")
-    assert "serve,postgresql" in e.value.hint
+    assert "requirements-serve.lock" in e.value.hint
     with pytest.raises(DatabaseError, match=r"[Cc]onnection refused"):
         Memory("postgresql://door@127.0.0.1:9/door", Secret("env", "PATH"))

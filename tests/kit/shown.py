@@ -25,7 +25,7 @@ from pathlib import Path
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.specs import AUTHORITIES
-from tests.kit import airgap, cluster_api, cmp, est, gateways, kube_api, opensslca, pods, programs, terminals
+from tests.kit import airgap, cluster_api, cmp, est, gateways, kube_api, openbao, opensslca, pods, programs, terminals
 from tests.kit.issuing import Signer
 from tests.kit.loopback import free_port
 from tests.kit.node import Node
@@ -555,11 +555,11 @@ def gateway(directory: Path, normal: Normal) -> dict[str, str]:
     """With the shipped policy and inventory, before a real API server, which is not in the machine's network."""
     machine, port = Machine(directory / "gateway", "cp-1", is_alone=False), free_port()
     normal.addresses[f"at port {port}"] = "at port 9880"
-    with cluster_api.running(directory / "cluster") as cluster:
+    with cluster_api.running(directory / "cluster") as cluster, openbao.dev_server() as bao:
         gateways.grant_rights(cluster)
         pods.grant_rights(cluster)
         (cluster.pki_dir / "pods.crt").write_bytes(pem(Signer.make("pods", begin=datetime.now(UTC)).certificate))
-        place = gateways.Place(cluster=cluster, directory=directory / "place").with_openssl()
+        place = gateways.Place(cluster=cluster, directory=directory / "place").with_vault(bao)
         table = (
             f'[node]\npki_dir = "{cluster.pki_dir}"\n'
             f'[gateway]\nkubeconfig = "{cluster.kubeconfig(gateways.USER)}"\nlisten = "127.0.0.1:{port}"\n'

@@ -326,7 +326,7 @@ def test_whatever_comes_is_an_answer_or_an_error_of_ours(text: bytes) -> None:
         theirs.shutdown(socket.SHUT_WR)
         connection = KeptConnection(Peer(host="h", port=1))
         connection._socket = ours
-        with mock.patch.object(http, "_has_ended", return_value=False), suppress(UnreachableError, TooLongError):
+        with mock.patch.object(http, "_has_come", return_value=False), suppress(UnreachableError, TooLongError):
             assert ask(connection).status == 200
         connection.close()
 
