@@ -53,9 +53,9 @@ def server(statuses: Statuses) -> Iterator[tuple[Server, list[str]]]:
         one.shutdown()
 
 
-def client(*servers: Server) -> Api:
+def client(*servers: Server) -> contextlib.closing[Api]:
     """As the gateway's."""
-    return Api([ANONYMOUS], servers, again=lambda: None)  # type: ignore[arg-type,return-value]
+    return contextlib.closing(Api([ANONYMOUS], servers, again=lambda: None))  # type: ignore[arg-type,return-value]
 
 
 def shown(found: list[Reply | NoAnswerError]) -> list[str]:
@@ -68,7 +68,7 @@ REQUESTS = [request_of("GET", path) for path in PATHS]
 
 def test_each_request_has_its_own_answer() -> None:
     """In their order, twice over the same connections; a single one is asked as any other."""
-    with server(lambda _: 200) as (one, asked), contextlib.closing(client(one)) as made:
+    with server(lambda _: 200) as (one, asked), client(one) as made:
         assert [shown(made.answers(REQUESTS)) for _ in range(2)] == [PATHS, PATHS]
         assert shown(made.answers(REQUESTS[:1])) == ["/0"]
         assert len(asked) == 13
@@ -79,16 +79,20 @@ def test_each_request_has_its_own_answer() -> None:
 @pytest.mark.parametrize("status", [0, 401, 429, 500, 503])
 def test_one_that_a_server_does_not_answer_is_asked_for_by_itself(status: int) -> None:
     """Another server may have the answer; the others' answers stay as they are, and are asked for once."""
-    with server(lambda path: status if path == "/3" else 200) as (one, asked), server(lambda _: 200) as (two, others):
-        assert shown(client(one, two).answers(REQUESTS)) == PATHS
+    with (
+        server(lambda path: status if path == "/3" else 200) as (one, asked),
+        server(lambda _: 200) as (two, others),
+        client(one, two) as made,
+    ):
+        assert shown(made.answers(REQUESTS)) == PATHS
     assert [asked.count(path) for path in PATHS if path != "/3"] == [1] * 5
     assert others == ["/3"]
 
 
 def test_a_status_about_the_request_is_its_answer() -> None:
     """A pod that is not there, and a write that is refused, are for the caller to judge."""
-    with server(lambda path: 404 if path == "/3" else 422 if path == "/4" else 200) as (one, _):
-        found = client(one).answers(REQUESTS)
+    with server(lambda path: 404 if path == "/3" else 422 if path == "/4" else 200) as (one, _), client(one) as made:
+        found = made.answers(REQUESTS)
     assert [reply.status for reply in found if isinstance(reply, Reply)] == [200, 200, 200, 404, 422, 200]
 
 
@@ -96,8 +100,8 @@ def test_a_server_that_hangs_is_waited_for_twice_and_not_by_each_request(monkeyp
     """What has its answer keeps it; those that have none are late together, and one of them is tried anew."""
     monkeypatch.setattr(api, "TIMEOUT_SECONDS", 2.0)
     begin = time.monotonic()
-    with server(lambda path: 200 if path in {"/0", "/5"} else None) as (one, asked):
-        found = shown(client(one).answers(REQUESTS))
+    with server(lambda path: 200 if path in {"/0", "/5"} else None) as (one, asked), client(one) as made:
+        found = shown(made.answers(REQUESTS))
     assert found == ["/0", "none", "none", "none", "none", "/5"]
     assert time.monotonic() - begin < 8
     assert len(asked) == 7
@@ -105,6 +109,7 @@ def test_a_server_that_hangs_is_waited_for_twice_and_not_by_each_request(monkeyp
 
 def test_no_server_is_one_error_for_all() -> None:
     """Nothing listens there: each request has the error, and the connection is tried once and once more."""
-    found = client(Server("http://127.0.0.1:1")).answers(REQUESTS)
+    with client(Server("http://127.0.0.1:1")) as made:
+        found = made.answers(REQUESTS)
     assert all(isinstance(one, NoAnswerError) for one in found)
     assert len({str(one) for one in found}) == 1
