@@ -184,7 +184,7 @@ class VaultBackend:
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
         path, body = self._wanted(request)
-        return self._issued(request, self._send("post", path, body))
+        return self._accepted(request, self._send("post", path, body))
 
     def sign_side_by_side(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
         """Have several signed at the same time; those whose token was not accepted are sent again, with another one."""
@@ -194,7 +194,7 @@ class VaultBackend:
             try:
                 if isinstance(answer, BackendError):
                     raise answer
-                found.append(self.sign(request) if answer.token_rejected else self._issued(request, answer))
+                found.append(self.sign(request) if answer.token_rejected else self._accepted(request, answer))
             except BackendError as e:
                 found.append(e)
         return found
@@ -202,7 +202,7 @@ class VaultBackend:
     def _wanted(self, request: SignRequest) -> tuple[str, dict[str, object]]:
         return self._sign_path(self._role(request.spec)), self._sign_body(request)
 
-    def _issued(self, request: SignRequest, answer: Answer) -> Issued:
+    def _accepted(self, request: SignRequest, answer: Answer) -> Issued:
         answer.or_raise()
         for warning in texts(answer.body.get("warnings"))[:_MOST_WARNINGS]:
             # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.

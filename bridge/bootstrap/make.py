@@ -30,10 +30,12 @@ from bridge.bootstrap.keys import Made
 from bridge.bootstrap.whole import NodeLook, look_at
 from bridge.ca.registry import cross_behind
 from bridge.contract import SignRequest
+from bridge.desk.files import assert_free
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.pki import verify
+from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.certificates import common_names, pem
 from bridge.pki.csr import general_name
@@ -498,6 +500,7 @@ def _gather_answers(
     answered += carried
     rest = _rest(prepared, answered)
     if desired.inputs.request is not None and rest:
+        assert_free(desired.inputs.request, RequestBundle, run.settings.node.node_name, run.settings.node.cluster)
         requests, _ = airgap.carry(run, rest, desired.inputs.request)
         why = f"{desired.inputs.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
         return answered, [_waits(one, why) for one in rest], strange

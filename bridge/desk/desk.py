@@ -127,9 +127,8 @@ class Job:
     recorded: set[str] = field(default_factory=set)
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
-    withheld: dict[str, x509.Certificate] = field(
-        default_factory=dict
-    )  #: What a CA has signed wrongly, for the record.
+    #: What a CA has signed wrongly, for the record.
+    withheld: dict[str, x509.Certificate] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     #: The troubles that an earlier run has recorded: the same are not recorded in each run, while a CA is away.
     noted: str = ""

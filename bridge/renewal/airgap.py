@@ -86,8 +86,7 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
 
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
-    """Write requests into a bundle; they and their keys are safe in the state directory before."""
-    assert_free(path, RequestBundle, run.settings.node.node_name, run.settings.node.cluster)
+    """Write requests into a bundle at a free path; they and their keys are safe in the state directory before."""
     prepared = prepare.with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)

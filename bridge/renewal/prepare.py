@@ -43,7 +43,7 @@ from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import DIRECTORY_MODE, Attributes, DiskSpace, digest, disk_spaces, sync_directory, write_staged
-from bridge.system.paths import ForeignLinkError, UnreadableError, foreign_link, opened, read_once
+from bridge.system.paths import ForeignLinkError, UnreadableError, foreign_link, opened, read_once, real_path
 
 if TYPE_CHECKING:
     from bridge.desk.policy import Policy
@@ -380,7 +380,7 @@ def directories(settings: Settings, items: Sequence[Item]) -> list[Path]:
     files = [path for item in items for path in (item.certificate_path, item.key_path) if path is not None]
     places = [place for item in items if item.pair is not None for place in item.pair.places]
     files += [path for place in places for _, path in place.paths()]
-    real = dict.fromkeys(Path(os.path.realpath(file)).parent for file in files)
+    real = dict.fromkeys(real_path(file).parent for file in files)
     return [node.state_dir, node.pki_dir, node.kubeconfig_dir, *real]
 
 

@@ -30,6 +30,7 @@ from bridge.state.session import Now, Run, alone, recording
 from bridge.state.static_pods import restart_file
 from bridge.system.console import Progress, print_error
 from bridge.system.state_file import StateError, StateFile
+from bridge.words import counted
 
 if TYPE_CHECKING:  # 40 ms
     from bridge.renewal.activate import Activation
@@ -285,7 +286,7 @@ def _assert_not_begun(run: Run, node: Node) -> None:
     open_ = [one for one in run.requests if one.request.replaces is None and node.live(one.name) is None]
     if open_ and run.store.bootstrap.exists():
         raise NotReadyError(
-            f"wanted a node that is made, found one whose bootstrap waits with {len(open_)} requests; nothing was replaced",
+            f"wanted a node that is made, found one whose bootstrap waits with {counted(len(open_), 'request')}; nothing was replaced",
             hint="run its `ca-bridge bootstrap init` or `join` again, with --answer FILE where the answer was carried; "
             "`ca-bridge pending cancel all` gives it up",
         )

@@ -24,7 +24,7 @@ from bridge.specs import CA, SPECS, Component
 from bridge.state import Store, backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.system.files import digest, sync_directory, write_atomically
-from bridge.system.paths import UnreadableError, exposure, own_text, read
+from bridge.system.paths import UnreadableError, exposure, own_text, read, real_path
 
 #: Both CAs may be trusted for weeks; what stays so for longer was forgotten.
 LONG = timedelta(days=90)
@@ -215,7 +215,7 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
             found = f"{open_to.path}: {open_to.found}"
     except OSError as e:
         found = f"{directory}: {e.strerror}"
-    real = Path(os.path.realpath(directory))
+    real = real_path(directory)
     inside = [one for one in (node.pki_dir, node.kubeconfig_dir, node.state_dir) if real.is_relative_to(one.resolve())]
     if inside:
         found = f"{directory}, which is below {inside[0]}"
@@ -238,8 +238,8 @@ def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path)
             write_atomically(target, data)
             sync_directory(directory)
             # a link and what it leads to, which may be the very file that is to stay
-            for path in dict.fromkeys([Path(os.path.realpath(place)), place]):
-                if path != Path(os.path.realpath(target)):
+            for path in dict.fromkeys([real_path(place), place]):
+                if path != real_path(target):
                     path.unlink()
                     sync_directory(path.parent)
         except (OSError, UnreadableError) as e:
