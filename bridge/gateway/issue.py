@@ -82,21 +82,23 @@ class Issuing:
     # --- events of the watch ----------------------------------------------------------------------------------------
 
     def changed(self, one: AnyObject) -> None:
-        """An object that is there, or has changed."""
+        """An object that is there, or has changed, and has no answer of ours."""
         context = self._context
         if one.is_finished:
-            is_in_work = context.queue.remove(one.uid)  # then it is our own write, as a rule, and counted there
-            if one.is_deleted:
-                context.give_up(one.uid, "the object is gone")
-            if one.certificate and not is_in_work and one.uid not in self._answered:
+            if context.queue.remove(one.uid):
+                return  # it is our own write, as a rule, and counted there
+            context.give_up(one.uid, "the object was deleted, or another client has answered it")
+            if one.certificate:
                 with contextlib.suppress(ValueError, BridgeError):
                     leaf = load_pem_certificates(chain_of(one))[0]
                     context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
             return
-        if one.uid in self._answered:
-            return  # this version is older than our own write
         for uid in context.queue.put(one, self._judge_of(one).look):
             context.give_up(uid, "a newer request of the same node has come")
+
+    def is_answered(self, uid: str) -> bool:
+        """Whether an object has our answer: what the watch shows of it is our own write, or older than that."""
+        return uid in self._answered
 
     def over(self, uid: str) -> None:
         """An object was deleted or refused."""

@@ -93,7 +93,7 @@ def document(uid: str = "u1", **spec: Any) -> dict[str, Any]:
         ("BOOKMARK", [], "", ""),
     ],
 )
-def test_no_more_is_read_of_a_refused_object_than_its_uid(
+def test_no_more_is_read_of_an_object_that_is_over_than_its_uid(
     kind: str, conditions: Any, certificate: str, how: str
 ) -> None:
     """A refused or deleted object is over, and each other one is read; a condition in another place refuses nothing."""
@@ -107,8 +107,17 @@ def test_no_more_is_read_of_a_refused_object_than_its_uid(
     over: list[str] = []
     line = json.dumps({"type": kind, "object": one}, separators=(",", ":")).encode()
     round_ = Watch(None, ["kubernetes.io/kubelet-serving"])  # type: ignore[arg-type]
-    round_._event(line, lambda found: changed.append(found.uid), over.append)
+    round_._event(line, lambda found: changed.append(found.uid), over.append, "u2".__eq__)
     assert (changed, over) == ({"changed": ["u1"]}.get(how, []), {"over": ["u1"]}.get(how, []))
+    # what has our answer is not read at all; a user's texts name no other object
+    del changed[:], over[:]
+    one["metadata"]["annotations"]['"uid":"u2"'] = '"uid":"u2","status":{'
+    line = json.dumps({"type": kind, "object": one}, separators=(",", ":")).encode()
+    round_._event(line, lambda found: changed.append(found.uid), over.append, "u2".__eq__)
+    assert (changed, over) == ({"changed": ["u1"]}.get(how, []), {"over": ["u1"]}.get(how, []))
+    round_._event(line, lambda _: changed.append("read"), over.append, "u1".__eq__)
+    assert "read" not in changed
+    assert over == {"over": ["u1"]}.get(how, [])
 
 
 def one(uid: str = "u1", *, version: int = 7, seconds: int = 0, **spec: Any) -> SigningRequest:
