@@ -126,7 +126,8 @@ class PodJudge:
                 entry = context.nodes.entry(request.node, inventory)
             except BridgeError as e:
                 return Later(str(e))
-            verdict = judge(request, replace(world, entry=entry))
+            if entry is not None:
+                verdict = judge(request, replace(world, entry=entry))
         return verdict
 
     # --- what the API server has at present ---------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def _chain(
     try:
         # another root leads nowhere, and its cross certificate has its name and key; the latest to end comes first, so
         # that the path uses the newest version of an intermediate
-        others = [one for one in issued.intermediates if one.subject != one.issuer or not is_signed_by(one, one)]
+        others = [one for one in issued.intermediates if not _is_root(one)]
         newest = sorted(others, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
         path = verified_path(leaf, newest, anchor, time)
     except verification.VerificationError as e:
@@ -444,6 +444,11 @@ def validity_text(certificate: x509.Certificate, now: datetime) -> str:
     """Its dates and this node's clock, for messages: either may be why it is not valid now."""
     dates = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
     return f"from {dates} ({_which_clock(now)})"
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _is_root(certificate: x509.Certificate) -> bool:
+    return certificate.subject == certificate.issuer and is_signed_by(certificate, certificate)
 
 
 def _leads_to(issued: Issued, anchor: x509.Certificate, time: datetime) -> bool:
