@@ -24,6 +24,10 @@ MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
 _MOST_REMOVED = 500
+#: A CA that has not answered all of a lot by then gets a further one beside it: one request on which it hangs keeps no
+#: others waiting but those of its lot.
+_SLOW_SECONDS = 1.0
+_MOST_LOTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,7 @@ class Job:
     look: Look
     arrived: float  #: Monotonic.
     lane: str = ""  #: The CA's name.
+    lot: int = 0  #: The lot in which it is worked at.
     begun: bool = False  #: It has its turn by the rates.
     attempts: int = 0
     said: str = ""  #: The last reason why it was left, which is logged once.
@@ -63,24 +68,41 @@ def key_of(one: AnyObject, node: str | None) -> str:
     return f"{one.request.signer}\n{one.request.username}\n{node}"
 
 
+class _Lane:
+    """The jobs of one CA."""
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most  #: Jobs in a lot; None: one job at a time, by as many threads as there are.
+        #: By user, whose turn is next first.
+        self.ready: OrderedDict[str, deque[Job]] = OrderedDict()
+        self.lots: Counter[int] = Counter()  #: Jobs that are worked at, by their lot.
+        self.slow_at = 0.0  #: When the newest lot has taken too long.
+
+    def due(self) -> float:
+        """When a thread may take the next jobs; infinite: none are ready, or too many are worked at."""
+        if not self.ready or len(self.lots) >= _MOST_LOTS:
+            return math.inf
+        return self.slow_at if self.lots else -math.inf
+
+
 class Queue:
     """May be used by any thread."""
 
     def __init__(self, lane: Callable[[AnyObject], str] = lambda _: "", lots: Mapping[str, int] | None = None) -> None:
-        """Of a lane in `lots` one thread takes up to so many jobs at once, and no other thread takes any meanwhile."""
+        """Of a lane in `lots` one thread takes up to so many jobs at once, and no other thread takes any for a second."""
         self._lane, self._most = lane, lots or {}
         self._changed = threading.Condition()
-        self._order = itertools.count()
+        self._order, self._lots = itertools.count(), itertools.count()
+        self._lanes: dict[str, _Lane] = {}  # the lane that had its turn last is last
         self._working: dict[str, Job] = {}
-        self._lots: Counter[str] = Counter()  # jobs of the lot that is at work, by lane
         self._closed = False
-        self._watched = math.inf  # when a thread wakes up for a delayed job
+        self._watched = math.inf  # when a thread wakes up for what is due then
         self._reset()
 
     def _reset(self) -> None:
         self._jobs: dict[str, Job] = {}  # by uid: waiting or delayed
-        #: By lane, and in it by user, whose turn is next first.
-        self._ready: dict[str, OrderedDict[str, deque[Job]]] = {}
+        for lane in self._lanes.values():
+            lane.ready.clear()
         self._delayed: list[tuple[float, int, Job]] = []
         self._newest: OrderedDict[str, tuple[tuple[datetime, int], str]] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
@@ -138,8 +160,14 @@ class Queue:
 
     def _line_up(self, job: Job) -> None:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
-        self._ready.setdefault(job.lane, OrderedDict()).setdefault(job.one.request.username, deque()).append(job)
-        if not self._lots[job.lane]:  # else it waits for the lot that is at work
+        if job.lane not in self._lanes:
+            self._lanes[job.lane] = _Lane(self._most.get(job.lane))
+        self._lanes[job.lane].ready.setdefault(job.one.request.username, deque()).append(job)
+        self._wake_for(self._lanes[job.lane].due())
+
+    def _wake_for(self, due: float) -> None:
+        """Wake a thread, unless one wakes up by then: it takes what is due, or waits until it is."""
+        if due < self._watched:
             self._changed.notify()
 
     def _add(self, job: Job) -> None:
@@ -208,9 +236,8 @@ class Queue:
             while True:
                 now = time.monotonic()
                 self._line_up_due(now)
-                if jobs := self._next():
-                    if self._delayed and self._delayed[0][0] < self._watched:
-                        self._changed.notify()  # this thread will not watch the time now
+                if jobs := self._next(now):
+                    self._wake_for(self._due())  # this thread will not watch the time now
                     return jobs
                 if self._closed or now >= deadline:
                     return []
@@ -222,11 +249,20 @@ class Queue:
             if not job.removed:
                 self._line_up(job)
 
-    def _next(self) -> list[Job]:
-        for lane in [lane for lane, ready in self._ready.items() if ready and not self._lots[lane]]:
-            self._ready[lane] = self._ready.pop(lane)  # its next turn is after the others'
-            if jobs := self._next_of(self._ready[lane], self._most.get(lane, 1)):
-                self._lots[lane] += len(jobs) if lane in self._most else 0
+    def _due(self) -> float:
+        """When there is something to do next."""
+        delayed = self._delayed[0][0] if self._delayed else math.inf
+        return min([delayed, *(lane.due() for lane in self._lanes.values())])
+
+    def _next(self, now: float) -> list[Job]:
+        for name in [name for name, lane in self._lanes.items() if lane.due() <= now]:
+            lane = self._lanes[name] = self._lanes.pop(name)  # its next turn is after the others'
+            if jobs := self._next_of(lane.ready, lane.most or 1):
+                if lane.most is not None:
+                    lot = next(self._lots)
+                    lane.lots[lot], lane.slow_at = len(jobs), now + _SLOW_SECONDS
+                    for job in jobs:
+                        job.lot = lot
                 return jobs
         return []
 
@@ -244,8 +280,8 @@ class Queue:
         return found
 
     def _wait(self, now: float, deadline: float) -> None:
-        """Wait for a change; only one thread waits for the time of a delayed job, which would wake a hundred of them."""
-        due = self._delayed[0][0] if self._delayed else deadline
+        """Wait for a change; only one thread waits for the time of what is due, which would wake a hundred of them."""
+        due = self._due()
         if due >= min(deadline, self._watched):
             self._changed.wait(deadline - now)
             return
@@ -258,10 +294,12 @@ class Queue:
 
     def _end_work(self, job: Job) -> None:
         del self._working[job.one.uid]
-        if self._lots[job.lane]:
-            self._lots[job.lane] -= 1
-            if not self._lots[job.lane] and self._ready.get(job.lane):
-                self._changed.notify()
+        lane = self._lanes[job.lane]
+        if lane.most is not None:
+            lane.lots[job.lot] -= 1
+            if not lane.lots[job.lot]:
+                del lane.lots[job.lot]
+                self._wake_for(lane.due())
 
     def done(self, job: Job) -> None:
         """End the work on a job, unless its object has changed meanwhile."""
@@ -289,7 +327,7 @@ class Queue:
                 self._line_up(job)
             else:
                 heapq.heappush(self._delayed, (time.monotonic() + seconds, next(self._order), job))
-                self._changed.notify()
+                self._wake_for(self._delayed[0][0])
 
     def wake(self) -> None:
         """Look at all delayed jobs at once: something has changed."""
@@ -310,7 +348,8 @@ class Queue:
         """Take no new jobs, and forget those that are not being worked at."""
         with self._changed:
             self._closed = True
-            self._ready.clear()
+            for lane in self._lanes.values():
+                lane.ready.clear()
             self._changed.notify_all()
 
     def counts(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -343,8 +344,9 @@ def pod_object(uid: str) -> PodObject:
     return found
 
 
-def test_pods_requests_are_taken_in_lots() -> None:
+def test_pods_requests_are_taken_in_lots(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread has a lot at a time, and the next one when all of it has ended; other requests are taken one by one meanwhile."""
+    monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
     line = Queue(lane_of_pods, {"pods": 3})
     for number in range(5):
         line.put(pod_object(f"pod{number}"), no_node)
@@ -373,8 +375,35 @@ def test_without_lots_pods_requests_are_taken_one_by_one() -> None:
     assert [job.one.uid for _ in range(2) for job in line.take(0)] == ["pod0", "pod1"]
 
 
-def test_a_lot_that_another_replica_took_over_ends() -> None:
+def test_a_slow_lot_gets_another_one_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits takes the next lot after a while, up to a limit, and beyond it when a lot ends."""
+    monkeypatch.setattr(queue, "_SLOW_SECONDS", 0.05)
+    line = Queue(lane_of_pods, {"pods": 2})
+    for number in range(3 * queue._MOST_LOTS):
+        line.put(pod_object(f"pod{number}"), no_node)
+    lots = [line.take(600) for _ in range(queue._MOST_LOTS)]
+    assert [len(jobs) for jobs in lots] == [2] * queue._MOST_LOTS
+    assert line.take(0.2) == []
+    line.done(lots[1][0])
+    assert line.take(0.2) == []
+    line.done(lots[1][1])
+    assert len(line.take(600)) == 2
+    # requests that come while nobody waits for the time: the thread that they wake waits for it then
+    slow = Queue(lane_of_pods, {"pods": 2})
+    slow.put(pod_object("pod0"), no_node)
+    slow.take(0)
+    woken: list[list[Job]] = []
+    thread = threading.Thread(target=lambda: woken.append(slow.take(600)))
+    thread.start()
+    time.sleep(0.2)
+    slow.put(pod_object("pod1"), no_node)
+    thread.join(180)
+    assert [job.one.uid for job in woken[0]] == ["pod1"]
+
+
+def test_a_lot_that_another_replica_took_over_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was worked at when the lease was lost counts as ended, and a new lot begins once this replica works again."""
+    monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
     line = Queue(lane_of_pods, {"pods": 3})
     for number in range(2):
         line.put(pod_object(f"pod{number}"), no_node)
