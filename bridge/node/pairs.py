@@ -243,6 +243,12 @@ class PairFinding:
 
 def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFinding | None:
     """The problem of a certificate's key (PEM, perhaps after certificates); None: it is the right one."""
+    found = _key_or_finding(certificate, key_pem)
+    return found if isinstance(found, PairFinding) else None
+
+
+def _key_or_finding(certificate: x509.Certificate, key_pem: bytes | None) -> csr.PrivateKey | PairFinding:
+    """To load an RSA key takes as long as to make one."""
     if key_pem is None:
         return _of_key("missing", "none")
     try:
@@ -255,7 +261,7 @@ def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFin
         return _of_key("other", "another certificate's")
     if not isinstance(key, csr.PrivateKey):
         return _of_key("unusable", f"a key that Kubernetes can't use ({type(key).__name__})")
-    return None
+    return key
 
 
 def _of_key(kind: Kind, found: str) -> PairFinding:
@@ -271,11 +277,10 @@ def findings(
 ) -> Iterator[PairFinding]:
     """Judge a pair as the answer to a new request, whatever its remaining validity."""
     leaf, *intermediates = certificates
-    if (wrong := key_finding(leaf, key_pem)) is not None:
-        yield wrong
+    key = _key_or_finding(leaf, key_pem)
+    if isinstance(key, PairFinding):
+        yield key
         return
-    key = csr.load_key(key_pem or b"", leaf.public_key())
-    assert isinstance(key, csr.PrivateKey)  # noqa: S101 (looked at above)
     try:
         request = SignRequest(spec=spec, csr_pem=csr.build(like or leaf, key), validity=timedelta())
         verify.check(Issued(leaf=leaf, intermediates=tuple(intermediates)), request, expected)
