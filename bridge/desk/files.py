@@ -51,6 +51,7 @@ from bridge.system.paths import (
     read,
     read_ca_file,
     read_once,
+    real_path,
 )
 from bridge.words import one_line
 
@@ -443,9 +444,12 @@ def _names_in(inbox: Path) -> list[str]:
 
 def _assert_mounted(directory: Path) -> None:
     """Refuse an inbox on a file system that is not mounted, since it looks empty."""
-    mounted = {Path(place).resolve() for place in mounts()}
-    for place in _to_be_mounted() if mounted else ():
-        if directory.resolve().is_relative_to(place) and place not in mounted:
+    mounted = set(map(Path, mounts()))
+    for listed in _to_be_mounted() if mounted else ():
+        place = real_path(listed.parent) / listed.name
+        if place not in mounted:  # a look at a mount whose server is gone has no end
+            place = real_path(place)
+        if place not in mounted and real_path(directory).is_relative_to(place):
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
 
 
@@ -467,7 +471,7 @@ def _to_be_mounted() -> set[Path]:
     except OSError:
         return set()
     places = [fields[1] for line in lines if len(fields := line.split()) > 1]
-    return {Path(mounted_at(place)).resolve() for place in places if place.startswith("/")}
+    return {Path(mounted_at(place)) for place in places if place.startswith("/")}
 
 
 def _whose(source: Path) -> BridgeError:

@@ -1414,6 +1414,21 @@ def test_an_inbox_that_is_not_mounted_is_reported(tmp_path: Path, monkeypatch: p
         (tmp_path / "mounts").write_text(line.format(tmp_path / place))
         with contextlib.nullcontext() if is_mounted else pytest.raises(BridgeError, match="wanted it mounted"):
             files._assert_mounted(inbox)
+    # by a link; and a mount whose server is gone is not looked at
+    (tmp_path / "link").symlink_to(inbox)
+    (tmp_path / "fstab").write_text(f"server:/a {tmp_path}/hung nfs4\n/data {tmp_path}/link none bind\n")
+    (tmp_path / "mounts").write_text(line.format(tmp_path / "hung"))
+    look = os.lstat
+
+    def hangs(path: str, **more: Any) -> os.stat_result:
+        assert Path(path).name != "hung"
+        return look(path, **more)
+
+    monkeypatch.setattr(os, "lstat", hangs)
+    with pytest.raises(BridgeError, match="wanted it mounted"):
+        files._assert_mounted(inbox)
+    (tmp_path / "mounts").write_text(line.format(tmp_path / "hung") + line.format(tmp_path / "media/in\\040box"))
+    files._assert_mounted(inbox)
 
 
 @pytest.mark.parametrize(
