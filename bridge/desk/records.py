@@ -26,7 +26,14 @@ from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.pki.certificates import csr_fingerprint
 from bridge.state import Store
 from bridge.state.open_requests import Kind, RequestLog
-from bridge.system.files import DIRECTORY_MODE, SECRET_MODE, private_directory, remove_unfinished, sync_directory
+from bridge.system.files import (
+    DIRECTORY_MODE,
+    SECRET_MODE,
+    private_directory,
+    remove_unfinished,
+    side_by_side,
+    sync_directory,
+)
 from bridge.system.paths import UnreadableError, exposure, read_once
 
 _ARCHIVE = "desk-done"
@@ -230,9 +237,11 @@ def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
     for start in range(0, len(groups), _AT_ONCE):
         some = [_Group([_File(new) for new in group]) for group in groups[start : start + _AT_ONCE]]
         try:
-            for step in (_File.write, _File.sync, _File.put_in_place):
-                for group in some:
-                    group.each(step)
+            for group in some:
+                group.each(_File.write)
+            side_by_side(lambda group: group.each(_File.sync), some)
+            for group in some:
+                group.each(_File.put_in_place)
             _sync_directories(some)
         finally:
             for group in some:

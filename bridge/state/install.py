@@ -12,6 +12,7 @@ import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from bridge.errors import BridgeError
 from bridge.node.processes import Written
 from bridge.state import Store, replaced_here
 from bridge.system.console import log
-from bridge.system.files import Attributes, digest, is_frozen, sync_directory, write_staged
+from bridge.system.files import Attributes, digest, is_frozen, side_by_side, sync_directory, write_staged
 from bridge.system.paths import UnreadableError, foreign_link, read_once, real_path
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 
@@ -124,8 +125,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
     backup_id = ""
     try:
         staging_file(store).replace({"run_id": run_id, "staged": [str(target.staged) for target in targets]})
-        for target in targets:
-            _stage(target)
+        side_by_side(_stage, targets)
         backup_id = _back_up(store, targets, run_id, about)
         _assert_unchanged(targets)
         for directory in {target.path.parent for target in targets}:
@@ -274,31 +274,34 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
     directory.mkdir(mode=0o700)
-    files = []
-    for number, target in enumerate(targets):
-        entry: dict[str, Any] = {
-            "certificate": target.replacement.certificate,
-            "path": str(target.path),
-            "backup": None,
-        }
-        if target.replacement.is_link:
-            entry["leads_to"] = str(target.path.readlink()) if target.path.is_symlink() else None
-        if target.attributes is not None:
-            data, name = _content(target.path), f"{number:02}-{target.path.name}"
-            write_staged(directory / name, data, Attributes.private())
-            entry |= {"backup": name, "sha256": digest(data), "attributes": attributes_json(Attributes.of(target.path))}
-        files.append(entry)
     manifest = {
         "id": backup_id,
         "number": place_in_order,
         "created": created.isoformat(timespec="microseconds"),
         "run_id": run_id,
         **about,
-        "files": files,
+        "files": side_by_side(partial(_backed_up, directory), list(enumerate(targets))),
     }
     manifest_file(directory).replace(manifest)
     sync_directory(store.backups)
     return backup_id
+
+
+def _backed_up(directory: Path, numbered: tuple[int, Target]) -> dict[str, Any]:
+    """The manifest's entry for a file, which is backed up then."""
+    number, target = numbered
+    entry: dict[str, Any] = {
+        "certificate": target.replacement.certificate,
+        "path": str(target.path),
+        "backup": None,
+    }
+    if target.replacement.is_link:
+        entry["leads_to"] = str(target.path.readlink()) if target.path.is_symlink() else None
+    if target.attributes is not None:
+        data, name = _content(target.path), f"{number:02}-{target.path.name}"
+        write_staged(directory / name, data, Attributes.private())
+        entry |= {"backup": name, "sha256": digest(data), "attributes": attributes_json(Attributes.of(target.path))}
+    return entry
 
 
 def newest_number(store: Store) -> int:
