@@ -109,12 +109,12 @@ class Bootstrapped:
     files: int = 0  #: How many were put in place.
     is_complete: bool = False
     from_kept: bool = False
-    strange: tuple[BridgeError, ...] = ()  #: Answers to something else.
+    errors: tuple[BridgeError, ...] = ()  #: Answers to something else, and lines that the audit log lacks.
 
     @property
     def exit_code(self) -> int:
         """The worst outcome's."""
-        return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.strange)])
+        return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.errors)])
 
 
 _ADMIN = "admin.conf"

@@ -70,7 +70,8 @@ def make(
     node = dataclasses.replace(settings.node, name=desired.node)
     with begun(dataclasses.replace(settings, node=node), now, progress, wait) as (run, _):
         keys.clear(run.store.directory)
-        return _make(run, desired)
+        done = _make(run, desired)
+        return dataclasses.replace(done, errors=(*done.errors, *run.record.end()))
 
 
 def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
@@ -103,7 +104,7 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     remember(run, answered, proven, by_hand=bool(desired.inputs.answers))
     run.record.write()
     if failed:
-        return result(outcomes=tuple(failed), strange=tuple(strange))
+        return result(outcomes=tuple(failed), errors=tuple(strange))
     await_validity([one.verified.leaf for one in proven])
     certificates = [file for one in proven for file in one.files]
     made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
@@ -111,9 +112,8 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     put_in_place(run, desired, files, composer.kubelet_pem)
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
-    run.record.write_late()
     outcomes = tuple(one.outcome for one in proven)
-    return result(outcomes=outcomes, files=len(files), is_complete=bool(files), strange=tuple(strange))
+    return result(outcomes=outcomes, files=len(files), is_complete=bool(files), errors=tuple(strange))
 
 
 _DIRECTORY_MODE = 0o755

@@ -25,7 +25,7 @@ from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.system.console import log, print_error
+from bridge.system.console import log
 
 commands = typer.Typer()
 bootstrap = group(
@@ -329,9 +329,7 @@ def _report(done: Bootstrapped) -> None:
         say_sentence("nothing was put in place; certificates that are signed already are kept, and not requested again")
     if waiting:
         say_sentence("run the same command again when there is an answer (one that was carried: --answer FILE)")
-    print_errors(failed)
-    for error in done.strange:
-        print_error(error)
+    print_errors(failed, done.errors)
 
 
 def _compare(settings: Settings, said: NodeInputs) -> None:

@@ -13,22 +13,26 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge.bootstrap import ROLES, keys, specs_of
+from bridge.bootstrap import ROLES, desired, keys, make, specs_of
 from bridge.bootstrap.whole import NodeLook
 from bridge.node import kubeconfig
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.pki.csr import generate_key, key_pem
+from bridge.settings.load import load
 from bridge.specs import AUTHORITIES
+from bridge.state import Store
 from tests.kit import programs
 from tests.kit.desks import make_desk
 from tests.kit.new_node import ADDRESS, CONFIG, ENDPOINT, NAME, NewNode
 from tests.kit.pki import handmade_pki
+from tests.kit.renewing import Quiet
 
 pytestmark = pytest.mark.kube
 
@@ -224,6 +228,29 @@ def test_a_second_run_changes_nothing(ready: NewNode) -> None:
     assert "nothing to do" in run.stdout
     assert "rotateCertificates: false" in run.stderr  # kubeadm's default is for clusters with a signer
     assert ready.files() == before
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_lines_that_the_audit_log_lacks_are_an_error(
+    node: NewNode, monkeypatch: pytest.MonkeyPatch, *, is_lost: bool
+) -> None:
+    """All files are in place by then: the exit code says that the log lacks who put them there."""
+    head, put_in_place = Store(node.state).audit_head, make.put_in_place
+
+    def and_damage_the_log(*args: Any) -> None:
+        put_in_place(*args)
+        if is_lost:
+            head.unlink()
+            head.mkdir()
+
+    monkeypatch.setattr(make, "put_in_place", and_damage_the_log)
+    settings, program = load(node.bridge.config), str(programs.require("kubeadm"))
+    wanted = desired.of_init(settings, desired.NodeInputs(config=node.config(), kubeadm=program))
+    done = make.make(settings, wanted, lambda: datetime.now(UTC), Quiet(), timedelta())
+
+    assert done.is_complete
+    assert [str(e).count("the audit log lacks") for e in done.errors] == [1] * is_lost
+    assert done.exit_code == (1 if is_lost else 0)
 
 
 # --- what kubeadm does not look for -----------------------------------------------------------------------------------
