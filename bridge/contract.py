@@ -190,13 +190,13 @@ class CollectsAll(Protocol):
 
 @runtime_checkable
 class PutsAway(Protocol):
-    """Optional, beside `collect`: answers lie on this node, and are of no use once they are installed."""
+    """Optional, beside `collect`: requests or answers lie on this node, and are of no use once they are over."""
 
     def put_away(self, reference: str) -> None:
         """
-        Remove what answers the requests of the latest `Pending`: none waits any more, and one or more are installed.
+        Remove the requests of the latest `Pending` and what answers them: each is installed, refused or cancelled.
 
-        Called after the installation, or by the next run if that one was killed.
+        Called after an installation or a cancellation, or by the next run if that one was killed.
 
         Raises:
             BackendUnavailableError: It can't be removed; a warning says so, and it is not tried again.

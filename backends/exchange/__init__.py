@@ -167,7 +167,7 @@ class ExchangeBackend:
                     path.unlink(missing_ok=True)
 
     def put_away(self, reference: str) -> None:
-        """Remove the answer bundles to this request bundle from the inbox."""
+        """Remove the answer bundles to this request bundle from the inbox, and the bundle itself from the outbox."""
         self._inbox("", reference)
         found = [(path, version) for path, (version, seen) in self._read.items() if seen.digest == reference]
         for path, version in found:
@@ -175,6 +175,9 @@ class ExchangeBackend:
             with reasons(BackendUnavailableError, wanted, hint="remove it by hand"):
                 _remove(path, version)
             del self._read[path]
+        for path in [path for path, bundle in self._outbox("") if digest(bundle) == reference]:
+            with reasons(BackendUnavailableError, f"{path}: wanted to remove the request", hint="remove it by hand"):
+                path.unlink(missing_ok=True)
 
     def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
         """Request bundles of a node that were not fetched yet."""

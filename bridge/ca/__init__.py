@@ -266,7 +266,7 @@ class CA:
             raise
 
     def put_away(self, reference: str) -> None:
-        """Let the backend remove answers that are installed."""
+        """Let the backend remove a request that is over, and its answers."""
         backend = self.backend
         if isinstance(backend, contract.PutsAway):
             self._question(lambda: backend.put_away(reference))
@@ -396,11 +396,11 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     )
 
 
-# --- answers that are installed, which backends then put away; a killed run leaves that to the next one ---------------
+# --- answers and requests that are over, which backends then put away; a killed run leaves that to the next one -------
 
 
 def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[str, str]]) -> None:
-    """Record, before an installation, which answers (authority and reference) their backends put away after it."""
+    """Record, before an installation or a cancellation, what (authority and reference) its backend puts away after it."""
     ours = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
     configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours))
     new = [one for one in ours if hasattr(configured[one.authority].backend_type, "put_away")]
@@ -410,7 +410,7 @@ def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[s
 
 
 def put_away(settings: Settings, store: Store, note: Callable[[str], None]) -> None:
-    """Have backends remove the answers of which no request is open any more; a failure is reported once."""
+    """Have backends remove what belongs to no request that is open; a failure is reported once."""
     if not store.collected.exists():
         return
     try:
@@ -425,7 +425,7 @@ def put_away(settings: Settings, store: Store, note: Callable[[str], None]) -> N
                     with contextlib.closing(CA.of(configured[name])) as ca:
                         ca.put_away(reference)
             except BackendError as e:
-                note(f"installed answers stay where they are: {e}; {e.hint}")
+                note(f"requests and answers that are over stay where they are: {e}; {e.hint}")
         file.put(tuple(one for one in every if one.reference in waiting))
     except (SettingsError, StateError) as e:
         note(str(e))

@@ -163,7 +163,7 @@ def pending_cancel(
     for one in cancelled:
         say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
         if one.reference:
-            log.warning("%s: %s still has the request, and may sign it", one.name, one.backend)
+            log.warning("%s: %s may have the request, and sign it", one.name, one.backend)
     hint = "`ca-bridge pending list` shows those that are"
     for name in missing:
         print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)

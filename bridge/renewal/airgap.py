@@ -8,6 +8,7 @@ from the live one that it replaces, not from a CSR in the directory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import stat
@@ -23,10 +24,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge import dataclass
+from bridge.ca import owe_putting_away, put_away
 from bridge.contract import Issued, SignRequest
 from bridge.desk.csr_directory import spec_of
 from bridge.desk.files import assert_free, known_cas
-from bridge.errors import BackendRefusedError, BridgeError, Exit, WaitingError
+from bridge.errors import BackendRefusedError, BridgeError, Exit, SettingsError, WaitingError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.pki import bundle, bundle_format, csr, signatures, verify
@@ -370,8 +372,12 @@ def cancel(
             run.requests.drop(one.name)
             run.record.describe(one.name, one.request, one.backend or "bundle", None)
             run.record.add(audit.CANCELLED, one.name, authority=one.request.spec.authority.name)
+        sent = [(one.request.spec.authority.name, one.reference) for one in cancelled]
+        with contextlib.suppress(SettingsError):  # whatever is wrong with a CA's table, its request can be given up
+            owe_putting_away(run.settings, run.store, sent)
         run.record.write()
         run.requests.save()
+        put_away(run.settings, run.store, progress.note)
     return cancelled, [name for name in names if name != ALL and name not in there]
 
 

@@ -212,22 +212,22 @@ def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """An answer that its backend may put away once no request waits for it."""
+    """A request that its backend may put away, with its answers, once it waits no more."""
 
     authority: str
     reference: str  #: The backend's, of the request.
 
 
 def collected_file(store: Store) -> StateFile[tuple[Collected, ...]]:
-    """The answers that are to be put away; without the file they stay where they are, which does no harm."""
+    """What is to be put away; without the file it stays where it is."""
     return coded(
         tuple[Collected, ...],
         store.collected,
-        "which installed answers are to be put away",
+        "which requests and answers are to be put away",
         OnDamage.SET_ASIDE,
         key="collected",
         version=1,
-        afterwards="remove the answers that are installed from the inbox",
+        afterwards="remove answers that are installed from the inbox, and cancelled requests from the outbox",
     )
 
 

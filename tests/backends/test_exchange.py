@@ -162,7 +162,7 @@ def test_the_answer_is_taken_whatever_it_is_called(tmp_path: Path) -> None:
 
 
 def test_installed_answers_are_put_away(tmp_path: Path) -> None:
-    """All of this request, and nothing else; a file that took the place of one meanwhile stays."""
+    """All of this request, itself in the outbox too, and nothing else; a file that took the place of one meanwhile stays."""
     backend, request = opened(tmp_path), asked()
     reference = pending(backend.sign(request)).reference
     answer = answer_to(tmp_path, {"apiserver": issue(request)})
@@ -173,11 +173,13 @@ def test_installed_answers_are_put_away(tmp_path: Path) -> None:
 
     opened(tmp_path).put_away(f"{1:064x}")
     assert all(path.exists() for path in [*paths, other, half])
+    assert list((tmp_path / "outbox").iterdir())
     _remove(paths[0], version(other.lstat()))
     assert paths[0].exists()
     backend.put_away(reference)
     backend.put_away(reference)
     assert sorted((tmp_path / "inbox").iterdir()) == [half, other]
+    assert not list((tmp_path / "outbox").iterdir())
 
 
 def test_a_half_copied_answer_is_left_alone_until_it_is_whole(tmp_path: Path) -> None:

@@ -858,7 +858,10 @@ def test_killed_before_the_answer_left_the_inbox(node: Node, desk: Desk, *, is_t
     away.rename(inbox)
 
     assert path.exists() is not is_there
-    assert ["installed answers stay where they are" in run.stderr for run in runs] == [not is_there, False]
+    assert ["requests and answers that are over stay where they are" in run.stderr for run in runs] == [
+        not is_there,
+        False,
+    ]
     assert not (node.state / "collected.json").exists()
 
 
@@ -991,12 +994,31 @@ def _files_with(directory: Path, data: bytes) -> list[Path]:
 
 
 def test_a_ca_that_has_a_cancelled_request_is_named(node: Node) -> None:
-    """It may sign all the same; the answer is refused then."""
-    node.add_exchange()
-    assert node.run("renew", FRONT).returncode == 4
+    """It may sign all the same, and the answer is refused then; a bundle of which no request is left is not carried to it."""
+    outbox, _ = node.add_exchange()
+    assert node.run("renew", FRONT, "apiserver").returncode == 4
     run = node.run("pending", "cancel", FRONT)
     assert run.returncode == 0
-    assert f"warning: {FRONT}: door (exchange) still has the request, and may sign it" in run.stderr
+    assert f"warning: {FRONT}: door (exchange) may have the request, and sign it" in run.stderr
+    assert len(list(outbox.iterdir())) == 1
+    assert node.run("pending", "cancel", "apiserver").returncode == 0
+    assert not list(outbox.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["away", "wrong"])
+def test_a_request_is_cancelled_whatever_its_ca_is(node: Node, harm: str) -> None:
+    """Where the outbox is away, or the CA's table is wrong, the key is removed all the same."""
+    outbox, _ = node.add_exchange()
+    assert node.run("renew", FRONT).returncode == 4
+    if harm == "away":
+        outbox.rename(outbox.with_name("away"))
+    else:
+        node.bridge.config.write_text(node.bridge.config.read_text().replace("outbox =", "outbux ="))
+    run = node.run("pending", "cancel", FRONT)
+
+    assert run.returncode == 0, run.stderr
+    assert ("requests and answers that are over stay where they are" in run.stderr) is (harm == "away")
+    assert not node.open()
 
 
 # --- beside `renew` ---------------------------------------------------------------------------------------------------
