@@ -154,6 +154,9 @@ class EstBackend:
         answer = self._enrol(label, request.csr.public_bytes(Encoding.DER))
         if answer.status == HTTPStatus.ACCEPTED:
             return _pending(request, answer, datetime.now(UTC))
+        if answer.status == HTTPStatus.FORBIDDEN and self._enrol(label, b"").status in NO_ENTRY:
+            hint = f"the server refuses {_who(self._settings)} whatever the CSR is"
+            raise NoVerdictError(str(self._error(answer)), hint=hint)
         found = self._certificates(answer)
         leaf = leaf_of(found, request.csr)
         if leaf is None:

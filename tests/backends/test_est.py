@@ -650,6 +650,21 @@ def test_what_is_no_verdict_keeps_an_order(double: kit.Double, ours: EstBackend,
     verify.check(issued(ours.collect(asked, first.reference)), asked, expectation())
 
 
+def test_a_client_that_is_not_let_in_keeps_its_order(double: kit.Double, ours: EstBackend) -> None:
+    """A 403 that the server gives without a CSR, too, is about the client, whose order is there when it is let in again."""
+    double.answers.append(Answer(status=202))
+    asked, client = request(APISERVER), double.client_cn
+    first = ours.sign(asked)
+    assert isinstance(first, Pending)
+    double.client_cn = "another"
+    e = failure(lambda: ours.collect(asked, first.reference))
+    assert isinstance(e, NoVerdictError)
+    assert "HTTP 403, no rights" in str(e)
+    assert "whatever the CSR is" in e.hint
+    double.client_cn = client
+    verify.check(issued(ours.collect(asked, first.reference)), asked, expectation())
+
+
 # ------------------------------------------------------------------------------------------------------- labels, preflight
 
 
