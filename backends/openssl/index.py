@@ -53,6 +53,8 @@ _INDEX_COPIES = 3
 _BYTES_PER_CERTIFICATE = 16 * 1024
 #: The size of a certificate, with the text that openssl may have written before it.
 _LARGEST_FILE = 1 << 20
+#: Two million rows; `openssl ca`, too, has all of them in memory, several times.
+_LARGEST_INDEX = 256 << 20
 
 log = logging.getLogger(__name__)
 
@@ -175,9 +177,9 @@ class Database:
     def _open(self) -> FileIO:
         """Open the index, for which it waits while another run's `openssl ca` is between its renames."""
         with suppress(FileNotFoundError):
-            return open_regular(self.index)
+            return open_regular(self.index, _LARGEST_INDEX)
         time.sleep(_SETTLE_SECONDS)
-        return open_regular(self.index)
+        return open_regular(self.index, _LARGEST_INDEX)
 
     def _check_emptiness(self) -> None:
         """An index that lost all in a power cut looks like that of a new CA, and `openssl ca` takes it for that."""
@@ -352,7 +354,7 @@ class Database:
     def adopt(self, pattern: os.stat_result) -> None:
         """Give the index and its attributes, which each run writes anew, the owner and the mode that they had."""
         for path in (self.index, self.attributes):
-            with suppress(FileNotFoundError), open_regular(path) as file:
+            with suppress(FileNotFoundError), open_regular(path, None) as file:
                 _adopt(file.fileno(), pattern)
 
     def sync(self, serials: Sequence[int]) -> None:
@@ -437,7 +439,7 @@ def _opened(folder: int, name: str, flags: int) -> Iterator[int]:
 
 def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
     try:
-        with open_regular(path) as file:
+        with open_regular(path, _LARGEST_INDEX if at_most < 0 else None) as file:
             # a buffer as large as the limit takes longer to make than a certificate to read
             size = os.fstat(file.fileno()).st_size
             return file.read(min(size, at_most)) if at_most >= 0 else file.readall()

@@ -23,6 +23,7 @@ from backends.openssl.program import SCHEME, KeyFile, Pkcs11Settings, PrivateKey
 from bridge.contract import BackendSettings, Secret, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.specs import SPECS, Authority, Usage
+from bridge.system.paths import open_regular
 from bridge.words import escaped
 
 #: The hint of errors about the CA's own files.
@@ -38,7 +39,7 @@ class OpensslSettings(BackendSettings):
     dir: Path | None = None
     certificate: Path | None = None  #: The CA's certificate, followed by its chain.
     private_key: str | None = None  #: The CA's key: a file, or a `pkcs11:` URI.
-    database: Path | None = None  #: The index of signed certificates.
+    database: Path | None = None  #: The index of signed certificates, of 256 MiB at most.
     new_certs_dir: Path | None = None  #: The directory where openssl puts a copy of each certificate.
     config: Path | None = None  #: An openssl.cnf of your own; only these four places are read from it.
     section: str | None = None  #: The section of `config`; if not set, the one that its `default_ca` names.
@@ -110,7 +111,8 @@ def _site_files(settings: OpensslSettings) -> CAFiles:
     """The four places that a site's openssl.cnf names."""
     path, section = settings.config or Path(), settings.section
     try:
-        config = parse_config(path.read_text(encoding="utf-8", errors="surrogateescape"), os.environ)
+        with open_regular(path) as file:
+            config = parse_config(file.read().decode(errors="surrogateescape"), os.environ)
         section = section or _site_value(config, "ca", "default_ca")
         found = {key: _site_value(config, section, key) for key in _FILES}
     except OSError as e:

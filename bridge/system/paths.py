@@ -22,6 +22,8 @@ from bridge.pki.certificates import load_pem_certificates
 MOST_LINKS = 40
 #: Certificates, kubeconfigs and manifests are far below.
 MAX_FILE_BYTES = 1 << 20
+#: Bundles of all public CAs with their texts have one MiB.
+_MOST_OPENED = 16 << 20
 #: Also what is bound within one file system, which `os.path.ismount` misses.
 MOUNTS = Path("/proc/self/mountinfo")
 _OVERFLOW_UID = 65534  # unless the administrator has set another (linux/highuid.h)
@@ -66,8 +68,8 @@ def read_once(path: Path) -> tuple[bytes, os.stat_result]:
 
 
 @contextlib.contextmanager
-def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_result]]:
-    """Open a regular file for reading, and no device; FileNotFoundError, NotADirectoryError or UnreadableError."""
+def regular_file(path: Path, flags: int = 0, *, most: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
+    """Open a regular file, of `most` bytes, to read it; FileNotFoundError, NotADirectoryError or UnreadableError."""
     with contextlib.ExitStack() as stack:
         try:
             found = os.open(path, _LOOK | flags)
@@ -81,6 +83,8 @@ def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_resu
             raise _DirectoryError("a directory, not a regular file")
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableError(f"{kind(status.st_mode)}, not a regular file")
+        if most is not None and status.st_size > most:
+            raise UnreadableError(f"more than {most} bytes")
         try:
             descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
@@ -89,10 +93,10 @@ def regular_file(path: Path, flags: int = 0) -> Iterator[tuple[int, os.stat_resu
         yield descriptor, status
 
 
-def open_regular(path: Path) -> io.FileIO:
-    """A regular file, opened for reading; an OSError for all that is none, such as a FIFO, at which others would wait."""
+def open_regular(path: Path, most: int | None = _MOST_OPENED) -> io.FileIO:
+    """A regular file of `most` bytes, opened for reading; an OSError for a longer one, or what is none, such as a FIFO."""
     try:
-        with regular_file(path) as (descriptor, _):
+        with regular_file(path, most=most) as (descriptor, _):
             return io.FileIO(os.dup(descriptor))
     except UnreadableError as e:
         raise OSError(errno.EINVAL, str(e), str(path)) from e

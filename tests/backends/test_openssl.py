@@ -800,6 +800,16 @@ class TestCertificate:
         ):
             call(opened(directory))
 
+    @pytest.mark.parametrize("file", ["ca.crt", "ca.key", "index.txt", "index.txt.attr"])
+    def test_reads_no_file_without_bound(
+        self, directory: Path, file: str, call: Callable[[OpensslBackend], object]
+    ) -> None:
+        """It would fill the memory of the CA's host: it is named, and not read."""
+        with directory.joinpath(file).open("ab") as opened_file:
+            opened_file.truncate(1 << 29)
+        with pytest.raises(BackendRefusedError, match=f"{re.escape(str(directory / file))}.*more than [0-9]+ bytes"):
+            call(opened(directory))
+
     @pytest.mark.parametrize("key", [b"", b"junk", TestCA.make("x").key_pem], ids=["empty", "junk", "another CA's"])
     def test_refuses_a_key_that_is_not_its_own(
         self, directory: Path, key: bytes, call: Callable[[OpensslBackend], object]
