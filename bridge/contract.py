@@ -542,6 +542,10 @@ class BackendSettings:
         """Directories on this machine that the backend writes into, which a unit's sandbox has to leave open."""
         return ()
 
+    def programs(self) -> Sequence[str]:
+        """Programs that the backend runs, by path or name, for `ca-bridge settings check`."""
+        return ()
+
     def private_files(self) -> Iterator[Path]:
         """
         Files of these settings that only their owner may read, for `ca-bridge doctor`, which opens none.

@@ -82,6 +82,10 @@ class CmpSettings(BackendSettings):
     unprotected_errors: bool = False
     openssl: str = "openssl"  #: The openssl program, 3.0 or newer.
 
+    def programs(self) -> Sequence[str]:
+        """openssl."""
+        return (self.openssl,)
+
     @property
     def path_pattern(self) -> str:
         """The URL path, or else the server's profile of the usage class, unless something else says the usages."""

@@ -79,6 +79,10 @@ class ExecSettings(BackendSettings):
     names_beside_csr: bool = False
     user: str = ""  #: The user (with its groups) that runs the program; if empty, the user of ca-bridge.
 
+    def programs(self) -> Sequence[str]:
+        """The command's."""
+        return self.command[:1]
+
     def problems(self) -> Iterator[SettingsProblem]:
         """A program that can't be one, and variables that are ours or would hold a secret."""
         if not self.command or not self.command[0].startswith("/"):

@@ -53,6 +53,10 @@ class OpensslSettings(BackendSettings):
         places = [self.dir, self.database and self.database.parent, self.new_certs_dir]
         return [place for place in places if place is not None]
 
+    def programs(self) -> Sequence[str]:
+        """openssl."""
+        return (self.openssl,)
+
     def private_files(self) -> Iterator[Path]:
         """The CA's key, where it is a file."""
         yield from super().private_files()

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from bridge.pki import csr, verify
 from bridge.pki.expiry import duration_text
 from bridge.secret import leaves
 from bridge.settings.load import DEFAULT_FILE
-from bridge.settings.tables import Commands, Components, Settings, for_next, for_rehearsal
+from bridge.settings.tables import Commands, Components, Settings, command_words, for_next, for_rehearsal
 from bridge.settings.windows import Windows
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.console import doing, log, printable
@@ -96,7 +97,7 @@ def settings_check(common: Common) -> None:
 
 
 def doubts(settings: Settings) -> Iterator[str]:
-    """Problems of well-formed settings: no CA, hosts and names of the examples, missing files."""
+    """Problems of well-formed settings: no CA, hosts and names of the examples, missing files and programs."""
     backends = registry.configured(settings, settings.authorities)
     if not backends:
         yield "no CA is named: `ca-bridge settings init KIND FILE` writes tables for one to a new file"
@@ -107,7 +108,20 @@ def doubts(settings: Settings) -> Iterator[str]:
         files = [value for _, value in leaves(configured.settings) if isinstance(value, Path)]
         files += _secret_files(configured, settings)
         found |= dict.fromkeys(f"{configured.label}: {path} is not there" for path in files if _is_absent(path))
+        found |= dict.fromkeys(_lacking(configured.label, configured.settings.programs()))
+    hooks = ((f"hooks.{key}", value.texts) for key, value in leaves(settings.hooks) if isinstance(value, Commands))
+    restarts = ((f"restart.commands.{name}", (text,)) for name, text in settings.restart.commands.items())
+    reloads = ((f"certificate.{pair.name}.reload", (pair.reload,)) for pair in settings.node.pairs)
+    for key, texts in (*hooks, *restarts, *reloads):
+        found |= dict.fromkeys(_lacking(key, [word for text in texts for word in command_words(text)[:1]]))
+    if settings.gateway.inventory_command is not None:
+        found |= dict.fromkeys(_lacking("gateway.inventory_command", [str(settings.gateway.inventory_command)]))
     yield from found
+
+
+def _lacking(what: str, programs: Iterable[str]) -> Iterator[str]:
+    """The programs that are not on this machine, or that this user can't run."""
+    return (f"{what}: {name} is no program that can be run here" for name in programs if shutil.which(name) is None)
 
 
 #: RFC 2606: names that no site has.

@@ -101,6 +101,45 @@ def test_what_is_well_formed_and_cannot_work_is_doubted(tmp_path: Path) -> None:
     assert list(doubts(parse(initial("openssl").replace("/srv/ca", str(tmp_path))))) != []
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_programs_that_are_not_there_are_doubted(tmp_path: Path, *, is_there: bool) -> None:
+    """A program of a hook, a restart, a pair, the gateway or a backend: one that is missing, or can't be run, is named."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755 if is_there else 0o644)
+    text = f"""
+[hooks]
+failure = ["true", "{program} one"]
+[restart]
+commands = {{ kubelet = "{program} two" }}
+[gateway]
+inventory_command = "{program}"
+[certificate.lb]
+authority = "ca"
+usages = ["server"]
+certificate_file = "{tmp_path}/lb.crt"
+key_file = "{tmp_path}/lb.key"
+common_name = "lb"
+sans = ["lb.lan"]
+reload = "{program} three"
+[backend.helper]
+type = "exec"
+command = ["{program}", "four"]
+[backend.openssl]
+type = "openssl"
+dir = "{tmp_path}"
+openssl = "{program}"
+[authority.ca]
+backend = "helper"
+[authority.etcd-ca]
+backend = "openssl"
+"""
+    where = ["hooks.failure", "restart.commands.kubelet", "gateway.inventory_command", "certificate.lb.reload"]
+    where += ["helper (exec)", "openssl (openssl)"]
+    wanted = set() if is_there else {f"{key}: {program} is no program that can be run here" for key in where}
+    assert set(doubts(parse(text))) == wanted
+
+
 @pytest.mark.first_use("5")
 def test_settings_check_says_well_formed_and_doubts(tmp_path: Path) -> None:
     """The exit code is 0, since the settings may exist before the CA; `doctor` tries it."""

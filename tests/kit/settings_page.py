@@ -131,6 +131,7 @@ _HEAD = """\
 For operators who look up a key of the settings file.
 It is `/etc/ca-bridge/config.toml`, or what `--config` or `CA_BRIDGE_CONFIG` names.
 `ca-bridge settings init` writes one with comments, `ca-bridge settings check` finds every error in it, and `ca-bridge settings show` prints what is in force.
+`settings check` also warns of hosts of the examples, and of files and programs that are not on this machine; a warning changes no exit code.
 `config/config.toml` and the files below `config/` are examples with all of them; a CA desk's policy is `config/desk/desk-policy.toml`.
 
 A duration is a number with a unit, such as `"90s"`, `"12h"` or `"30d"`.
