@@ -8,7 +8,7 @@ that is meant for its renewal, and no request has come since that time began.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 import sqlalchemy as sa
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from bridge import dataclass
 from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory
 from bridge.pki.expiry import Before
-from bridge.specs import SUPER_ADMIN, USER
+from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER
 from bridge.system.codec import labels, metric
 from bridge.words import one_line
 
@@ -28,6 +28,10 @@ RED: tuple[NodeState, ...] = ("expired", "silent", "failed")
 PREFIX = "ca_bridge_fleet"
 #: Not renewed by a node's runs: people have these by name, or for some hours.
 _NOT_A_NODES = (USER.name, SUPER_ADMIN)
+#: A kubelet rotates these by itself, as a rule, once it has them.
+_KUBELETS = (KUBELET_CONF, KUBELET_SERVER)
+#: Certificates of one run, also of one that waited for people, begin within it.
+_ONE_RUN = timedelta(days=7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +68,8 @@ def _node(
     now: datetime,
 ) -> FleetNode:
     heard = last[0] if last is not None else None
-    name, begins, ends = min(covered, key=lambda one: one[2], default=("", now, None))
+    counted = [one for one in covered if not _is_superseded(one, covered)]
+    name, begins, ends = min(counted, key=lambda one: one[2], default=("", now, None))
     state, why = _state(last)
     if ends is not None:
         due = ends - min(before.of(ends - begins), (ends - begins) / 3)
@@ -73,6 +78,15 @@ def _node(
         elif now > due + (ends - due) / 2 and (heard is None or heard < due):
             state, why = "silent", f"should have asked since {due:%Y-%m-%d}"
     return FleetNode(node=place[0], cluster=place[1], state=state, ends=ends, name=name, heard=heard, why=why)
+
+
+def _is_superseded(one: _Covered, covered: Sequence[_Covered]) -> bool:
+    """Whether a kubelet has another by now: certificates of the node that live as long were renewed here without it."""
+    name, begins, ends = one
+    return name in _KUBELETS and any(
+        other_begins - begins > _ONE_RUN and other_ends - other_begins >= ends - begins
+        for _, other_begins, other_ends in covered
+    )
 
 
 def _state(last: _Last | None) -> tuple[NodeState, str]:

@@ -83,6 +83,23 @@ def test_what_people_have_is_no_nodes(memory: Memory) -> None:
     assert [(one.state, one.name) for one in fleet(memory, _BEFORE, NOW)] == [("ok", "apiserver")]
 
 
+def test_a_kubelet_that_rotates_by_itself_is_not_expired(memory: Memory) -> None:
+    """What day 0 had signed counts until others that live as long are renewed without it, and a pair of some days is none."""
+    day = timedelta(days=1)
+    names = ("kubelet.conf", "kubelet-server", "apiserver")
+    for name in names:
+        asked(memory, "cp-1", 370 * day, left=-5 * day, name=name)
+        asked(memory, "cp-2", 370 * day, left=-5 * day, name=name)
+        asked(memory, "cp-3", 370 * day, left=-5 * day, name=name)
+    asked(memory, "cp-1", 30 * day, left=335 * day)
+    asked(memory, "cp-2", day, left=6 * day, name="pair", life=7 * day)
+    asked(memory, "cp-3", 30 * day, left=335 * day, name="kubelet.conf")
+
+    found = {one.node: (one.state, one.name) for one in fleet(memory, _BEFORE, NOW)}
+    assert found["cp-1"] == ("ok", "apiserver")
+    assert found["cp-2"][0] == found["cp-3"][0] == "expired"
+
+
 def test_the_newest_certificate_counts(memory: Memory) -> None:
     """An older one that ends later covers nothing: the node has replaced it; nor is a node new whose secret is over."""
     day = timedelta(days=1)
