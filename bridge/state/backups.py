@@ -19,9 +19,9 @@ from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr, verify
-from bridge.pki.certificates import UNREADABLE, load_pem_certificates
+from bridge.pki.certificates import UNREADABLE, anchor_of, load_pem_certificates
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, KUBELET_SERVER, SERVERS, is_pair_name
+from bridge.specs import AUTHORITIES, CA, KUBELET_SERVER, SERVERS, is_pair_name
 from bridge.state import Outcome, Store, audit, copies, static_pods
 from bridge.state.install import (
     CERTIFICATE_MASK,
@@ -37,7 +37,7 @@ from bridge.state.install import (
 )
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, sync_directory
-from bridge.system.paths import UnreadableError, read_ca_file, real_path
+from bridge.system.paths import UnreadableError, read, read_ca_file, real_path
 from bridge.system.state_file import StateError
 from bridge.words import counted
 
@@ -215,7 +215,7 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
     for name in backup.names:
         item = items.get(name)
         if name in AUTHORITIES:
-            found += _trust_problems(backup, name, node)
+            found += _trust_problems(backup, name, settings.node.kubeconfig_dir, node)
         elif item is None:
             wanted = f"a table [certificate.{name}]" if is_pair_name(name) else "a certificate of this node"
             found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
@@ -226,7 +226,7 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
     return found
 
 
-def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Problem]:
+def _trust_problems(backup: Backup, authority: str, kubeconfig_dir: Path, node: Node) -> Iterator[Problem]:
     """Problems of a CA file: damage, or CAs of another phase of a replacement, to which no gate leads."""
     files = files_of(backup, authority)
     state = next((one for one in node.authorities if one.authority.name == authority), None)
@@ -240,10 +240,30 @@ def _trust_problems(backup: Backup, authority: str, node: Node) -> Iterator[Prob
         yield Problem(
             certificate=authority, wanted="a file with CA certificates", found="none, or one that can't be read"
         )
-    elif state is not None and bundle != state.certificates:
+    elif state is None or bundle == state.certificates:
+        return
+    elif state.certificates:
         wanted = f"the CAs of {state.path}, in their order"
         found = "those of another phase (`ca-bridge rotate-ca back` goes back by one)"
         yield Problem(certificate=authority, wanted=wanted, found=found, subject=PHASE)
+    elif authority != CA.name or not _is_of_this_phase(bundle, kubeconfig_dir, node):  # only `ca` is in kubeconfigs
+        wanted = f"the CAs of this node's kubeconfigs, of which the first signed its certificates, for {state.path}"
+        found = "others, or no kubeconfig that shows the phase (copy the file from a node of the same phase)"
+        yield Problem(certificate=authority, wanted=wanted, found=found, subject=PHASE)
+
+
+def _is_of_this_phase(bundle: Sequence[x509.Certificate], kubeconfig_dir: Path, node: Node) -> bool:
+    """Whether all kubeconfigs have these CAs, and the first of them signed all certificates; the CA file can't tell."""
+    ours = [item for item in node.items if item.spec.authority == CA and not item.foreign]
+    leaves = [item.certificates for item in ours if item.certificates]
+    try:
+        texts = [read(kubeconfig_dir / item.spec.base) for item in ours if item.spec.kubeconfig]
+        held = [kubeconfig.parse(text).ca_data for text in texts if text is not None]
+        trusted = [set(load_pem_certificates(data)) for data in held if data]
+    except (BridgeError, UnreadableError, ValueError):
+        return False
+    signed = all(anchor_of(certificates, bundle) == bundle[0] for certificates in leaves)
+    return bool(leaves and trusted) and signed and all(cas == set(bundle) for cas in trusted)
 
 
 def cas_of(backup: Backup, authority: str) -> tuple[x509.Certificate, ...]:

@@ -667,6 +667,44 @@ def test_a_rollback_across_a_phase_is_refused(settings: Settings, pki: Pki, reac
     assert contents(pki) == before
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_a_lost_ca_file_comes_back_from_a_backup_of_the_same_phase_alone(
+    settings: Settings, pki: Pki, damage: bytes | None
+) -> None:
+    """The kubeconfigs and the issuers of the certificates tell the phase; etcd's CA is in no kubeconfig, and is refused."""
+
+    def lose(name: str) -> None:
+        path = pki.pki_dir / f"{name}.crt"
+        path.unlink() if damage is None else path.write_bytes(damage)
+
+    def refused(backup_id: str, name: str) -> bool:
+        """Whether it is refused with the reason, forced or not, and leaves all as it is."""
+        before = contents(pki)
+        for force in (False, True):
+            with pytest.raises(backups.RollbackRefusedError, match=rf"{name}: phase: wanted the CAs of this node's"):
+                put_back_and_retire(settings, backup_id, utc_now, Quiet(), force=force, wait=timedelta())
+        return contents(pki) == before
+
+    first = contents(pki)
+    assert run(settings, Verb.TRUST, ["ca", "etcd-ca"]).exit_code == 0
+    trusted = backups.find(Store(settings.node.state_dir), None).backup_id
+    assert run(settings, Verb.BACK, ["ca", "etcd-ca"]).exit_code == 0
+    assert contents(pki) == first
+    lose("ca")
+    assert refused(backups.find(Store(settings.node.state_dir), None).backup_id, "ca")
+    put_back_and_retire(settings, trusted, utc_now, Quiet(), force=False, wait=timedelta())
+    assert contents(pki) == first
+    lose("etcd/ca")
+    assert refused(trusted, "etcd-ca")
+    (pki.pki_dir / "etcd/ca.crt").write_bytes(first[pki.pki_dir / "etcd/ca.crt"])
+    for verb in (Verb.TRUST, Verb.ISSUE):
+        assert run(settings, verb).exit_code == 0
+    lose("ca")
+    held = [each for each in backups.read_all(Store(settings.node.state_dir))[0] if backups.cas_of(each, "ca")]
+    for each in held:
+        assert refused(each.backup_id, "ca")  # that of `issue` has the kubeconfigs' CAs, in the order of `trusted`
+
+
 def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(settings: Settings, pki: Pki) -> None:
     """The backup of a change of trust has the kubelet's kubeconfig, and not the pair, which stays where it is."""
     current = finalize(pki)
