@@ -203,9 +203,10 @@ def _recover(store: Store) -> Recovery | None:
         try:
             _back(store, journal)
         except (OSError, InstallError, StateError) as e:
+            places = f"the old files are in {store.backups / journal['backup']}, the journal is {store.journal}"
             raise InstallError(
                 f"an interrupted installation can neither be finished nor undone: {_reason(e)}",
-                hint=f"the old files are in {store.backups / journal['backup']}, the journal is {store.journal}",
+                hint="; ".join(filter(None, (getattr(e, "hint", ""), places))),
             ) from e
     _close(store)
     paths = tuple(target["path"] for target in journal["targets"])
@@ -327,6 +328,7 @@ def _forward(journal: Mapping[str, Any]) -> None:
     """Put all new files in place, each of which is there already or staged beside it; may be repeated."""
     for target in journal["targets"]:
         path, staged = Path(target["path"]), Path(target["staged"])
+        _assert_no_directory(path)
         if target["sha256"] is None:
             path.unlink(missing_ok=True)
         elif _holds(staged, target["sha256"]):
@@ -335,6 +337,15 @@ def _forward(journal: Mapping[str, Any]) -> None:
             raise InstallError(f"{path}: wanted its new content here or in {staged}, found neither")
     for directory in {Path(target["path"]).parent for target in journal["targets"]}:
         sync_directory(directory)
+
+
+def _assert_no_directory(path: Path) -> None:
+    """No file can be put in a directory's place, whose content is not ours to remove."""
+    if path.is_dir() and not path.is_symlink():
+        raise InstallError(
+            f"{path}: wanted a file that can be replaced, or none, found a directory",
+            hint=f"move the directory {path} away, then run `ca-bridge recover`",
+        )
 
 
 def _back(store: Store, journal: dict[str, Any]) -> None:
@@ -351,6 +362,7 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
         raise InstallError(f"{directory}: wanted a backup of {', '.join(sorted(unknown))}, found none")
     for target in journal["targets"]:
         path, staged, entry = Path(target["path"]), Path(target["staged"]), files[target["path"]]
+        _assert_no_directory(path)
         staged.unlink(missing_ok=True)
         if (leads_to := entry.get("leads_to")) is not None:
             staged.symlink_to(leads_to)
@@ -382,7 +394,7 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
     except (OSError, InstallError, StateError) as e:
         raise InstallError(
             f"the files could not be replaced ({_reason(error)}), nor put back ({_reason(e)})",
-            hint="fix the file system, then run `ca-bridge recover`",
+            hint=getattr(e, "hint", "") or "fix the file system, then run `ca-bridge recover`",
         ) from error
     _close_at_last(store, "all was put back")
     replaced_here.clear()

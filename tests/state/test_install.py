@@ -621,6 +621,50 @@ def test_recovery_that_can_go_nowhere_keeps_the_journal(
         recover(store)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_directory_in_the_place_of_a_file_after_the_commit_point_is_named(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each run says which, and what to do; when it was moved away, the next one goes on, and all files are old."""
+    _interrupted(pki, store, monkeypatch)
+    (pki / name).unlink()
+    (pki / name).mkdir()
+    (pki / name / "theirs").touch()
+    for _ in range(2):
+        with pytest.raises(InstallError) as e:
+            recover(store)
+        assert f"{pki / name}: wanted a file that can be replaced, or none, found a directory" in str(e.value)
+        assert str(e.value.hint).startswith(f"move the directory {pki / name} away, then run `ca-bridge recover`; ")
+    (pki / name).rename(pki.parent / "away")
+    found = recover(store)
+    assert found is not None
+    assert found.direction == "back"
+    assert contents(pki) == FILES
+    assert recover(store) is None
+
+
+def test_an_installation_that_meets_a_directory_says_which(
+    pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appears after the commit point, where the installation can neither go on nor back."""
+    rename = Path.rename
+
+    def rename_and_make(self: Path, target: Path) -> Path:
+        if self.name == ".ca-bridge-run1-server.key" and (pki / "admin.conf").is_file():
+            (pki / "admin.conf").unlink()
+            (pki / "admin.conf").mkdir()
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_and_make)
+        with pytest.raises(InstallError, match=f"nor put back .{pki / 'admin.conf'}: wanted a file") as e:
+            run(pki, store)
+    assert e.value.hint == f"move the directory {pki / 'admin.conf'} away, then run `ca-bridge recover`"
+    (pki / "admin.conf").rmdir()
+    assert recover(store) is not None
+    assert contents(pki) == FILES
+
+
 def test_a_backup_of_other_files_is_not_put_back(pki: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal names a file that its backup does not hold."""
     _interrupted(pki, store, monkeypatch)
