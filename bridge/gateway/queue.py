@@ -105,6 +105,8 @@ class Queue:
             lane.ready.clear()
         self._delayed: list[tuple[float, int, Job]] = []
         self._newest: OrderedDict[str, tuple[tuple[datetime, int], str]] = OrderedDict()
+        #: Uids that do not count: of two that were made in one second, a write on the older one gives it the greater version.
+        self._older: OrderedDict[str, None] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
         self._bytes = 0
         self.overflowed = False
@@ -190,12 +192,15 @@ class Queue:
         if not key:
             return []
         known = self._newest.get(key)
-        if known is not None and known[1] != one.uid and known[0] > one.age_key:
-            return None
-        if known is None or known[1] != one.uid:
-            remember(self._newest, key, (one.age_key, one.uid), _MOST_REMEMBERED)
-        if known is None or known[1] == one.uid:
+        if known is not None and known[1] == one.uid:
             return []
+        if one.uid in self._older or (known is not None and known[0] > one.age_key):
+            remember(self._older, one.uid, None, _MOST_REMEMBERED)
+            return None
+        remember(self._newest, key, (one.age_key, one.uid), _MOST_REMEMBERED)
+        if known is None:
+            return []
+        remember(self._older, known[1], None, _MOST_REMEMBERED)
         self._remove(known[1])
         return [known[1]]
 

@@ -159,6 +159,22 @@ def test_the_newest_of_a_node_takes_the_place_of_the_others() -> None:
     assert again.put(one("b", seconds=2), of_w1) == ["a"]
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_write_on_the_older_of_two_of_one_second_makes_it_no_newer(order: tuple[str, str]) -> None:
+    """An approval gives it a greater version than the newer one has, while it waits as well as while it is worked at."""
+    line = Queue()
+    versions = {"a": 1, "b": 2}
+    line.put(one(order[0], version=versions[order[0]]), of_w1)
+    worked_at = taken(line)
+    assert worked_at is not None
+    line.put(one(order[1], version=versions[order[1]]), of_w1)
+    line.put(one("a", version=3), of_w1)
+    line.done(worked_at)
+    assert line.put(one("a", version=4), of_w1) == []
+    assert line.is_newest(Job(one=one("b"), look=of_w1(one("b")), arrived=0.0))
+    assert [job.one.uid for job in iter(lambda: taken(line), None)] == ["b"] * (order[1] == "b")
+
+
 def test_a_hostile_request_replaces_no_honest_one() -> None:
     """A newer one that will be refused stands beside an honest one, in whichever order they come."""
     for order in (("honest", "hostile"), ("hostile", "honest")):
