@@ -184,7 +184,8 @@ class CfsslBackend:
             profile = self._profile(one.spec)
             gives = _go_duration(offer(profile).expiry)
             if gives is not None and gives < one.at_least:
-                want = f"at least {one.at_least.days}d, or its answer is refused"
+                least = f"{one.at_least.days}d" if one.at_least.days else f"{one.at_least}"
+                want = f"at least {least}, or its answer is refused"
                 violation = Violation(subject=f"profile {profile}: expiry", want=want, got=offer(profile).expiry)
                 found[one.spec.name] = [violation]
         return found

@@ -22,7 +22,7 @@ from backends.vault import DEFAULT_ROLE, RoleOf, VaultSettings, role_selector
 from bridge.contract import DEFAULT_CLUSTER, NamePatterns, Selector, SetupFile, SetupRequest, Wanted
 from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates
-from bridge.specs import EKU, SPECS, CertificateSpec
+from bridge.specs import EKU, PODS, SPECS, CertificateSpec
 from bridge.words import one_line
 
 #: Field of a role for each subject attribute that it can give; all take lists.
@@ -394,7 +394,7 @@ def _names(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
         san = wanted.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return
-    if role.get("use_csr_sans") is False:
+    if role.get("use_csr_sans") is False and wanted.spec.authority != PODS:  # whose names come beside the CSR
         yield Violation(subject="use_csr_sans", want="true", got="false")
         return
     refused = [name for name in san.get_values_for_type(x509.DNSName) if not _allows(role, name)]

@@ -129,11 +129,7 @@ class CA:
         if expected is not None and self.certificates:
             assert_right_ca(self.certificates, expected)
         found: dict[str, BridgeError] = dict(self._question(lambda: usages(backend, specs)))
-        if isinstance(backend, contract.ChecksWhole) and wanted:
-            all_specs = [one.spec for one in wanted]
-            refused = self._question(lambda: _errors(backend, all_specs, backend.check_whole(wanted)))
-            return {**refused, **found}
-        return found
+        return {**self._question(lambda: unfit(backend, wanted)), **found}
 
     def ask_identity(self) -> str | None:
         """Our name at the CA, for the audit log; None: the CA does not tell."""
@@ -361,6 +357,12 @@ def _collected(
 def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
     """Find which certificates the CA would sign with other usages; errors by certificate name."""
     return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, contract.Checks) else {})
+
+
+def unfit(backend: object, wanted: Sequence[contract.Wanted]) -> dict[str, RefusedByCheckError]:
+    """Find which certificates the CA would refuse to sign as they are wanted; errors by certificate name."""
+    found = backend.check_whole(wanted) if wanted and isinstance(backend, contract.ChecksWhole) else {}
+    return _errors(backend, [one.spec for one in wanted], found)
 
 
 def _errors(

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.ca import CA, Answer, assert_right_ca, registry, usages
+from bridge.ca import CA, Answer, assert_right_ca, registry, unfit, usages
 from bridge.ca.registry import Configured, cross_of, is_cross_long_enough
 from bridge.ca.retry import Rest
 from bridge.contract import (
@@ -27,12 +27,16 @@ from bridge.contract import (
     SignRequest,
     SignsMany,
     SignsSideBySide,
+    Wanted,
 )
 from bridge.errors import BackendError, SettingsError, SettingsProblem
+from bridge.gateway.rules import PodSignerRules, patterns
 from bridge.pki import verify
+from bridge.pki.csr import Naming
+from bridge.pki.kubeadm_names import sample
 from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
-from bridge.specs import PODS, SIGNING_AUTHORITIES, CertificateSpec
+from bridge.specs import KEY_ALGORITHMS, PODS, SIGNING_AUTHORITIES, CertificateSpec
 from bridge.system.paths import UnreadableError, assert_ours, read_ca_file
 from bridge.system.waiting import Combined
 
@@ -102,8 +106,11 @@ class AuthorityOfSigners:
         # each may be the one that signs, unless it has ended: what outlives it would be refused
         return min((end for end in ends if end > datetime.now(UTC)), default=ends[0])
 
-    def check(self, now: datetime) -> list[str]:
-        """Ask who it is (BackendRefusedError: another CA) and whether its roles or profiles fit; each problem is a sentence."""
+    def check(self, now: datetime, pods: Collection[PodSignerRules] = ()) -> list[str]:
+        """
+        Ask who it is (BackendRefusedError: another CA), and whether its roles or profiles fit, also what the policy gives
+        to `pods`; each problem is a sentence.
+        """
         self.identity = self.ca.ask_identity() or self.identity
         if issuers := self.ca.issuers():
             self._issuer_end = self._end_of_path(issuers, now, self.anchors())
@@ -111,7 +118,27 @@ class AuthorityOfSigners:
                 file = self._anchor_file.name
                 wanted = Expectation(anchors=self.anchors(), anchor_name=file, now=now, min_validity=self._min_validity)
                 assert_right_ca(issuers, wanted)
-        return [f"{self.ca.label}: {name}: {error}" for name, error in usages(self.ca.backend, self._specs).items()]
+        found = [usages(self.ca.backend, self._specs)]  # by which a backend finds the roles
+        for rules in pods if self.name == PODS.name else ():
+            found += [unfit(self.ca.backend, [one]) for one in self._wanted_of_pods(rules, now)]
+        texts = (f"{self.ca.label}: {name}: {error}" for errors in found for name, error in errors.items())
+        return list(dict.fromkeys(texts))
+
+    def _wanted_of_pods(self, rules: PodSignerRules, now: datetime) -> Iterator[Wanted]:
+        """What pods may have, by key: a pattern in a SPIFFE ID stands for itself; labels alone do not say which namespaces."""
+        uris = patterns([rules])[0].uris if rules.namespaces else ()
+        names = Naming(subject=x509.Name([]), sans=tuple(map(x509.UniformResourceIdentifier, uris)))
+        certificate, least = sample(names, now), max(self._min_validity, rules.least - rules.backdating)
+        for key in KEY_ALGORITHMS:
+            if key in rules.keys:
+                yield Wanted(
+                    spec=rules.spec,
+                    certificate=certificate,
+                    key=key,
+                    validity=rules.max_validity,
+                    at_least=least,
+                    extra_subject=self._extra_subject,
+                )
 
     def _end_of_path(
         self, issuers: Sequence[x509.Certificate], now: datetime, anchors: Sequence[x509.Certificate]

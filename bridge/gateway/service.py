@@ -11,7 +11,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
@@ -28,7 +28,7 @@ from bridge.gateway.nodes import Nodes
 from bridge.gateway.pages import Metrics
 from bridge.gateway.queue import Queue
 from bridge.gateway.roots import Roots
-from bridge.gateway.rules import CLIENT_KUBELET, spec_of
+from bridge.gateway.rules import CLIENT_KUBELET, PodSignerRules, spec_of
 from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Watch, served
 from bridge.gateway.watch import PODS as POD_REQUESTS
 from bridge.settings.tables import GatewaySettings, Settings, address_of
@@ -106,7 +106,10 @@ class Service:
         for resource in (POD_REQUESTS, roots.BUNDLES) if self.pod_signers else ():
             served(self.api, resource)
         for authority in self.authorities.values():
-            yield from authority.check(self._now())
+            yield from authority.check(self._now(), self._pod_rules())
+
+    def _pod_rules(self) -> Collection[PodSignerRules]:
+        return self.nodes.files(0.0)[0].pod_signers.values()
 
     def notes(self) -> Iterator[str]:
         """Sentences on what `check` can't see, and an administrator has to know."""
@@ -197,7 +200,7 @@ class Service:
         while not self._stop.is_set():
             anchors, until = authority.anchors(), time.monotonic() + _ISSUERS_SECONDS
             try:
-                for text in authority.check(self._now()):
+                for text in authority.check(self._now(), self._pod_rules()):
                     log.warning("%s", text)
             except BackendError as e:
                 log.warning("%s: %s", authority.ca.label, e)

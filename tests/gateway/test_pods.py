@@ -216,6 +216,27 @@ def check(place: Place) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_check_compares_the_policy_with_the_cas_role(
+    cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path
+) -> None:
+    """What `setup` prints fits; a role that would refuse certificates of the policy is named before a pod asks."""
+    mount = f"pods-{next(_MOUNTS)}"
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, mount)
+    [usual] = [role_beside(one) for one in patterns(policy.parse(place.policy).pod_signers.values())]
+    assert check(place).returncode == 0
+    wrong: dict[str, dict[str, object]] = {
+        "max_ttl: wanted at least 1h": {"max_ttl": "50m"},
+        "key_type: wanted rsa (for rsa-3072) or any, got ec": {"key_type": "ec", "key_bits": 256},
+        "allowed_uri_sans: wanted spiffe://": {"allowed_uri_sans": ["spiffe://other.example/*"]},
+        "organization: wanted none, got system:masters": {"organization": ["system:masters"]},
+    }
+    for text, change in wrong.items():
+        bao.add_roles(mount, {"kubeadm-pod": {**usual, **change}})
+        found = check(place)
+        assert found.returncode == 5, found.stderr
+        assert text in " ".join(found.stderr.split()), found.stderr
+
+
 @pytest.mark.attack("P3")
 def test_a_ca_that_answers_wrongly_or_not(cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path) -> None:
     """Another CA, other usages, names that it leaves out, too long or too old: nothing is written, and an honest answer then is."""
