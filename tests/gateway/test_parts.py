@@ -404,7 +404,7 @@ def test_a_slow_lot_gets_another_one_beside_it(monkeypatch: pytest.MonkeyPatch) 
     assert line.take(0.2) == []
     line.done(lots[1][1])
     assert len(line.take(600)) == 2
-    # requests that come while nobody waits for the time: the thread that they wake waits for it then
+    # requests that come while no thread waits for the time: the one that they wake waits for it then
     slow = Queue(lane_of_pods, {"pods": 2})
     slow.put(pod_object("pod0"), no_node)
     slow.take(0)
