@@ -355,9 +355,13 @@ class Desk:
         return self._cas[request.authority].ca.error(request.name)
 
     def open_all(self) -> None:
-        """Reach all CAs now, so that `certificates` and `troubles` know them."""
-        for name in self._configured.keys() - self._cas.keys():
+        """Reach all CAs now, each in a thread, so that `certificates` and `troubles` know them."""
+
+        def open_(name: str) -> None:
             self._cas[name] = self._open(name)
+
+        with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+            list(pool.map(open_, self._configured.keys() - self._cas.keys()))
 
     def certificates(self, authority: str) -> tuple[x509.Certificate, ...]:
         """The CA's certificates, as far as it was reached."""

@@ -1499,6 +1499,24 @@ def test_no_further_window_is_begun_after_an_interruption(
     assert len(begun) == 2
 
 
+def test_all_cas_are_reached_at_the_same_time(desk_: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several CAs that hang, a door's round waits for one time limit, and not for the sum of all."""
+    settings, together = load(desk_.config), threading.Barrier(len(AUTHORITIES), timeout=60)
+    one = desk.Desk(settings, files.load_policy(settings, desk_.policy), lambda: datetime.now(UTC))
+    open_ = desk.Desk._open
+
+    def open_together(self: desk.Desk, name: str) -> object:
+        together.wait()
+        return open_(self, name)
+
+    monkeypatch.setattr(desk.Desk, "_open", open_together)
+    with contextlib.closing(one):
+        one.open_all()
+        assert one.troubles() == {}
+        assert all(one.certificates(name) for name in AUTHORITIES)
+        one.open_all()  # all were reached
+
+
 @pytest.mark.parametrize("is_signed", [True, False])
 def test_a_window_is_finished_once_it_is_signed_and_two_others_are_asked_for(
     desk_: Desk, pairs: Pairs, monkeypatch: pytest.MonkeyPatch, is_signed: bool
