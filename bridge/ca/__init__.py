@@ -220,8 +220,8 @@ class CA:
         def sign() -> None:
             nonlocal found
             found = backend.sign_side_by_side(requests)
-            if late := next((one for one in found if isinstance(one, BackendUnavailableError)), None):
-                raise late
+            if all(isinstance(one, BackendUnavailableError) for one in found):  # else it hangs on some of them alone
+                raise found[0]  # type: ignore[misc]
 
         try:
             self._question(sign)

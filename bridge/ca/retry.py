@@ -118,6 +118,7 @@ class Rest:
         self._lock = threading.Lock()
         self._failures = 0
         self._failed = 0.0  # when the latest one was
+        self._answered = 0.0
         self._until = 0.0
 
     def seconds_left(self) -> float:
@@ -141,6 +142,8 @@ class Rest:
         except BackendUnavailableError as e:
             with self._lock:
                 now = time.monotonic()
+                if self._answered > began:  # it is there, and hangs on this question alone
+                    raise
                 if began >= self._failed:
                     self._failures += 1
                 self._failed = now
@@ -158,7 +161,7 @@ class Rest:
 
     def _is_there(self, began: float) -> None:
         with self._lock:
-            self._failures = 0
+            self._failures, self._answered = 0, time.monotonic()
             if began >= self._failed:
                 self._until = 0.0
 

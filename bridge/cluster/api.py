@@ -196,8 +196,13 @@ class Api:
         self._read_anew(clients)
         return self._over(self.clients, request)
 
-    def answers(self, requests: Sequence[Request]) -> list[Reply | NoAnswerError]:
-        """As `answer`, for several at once, each over a connection of its own; an error is an answer, too."""
+    def answers(
+        self, requests: Sequence[Request], may_repeat: Callable[[], bool] = lambda: True
+    ) -> list[Reply | NoAnswerError]:
+        """
+        As `answer`, for several at once, each over a connection of its own; an error is an answer, too. One that has no
+        answer is made again by itself, while it `may_repeat`.
+        """
         reads: list[Callable[[], Reply]] = []
         server, client = self.servers[0], self.clients[0]
         with contextlib.suppress(HttpsError):  # a server that is not there may keep each further try waiting as long
@@ -206,6 +211,8 @@ class Api:
         trouble: NoAnswerError | None = None
         for request, read in itertools.zip_longest(requests, reads):
             reply = self._reply_of(read) if read is not None else None
+            if reply is None and trouble is None and not may_repeat():
+                trouble = NoAnswerError(f"no answer from {self.server}, and it may not be asked again")
             try:
                 if reply is None and trouble is not None:
                     raise trouble

@@ -141,6 +141,8 @@ class Alone:
 # --- the audit log ----------------------------------------------------------------------------------------------------
 
 _MOST_TOGETHER = 256
+#: Lines about what has happened already that wait for a record that can't be written.
+_MOST_NOTED = 10_000
 #: After a failure so much space must be free before writing, so that the lease does not change with each line.
 _ROOM_BYTES = 256 << 10
 _AGAIN_SECONDS = 5.0
@@ -236,7 +238,7 @@ class Ledger:
             self._record.add(**line)
         try:
             self._record.write(head_later=True)
-            self._head_is_old = True
+            noted, self._head_is_old = [], True
             if None in lines or self.trouble:  # which may be the head's: a line alone does not end it
                 self._record.write_head()
                 self._head_is_old = False
@@ -244,6 +246,8 @@ class Ledger:
             if not self.trouble:
                 self._failing_since = time.monotonic()
             self.trouble = str(e)
+            with self._mutex:  # whose other lines are told that they were not written
+                self._noted = [*noted, *self._noted][:_MOST_NOTED]
             raise
         self.trouble = ""
         return [None] * len(lines)
@@ -251,6 +255,8 @@ class Ledger:
 
 # --- how a step may end, and what all steps know ----------------------------------------------------------------------
 
+#: What other jobs of its lot need between a verdict and its write takes milliseconds.
+_FRESH_SECONDS = 1.0
 #: A CA that refused, or answered wrongly, is asked again after this, doubled a few times.
 AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS = 60.0, 480.0
 
@@ -343,10 +349,18 @@ class Context:
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
 
-    def write_all(self, requests: Sequence[Request]) -> Sequence[Reply | NoAnswerError]:
-        """The API server's answers to writes of a lot, if no other replica works by now."""
+    def written(self, request: Request) -> Together[Reply]:
+        """The step that writes, with other jobs' writes, what a verdict of this moment allows."""
+        return Together(self._write_all, (request, time.monotonic()), first=True)
+
+    def _write_all(self, wanted: Sequence[tuple[Request, float]]) -> list[Reply | Exception]:
+        """The API server's answers, if no other replica works by now, and no verdict is old."""
         self.assert_ours()
-        return self.api.answers(requests)
+        late = [time.monotonic() - decided > _FRESH_SECONDS for _, decided in wanted]
+        requests = [request for (request, _), is_late in zip(wanted, late, strict=True) if not is_late]
+        answers = iter(self.api.answers(requests, self.holder.is_ours))
+        old = LeftError("left", "its verdict was too old to be written", _FRESH_SECONDS)
+        return [old if is_late else next(answers) for is_late in late]
 
     def record_quietly(self, facts: Line, event: str, error: BackendError | VerificationError) -> None:
         """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""

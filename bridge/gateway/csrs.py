@@ -18,7 +18,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.cluster import text_of
-from bridge.cluster.api import JSON, MERGE_PATCH, METADATA, NoAnswerError, Reply, request_of
+from bridge.cluster.api import MERGE_PATCH, METADATA, NoAnswerError, Reply, request_of
 from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError
@@ -42,7 +42,7 @@ from bridge.pki.certificates import CN_OID, attributes, pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import GATEWAY_SPECS
-from bridge.system.waiting import Rate, Steps, Together
+from bridge.system.waiting import Rate, Steps
 
 log = logging.getLogger("ca-bridge")
 
@@ -157,27 +157,29 @@ class Writer:
     # --- answers ----------------------------------------------------------------------------------------------------
     # each raises GoneError (the object is finished or another), LeftError or NoAnswerError where it was not written
 
-    def deny(self, job: Job, hostile: Hostile) -> str:
+    def deny(self, job: Job, hostile: Hostile) -> Steps[str]:
         """Deny it without the reason, or write `Failed` if another client has approved it: which; empty: it has changed."""
         del hostile
         is_approved = job.one.has(watch.APPROVED)
         subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
-        return kind if self._marked(job, subresource, kind, watch.NOT_ALLOWED) else ""
+        return kind if (yield from self._marked(job, subresource, kind, watch.NOT_ALLOWED)) else ""
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
         """Say nothing: a CSR object's owner reads its conditions, and its events are seldom looked at."""
 
-    def fail_unanswered(self, job: Job) -> bool:
+    def fail_unanswered(self, job: Job) -> Steps[bool]:
         """Write that the CA has not answered in time; False: nothing is written into such an object."""
-        return any(self._marked(job, "status", watch.FAILED, watch.NOT_ANSWERED) for _ in self.turns(job))
+        for _ in self.turns(job):
+            if (yield from self._marked(job, "status", watch.FAILED, watch.NOT_ANSWERED)):
+                return True
+        return False
 
-    def waits(self, job: Job) -> None:
+    def waits(self, job: Job) -> Steps[None]:
         """A CA has the request and answers later; nothing is written where the object says so already."""
         if job.one.has(watch.PENDING_AT_CA):
             return
         for _ in self.turns(job):
-            if reply := self._marked(job, "status", watch.PENDING_AT_CA, watch.WAITS):
-                self._take_over(job, reply)
+            if (yield from self._marked(job, "status", watch.PENDING_AT_CA, watch.WAITS)):
                 return
 
     def trouble(self, verdict: Allowed, found: Verified) -> str:
@@ -188,14 +190,10 @@ class Writer:
     def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
         """Approve, unless another client did, and write the certificate; False: the object has changed."""
         del verdict
-        one, context = job.one, self._context
-        if not one.has(watch.APPROVED):
-            body = with_condition(one, watch.APPROVED, watch.ALLOWS, context.now())
-            reply = yield from self._patched(job, "approval", body)
-            if reply.status != HTTPStatus.OK:
-                return False
-            job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
-        context.assert_ours()
+        if not (
+            job.one.has(watch.APPROVED) or (yield from self._marked(job, "approval", watch.APPROVED, watch.ALLOWS))
+        ):
+            return False
         reply = yield from self._patched(job, "status", with_certificate(job.one, pem(*found.chain)))
         return reply.status == HTTPStatus.OK
 
@@ -226,23 +224,19 @@ class Writer:
             raise GoneError("another object has its name by now")
         job.one = found
 
-    def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> Reply | None:
-        """Write a further condition; None: the object has changed."""
-        reply = self._patch(job, subresource, with_condition(job.one, kind, reason, self._context.now()))
-        return reply if reply.status == HTTPStatus.OK else None
+    def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> Steps[bool]:
+        """Write a further condition; False: the object has changed."""
+        one, body = job.one, with_condition(job.one, kind, reason, self._context.now())
+        reply = yield from self._patched(job, subresource, body)
+        if reply.status != HTTPStatus.OK:
+            return False
+        job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
+        return True
 
     def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Steps[Reply]:
-        """As `_patch`, with other jobs' writes; the answer has no more than metadata."""
+        """Write; 200 with metadata alone, or that the object has changed."""
         request = request_of("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=METADATA)
-        reply: Reply = yield Together(self._context.write_all, request)
-        return self._judged(job, subresource, reply)
-
-    def _patch(self, job: Job, subresource: str, body: Mapping[str, Any], *, accept: str = JSON) -> Reply:
-        """Write; 200, or that it has changed."""
-        reply = self._context.api.ask("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=accept)
-        return self._judged(job, subresource, reply)
-
-    def _judged(self, job: Job, subresource: str, reply: Reply) -> Reply:
+        reply: Reply = yield self._context.written(request)
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
             self._unprocessable(job, subresource, reply)
         elif reply.status != HTTPStatus.CONFLICT:

@@ -10,6 +10,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import NamedTuple
 from uuid import UUID
 
 from bridge import dataclass
@@ -62,6 +63,14 @@ class _Asking:
     at_ca: PendingAtCa | None  #: The CA has it already.
 
 
+class _Left(NamedTuple):
+    """A job that was left, and why, in words for its object's owner."""
+
+    job: Job
+    outcome: str
+    reason: str
+
+
 class Issuing:
     """The work on the queue's jobs, done by several threads."""
 
@@ -110,10 +119,10 @@ class Issuing:
     def work(self, seconds: float) -> bool:
         """Take the next jobs and work at them, side by side; False: there were none in this time."""
         queue = self._context.queue
-        jobs = queue.take(seconds)
+        jobs, left = queue.take(seconds), list[_Left]()
         for job, error in in_step({job: self._answer(job) for job in jobs}):
             try:
-                seconds_until = self._ended(job, error)
+                seconds_until = self._ended(job, error, left)
             except Exception as e:  # noqa: BLE001 (one request's trouble is not the others')
                 [*_, where] = traceback.extract_tb(e.__traceback__)
                 text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
@@ -123,9 +132,11 @@ class Issuing:
                 queue.done(job)
             else:
                 queue.delay(job, seconds_until)
+        for one in left:  # afterwards, since each may take a while
+            self._writer_of(one.job.one).tell(one.job, one.outcome, one.reason)
         return bool(jobs)
 
-    def _ended(self, job: Job, error: Exception | None) -> float | None:
+    def _ended(self, job: Job, error: Exception | None, left: list[_Left]) -> float | None:
         """Seconds until the job is looked at again; None: nothing more is to be done."""
         context = self._context
         match error:
@@ -138,20 +149,20 @@ class Issuing:
                 context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
                 return None
             case LeftError():
+                left += [_Left(job, error.outcome, str(error))] if job.attempts else []
                 return self._left(job, error.outcome, str(error), error.seconds)
             case NoAnswerError() | AuditError() | StateError():
                 own = "the gateway has trouble of its own; its log says which"
-                return self._left(job, "left", str(error), for_owner=own)
+                left += [_Left(job, "left", own)] if job.attempts else []  # not what passes within a second
+                return self._left(job, "left", str(error), None)
         raise error
 
-    def _left(self, job: Job, outcome: str, reason: str, seconds: float | None = None, *, for_owner: str = "") -> float:
+    def _left(self, job: Job, outcome: str, reason: str, seconds: float | None) -> float:
         if job.said != reason:
             job.said = reason
             self._context.metrics.count(job.one.request.signer, outcome)
             level = logging.WARNING if outcome in {"ca-refused", "bad-answer"} else logging.INFO
             log.log(level, "left alone: %s", reason, extra=extra(job, outcome))
-        if job.attempts:  # not what passes within a second
-            self._writer_of(job.one).tell(job, outcome, for_owner or reason)
         job.attempts += 1
         usual = back_off_seconds(job.attempts - 1, _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS)
         return usual if seconds is None else seconds
@@ -171,7 +182,9 @@ class Issuing:
             return
         is_new = job.verified is None
         if job.verified is None:
-            job.verified, job.signed_for = (yield from self._signed(job, verdict, at_ca)), _content(verdict)
+            if job.unrecorded is None:
+                job.signed_for = _content(verdict)
+            job.verified = yield from self._signed(job, verdict, at_ca)
         found = job.verified
         for _ in writer.turns(job):
             self._assert_current(job)
@@ -198,7 +211,8 @@ class Issuing:
         context, writer = self._context, self._writer_of(job.one)
         yield context.ledger.line(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
         for _ in writer.turns(job):
-            if outcome := writer.deny(job, hostile).lower():
+            self._assert_current(job)
+            if outcome := (yield from writer.deny(job, hostile)).lower():
                 self._remember(job)
                 context.metrics.count(job.one.request.signer, outcome)
                 log.info("%s: %s", outcome, one_line(hostile.reason), extra=extra(job, outcome))
@@ -246,6 +260,8 @@ class Issuing:
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
     def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Steps[Verified]:
+        if job.unrecorded is not None:  # the record could not be written
+            return (yield from self._recorded(job, job.unrecorded))
         context, authority = self._context, self._context.authorities[verdict.spec.authority.name]
         if at_ca is not None and (at_ca.csr_sha256 != digest(verdict.csr.pem) or at_ca.object_name != job.one.name):
             at_ca = None
@@ -257,7 +273,8 @@ class Issuing:
             answer = yield from self._from_ca(asking)
         except BackendUnavailableError as e:
             context.record_quietly(job.facts, audit.UNAVAILABLE, e)
-            raise LeftError("ca-unavailable", str(e), authority.rest.seconds_left() + 0.5) from None
+            rest = authority.rest.seconds_left()  # none: it has answered others meanwhile
+            raise LeftError("ca-unavailable", str(e), rest + 0.5 if rest else None) from None
         except UntrustedAnswerError as e:  # the CA may still answer
             context.record_quietly(job.facts, audit.REFUSED, e)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
@@ -277,7 +294,13 @@ class Issuing:
             context.record_quietly(job.facts, audit.REFUSED, e)
             context.drop_pending(job.one.uid)
             raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
-        yield context.ledger.line(job.facts, audit.ISSUED, new=found.leaf)
+        return (yield from self._recorded(job, found))
+
+    def _recorded(self, job: Job, found: Verified, **values: str) -> Steps[Verified]:
+        """The certificate, once the record has it; until then the job keeps it, and no CA is asked for another."""
+        job.unrecorded = found
+        yield self._context.ledger.line(job.facts, audit.ISSUED, new=found.leaf, **values)
+        job.unrecorded = None
         return found
 
     def _request(self, one: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
@@ -313,14 +336,13 @@ class Issuing:
             found = authority.verified(answer, asking.request, asking.longest, context.now())
         except VerificationError:  # such as too short a life by now: the CA is asked for another
             return None
-        yield context.ledger.line(job.facts, audit.ISSUED, new=found.leaf, result=_RECALLED)
-        return found
+        return (yield from self._recorded(job, found, result=_RECALLED))
 
     def _from_ca(self, asking: _Asking) -> Steps[Issued]:
         context, job, authority, at_ca = self._context, asking.job, asking.authority, asking.at_ca
         self._assert_may_ask(authority)
         if at_ca is not None:
-            self._assert_in_time(job, at_ca)
+            yield from self._assert_in_time(job, at_ca)
             answer: Issued | Pending = authority.collect(asking.request, at_ca.reference, asking.longest, context.now())
         else:
             yield context.ledger.line(job.facts, audit.ASKED)
@@ -330,7 +352,7 @@ class Issuing:
         if isinstance(answer, Issued):
             return answer
         self._keep(asking, answer)
-        self._writer_of(job.one).waits(job)
+        yield from self._writer_of(job.one).waits(job)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _answers(self, wanted: Sequence[tuple[AuthorityOfSigners, SignRequest]]) -> Sequence[Answer]:
@@ -365,13 +387,13 @@ class Issuing:
         if at_ca is None:
             context.ledger.write(asking.job.facts, audit.PENDING, result=answer.note or "the CA answers later")
 
-    def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> None:
+    def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> Steps[None]:
         """Give up on a CA that has not answered for `gateway.pending_for`."""
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
         if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(facts_of(job.one), audit.CANCELLED, result=why)
-        if self._writer_of(job.one).fail_unanswered(job):
+        if (yield from self._writer_of(job.one).fail_unanswered(job)):
             self._remember(job)
         context.drop_pending(job.one.uid)
         raise GoneError(why)

@@ -7,7 +7,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
@@ -38,6 +39,7 @@ T = TypeVar("T")
 
 #: A Pod object has 5 to 60 kB, and its users may write 3 MB, which take 40 in memory: of each thread at once, a gigabyte.
 _LONGEST_LOOKED_AT = 512 << 10
+_PODS_AT_ONCE = 16
 #: Of the API server's words.
 _LONGEST_REASON = 200
 
@@ -136,15 +138,29 @@ class PodJudge:
         """A request's pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
         if at_write and (known := self._pods.get(job.one.uid)) is not None:
             return known[0]
-        request, now = _request(job.one), time.monotonic()
-        path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
-        try:
-            reply: Reply = yield Together(self._context.api.answers, _look(path, JSON))
-        except NoAnswerError as e:
-            raise _of(path, e) from None
-        found = self._read(path, reply, lambda document: pod_state(document, request))
+        now = time.monotonic()
+        found: PodState | None = yield Together(self._looked_up, _request(job.one))
         self._pods.put(job.one.uid, found, now)
         return found
+
+    def _looked_up(self, requests: Sequence[PodRequest]) -> list[PodState | Exception | None]:
+        """Look at the pods of several requests, a few at a time: their users may make each half a megabyte long."""
+        found: list[PodState | Exception | None] = []
+        for start in range(0, len(requests), _PODS_AT_ONCE):
+            some = requests[start : start + _PODS_AT_ONCE]
+            paths = [f"namespaces/{quoted(one.namespace)}/pods/{quoted(one.pod)}" for one in some]
+            replies = deque(self._context.api.answers([_look(path, JSON) for path in paths]))
+            for request, path in zip(some, paths, strict=True):
+                try:
+                    found.append(self._state(request, path, replies.popleft()))
+                except (NoAnswerError, LeftError) as e:
+                    found.append(e)
+        return found
+
+    def _state(self, request: PodRequest, path: str, reply: Reply | NoAnswerError) -> PodState | None:
+        if isinstance(reply, NoAnswerError):
+            raise _of(path, reply)
+        return self._read(path, reply, lambda document: pod_state(document, request))
 
     def _uid(self, path: str, since: float = -math.inf) -> str | None:
         """An object's UID, as it was a moment ago; None: it is not there."""
@@ -233,19 +249,22 @@ class PodWriter(Writer):
         self._events = Rate(_EVENTS_A_MINUTE)
         self._cannot_tell = False
 
-    def deny(self, job: Job, hostile: Hostile) -> str:
+    def deny(self, job: Job, hostile: Hostile) -> Steps[str]:
         """Deny the request, with words for the pod's owner; empty: it has changed."""
         condition = condition_of(watch.DENIED, hostile.code, hostile.message, self._context.now())
         body = {"metadata": identity_of(job.one), "status": {"conditions": [condition]}}
-        return watch.DENIED if self._patch(job, "status", body, accept=METADATA).status == HTTPStatus.OK else ""
+        return watch.DENIED if (yield from self._patched(job, "status", body)).status == HTTPStatus.OK else ""
 
-    def fail_unanswered(self, job: Job) -> bool:
+    def fail_unanswered(self, job: Job) -> Steps[bool]:
         """Write nothing: an outage is no reason why a pod should never start."""
         del job
+        yield from ()
         return False
 
-    def waits(self, job: Job) -> None:
+    def waits(self, job: Job) -> Steps[None]:
         """Nothing is written: the API server takes no condition but a final one."""
+        del job
+        yield from ()
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
         """Say in an event of the pod why its request waits; in an outage of thousands some are left out."""
@@ -281,11 +300,9 @@ class PodWriter(Writer):
 
     def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
         """Write the certificate with its dates; False: the object has changed."""
-        context = self._context
-        context.assert_ours()
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
         status = {
-            "conditions": [condition_of("Issued", watch.ALLOWS, "", context.now())],
+            "conditions": [condition_of("Issued", watch.ALLOWS, "", self._context.now())],
             "certificateChain": pem(found.leaf, *found.intermediates).decode("ascii"),
             "notBefore": rfc3339(begin),
             "notAfter": rfc3339(end),

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
 from datetime import datetime
@@ -55,12 +55,14 @@ class Job:
     said: str = ""  #: The last reason why it was left, which is logged once.
     last_event: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not written yet.
+    unrecorded: Verified | None = None  #: The CA's answer, which is not in the record yet.
     signed_for: tuple[object, ...] = ()  #: What the policy gave when `verified` was signed.
     facts: dict[str, Any] = field(default_factory=dict)  #: What each line of the audit log said about it then.
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
     later: AnyObject | None = None  #: A newer version, which has come while this one is worked at.
     removed: bool = False
+    is_delayed: bool = False  #: It has a time, and no place in its lane's line.
 
 
 def key_of(one: AnyObject, node: str | None) -> str:
@@ -71,26 +73,43 @@ def key_of(one: AnyObject, node: str | None) -> str:
 class _Lane:
     """The jobs of one CA."""
 
-    def __init__(self, most: int | None) -> None:
+    def __init__(self, most: int | None, most_lots: int) -> None:
+        self._most_lots = most_lots
         self.most = most  #: Jobs in a lot; None: one job at a time, by as many threads as there are.
-        #: By user, whose turn is next first.
-        self.ready: OrderedDict[str, deque[Job]] = OrderedDict()
+        #: By user, whose turn is next first, and by uid.
+        self.ready: OrderedDict[str, dict[str, Job]] = OrderedDict()
         self.lots: Counter[int] = Counter()  #: Jobs that are worked at, by their lot.
         self.slow_at = 0.0  #: When the newest lot has taken too long.
 
     def due(self) -> float:
         """When a thread may take the next jobs; infinite: none are ready, or too many are worked at."""
-        if not self.ready or len(self.lots) >= _MOST_LOTS:
+        if not self.ready or len(self.lots) >= self._most_lots:
             return math.inf
         return self.slow_at if self.lots else -math.inf
+
+    def withdraw(self, job: Job) -> None:
+        """Take a job out of its line, if it is in one."""
+        user = job.one.request.username
+        line = self.ready.get(user, {})
+        if line.pop(job.one.uid, None) is not None and not line:
+            del self.ready[user]
 
 
 class Queue:
     """May be used by any thread."""
 
-    def __init__(self, lane: Callable[[AnyObject], str] = lambda _: "", lots: Mapping[str, int] | None = None) -> None:
-        """Of a lane in `lots` one thread takes up to so many jobs at once, and no other thread takes any for a second."""
+    def __init__(
+        self,
+        lane: Callable[[AnyObject], str] = lambda _: "",
+        lots: Mapping[str, int] | None = None,
+        threads: int = _MOST_LOTS + 1,
+    ) -> None:
+        """
+        Of a lane in `lots` one thread takes up to so many jobs at once, and no other thread takes any for a second; of all
+        `threads` one is left for other lanes.
+        """
         self._lane, self._most = lane, lots or {}
+        self._most_lots = max(1, min(_MOST_LOTS, threads - 1))
         self._changed = threading.Condition()
         self._order, self._lots = itertools.count(), itertools.count()
         self._lanes: dict[str, _Lane] = {}  # the lane that had its turn last is last
@@ -114,21 +133,15 @@ class Queue:
     def put(self, one: AnyObject, look: Callable[[AnyObject], Look]) -> list[str]:
         """Take in an object that is new or has changed; the uids of older objects of its key, which count no longer."""
         with self._changed:
-            if (worked_at := self._working.get(one.uid)) is not None:
-                worked_at.later = one
-                return []
-            known = self._jobs.get(one.uid)
-            if known is not None:
-                if known.one.version != one.version:
-                    self._pop(one.uid)
-                    known.one = one
-                    self._soon(known)
+            if self._is_known(one):
                 return []
             if not self._make_room(one):
                 self.overflowed = True
                 return []
         found = look(one)  # without the lock: it takes a while
         with self._changed:
+            if self._is_known(one):  # by now
+                return []
             superseded = self._supersede(one, found.key)
             if superseded is None or not self._make_room(one):
                 return []
@@ -136,6 +149,22 @@ class Queue:
             self._add(job)
             self._line_up(job)
             return superseded
+
+    def _is_known(self, one: AnyObject) -> bool:
+        """Whether it has a job, which has this version from now on."""
+        if (worked_at := self._working.get(one.uid)) is not None:
+            worked_at.later = one
+            return True
+        known = self._jobs.get(one.uid)
+        if known is None:
+            return False
+        if known.one.version != one.version:
+            self._count(known.one, -1)
+            known.one = one
+            self._count(one, 1)
+            if known.is_delayed:
+                self._soon(known)
+        return True
 
     def has_room(self) -> bool:
         """Whether half of the queue is free."""
@@ -163,8 +192,9 @@ class Queue:
     def _line_up(self, job: Job) -> None:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
         if job.lane not in self._lanes:
-            self._lanes[job.lane] = _Lane(self._most.get(job.lane))
-        self._lanes[job.lane].ready.setdefault(job.one.request.username, deque()).append(job)
+            self._lanes[job.lane] = _Lane(self._most.get(job.lane), self._most_lots)
+        job.is_delayed = False
+        self._lanes[job.lane].ready.setdefault(job.one.request.username, {})[job.one.uid] = job
         self._wake_for(self._lanes[job.lane].due())
 
     def _wake_for(self, due: float) -> None:
@@ -174,18 +204,20 @@ class Queue:
 
     def _add(self, job: Job) -> None:
         self._jobs[job.one.uid] = job
-        self._bytes += job.one.size
-        self._shares[job.one.request.username] += job.one.size
+        self._count(job.one, 1)
 
     def _pop(self, uid: str) -> Job | None:
         job = self._jobs.pop(uid, None)
         if job is not None:
-            user = job.one.request.username
-            self._bytes -= job.one.size
-            self._shares[user] -= job.one.size
-            if self._shares[user] <= 0:
-                del self._shares[user]
+            self._count(job.one, -1)
         return job
+
+    def _count(self, one: AnyObject, sign: int) -> None:
+        user = one.request.username
+        self._bytes += sign * one.size
+        self._shares[user] += sign * one.size
+        if self._shares[user] <= 0:
+            del self._shares[user]
 
     def _supersede(self, one: AnyObject, key: str) -> list[str] | None:
         """The uids that this object supersedes; None: a newer one is known."""
@@ -223,6 +255,7 @@ class Queue:
         job = self._pop(uid)
         if job is not None:
             job.removed = True
+            self._lanes[job.lane].withdraw(job)
             if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # their time may keep them there for long
                 self._delayed = [entry for entry in self._delayed if not entry[2].removed]
                 heapq.heapify(self._delayed)
@@ -231,7 +264,7 @@ class Queue:
         """A delayed job is looked at now; its old place in the heap leads to nothing."""
         fresh = replace(job)
         job.removed = True
-        self._add(fresh)
+        self._jobs[job.one.uid] = fresh
         self._line_up(fresh)
 
     def take(self, seconds: float) -> list[Job]:
@@ -271,17 +304,16 @@ class Queue:
                 return jobs
         return []
 
-    def _next_of(self, ready: OrderedDict[str, deque[Job]], most: int) -> list[Job]:
+    def _next_of(self, ready: OrderedDict[str, dict[str, Job]], most: int) -> list[Job]:
         found: list[Job] = []
         while ready and len(found) < most:
             user, jobs = ready.popitem(last=False)
-            job = jobs.popleft()
+            job = jobs.pop(next(iter(jobs)))
             if jobs:
                 ready[user] = jobs
-            if not job.removed:
-                self._working[job.one.uid] = job
-                self._pop(job.one.uid)
-                found.append(job)
+            self._working[job.one.uid] = job
+            self._pop(job.one.uid)
+            found.append(job)
         return found
 
     def _wait(self, now: float, deadline: float) -> None:
@@ -331,6 +363,7 @@ class Queue:
             if has_changed:
                 self._line_up(job)
             else:
+                job.is_delayed = True
                 heapq.heappush(self._delayed, (time.monotonic() + seconds, next(self._order), job))
                 self._wake_for(self._delayed[0][0])
 
@@ -338,7 +371,8 @@ class Queue:
         """Look at all delayed jobs at once: something has changed."""
         with self._changed:
             for _, _, job in self._delayed:
-                self._line_up(job)
+                if not job.removed:
+                    self._line_up(job)
             self._delayed.clear()
             self._changed.notify_all()
 

@@ -142,17 +142,17 @@ class Service:
                 by_path = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
                 port = stack.enter_context(pages.serving(address, by_path))
             ledger, lots = Ledger(store, self.settings.audit), self._lots()
+            many = any(one.signs_many for one in self.authorities.values()) and not lots
+            count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
                 ledger=ledger, pending_at_ca=PendingRequests(store), metrics=self.metrics, holder=self.holder, now=self._now,
-                queue=Queue(lambda one: spec_for(one).authority.name, lots),
+                queue=Queue(lambda one: spec_for(one).authority.name, lots, count),
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
             cas = list(self._look_at_cas())
             self.holder.start(lambda: not ledger.trouble)
-            many = any(one.signs_many for one in self.authorities.values()) and not lots
-            count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
             threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.what}", daemon=True)
                         for one in self._watching]  # fmt: skip

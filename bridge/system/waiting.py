@@ -363,6 +363,7 @@ class Together(NamedTuple, Generic[R]):
 
     call: Callable[[Sequence[Any]], Sequence[R | Exception]]
     item: object
+    first: bool = False  #: Before the step's other calls, which may take a while.
 
 
 Steps = Generator[Together[Any], Any, R]
@@ -372,8 +373,9 @@ def in_step(jobs: Mapping[K, Steps[None]]) -> Iterator[tuple[K, Exception | None
     """Let jobs go on side by side, and collect what they ask for into one call each time; each job that ends, with its error."""
     results: dict[K, Any] = dict.fromkeys(jobs)
     while results:
-        wanted: dict[Callable[..., Any], list[tuple[K, object]]] = {}
-        for job, result in results.items():
+        wanted: dict[tuple[bool, Callable[..., Any]], list[tuple[K, object]]] = {}
+        for job in list(results):
+            result = results.pop(job)  # of what others look at, each may be large
             try:
                 step = jobs[job].throw(result) if isinstance(result, Exception) else jobs[job].send(result)
             except StopIteration:
@@ -381,9 +383,8 @@ def in_step(jobs: Mapping[K, Steps[None]]) -> Iterator[tuple[K, Exception | None
             except Exception as e:  # noqa: BLE001 (one job's trouble is not the others')
                 yield job, e
             else:
-                wanted.setdefault(step.call, []).append((job, step.item))
-        results = {}
-        for call, asked in wanted.items():
+                wanted.setdefault((not step.first, step.call), []).append((job, step.item))
+        for (_, call), asked in sorted(wanted.items(), key=lambda one: one[0][0]):
             try:
                 answers = zip(asked, call([item for _, item in asked]), strict=True)
                 results |= {job: answer for (job, _), answer in answers}

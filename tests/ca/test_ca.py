@@ -233,6 +233,25 @@ def test_many_questions_that_one_moment_ends_are_one_failure() -> None:
     assert rest.seconds_left() == pytest.approx(30, abs=1)
 
 
+def test_a_question_on_which_a_ca_hangs_closes_it_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that came meanwhile shows that the CA is there; its twin without one has the CA rest."""
+    clock = [1.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for is_answered in (True, False):
+        rest = Rest()
+
+        def hang(rest: Rest = rest, is_answered: bool = is_answered) -> None:
+            clock[0] += 10
+            if is_answered:
+                rest.ask(lambda: None)
+            clock[0] += 10
+            away()
+
+        with pytest.raises(BackendUnavailableError):
+            rest.ask(hang)
+        assert (rest.seconds_left() == 0) is is_answered
+
+
 def refuse() -> None:
     """A CA that says no."""
     raise BackendRefusedError("no")

@@ -107,6 +107,16 @@ def test_a_server_that_hangs_is_waited_for_twice_and_not_by_each_request(monkeyp
     assert len(asked) == 7
 
 
+def test_what_may_not_be_repeated_is_asked_for_once() -> None:
+    """The answers that came stay; of the others none is made again."""
+    with server(lambda path: 0 if path in {"/2", "/3"} else 200) as (one, asked), client(one) as made:
+        found = shown(made.answers(REQUESTS, lambda: False))
+        assert found == ["/0", "/1", "none", "none", "/4", "/5"]
+        assert sorted(asked) == PATHS
+        assert shown(made.answers(REQUESTS)) == found
+    assert asked.count("/2") > 2
+
+
 def test_no_server_is_one_error_for_all() -> None:
     """Nothing listens there: each request has the error, and the connection is tried once and once more."""
     with client(Server("http://127.0.0.1:1")) as made:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,14 +24,14 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cluster.api import Lines, NoAnswerError, Reply
+from bridge.cluster.api import Lines, NoAnswerError, Reply, Request, request_of
 from bridge.cluster.lease import Keeper
 from bridge.contract import BackendSettings
 from bridge.errors import BackendRefusedError, BridgeError
 from bridge.gateway import context, nodes, queue
 from bridge.gateway import pages as status_pages
 from bridge.gateway.authorities import AuthorityOfSigners
-from bridge.gateway.context import Ledger, LeftError, PendingAtCa, PendingRequests
+from bridge.gateway.context import Context, Ledger, LeftError, PendingAtCa, PendingRequests
 from bridge.gateway.csrs import Writer, with_certificate, with_condition
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
@@ -57,7 +58,7 @@ from bridge.settings.tables import AuditSettings, GatewaySettings, address_of
 from bridge.state import Store, audit
 from bridge.state.audit import AuditError
 from bridge.system import waiting
-from bridge.system.waiting import Rate, Steps, in_step, wait_until
+from bridge.system.waiting import Rate, Steps, Together, in_step, wait_until
 from tests.kit import issuing
 from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
@@ -417,6 +418,55 @@ def test_a_slow_lot_gets_another_one_beside_it(monkeypatch: pytest.MonkeyPatch) 
     assert [job.one.uid for job in woken[0]] == ["pod1"]
 
 
+def test_a_thread_is_left_for_other_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three threads two have slow lots of one CA at most."""
+    monkeypatch.setattr(queue, "_SLOW_SECONDS", 0.0)
+    line = Queue(lane_of_pods, {"pods": 1}, threads=3)
+    for number in range(3):
+        line.put(pod_object(f"pod{number}"), no_node)
+    assert [len(line.take(0)) for _ in range(3)] == [1, 1, 0]
+    line.put(one("csr"), no_node)
+    assert len(line.take(0)) == 1
+
+
+def test_versions_of_a_waiting_object_take_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While lots are slow one object changes all the time: it keeps its place; what goes leaves none, and what comes back is there once."""
+    monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
+    line = Queue(lane_of_pods, {"pods": 1})
+    for uid in ("working", "first", "second"):
+        line.put(pod_object(uid), no_node)
+    [working] = line.take(0)
+    for number in range(50):
+        line.put(replace(pod_object("first"), version=f"{100 + number}", size=2000 + number), no_node)
+    [lane] = line._lanes.values()
+    assert sum(map(len, lane.ready.values())) == 2
+    line.remove("second")
+    assert sum(map(len, lane.ready.values())) == 1
+    line.delay(working, 600)
+    [first] = line.take(0)
+    assert first.one.version == "149"
+    line.put(replace(pod_object("working"), version="1000"), no_node)  # it need not wait for its time
+    line.wake()
+    line.done(first)
+    assert [job.one.uid for job in line.take(0)] == ["working"]
+    assert (line.take(0), line._bytes, line._shares) == ([], 0, {})
+
+
+def test_an_object_that_comes_twice_at_once_has_one_job() -> None:
+    """A newer version comes while the first is looked at, without the lock."""
+    line = Queue()
+
+    def look(_: object) -> Look:
+        line.put(one("u1", version=8), no_node)
+        return Look()
+
+    line.put(one("u1"), look)
+    [job] = line.take(0)
+    assert line.take(0) == []
+    line.done(job)
+    assert line.counts() == (0, 0)
+
+
 def test_a_lot_that_another_replica_took_over_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was worked at when the lease was lost counts as ended, and a new lot begins once this replica works again."""
     monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
@@ -487,9 +537,18 @@ def pod_job(uid: str = "r1", **request: Any) -> Job:
 
 def context_of(answer: Callable[[], Reply]) -> Any:
     """Settings as they are without a file, and an API server that answers like this."""
-    api = SimpleNamespace(
-        ask=lambda *_, **__: answer(), answer=lambda _: answer(), answers=lambda requests: [answer() for _ in requests]
-    )
+
+    def one_of_several() -> Reply | NoAnswerError:
+        try:
+            return answer()
+        except NoAnswerError as e:
+            return e
+
+    def answers(requests: Sequence[Request]) -> list[Reply | NoAnswerError]:
+        assert len(requests) <= 16  # of pods as large as they may be
+        return [one_of_several() for _ in requests]
+
+    api = SimpleNamespace(ask=lambda *_, **__: answer(), answer=lambda _: answer(), answers=answers)
     return SimpleNamespace(settings=SimpleNamespace(gateway=GatewaySettings()), api=api, now=lambda: NOW)
 
 
@@ -569,6 +628,8 @@ def test_a_pod_of_megabytes_is_not_read() -> None:
     error.is_too_long = False
     with pytest.raises(NoAnswerError):
         done(judge._pod(pod_job(), at_write=False))
+    found = judge._looked_up([pod_object(f"pod{number}").request for number in range(40)])
+    assert found == [error] * 40
 
 
 def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -661,16 +722,40 @@ def test_a_write_that_a_policy_of_the_cluster_refuses_is_not_made_again_at_once(
         changed["metadata"]["resourceVersion"] = now
         return refused if asked == ["PATCH"] else Reply(status=200, body=json.dumps(changed).encode())
 
-    context: Any = SimpleNamespace(api=SimpleNamespace(ask=ask), now=lambda: NOW)
+    def written(request: Request) -> Together[Reply]:
+        return Together(lambda wanted: [ask(one.method) for one in wanted], request)
+
+    context: Any = SimpleNamespace(api=SimpleNamespace(ask=ask), now=lambda: NOW, written=written)
     writer, job = Writer(context), Job(one=one(), look=Look(), arrived=0)
-    if now == job.one.version:
-        with pytest.raises(LeftError, match="HTTP 422 not by this user") as e:
-            writer.waits(job)
-        assert (e.value.seconds, asked) == (None, ["PATCH", "GET"])
+    [(_, error)] = in_step({0: writer.waits(job)})
+    if now == one().version:
+        assert isinstance(error, LeftError)
+        assert "HTTP 422 not by this user" in str(error)
+        assert (error.seconds, asked) == (None, ["PATCH", "GET"])
     else:
-        writer.waits(job)
-        assert asked == ["PATCH", "GET", "GET", "PATCH"]
+        assert (error, asked) == (None, ["PATCH", "GET", "GET", "PATCH"])
         assert job.one.size < one().size  # not more with each look: else it would drive others out of the queue
+
+
+def test_no_write_of_a_lost_lease_or_an_old_verdict() -> None:
+    """Nothing is sent once another replica works; of a lot the writes of now go out, and may be repeated while the lease is ours."""
+    sent: list[tuple[int, bool]] = []
+    ours = [True]
+
+    def answers(requests: Sequence[Request], may_repeat: Callable[[], bool]) -> list[Reply]:
+        sent.append((len(requests), may_repeat()))
+        return [Reply(status=200, body=b"") for _ in requests]
+
+    made: Any = SimpleNamespace(api=SimpleNamespace(answers=answers), holder=SimpleNamespace(is_ours=lambda: ours[0]))
+    made.assert_ours = functools.partial(Context.assert_ours, made)
+    request, now = request_of("PATCH", "/"), time.monotonic()
+    found = Context._write_all(made, [(request, now), (request, now - 1.5), (request, now)])
+    assert [type(one) for one in found] == [Reply, LeftError, Reply]
+    assert sent == [(2, True)]
+    ours[0] = False
+    with pytest.raises(LeftError, match="another replica works"):
+        Context._write_all(made, [(request, now)])
+    assert len(sent) == 1
 
 
 def test_a_long_message_is_cut_to_its_end() -> None:
@@ -740,6 +825,28 @@ def test_requests_at_a_ca_survive(tmp_path: Path) -> None:
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_noted_is_written_once_the_record_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has happened, and no other line says so; a line that a caller waits for is the caller's own to repeat."""
+    monkeypatch.setattr(context, "_AGAIN_SECONDS", 0.0)
+    store = Store(tmp_path / "state")
+    store.prepare()
+    ledger, facts = Ledger(store, AuditSettings()), {"name": "kubelet-serving", "more": {"request": "u1"}}
+    ledger.note(facts, audit.INSTALLED)
+    with monkeypatch.context() as full:
+        full.setattr(ledger._record, "write", failing_write)
+        for _ in range(2):
+            with pytest.raises(AuditError):
+                ledger.write(facts, audit.ISSUED)
+    ledger._record._waiting.clear()  # as `Record.write` leaves it
+    ledger.flush()
+    assert [json.loads(line)["event"] for line in store.audit.read_text().splitlines()] == ["installed"]
+    assert ledger.trouble == ""
+
+
+def failing_write(**_: object) -> None:
+    raise AuditError("no space")
 
 
 def test_nothing_is_signed_while_the_records_head_can_not_be_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -537,6 +538,47 @@ def test_a_certificate_that_has_waited_for_too_long_is_made_anew_at_once(
         assert issuing.work(10)
         assert outcome(pod.read(asked)) == "Issued"
         service.api.close()
+
+
+def test_a_record_that_can_not_be_written_for_a_moment_costs_no_certificate(
+    cluster: ClusterApi, bao: OpenBao, ca: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when a lot's certificates come: they are kept until the record has them, and the CA signs no others."""
+    mount = f"pods-{next(_MOUNTS)}"
+    place = pods.with_vault(pods.place(cluster, tmp_path), bao, ca, mount, no_store=False)
+    place.gateway["lease"] = False
+    settings, store = load.load(place.write()), Store(tmp_path / "state")
+    store.prepare()
+    service, ledger = Service(settings, lambda: datetime.now(UTC)), Ledger(store, settings.audit)
+    issuing = Issuing(
+        Context(
+            settings=settings, api=service.api, nodes=service.nodes, authorities=service.authorities, ledger=ledger,
+            pending_at_ca=PendingRequests(store), metrics=service.metrics, holder=service.holder,
+            now=lambda: datetime.now(UTC), queue=Queue(lambda _: "pods", {"pods": 8}),
+        )
+    )  # fmt: skip
+    add, failed = ledger._record._chain.add, list[int]()
+
+    def full(lines: Sequence[dict[str, Any]], **more: Any) -> Any:
+        if not failed and any(line["event"] == "issued" for line in lines):
+            failed.append(len(lines))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "audit.jsonl")
+        return add(lines, **more)
+
+    monkeypatch.setattr(ledger._record._chain, "add", full)
+    made = [make_pod(cluster) for _ in range(3)]
+    asked = [(pod, pod.ask()) for pod in made]
+    for pod, name in asked:
+        issuing.changed(watch.parse_pod(pod.read(name), 1000))
+    while issuing.work(3):
+        pass
+    ledger.flush()
+    assert failed == [3]
+    assert [outcome(pod.read(name)) for pod, name in asked] == ["Issued"] * 3
+    lines = [json.loads(line) for line in store.audit.read_text().splitlines()]
+    recorded = {line["serialNumber"] for line in lines if line["event"] == "issued"}
+    assert {format(pods.chain(pod.read(name))[0].serial_number, "040X") for pod, name in asked} == recorded
+    service.api.close()
 
 
 def is_logged(gateway: Gateway, uid: str, found: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -122,6 +123,41 @@ def test_one_jobs_trouble_is_not_the_others() -> None:
         "other": type(None),
     }
     assert str(ended["good"]) == "2 items"
+
+
+def test_what_is_asked_for_first_waits_for_no_other_call() -> None:
+    """A write does not wait for another job's CA; and an answer is kept for no longer than its job needs it."""
+    calls: list[str] = []
+
+    class Large:
+        """An answer."""
+
+    alive = weakref.WeakSet[Large]()
+
+    def slow(items: Sequence[int]) -> list[Large]:
+        calls.append("slow")
+        found = [Large() for _ in items]
+        alive.update(found)
+        return found
+
+    def write(items: Sequence[int]) -> Sequence[int]:
+        calls.append("write")
+        return items
+
+    most: list[int] = []
+
+    def job(number: int) -> Steps[None]:
+        if number == 3:
+            yield Together(slow, number)
+            yield Together(write, number, first=True)
+        large = yield Together(slow, number)
+        most.append(len(alive))
+        del large
+        yield Together(slow, number)
+
+    assert [error for _, error in in_step({number: job(number) for number in range(4)})] == [None] * 4
+    assert calls[:3] == ["slow", "write", "slow"]
+    assert most[:3] == [4, 3, 2]
 
 
 def test_too_few_answers_are_an_error_of_their_jobs() -> None:
