@@ -44,16 +44,17 @@ def main() -> NoReturn:
 
 def _open_standard_streams() -> None:
     """
-    Open /dev/null on each closed stream, or the next pipe, which may carry a passphrase, would get its number; and let no
-    character that the locale lacks end a run, as on standard error.
+    Open /dev/null on each closed stream, or the next pipe, which may carry a passphrase, would get its number, and Python
+    would have no stream at all; and let no character that the locale lacks end a run, as on standard error.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    for number in (0, 1, 2):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r", errors="backslashreplace"))  # noqa: PTH123, SIM115
 
 
 def _run() -> NoReturn:
@@ -90,7 +91,7 @@ def _end(code: str | int | None, text: str = "") -> NoReturn:
 
 
 def _print(text: str) -> None:
-    print(text, end="", flush=True)  # noqa: T201 (unlike `sys.stdout.write` it bears a closed standard output)
+    print(text, end="", flush=True)  # noqa: T201
 
 
 def _end_unwritten(error: OSError, code: str | int | None = None) -> NoReturn:
@@ -98,7 +99,8 @@ def _end_unwritten(error: OSError, code: str | int | None = None) -> NoReturn:
         with contextlib.suppress(OSError):
             os.write(2, f"error: standard output: {error.strerror}\n".encode())
     codes = [code, Exit.FAILED] if isinstance(code, int) else [Exit.FAILED]
-    os._exit(Exit.worst(codes) if codes[0] in Exit.PRECEDENCE else codes[0])
+    # a usage error has ended the run before there was an outcome
+    os._exit(Exit.worst(codes) if codes[0] in Exit.PRECEDENCE and code != Exit.USAGE else codes[0])
 
 
 class Quiet(NamedTuple):

@@ -213,7 +213,7 @@ class _Terminal:
             self._out = open("/dev/tty", "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115 (for the whole run)
             self._in = open("/dev/tty", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
         except OSError as e:
-            if sys.stdin is not None and sys.stdin.isatty() and sys.stderr is not None:  # as below `su -c`
+            if sys.stdin.isatty():  # as below `su -c`
                 self._out, self._in = sys.stderr, sys.stdin
                 return
             hint = "cron has none; without --approve the policy alone decides"

@@ -64,7 +64,8 @@ def say_usage(error: Any) -> None:
     text = io.StringIO()
     error.show(file=text)
     found = re.sub("^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
-    sys.stderr.write(found.replace("error: ", f"{console.styled('error:', 'error', sys.stderr)} ", 1))
+    with contextlib.suppress(OSError):
+        sys.stderr.write(found.replace("error: ", f"{console.styled('error:', 'error', sys.stderr)} ", 1))
 
 
 def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = "") -> None:
@@ -134,8 +135,7 @@ def width_here() -> int | None:
     named = os.environ.get("COLUMNS", "")
     if named.isdecimal() and int(named):
         return int(named)
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return console.columns() if is_terminal else None
+    return console.columns() if sys.stdout.isatty() else None
 
 
 def say_json(**structure: Any) -> None:

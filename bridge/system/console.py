@@ -106,9 +106,9 @@ _FRAMES = ("|", "/", "-", "\\")
 _CLEAR = "\r\x1b[K"
 
 
-def is_lively(stream: TextIO | None) -> bool:
-    """Whether it is a terminal where a line can be overwritten; None: it was closed at the start."""
-    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
+def is_lively(stream: TextIO) -> bool:
+    """Whether it is a terminal where a line can be overwritten."""
+    return stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
 
 
 def columns() -> int:
@@ -120,7 +120,7 @@ def columns() -> int:
 
 def is_attended() -> bool:
     """Whether a person is at the terminal who may decide by themselves when to try again."""
-    return any(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    return sys.stdin.isatty() or sys.stderr.isatty()
 
 
 #: The colours of everything that is shown: of a message's or a row's level, and of the demo's lines.
@@ -137,7 +137,7 @@ STYLES = {
 }
 
 
-def styled(text: str, style: str, stream: TextIO | None) -> str:
+def styled(text: str, style: str, stream: TextIO) -> str:
     """The text in one of the styles, where colours are seen, and wanted (https://no-color.org)."""
     is_coloured = style and text and is_lively(stream) and not os.environ.get("NO_COLOR")
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if is_coloured else text
@@ -209,7 +209,7 @@ class _Line:
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # standard error is closed
+    with contextlib.suppress(OSError, ValueError):  # standard error is closed
         sys.stderr.write(text)
         sys.stderr.flush()
 
@@ -365,8 +365,7 @@ def _handler(log_format: LogFormat) -> logging.Handler:
     if log_format is LogFormat.JOURNAL or (log_format is LogFormat.TEXT and stderr_is_journal()):
         return _JournalHandler()
     handler = _Handler(sys.stderr)
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    plain = _TextFormat if is_terminal else _TaggedFormat
+    plain = _TextFormat if sys.stderr.isatty() else _TaggedFormat
     text_format = _TerminalFormat if is_lively(sys.stderr) else plain
     handler.setFormatter(_JsonFormat() if log_format is LogFormat.JSON else text_format())
     return handler

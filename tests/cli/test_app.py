@@ -606,7 +606,24 @@ def test_a_locale_that_lacks_a_character_ends_no_command(encoding: str, shown: s
     assert f"[NAME{shown}|all]" in done.stdout.decode(encoding)
 
 
-@pytest.mark.parametrize(("code", "ends_with"), [(8, 8), (7, 7), (3, 3), (130, 130), (4, 1), (0, 1)])
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("help trouble >&-", 0),
+        ("renew --help >&-", 0),
+        ("bootstrap join --worker --shared - --name w-1 --advertise-address 192.0.2.3 <&-", 2),
+        *((f"renew --no-such {where}", 2) for where in ("2>&-", "2>/dev/full", ">&- 2>&-")),
+    ],
+)
+def test_a_closed_stream_is_no_error_of_the_program(config: Path, line: str, code: int) -> None:
+    """It is as /dev/null; and where the message can't be written, too, a usage error ends with its own code."""
+    program = [sys.executable, "-c", "from bridge.entry import main; main()"]
+    shell = f"exec {shlex.join(program)} {line} --config {config}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, "internal error" in done.stderr) == (code, False), done.stderr
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(8, 8), (7, 7), (3, 3), (130, 130), (4, 1), (2, 2), (0, 1)])
 def test_messages_that_cannot_be_written_hide_no_worse_result(code: int, ends_with: int) -> None:
     """With a full disk below standard error a certificate that is not in use is still 7, as with a disk that is not full."""
     program = f"""
