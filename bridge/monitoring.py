@@ -31,6 +31,7 @@ from bridge.system.files import remove_unfinished, write_atomically
 from bridge.system.locks import lock
 from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
+from bridge.words import steady
 
 #: A CA that has not answered yet, or another run that does the work: neither success nor failure.
 _NEITHER = (Exit.WAITING, Exit.LOCKED)
@@ -143,7 +144,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
             remove_unfinished(store.directory, f".{store.history.name}.????????")  # as `tempfile` makes them
             runs = history_file(store)
             runs.put(count(runs.read()))
-            _put(file, of_node(settings, now, known(settings, now)).encode())
+            _put(file, steady(of_node(settings, now, known(settings, now))).encode())
     except OSError as e:
         raise MetricsError(f"{file}: wanted to write the metrics, found: {e.strerror}") from e
     except ForeignLinkError as e:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 #: Printable as Unicode has it, and yet blank on a screen: padding with them draws lines of one's own.
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 _LONGEST_LINE = 300
-#: C0 and C1, YAML's and Unicode's line ends.
-_CONTROLS = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+#: C0 and C1, YAML's and Unicode's line ends; bytes of a path that are not UTF-8.
+_CONTROLS = "[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
 #: The same but for line ends and tabs; what turns the direction of a line (UAX #9); halves of characters, which no terminal takes.
 _STEERS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 

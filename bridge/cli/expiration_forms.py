@@ -199,10 +199,9 @@ def _as_yaml(structure: Mapping[str, Any]) -> str:
     """YAML with sorted keys, as kubeadm's."""
     import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
 
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
     def dumped(*, allow_unicode: bool) -> str:
-        return str(yaml.dump(structure, Dumper=dumper, sort_keys=True, allow_unicode=allow_unicode, width=10_000))
+        # not the dumper in C, which takes no path that is not UTF-8
+        return str(yaml.safe_dump(structure, sort_keys=True, allow_unicode=allow_unicode, width=10_000))
 
     text = dumped(allow_unicode=True)
     # what steers a terminal is escaped, and then everything that is not ASCII

@@ -136,7 +136,7 @@ def _one_line(text: str) -> str:
     """The same text, unless it could begin a new line in a unit or a crontab."""
     if has_controls(text):
         raise JobError(
-            f"wanted a path without line breaks and other control characters, found {text!r}",
+            f"wanted a path in UTF-8 without line breaks and other control characters, found {text!r}",
             hint="units and crontabs have no way to name it; name another place",
         )
     return text

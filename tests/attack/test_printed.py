@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -112,6 +113,22 @@ def test_programs_read_the_name_as_it_is(config: Path, form: str, load: object) 
     found = load(run(config, ["check-expiration", "-o", form]).stdout)
     (subject,) = (one["subject"] for one in found["certificates"] if one["name"] == "apiserver")
     assert subject.replace("\\", "") == f"CN={name}"
+
+
+def test_a_path_that_is_no_text(config: Path) -> None:
+    """A byte that is not UTF-8 in the name of a directory ends no command, and gets into no job."""
+    odd = config.parent / "x\udcff"
+    shutil.copytree(config.parent / "node", odd)
+    config.write_text(f'{config.read_text()}[metrics]\nfile = "{config.parent}/x.prom"\n')
+    [pki] = odd.rglob("pki")
+    places = ["--pki-dir", str(pki), "--kubeconfig-dir", str(pki.parent), "--state-dir", str(odd / "state")]
+    for arguments in (*_LOOKING, ["renew", "all"], ["setup", "systemd"], ["setup", "cron"]):
+        ended = run(config, [*arguments, *places])
+        assert "internal error" not in ended.stderr, (arguments, ended.stderr)
+        assert arguments[1:] not in (["systemd"], ["cron"]) or "wanted a path in UTF-8" in ended.stderr
+    assert "x\N{REPLACEMENT CHARACTER}/" in (config.parent / "x.prom").read_text(encoding="utf-8")
+    found = yaml.safe_load(run(config, ["check-expiration", "-o", "yaml", *places]).stdout)
+    assert {one["path"].startswith(str(odd)) for one in found["certificates"]} == {True}
 
 
 def test_what_is_printed_is_steady(capsys: pytest.CaptureFixture[str]) -> None:
