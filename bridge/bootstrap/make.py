@@ -50,7 +50,7 @@ from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPE
 from bridge.state import Outcome, Store, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.open_requests import OpenRequest
-from bridge.state.session import Run, begun, give_up, in_force
+from bridge.state.session import Run, begun, claim, give_up, in_force
 from bridge.system.console import Progress
 from bridge.system.files import Attributes, digest, private_directory
 from bridge.system.paths import exposure
@@ -368,6 +368,7 @@ def _begun(run: Run, desired: DesiredNode, found: Unfinished | None = None) -> U
     for name, one in made.items():
         if run.requests.get(name) is None:
             run.requests.put(_open(run, SPECS[name], one))
+    claim(run.settings)
     run.requests.save()
     sa = ("", "") if desired.role != "init" else keys.sa_pair_if_new(desired.places, keys.algorithm_of(made))
     if found is not None:

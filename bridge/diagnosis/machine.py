@@ -23,6 +23,7 @@ from bridge.renewal.prepare import BYTES_NEEDED, INODES_NEEDED, directories
 from bridge.renewal.transaction import state_files
 from bridge.settings.tables import Settings
 from bridge.state import Store, copies
+from bridge.state.session import is_ours
 from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.files import disk_spaces
@@ -42,6 +43,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from disk_space(directories(settings, [item for item in node.items if item.managed]))
     yield from _frozen(node)
     yield from state_directory(settings.node.state_dir)
+    yield from _state_of_others(settings)
     yield from lock(settings.node.state_dir, now)
     yield from _metrics(settings)
     yield from jobs_of_cron()
@@ -114,6 +116,14 @@ def _state_files(store: Store) -> Iterator[Finding]:
             found = e
         if found is not None:
             yield from_error("state-file", str(file.path), found)
+
+
+def _state_of_others(settings: Settings) -> Iterator[Finding]:
+    """What each run that writes refuses; one with nothing due doesn't look."""
+    try:
+        is_ours(settings)
+    except BridgeError as e:
+        yield from_error("state-directory", "state directory", e)
 
 
 def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:

@@ -64,19 +64,37 @@ def tree_file(store: Store) -> StateFile[Tree]:
     return coded(Tree, store.tree, "which cluster's files the state is about", OnDamage.START_OVER)
 
 
-def _assert_ours(settings: Settings, store: Store) -> Tree | None:
-    """Refuse another cluster's state, whose keys and debts would be lost; returns the content for a new directory."""
+def _tree(settings: Settings) -> Tree:
     node = settings.node
-    ours = Tree(pki_dir=os.path.realpath(node.pki_dir), kubeconfig_dir=os.path.realpath(node.kubeconfig_dir))
-    theirs = tree_file(store).read()
-    if theirs is not None and theirs != ours:
+    return Tree(pki_dir=os.path.realpath(node.pki_dir), kubeconfig_dir=os.path.realpath(node.kubeconfig_dir))
+
+
+def is_ours(settings: Settings) -> bool:
+    """Whether the state is this cluster's; False: none's yet (BridgeError: another one's, whose keys and debts would be lost)."""
+    store = Store(settings.node.state_dir)
+    ours, theirs = _tree(settings), tree_file(store).read()
+    if theirs not in (ours, None):
         raise BridgeError(
             f"{store.directory}: wanted the state of {ours.pki_dir} and {ours.kubeconfig_dir}, found that of "
             f"{theirs.pki_dir} and {theirs.kubeconfig_dir}",
-            hint="give each cluster on this host its own node.state_dir; if these files have moved, and only then, "
-            f"remove {store.tree}",
+            hint="give each cluster on this host its own node.state_dir; if these files have moved, or the first run "
+            f"had a wrong path, and only then, remove {store.tree}",
         )
-    return ours if theirs is None else None
+    return theirs is not None
+
+
+def claim(settings: Settings) -> None:
+    """Make a state directory that is none's this cluster's."""
+    with contextlib.suppress(StateError):  # on a full disk other steps fail loudly; the next run writes it
+        tree_file(Store(settings.node.state_dir)).put(_tree(settings))
+
+
+def _has_node(settings: Settings) -> bool:
+    """Whether something of a node is in each of the two places: one may be mistyped."""
+    node, pki_dir = inventory.of(settings.node), settings.node.pki_dir
+    cas = [one.state for one in node.authorities if one.path.is_relative_to(pki_dir)]
+    kubeconfigs = [item.state for item in node.items if item.spec.kubeconfig]  # an etcd host needs none
+    return {"missing"} not in (set(cas), set(kubeconfigs))
 
 
 @contextlib.contextmanager
@@ -94,7 +112,7 @@ def alone(
 ) -> Iterator[tuple[Store, audit.Record]]:
     """Hold the state directory's lock; finish or undo first an installation or a restart that was interrupted."""
     with recording(settings, wait) as (store, record):
-        first_use = _assert_ours(settings, store)
+        is_claimed = is_ours(settings)
         # a component whose manifest is away comes first: a fault of the files must not keep it down
         found = [recovery for step in (static_pods.recover, install.recover) if (recovery := step(store)) is not None]
         for recovery in found:
@@ -102,9 +120,8 @@ def alone(
             record.add(audit.RECOVERED, result=str(recovery))
         if found:
             _forget_installed(settings, store, tell)
-        if first_use is not None:
-            with contextlib.suppress(StateError):  # on a full disk other steps fail loudly; the next run writes it
-                tree_file(store).put(first_use)
+        if not is_claimed and _has_node(settings):
+            claim(settings)
         yield store, record
 
 

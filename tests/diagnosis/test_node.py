@@ -29,6 +29,7 @@ from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.settings.load import load
 from bridge.state import Store
+from bridge.state.session import Tree, tree_file
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.locks import lock
 from tests.kit import apiserver, dead_fs
@@ -392,6 +393,12 @@ def open_state_directory(site: Site) -> None:
     (site.bridge.directory / "state").mkdir(mode=0o755)
 
 
+def state_of_another_cluster(site: Site) -> None:
+    store = Store(site.bridge.directory / "state")
+    store.prepare()
+    tree_file(store).put(Tree(pki_dir="/srv/other/pki", kubeconfig_dir="/srv/other"))
+
+
 def old_copy_of_admin_conf(site: Site) -> None:
     shutil.copy(site.kubernetes / "admin.conf", site.home / ".kube/config")
     with_cas(site)
@@ -475,6 +482,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (damaged_requests, "error", "state-file", "{bridge}/state/requests.json"),
     (unreadable_debt, "error", "state-file", "{bridge}/state/unproven.json"),
     (open_state_directory, "error", "state-directory", "state directory"),
+    (state_of_another_cluster, "error", "state-directory", "state directory"),
     (old_copy_of_admin_conf, "warning", "admin-copy-old", "{home}/.kube/config"),
     (failed_runs, "warning", "failed-runs", "backend of etcd-ca"),
     (open_passphrase, "error", "open-secret", "{bridge}/ca.passphrase"),

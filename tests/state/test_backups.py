@@ -823,6 +823,16 @@ def test_two_clusters_do_not_share_a_state_directory(run: Run, store: Store, tmp
     assert run("recover", *words, "--state-dir", str(tmp_path / "own")).exit_code == 0
 
 
+def test_a_wrong_path_claims_no_state_directory(run: Run, store: Store, node: Pki, tmp_path: Path) -> None:
+    """A first run whose path is mistyped, either of both, leaves the state to the node that is there."""
+    for option in ("--pki-dir", "--kubeconfig-dir"):
+        for command in (["renew"], ["restart"], ["rollback"], ["recover"]):
+            run(*command, option, str(tmp_path / "kubernets"))
+            assert not store.tree.exists(), (option, command)
+    assert run("recover").exit_code == 0
+    assert json.loads(store.tree.read_bytes())["pki_dir"] == str(node.pki_dir)
+
+
 def test_a_state_directory_of_an_earlier_version_is_adopted(run: Run, store: Store, node: Pki, tmp_path: Path) -> None:
     """The first run that writes adopts it; and a link to the same files is the same cluster."""
     renewed(run, "apiserver")
