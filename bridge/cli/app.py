@@ -317,6 +317,17 @@ def _together(command: str) -> Iterator[tuple[str, str]]:
 class Group(TyperGroup):
     """A group of commands, each with a sentence; those of the program are listed by task."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what stands before the command, where no option of every command is known."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            e: Any = error  # the classes of usage errors are not exported
+            option = getattr(e, "option_name", "")
+            if option.lstrip("-").replace("-", "_") in {*COMMON, "v"}:
+                e.message += f"; write it behind the command: {ctx.command_path} COMMAND {option}"
+            raise
+
     def get_help(self, ctx: Any) -> str:
         """The whole help text."""
         return super().get_help(ctx).replace(_HARD, "-")

@@ -69,6 +69,21 @@ def test_a_usage_error_reads_as_all_errors_do(words: tuple[str, ...]) -> None:
     assert "Usage: " in CliRunner().invoke(app, []).output
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("--config", "x.toml", "renew"), "ca-bridge COMMAND --config"),
+        (("-v", "renew"), "ca-bridge COMMAND -v"),
+        (("bootstrap", "--state-dir=x", "check"), "ca-bridge bootstrap COMMAND --state-dir"),
+    ],
+)
+def test_an_option_of_every_command_before_the_command(words: tuple[str, ...], meant: str) -> None:
+    """The help lists it for each command: the error says where it belongs; of another word it says nothing."""
+    run = CliRunner().invoke(app, list(words), prog_name="ca-bridge")
+    assert (run.exit_code, run.stderr.splitlines()[-1].endswith(f"; write it behind the command: {meant}")) == (2, True)
+    assert "behind the command" not in CliRunner().invoke(app, ["--foo", "renew"]).stderr
+
+
 def test_an_unknown_authority_gets_a_suggestion(bridge: Bridge) -> None:
     """An unknown authority in the settings gets a suggestion, with its line."""
     bridge.config.write_text(bridge.config.read_text().replace("[authority.etcd-ca]", "[authority.etcd]"))
