@@ -129,7 +129,7 @@ EXAMPLES = (
     ("recover --set-aside", "Put damaged state files aside first."),
     ("backups", "Show what a rollback could put back."),
     ("rollback", "Put the newest backup back."),
-    ("rollback 20260304T050607.123456Z", "Put this one back; `ca-bridge backups` lists them."),
+    ("rollback 20261201T030911Z-f66c4ae7", "Put this one back; `ca-bridge backups` lists them."),
     ("restart", "Restart what still runs on an old certificate."),
     ("restart kube-scheduler", "Restart this component."),
     ("export /media/stick/cp-1.request.json", "Write requests for what is due."),
