@@ -27,6 +27,13 @@ KEPT = {
 }
 
 
+#: Where docs/install.md has links made by hand, to manual pages and completion.
+_BY_HAND = (
+    *("usr/local/share/man/man1/ca-bridge*", "etc/bash_completion.d/ca-bridge"),
+    *("usr/local/share/zsh/site-functions/_ca-bridge", "etc/fish/completions/ca-bridge.fish"),
+)
+
+
 class InstallError(Exception):
     """Nothing more is done. The text says what was wanted and what was found, the hint what to do next."""
 
@@ -67,3 +74,9 @@ def is_ours(link: Path) -> bool:
         return False
     named = Path(os.path.normpath(link.parent / link.readlink()))  # the versions may be on another disk, by a link
     return named.is_relative_to(TOP) or Path(os.path.realpath(link)).is_relative_to(os.path.realpath(TOP))
+
+
+def by_hand(root: Path = Path("/")) -> list[Path]:
+    """Those of these links that lead into the version that is in force."""
+    found = (path for pattern in _BY_HAND for path in root.glob(pattern) if path.is_symlink())
+    return [path for path in found if path.readlink().is_relative_to(CURRENT)]

@@ -30,9 +30,9 @@ def uninstall(*, purge: bool) -> None:
         raise InstallError(f"wanted an installation in {places.TOP}, found none")
     with installation.locked(), _at_rest():
         units.remove()
-        for link in (places.COMMAND, places.TOP / "bin/ca-bridge", places.UNINSTALL, places.CURRENT):
-            if places.is_ours(link):
-                link.unlink()
+        own = (places.COMMAND, places.TOP / "bin/ca-bridge", places.UNINSTALL, places.CURRENT)
+        for link in (*filter(places.is_ours, own), *places.by_hand()):
+            link.unlink()
         _remove_versions()
     print("removed the program, its command and its units")
     if purge:

@@ -114,7 +114,11 @@ def test_the_offline_file_by_its_page(bookworm: Tree, offline: Path) -> None:
     assert {line.split()[0] for line in listed} == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"README"}
     for topic in ("first-renewal", "symptoms", "glossary"):
         assert bookworm.run(f"ca-bridge help {topic}").stdout.startswith("#")
+    (by_hand,) = blocks("docs/install.md", "Completion and manual pages")
+    linked = "find /usr/local/share /etc/bash_completion.d /etc/fish -lname '/opt/ca-bridge/*'"
+    assert len(bookworm.run(f"{by_hand}\n{linked}").stdout.split()) > 50
     assert_shown("install.md", "offline-uninstall", bookworm.run(shown.BOOTED["offline-uninstall"]).stdout)
+    assert bookworm.run(linked).stdout == ""
 
 
 def with_openssl(machine: Booted, pki: KubeadmPki, directory: Path) -> None:
