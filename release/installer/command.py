@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,18 @@ _ABOUT = "Installs, upgrades and removes ca-bridge on this machine, with no netw
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, do it, and say what is wrong in words: 0 done, 1 not done, 2 usage."""
+    """Parse, do it, and say what is wrong in words: 0 done, 1 not done or not said, 2 usage."""
+    try:
+        _run(arguments)
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError as e:  # Python would say it in words of its own, and end with 120
+            os.write(2, f"error: standard output: {e.strerror}\n".encode())
+            os._exit(1)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     given = _parser().parse_args(arguments)
     try:
         given.do(given)

@@ -53,6 +53,15 @@ def test_installs_runs_and_goes_without_a_network(tree: Tree, offline: Path) -> 
     assert tree.run("ls -A /opt; ls -A /usr/local/lib").stdout == tree.run("ls -A /usr/local/lib").stdout
 
 
+def test_what_the_installer_can_not_say_is_an_error(bookworm: Tree, offline: Path) -> None:
+    """On a full disk below standard output it installs, and ends as the program does; a closed one is no error."""
+    bring(bookworm, offline)
+    for command in ("install", "check", "--help"):
+        full = bookworm.run(f"sh {FILE} {command} >/dev/full", check=False)
+        assert (full.returncode, full.stderr) == (1, "error: standard output: No space left on device\n")
+    bookworm.run(f"ca-bridge --version && sh {FILE} check >&-")
+
+
 def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offline: Path) -> None:
     """`settings init` has the tree's examples; a plug-in's directory that others can write to is refused."""
     bring(bookworm, offline)
