@@ -246,7 +246,7 @@ class Ledger:
             if not self.trouble:
                 self._failing_since = time.monotonic()
             self.trouble = str(e)
-            with self._mutex:  # whose other lines are told that they were not written
+            with self._mutex:  # the callers of the other lines write them again
                 self._noted = [*noted, *self._noted][:_MOST_NOTED]
             raise
         self.trouble = ""

@@ -230,9 +230,10 @@ class Quiet(Service):
         self._watching = [Watch(None, [CLIENT_KUBELET])]  # type: ignore[arg-type]
         self._watching[0].alive, self._watching[0].trouble = 0.0, ""
         self._now = lambda: datetime.now(UTC)
+        self.nodes = SimpleNamespace(files=lambda _: (SimpleNamespace(pod_signers={}), None))  # type: ignore[assignment]
         self.looks = 0
 
-    def look(self, _: datetime) -> list[str]:
+    def look(self, *_: object) -> list[str]:
         """As a CA's `check`; the third is the last."""
         self.looks += 1
         if self.looks > 2:
@@ -260,7 +261,7 @@ def test_a_ca_that_hangs_holds_up_no_other_when_the_gateway_starts(monkeypatch: 
     monkeypatch.setattr("bridge.gateway.service._FIRST_LOOK_SECONDS", 0.5)
     service, released, silent = Quiet(), threading.Event(), threading.Event()
 
-    def hang(_: datetime) -> list[str]:
+    def hang(*_: object) -> list[str]:
         silent.set()
         released.wait(600)
         return []
