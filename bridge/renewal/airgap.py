@@ -48,7 +48,7 @@ from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.session import Now, Run, begun, give_up
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, read, read_once, read_present, read_public_key
+from bridge.system.paths import UnreadableError, read, read_once, read_present, read_public_key, trusted_users
 
 #: Nothing in a bundle is secret.
 BUNDLE_MODE = 0o644
@@ -494,7 +494,7 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
             continue
         spec, key_pem = _key_in(relative, data, pairs)
         if spec is not None and key_pem is not None:
-            _assert_ours(path, status.st_mode)
+            _assert_ours(path, status)
             key = _private_key(path, key_pem)
             if spec.name in keys:
                 other, _ = keys[spec.name]
@@ -539,11 +539,14 @@ def _key_in(
         return None, None
 
 
-def _assert_ours(path: Path, mode: int) -> None:
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+def _assert_ours(path: Path, status: os.stat_result) -> None:
+    is_theirs = status.st_uid not in trusted_users()
+    if is_theirs or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        found = f"one of user {status.st_uid}" if is_theirs else f"mode {stat.S_IMODE(status.st_mode):04o}"
         raise DirectoryError(
-            f"{path}: wanted a private key for its owner alone, found mode {stat.S_IMODE(mode):04o}",
-            hint="a user who has read it can pose as its owner: make a new key, or chmod 600 it if no other user has",
+            f"{path}: wanted a private key for root or this user alone, found {found}",
+            hint="a user who has read it can pose as its owner: make a new key; if no other user has, "
+            f"chown {os.geteuid()} {path} && chmod 600 {path}",
         )
 
 

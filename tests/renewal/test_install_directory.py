@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime, timedelta
@@ -213,7 +214,7 @@ def test_keys_that_others_can_read_are_refused(node: Pki, settings: Settings, di
     sign_all(node, directory)
     old, key = contents(node), directory / "apiserver.key"
     key.chmod(0o640)
-    with pytest.raises(DirectoryError, match="owner alone"):
+    with pytest.raises(DirectoryError, match="this user alone, found mode 0640"):
         install(settings, directory)
     key.chmod(0o600)
     (directory / "pki").mkdir()
@@ -228,6 +229,17 @@ def test_keys_that_others_can_read_are_refused(node: Pki, settings: Settings, di
     assert contents(node) == old
     (directory / "pki/apiserver.key").unlink()
     assert install(settings, directory).exit_code == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_a_key_of_another_user_is_refused(node: Pki, settings: Settings, directory: Path) -> None:
+    """Its owner knows it, whatever its mode is; with a genuine certificate it would be installed."""
+    sign_all(node, directory)
+    old, key = contents(node), directory / "scheduler.conf.key"
+    os.chown(key, 12345, 0)
+    with pytest.raises(DirectoryError, match=r"conf\.key: wanted a private key .* found one of user 12345"):
+        install(settings, directory)
+    assert contents(node) == old
 
 
 def test_a_link_in_the_directory_is_not_followed(
