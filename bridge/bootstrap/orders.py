@@ -45,7 +45,7 @@ from bridge.pki.csr import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json
-from bridge.system.files import write_atomically
+from bridge.system.files import make_directories, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read, read_present, read_public_key
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
@@ -329,7 +329,7 @@ def write_orders(
     for path, order in made.values():
         if not _is_older(path, order):
             raise OrderError(f"{path}: wanted no file, found another order", hint="name an empty directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directories(directory)
     for path, order in made.values():
         signature = signatures.sign(key, message(order)) if key is not None else None
         write_atomically(path, dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)

@@ -26,6 +26,7 @@ from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
 from bridge.system.console import doing, styled
+from bridge.system.files import make_directories
 from bridge.system.run_command import python_command
 
 commands = typer.Typer()
@@ -275,7 +276,7 @@ def _directory_for(wanted: Path | None) -> Iterator[Path]:
         return
     if wanted.exists() and any(wanted.iterdir()):
         raise BridgeError(f"{wanted}: wanted an empty directory, found files in it", hint="name a new one")
-    wanted.mkdir(parents=True, exist_ok=True)
+    make_directories(wanted)
     yield wanted.absolute()
 
 

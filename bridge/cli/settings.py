@@ -33,7 +33,7 @@ from bridge.settings.tables import Commands, Components, Settings, command_words
 from bridge.settings.windows import Windows
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.console import doing, log, printable
-from bridge.system.files import shipped
+from bridge.system.files import make_directories, shipped
 from bridge.words import name_found
 
 commands = typer.Typer()
@@ -57,7 +57,7 @@ def settings_init(
     if kind is not None and file is None and ("/" in kind or "." in kind):
         file, kind = Path(kind), None
     path, text = file or common.config or DEFAULT_FILE, initial(kind)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    make_directories(path.parent)
     try:
         with path.open("x", encoding="utf-8") as opened:
             os.fchmod(opened.fileno(), 0o644)

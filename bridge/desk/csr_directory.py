@@ -6,7 +6,6 @@ neither names its node or proves anything.
 from __future__ import annotations
 
 import base64
-import contextlib
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -26,7 +25,7 @@ from bridge.pki.budget import Budget, OverBudgetError
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import pem
 from bridge.specs import SPECS, CertificateSpec
-from bridge.system.files import SECRET_MODE, write_atomically
+from bridge.system.files import SECRET_MODE, make_directories, write_atomically
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_once
 
 _SUFFIX = ".csr"
@@ -127,10 +126,7 @@ def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca
 def _write(target: Path, relative: Path, data: bytes, mode: int) -> None:
     path = (target / relative).absolute()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for parent in reversed(relative.parents):
-            with opened((target / parent).absolute()) as place, contextlib.suppress(FileExistsError):
-                place.path.mkdir()
+        make_directories(path.parent)
         with opened(path) as place:
             write_atomically(place.path, data, mode)
     except ForeignLinkError as e:

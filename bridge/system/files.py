@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from bridge import dataclass
 from bridge.errors import BridgeError
-from bridge.system.paths import exposure
+from bridge.system.paths import exposure, opened
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -230,12 +230,19 @@ def remove_unfinished(directory: Path, pattern: str) -> None:
                 path.unlink()
 
 
+def make_directories(path: Path, mode: int = 0o755) -> None:
+    """Make a directory, and those above it, past no link that others could have made, and closed to them at any umask."""
+    for missing in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
+        try:
+            with opened(missing) as place:
+                place.path.mkdir(mode=mode if missing == path else 0o755, exist_ok=True)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(missing)) from None
+
+
 def private_directory(path: Path) -> None:
     """Make a directory that only we can enter, or accept such a directory."""
-    if not path.is_dir():
-        for missing in reversed([one for one in path.parents if not one.exists()]):
-            missing.mkdir(mode=0o755, exist_ok=True)  # a umask of 0 would let others write to it
-        path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    make_directories(path, DIRECTORY_MODE)
     if (found := exposure(path.parent)) is not None:
         raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
     status = path.stat()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bridge import dataclass
 from bridge.errors import BridgeError
-from bridge.system.files import DIRECTORY_MODE, reasons, user_name, write_atomically
+from bridge.system.files import DIRECTORY_MODE, make_directories, reasons, user_name, write_atomically
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
@@ -147,7 +147,7 @@ def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
     places = [job.path if directory is None else directory / job.path.name for job in jobs]
     for job, path in zip(jobs, places, strict=True):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(path.parent)
             write_atomically(path, job.text.encode(), _MODE)
         except OSError as e:
             hint = "run as root (sudo), or name a directory with -o" if isinstance(e, PermissionError) else None
@@ -233,7 +233,7 @@ def make_directory(path: Path, user: str, mode: int) -> None:
         return
     account = pwd.getpwnam(user)
     with reasons(JobError, f"{path}: wanted to make it", hint=_install(path, user)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(path.parent)
         path.mkdir(mode=DIRECTORY_MODE)
         # by a descriptor, so that a link in its place is not followed
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

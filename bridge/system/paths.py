@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from bridge import dataclass
-from bridge.errors import SettingsError, SettingsProblem
+from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates
 
 #: As the kernel counts them (path_resolution(7)).
@@ -295,8 +295,10 @@ def _others_can_change(status: os.stat_result) -> bool:
 # --- the way there ---------------------------------------------------------------------------------------------------
 
 
-class ForeignLinkError(Exception):
+class ForeignLinkError(BridgeError):
     """A user other than root and the effective user decides where the path leads; the text says how."""
+
+    hint = "name a directory in which no other user can put links"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import pytest
 from bridge.cli.setup import write_files
 from bridge.contract import SetupFile
 from bridge.errors import BridgeError
+from bridge.system import jobs
 from tests.kit.pki import handmade_pki
 
 PROGRAM = Path(sys.executable).with_name("ca-bridge")
@@ -55,16 +56,19 @@ def test_no_link_gets_the_mode_of_what_is_written(tmp_path: Path) -> None:
 
 
 def test_what_is_written_has_its_mode_whatever_the_umask(tmp_path: Path) -> None:
-    """All users may read it, only its owner may write to it, and an older file stays."""
+    """All users may read it, only its owner may write to it or to a directory that is made, and an older file stays."""
+    place, jobs_place = tmp_path / "new/setup", tmp_path / "new/jobs/etc"
     before = os.umask(0)
     try:
-        write_files([SetupFile(name="a", text="x", executable=True), SetupFile(name="b", text="y")], tmp_path)
+        write_files([SetupFile(name="a", text="x", executable=True), SetupFile(name="b", text="y")], place)
+        jobs.write([jobs.Job(path=Path("/etc/cron.d/c"), text="z")], jobs_place)
     finally:
         os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o755, 0o644]
+    made = (place / "a", place / "b", jobs_place / "c", place, jobs_place, jobs_place.parent, place.parent)
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o755, 0o644, 0o644, *[0o755] * 4]
     with pytest.raises(BridgeError):
-        write_files([SetupFile(name="a", text="z")], tmp_path)
-    assert (tmp_path / "a").read_text() == "x"
+        write_files([SetupFile(name="a", text="z")], place)
+    assert (place / "a").read_text() == "x"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
