@@ -48,8 +48,16 @@ from bridge.state import Store, audit
 from bridge.state.open_requests import OpenUser, OpenUsers
 from bridge.state.session import alone, in_force
 from bridge.system.console import Progress
-from bridge.system.files import Attributes, reasons, remove_unfinished, sync_directory, write_atomically, write_staged
-from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_ca_file, read_once
+from bridge.system.files import (
+    Attributes,
+    assert_holds_keys,
+    reasons,
+    remove_unfinished,
+    sync_directory,
+    write_atomically,
+    write_staged,
+)
+from bridge.system.paths import UnreadableError, opened, read, read_ca_file, read_once
 from bridge.words import one_line
 
 #: Kubernetes accepts it everywhere, and it is made at once.
@@ -104,6 +112,7 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT
     key, private = csr.generate_key(algorithm), Attributes.private()
     written: list[Path] = []
     try:
+        assert_holds_keys(directory)
         write_staged(key_path, csr.key_pem(key), private)
         written.append(key_path)
         write_staged(csr_path, make_csr(user, key), dataclasses.replace(private, mode=0o644))
@@ -258,13 +267,8 @@ def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> Non
 @contextlib.contextmanager
 def _held_open(order: UserOrder) -> Iterator[tuple[Path, Kubeconfig | None]]:
     """The kubeconfig's path in a directory that is held open, so that its owner can't exchange it; the older one there."""
-    path = order.out
-    try:
-        with opened(path) as place:
-            yield place.path, _older(place.path, order)
-    except ForeignLinkError as e:
-        hint = "name a directory in which no other user can put links with -o"
-        raise BridgeError(f"{path}: wanted to write the kubeconfig; {e}", hint=hint) from None
+    with opened(order.out) as place:
+        yield place.path, _older(place.path, order)
 
 
 def _assert_may_write(order: UserOrder) -> Kubeconfig | None:

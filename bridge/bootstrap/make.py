@@ -52,8 +52,7 @@ from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, finger
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run, begun, claim, give_up, in_force
 from bridge.system.console import Progress
-from bridge.system.files import Attributes, digest, private_directory
-from bridge.system.paths import exposure
+from bridge.system.files import Attributes, assert_holds_keys, digest, private_directory
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.words import some
 
@@ -248,8 +247,7 @@ def _make_directories(desired: DesiredNode) -> None:
     """Make kubeadm's directories and the kubelet's; other users may not write to them."""
     for path in desired.places.directories(desired.role):
         path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
-        if (found := exposure(path)) is not None:
-            raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
+        assert_holds_keys(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

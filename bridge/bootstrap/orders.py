@@ -45,7 +45,7 @@ from bridge.pki.csr import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json
-from bridge.system.files import make_directories, write_atomically
+from bridge.system.files import held_directory, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read, read_present, read_public_key
 
 _SCHEMA, _VERSION = "ca-bridge/new-node", 1
@@ -329,10 +329,10 @@ def write_orders(
     for path, order in made.values():
         if not _is_older(path, order):
             raise OrderError(f"{path}: wanted no file, found another order", hint="name an empty directory")
-    make_directories(directory)
-    for path, order in made.values():
-        signature = signatures.sign(key, message(order)) if key is not None else None
-        write_atomically(path, dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
+    with held_directory(directory) as held:
+        for path, order in made.values():
+            signature = signatures.sign(key, message(order)) if key is not None else None
+            write_atomically(held / path.name, dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
     return [
         Written(node=node, path=path, fingerprint=fingerprint_text(digest(order)))
         for node, (path, order) in made.items()

@@ -33,7 +33,7 @@ from bridge.settings.tables import Commands, Components, Settings, command_words
 from bridge.settings.windows import Windows
 from bridge.specs import AUTHORITIES, SPECS
 from bridge.system.console import doing, log, printable
-from bridge.system.files import make_directories, shipped
+from bridge.system.files import held_directory, shipped
 from bridge.words import name_found
 
 commands = typer.Typer()
@@ -57,15 +57,16 @@ def settings_init(
     if kind is not None and file is None and ("/" in kind or "." in kind):
         file, kind = Path(kind), None
     path, text = file or common.config or DEFAULT_FILE, initial(kind)
-    make_directories(path.parent)
     try:
-        with path.open("x", encoding="utf-8") as opened:
+        with held_directory(path.parent) as held, (held / path.name).open("x", encoding="utf-8") as opened:
             os.fchmod(opened.fileno(), 0o644)
             opened.write(text)
     except FileExistsError:
         another = f"ca-bridge settings init {kind} FILE" if kind else "ca-bridge settings init FILE"
         hint = f"edit it, or write another one: `{another}`"
         raise BridgeError(f"{path}: wanted no file, found one", hint=hint) from None
+    except OSError as e:
+        raise BridgeError(f"{path}: wanted to write it, found: {e.strerror}") from None
     say(f"wrote {path}")
 
 

@@ -31,7 +31,7 @@ from bridge.settings.tables import NodeSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs
 from bridge.system.console import log
-from bridge.system.files import DIRECTORY_MODE, make_directories, reasons
+from bridge.system.files import DIRECTORY_MODE, held_directory, reasons
 from bridge.system.jobs import Job, Places
 from bridge.system.paths import UnreadableError, read_present
 from bridge.words import name_found
@@ -136,12 +136,14 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
     written = []
     for file in files:
         path = directory / file.name
-        with reasons(BridgeError, f"{path}: wanted to write it", hint="name an empty directory"):
-            make_directories(directory)
-            with path.open("x", encoding="utf-8") as opened:
-                # not by its name, where the directory's owner may have put a link meanwhile
-                os.fchmod(opened.fileno(), 0o755 if file.executable else 0o644)
-                opened.write(file.text)
+        with (
+            reasons(BridgeError, f"{path}: wanted to write it", hint="name an empty directory"),
+            held_directory(directory) as held,
+            (held / file.name).open("x", encoding="utf-8") as opened,
+        ):
+            # not by its name, where the directory's owner may have put a link meanwhile
+            os.fchmod(opened.fileno(), 0o755 if file.executable else 0o644)
+            opened.write(file.text)
         written.append(path)
     return written
 

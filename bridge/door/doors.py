@@ -46,7 +46,8 @@ from bridge.errors import BridgeError, Exit
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit
 from bridge.state.session import recording
-from bridge.system.files import sync_directory
+from bridge.system import paths
+from bridge.system.files import reasons, sync_directory
 from bridge.system.locks import lock
 from bridge.system.state_file import OnDamage, StateFile
 
@@ -313,7 +314,8 @@ def back_up(settings: Settings, to: Path) -> None:
     if to.exists() and (to.samefile(source) or not to.is_file()):
         found = "the database itself" if to.samefile(source) else "something else"
         raise UpkeepError(f"{to}: wanted a file for the copy, or a path where nothing is, found {found}")
-    _copied(source, to)
+    with reasons(UpkeepError, f"{to}: wanted a place for a copy"), paths.opened(to) as place:
+        _copied(source, place.path, to)
 
 
 def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tuple[Path | None, int]:
@@ -334,7 +336,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
                 f"{old}: wanted no file there, since the present database goes there, found one",
                 hint="an earlier restore has left it: move it away, and restore again; nothing was replaced",
             )
-        _copied(copy, new)
+        _copied(copy, new, new)
         try:  # nothing is replaced by what this version can't use
             with contextlib.closing(Memory(sqlite_url(new))) as memory:
                 Doors(memory, store, "").names()
@@ -383,13 +385,11 @@ def _assert_file(settings: Settings) -> None:
         )
 
 
-def _copied(source: Path, to: Path) -> None:
-    """A copy of a database of the door by SQLite itself, which takes what is in its log, too."""
-    try:
+def _copied(source: Path, to: Path, name: Path) -> None:
+    """A copy of a database of the door by SQLite itself, which takes what is in its log, too; errors call it `name`."""
+    with reasons(UpkeepError, f"{name}: wanted a place for a copy"):
         descriptor, temporary = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")  # 0600
         os.close(descriptor)
-    except OSError as e:
-        raise UpkeepError(f"{to}: wanted a place for a copy, found: {e.strerror}") from None
     try:
         with (
             contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as old,
@@ -405,6 +405,8 @@ def _copied(source: Path, to: Path) -> None:
         Path(temporary).replace(to)
         sync_directory(to.parent)
     except (sqlite3.Error, OSError) as e:
-        raise UpkeepError(f"{source}: wanted a database of a door, and room for its copy at {to}, found: {e}") from None
+        raise UpkeepError(
+            f"{source}: wanted a database of a door, and room for its copy at {name}, found: {e}"
+        ) from None
     finally:
         Path(temporary).unlink(missing_ok=True)

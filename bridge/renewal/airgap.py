@@ -48,7 +48,7 @@ from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.state.session import Now, Run, begun, give_up
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
-from bridge.system.paths import UnreadableError, read, read_once, read_present, read_public_key, trusted_users
+from bridge.system.paths import UnreadableError, opened, read, read_once, read_present, read_public_key, trusted_users
 
 #: Nothing in a bundle is secret.
 BUNDLE_MODE = 0o644
@@ -101,7 +101,8 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
     run.requests.save()
     run.record.write()
     try:
-        write_atomically(path, data, BUNDLE_MODE)
+        with opened(path) as place:
+            write_atomically(place.path, data, BUNDLE_MODE)
     except OSError as e:
         raise BridgeError(
             f"{path}: wanted to write the bundle, found: {e.strerror}",

@@ -42,7 +42,17 @@ from bridge.state.install import fingerprint
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.files import DIRECTORY_MODE, Attributes, DiskSpace, digest, disk_spaces, sync_directory, write_staged
+from bridge.system.files import (
+    DIRECTORY_MODE,
+    Attributes,
+    DiskSpace,
+    assert_holds_keys,
+    digest,
+    disk_spaces,
+    make_directories,
+    sync_directory,
+    write_staged,
+)
 from bridge.system.paths import ForeignLinkError, UnreadableError, foreign_link, opened, read_once, real_path
 
 if TYPE_CHECKING:
@@ -305,8 +315,9 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
     """Write `NAME.csr` and `NAME.key`, flat and 0600, over no older file; all or none."""
     written: list[Path] = []
     try:
-        if not directory.is_dir():
-            directory.mkdir(mode=DIRECTORY_MODE, parents=True)
+        assert_holds_keys(directory)
+        make_directories(directory, DIRECTORY_MODE)
+        assert_holds_keys(directory)  # another user may have made it meanwhile
         for one in prepared:
             for suffix, data in ((".key", one.key_pem), (".csr", one.request.csr_pem)):
                 path = directory / f"{one.name}{suffix}"

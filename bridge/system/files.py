@@ -240,11 +240,29 @@ def make_directories(path: Path, mode: int = 0o755) -> None:
             raise OSError(e.errno, e.strerror, str(missing)) from None
 
 
+@contextlib.contextmanager
+def held_directory(path: Path) -> Iterator[Path]:
+    """Make a directory, or take such a one, and hold it open, so that no other user can exchange it (ForeignLinkError)."""
+    make_directories(path)
+    with opened(path) as place:
+        how = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(place.name or ".", how, dir_fd=place.directory)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+
+
+def assert_holds_keys(directory: Path) -> None:
+    """Raise a BridgeError where another user can replace what is in a directory."""
+    if (found := exposure(directory)) is not None:
+        raise BridgeError(f"{directory} can't hold keys: {found}", hint=found.hint)
+
+
 def private_directory(path: Path) -> None:
     """Make a directory that only we can enter, or accept such a directory."""
     make_directories(path, DIRECTORY_MODE)
-    if (found := exposure(path.parent)) is not None:
-        raise BridgeError(f"{path} can't hold keys: {found}", hint=found.hint)
+    assert_holds_keys(path.parent)
     status = path.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         owner = f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}"

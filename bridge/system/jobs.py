@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bridge import dataclass
 from bridge.errors import BridgeError
-from bridge.system.files import DIRECTORY_MODE, make_directories, reasons, user_name, write_atomically
+from bridge.system.files import DIRECTORY_MODE, held_directory, make_directories, reasons, user_name, write_atomically
 from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
@@ -147,8 +147,8 @@ def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
     places = [job.path if directory is None else directory / job.path.name for job in jobs]
     for job, path in zip(jobs, places, strict=True):
         try:
-            make_directories(path.parent)
-            write_atomically(path, job.text.encode(), _MODE)
+            with held_directory(path.parent) as held:
+                write_atomically(held / path.name, job.text.encode(), _MODE)
         except OSError as e:
             hint = "run as root (sudo), or name a directory with -o" if isinstance(e, PermissionError) else None
             raise JobError(f"{path}: wanted to write it, found: {e.strerror}", hint=hint) from e

@@ -24,6 +24,7 @@ from bridge.state import Store
 from bridge.state import install as installing
 from bridge.state.install import KEY_MASK, InstallError, Replacement, install
 from bridge.system.files import digest
+from tests.kit.cas import Bridge, add_openssl
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.renewing import Quiet, settings_for
 
@@ -295,3 +296,59 @@ def test_a_secret_that_others_can_read_is_a_warning(
     key.chmod(0o644)
     assert renew.run(settings, RunOptions(names=(SERVER,)), lambda: datetime.now(UTC), Quiet())[0].exit_code == 0
     assert f"{key}: wanted it for its owner alone, found mode 0644" in caplog.text
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A link of another user, in a directory of that user, to a directory of root's."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / "root").mkdir(mode=0o700)
+    link = tmp_path / "x/dir"
+    link.symlink_to(tmp_path / "root")
+    for path in (link, link.parent):
+        os.chown(path, SOMEBODY, 0, follow_symlinks=False)
+    return link
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("renew etcd-server --csr-only --csr-dir {dir}", "can't hold keys"),
+        ("renew etcd-server --csr-only --csr-dir {dir}/new", "can't hold keys"),
+        ("kubeconfig request bob -o {dir}", "can't hold keys"),
+        ("kubeconfig user bob --group dev -o {dir}/bob.conf", "wanted no link"),
+        ("export {dir}/request.json etcd-server", "wanted no link"),
+        ("setup openssl -o {dir}", "wanted no link"),
+        ("setup cron -o {dir}/new", "wanted no link"),
+        ("settings init vault {dir}/config.toml", "wanted no link"),
+    ],
+)
+def test_no_output_goes_through_another_users_link(node: Pki, theirs: Path, words: str, says: str) -> None:
+    """Nothing is written behind it, and the message has the link's name, and what to do."""
+    bridge = Bridge(pki=node, directory=theirs.parent.parent / "bridge")
+    for authority in ("ca", "etcd-ca"):
+        add_openssl(bridge, authority)
+    run = bridge.run(*words.format(dir=theirs).split())
+    assert list((theirs.parent.parent / "root").iterdir()) == []
+    assert run.returncode == Exit.FAILED, run.stdout + run.stderr
+    assert says in run.stderr
+    assert str(theirs.parent) in run.stderr
+
+
+@pytest.mark.parametrize("how", ["owner", "mode"])
+@pytest.mark.parametrize("words", ["renew etcd-server --csr-only --csr-dir {}", "kubeconfig request bob -o {}"])
+def test_keys_go_to_no_directory_of_others(node: Pki, tmp_path: Path, how: str, words: str) -> None:
+    """They could put a key there that they know; the message says how to take the directory from them."""
+    place = tmp_path / "keys"
+    place.mkdir()
+    bridge, command = Bridge(pki=node, directory=tmp_path / "bridge"), words.format(place).split()
+    if how == "owner":
+        os.chown(place, SOMEBODY, 0)
+    else:
+        place.chmod(0o777)
+    run = bridge.run(*command)
+    assert (run.returncode, list(place.iterdir())) == (Exit.FAILED, []), run.stderr
+    assert f"{place} can't hold keys: " in " ".join(run.stderr.split())
+    os.chown(place, 0, 0)
+    place.chmod(0o755)
+    assert bridge.run(*command).returncode == Exit.DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -513,6 +514,25 @@ def upkept(desk: Desk) -> Path:
     add_door(desk.config, desk.directory)
     assert desk.run("serve-database", "status").returncode == Exit.DONE
     return database_file(Store(desk.state))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes another user's link")
+def test_a_copy_goes_through_no_other_users_link(desk: Desk, tmp_path: Path) -> None:
+    """The copy is not there, and neither is half of one; through a link of ours it is."""
+    upkept(desk)
+    own, link = tmp_path / "own", tmp_path / "link"
+    own.mkdir()
+    link.symlink_to(own)
+    os.lchown(link, 12345, 0)
+    refused = desk.run("serve-database", "backup", link / "copy")
+    left = list(own.iterdir())
+    os.lchown(link, 0, 0)
+
+    assert (refused.returncode, left) == (Exit.FAILED, []), refused.stdout
+    assert f"{link}: wanted no link" in refused.stderr
+    assert desk.run("serve-database", "backup", link / "copy").returncode == Exit.DONE
+    assert (own / "copy").stat().st_mode & 0o777 == 0o600
+    assert desk.run("serve-database", "backup", tmp_path / "none/copy").returncode == Exit.USAGE
 
 
 def test_a_look_at_the_database_says_of_no_door_that_it_lives(desk: Desk) -> None:
