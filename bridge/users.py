@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import re
 import secrets
@@ -121,9 +122,12 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT
     except OSError as e:
         for path in written:
             path.unlink()
+        first = {errno.EEXIST: "move the older ones away, or ", errno.ENOENT: "make the directory, or "}.get(
+            e.errno or 0, ""
+        )
         raise BridgeError(
             f"{e.filename or directory}: wanted to write a key and a CSR, found: {e.strerror}",
-            hint="move the older ones away, or name another directory with -o",
+            hint=f"{first}name another directory with -o",
         ) from None
     return key_path, csr_path
 

@@ -362,6 +362,27 @@ def test_a_request_is_never_made_over_an_older_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "says", "hint"),
+    [
+        (
+            ".",
+            "bob.key: wanted to write a key and a CSR, found: File exists",
+            "move the older ones away, or name another",
+        ),
+        ("none", "found: No such file or directory", "make the directory, or name another directory with -o"),
+        ("bob.key", "found: Not a directory", ": name another directory with -o"),
+    ],
+)
+def test_a_request_that_can_not_be_written_says_what_to_do(tmp_path: Path, place: str, says: str, hint: str) -> None:
+    """Only where older files are there they have to go."""
+    (tmp_path / "bob.key").touch()
+    run = ca_bridge("kubeconfig", "request", "bob", "-o", place, cwd=tmp_path)
+    said = " ".join(run.stderr.split())
+    assert (run.returncode, says in said, hint in said) == (1, True, True), run.stderr
+    assert ("move the older ones" in said) == (place == ".")
+
+
+@pytest.mark.parametrize(
     ("name", "group", "says"),
     [
         ("", "dev", "name: wanted at most 64 letters, digits and ._@:/+-, found ''"),
