@@ -138,7 +138,7 @@ def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: da
     }
     limit = f", for {', '.join(wanted.certificates)}" if wanted.certificates else ""
     about = f"node {wanted.node}, cluster {wanted.cluster}{limit}, until {minute(now + wanted.lasts)}"
-    with closing(open_memory(settings)) as memory:
+    with closing(open_memory(settings, may_make=True)) as memory:
         _recorded(settings, audit.ENROLLED, about)
         memory.change(ENROLMENTS.insert().values(**row))
         [made] = _found(memory, ENROLMENTS.c.secret_hash == row["secret_hash"])

@@ -73,7 +73,7 @@ class Service:
             raise SettingsError([SettingsProblem("authority", wanted, "none", settings.source.file)])
         self._settings = settings
         self._now = now
-        self.memory = open_memory(settings)
+        self.memory = open_memory(settings, may_make=True)
         self._nodes = Spared(lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now())))
         self._secret = secret(Store(settings.node.state_dir))
         self._persons: tuple[x509.Certificate, ...] = ()

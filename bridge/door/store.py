@@ -31,6 +31,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.secret import Secret, SecretUnavailableError
 from bridge.settings.tables import Settings
 from bridge.state import Store
+from bridge.system.files import SECRET_MODE
 from bridge.words import one_line
 
 #: `waiting`: for the next round of signing. `undecided`: for people; `approved` and `refused`: by them; the next round
@@ -517,11 +518,19 @@ def sqlite_url(path: Path) -> str:
     return sa.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
-def open_memory(settings: Settings) -> Memory:
-    """The database that the settings name, which the caller closes (DatabaseError, StateError)."""
+def open_memory(settings: Settings, *, may_make: bool = False) -> Memory:
+    """The database that the settings name, which the caller closes (DatabaseError: also where no door has made its file)."""
     store = Store(settings.node.state_dir)
-    store.prepare()
-    return Memory(settings.serve.database or sqlite_url(database_file(store)), settings.serve.database_password)
+    file, url = database_file(store), settings.serve.database
+    if may_make or url or store.directory.exists():
+        store.prepare()
+    if not url and not file.exists():
+        if not may_make:
+            hint = "run this at the door's host, with the door's settings; `ca-bridge serve` and `enroll` make the database"
+            text = f"{file}: wanted the door's database, found none"
+            raise DatabaseError(text, hint=hint, exit_code=Exit.USAGE)
+        file.touch(SECRET_MODE)  # SQLite's own mode would be for all users
+    return Memory(url or sqlite_url(file), settings.serve.database_password)
 
 
 def database_file(store: Store) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from bridge.door.fleet import fleet, metrics
-from bridge.door.store import ENROLMENTS, IssuedRow, Memory, sqlite_url
+from bridge.door.store import ENROLMENTS, IssuedRow, Memory, open_memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.expiry import Before
+from bridge.settings.load import load
 from tests.kit.desks import make_desk
 from tests.kit.pki import handmade_pki
 
@@ -123,8 +125,15 @@ def test_the_metrics_have_every_node(memory: Memory) -> None:
 
 
 def test_the_command_shows_them_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit 3 if one needs a person; a node with a secret that has not asked is there, too."""
+    """Exit 3 if one needs a person; a node with a secret that has not asked is there, too. Readers make no database."""
     desk = make_desk(tmp_path / "desk", handmade_pki(tmp_path / "pki"))
+    for reader in (("fleet",), ("enrolments", "list"), ("serve-database", "status")):
+        refused = desk.run(*reader)
+        assert (refused.returncode, (desk.state / "door.db").exists()) == (Exit.USAGE, False), refused.stdout
+        assert f"{desk.state}/door.db: wanted the door's database, found none" in " ".join(refused.stderr.split())
+        assert "`ca-bridge serve` and `enroll` make the database" in " ".join(refused.stderr.split())
+    with contextlib.closing(open_memory(load(desk.config), may_make=True)):
+        assert (desk.state / "door.db").stat().st_mode & 0o777 == 0o600
     assert desk.run("fleet").stdout == "no nodes: none has asked this door yet\n"
     assert desk.run("enroll", "cp-9").returncode == Exit.DONE
     new = desk.run("fleet")
