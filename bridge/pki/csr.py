@@ -190,7 +190,12 @@ def subject_of(common_name: str, groups: Sequence[str] = ()) -> x509.Name:
     """A subject as Go writes a `pkix.Name`: all O values in one RDN, then CN; UTF8String, which Kubernetes reads as well."""
     organizations = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
     rdns = [x509.RelativeDistinguishedName(organizations)] if organizations else []
-    return x509.Name([*rdns, x509.RelativeDistinguishedName([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])])
+    return x509.Name([*rdns, x509.RelativeDistinguishedName([common_name_of(common_name)])])
+
+
+def common_name_of(text: str) -> x509.NameAttribute[str]:
+    """A CN of any length, as Go writes it: RFC 5280 has 64 characters, and a kubelet's with a long node name has more."""
+    return x509.NameAttribute(NameOID.COMMON_NAME, text, _validate=False)
 
 
 def names_of(sans: Iterable[x509.GeneralName]) -> set[tuple[str, str]]:

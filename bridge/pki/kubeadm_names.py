@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from bridge import dataclass
 from bridge.errors import BridgeError, Violation
 from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, leads_to, san_entries
-from bridge.pki.csr import Naming, general_name, issuer_line, subject_of
+from bridge.pki.csr import Naming, common_name_of, general_name, issuer_line, subject_of
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.words import one_line
 
@@ -258,7 +258,7 @@ def _attribute(attribute: x509.NameAttribute[str | bytes], names: Mapping[str, s
         return attribute
     prefix = _NODE_USER if attribute.value.startswith(_NODE_USER) else ""
     name = attribute.value.removeprefix(prefix)
-    return x509.NameAttribute(attribute.oid, prefix + names.get(name, name))
+    return common_name_of(prefix + names.get(name, name))
 
 
 def _san(san: x509.GeneralName, names: Mapping[str, str]) -> x509.GeneralName:

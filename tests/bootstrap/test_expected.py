@@ -39,15 +39,14 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
         assert san_entries(request) == san_entries(found[name]), name
 
 
-def test_a_worker_needs_one_ca() -> None:
+@pytest.mark.parametrize("name", ["w-1", f"w-{'1' * 60}"])
+def test_a_worker_needs_one_ca(name: str) -> None:
     """A worker needs its kubelet's certificates from one CA, and no others."""
-    order = Order(
-        cluster=shared(parse(CONFIG.encode())), authorities={}, node=new_node("worker", "w-1", ["192.0.2.21"])
-    )
+    order = Order(cluster=shared(parse(CONFIG.encode())), authorities={}, node=new_node("worker", name, ["192.0.2.21"]))
     found = keys.expected_certificates(order, datetime.now(UTC))
 
     assert set(found) == {"ca"}
-    assert attributes(found["ca"]["kubelet.conf"].subject)[-1][1] == "system:node:w-1"
+    assert attributes(found["ca"]["kubelet.conf"].subject)[-1][1] == f"system:node:{name}"
 
 
 def test_an_order_without_a_node_says_nothing() -> None:

@@ -192,6 +192,13 @@ def test_names_are_those_of_the_configuration(ready: NewNode) -> None:
     assert {("DNS", "spare.example.com"), ("IP", "203.0.113.7"), ("IP", ADDRESS), ("DNS", NAME)} <= san_entries(leaf)
 
 
+@pytest.mark.parametrize("change", [(f"name: {NAME}", f"name: {NAME}-{'a' * 60}")])
+def test_names_that_kubeadm_takes(node: NewNode, change: tuple[str, str]) -> None:
+    """A kubelet's CN may be longer than 64 characters, as Go writes it."""
+    run = node.init(config=CONFIG.replace(*change))
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system; run as root")
 def test_a_full_disk_is_found_before_keys_are_made(node: NewNode) -> None:
     """It is named, and not kubeadm, which would be the first to fail."""

@@ -107,6 +107,14 @@ def test_a_pair_that_is_not_there_is_issued_as_the_settings_say(bridge: Bridge, 
     assert f"{NAME} " in shown.stdout
 
 
+def test_a_long_cn_is_asked_for_as_it_is(bridge: Bridge, place: Path) -> None:
+    """What a CA makes of more than the 64 characters of RFC 5280 is that certificate's outcome, and stops no other one."""
+    add(bridge, place, {"common_name": f"{{node}}-{'a' * 70}"})
+    run = bridge.run("renew")
+    assert run.returncode == 0, run.stderr
+    assert leaf(place / "tls.crt").subject.rfc4514_string().endswith("a" * 70)
+
+
 def test_many_pairs_are_read_as_often_as_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run reads grows with the number of pairs, and not with its square."""
     read = node_pairs._item
