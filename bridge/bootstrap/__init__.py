@@ -26,7 +26,7 @@ from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig, KubeadmConfi
 from bridge.node.kubelet import KUBELET_DIR
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, spki
 from bridge.pki.expiry import minute
-from bridge.pki.kubeadm_names import is_node_name
+from bridge.pki.kubeadm_names import is_node_name, naming
 from bridge.settings.tables import Settings
 from bridge.specs import (
     AUTHORITIES,
@@ -410,6 +410,8 @@ def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None
     found = config.certificates_dir
     if found and found.rstrip("/") != pki_dir:
         raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {found}")
+    for spec in ("apiserver", "etcd-server", "etcd-peer") if config.cluster else ():  # NoFactError: a name is none
+        naming(SPECS[spec], config.naming_facts(name, address))
 
 
 def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:

@@ -246,5 +246,5 @@ def _naming(spec: CertificateSpec, node: NewNode, cluster: KubeadmConfig) -> Nam
     if spec.name == KUBELET_CONF:
         return kubelets(node.name)
     if spec.name == KUBELET_SERVER:
-        return kubelets(node.name, tuple(map(general_name, (node.name, *node.addresses))))
+        return kubelets(node.name, (x509.DNSName(node.name), *map(general_name, node.addresses)))
     return naming(spec, cluster.naming_facts(node.name, node.addresses[0]))

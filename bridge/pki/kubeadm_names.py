@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from bridge import dataclass
 from bridge.errors import BridgeError, Violation
 from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, leads_to, san_entries
-from bridge.pki.csr import Naming, common_name_of, general_name, issuer_line, subject_of
+from bridge.pki.csr import Naming, alternative_names, common_name_of, issuer_line, subject_of
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.words import one_line
 
@@ -128,11 +128,11 @@ def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, 
 
 
 def _in_order(texts: Sequence[str]) -> tuple[x509.GeneralName, ...]:
-    """SANs in kubeadm's order: names sorted by their bytes, then addresses as they come, each once."""
+    """SANs in kubeadm's order, in small letters: names sorted by their bytes, then addresses as they come, each once."""
     try:
-        found = list(dict.fromkeys(general_name(text) for text in texts))
+        found = alternative_names(text.lower() for text in texts)
     except ValueError as e:
-        raise NoFactError(str(e)) from None
+        raise NoFactError(str(e), hint="correct the node's name, or the SANs in kubeadm's configuration") from None
     names = sorted((one for one in found if isinstance(one, x509.DNSName)), key=lambda one: one.value.encode())
     return (*names, *(one for one in found if isinstance(one, x509.IPAddress)))
 

@@ -39,7 +39,7 @@ def test_names_are_what_kubeadm_asks_for(role: Role, tmp_path: Path) -> None:
         assert san_entries(request) == san_entries(found[name]), name
 
 
-@pytest.mark.parametrize("name", ["w-1", f"w-{'1' * 60}"])
+@pytest.mark.parametrize("name", ["w-1", f"w-{'1' * 60}", "123"])
 def test_a_worker_needs_one_ca(name: str) -> None:
     """A worker needs its kubelet's certificates from one CA, and no others."""
     order = Order(cluster=shared(parse(CONFIG.encode())), authorities={}, node=new_node("worker", name, ["192.0.2.21"]))

@@ -192,9 +192,11 @@ def test_names_are_those_of_the_configuration(ready: NewNode) -> None:
     assert {("DNS", "spare.example.com"), ("IP", "203.0.113.7"), ("IP", ADDRESS), ("DNS", NAME)} <= san_entries(leaf)
 
 
-@pytest.mark.parametrize("change", [(f"name: {NAME}", f"name: {NAME}-{'a' * 60}")])
+@pytest.mark.parametrize(
+    "change", [(f"name: {NAME}", f"name: {NAME}-{'a' * 60}"), ("spare.example.com", "Spare.Example.com")]
+)
 def test_names_that_kubeadm_takes(node: NewNode, change: tuple[str, str]) -> None:
-    """A kubelet's CN may be longer than 64 characters, as Go writes it."""
+    """A kubelet's CN may be longer than 64 characters, as Go writes it; kubeadm writes `certSANs` in small letters."""
     run = node.init(config=CONFIG.replace(*change))
     assert run.returncode == 0, run.stderr
 
@@ -447,6 +449,10 @@ BAD_CONFIGS = {
         "wanted the kubeadm of kubernetesVersion v1.36.0",
     ),
     "no name": (CONFIG.replace(f"name: {NAME}, ", ""), "nodeRegistration.name"),
+    "a name of digits alone": (
+        CONFIG.replace(f"name: {NAME}", 'name: "123"'),
+        "a DNS name such as api.example.com, found '123'",
+    ),
     "no address": (CONFIG.replace(ADDRESS, "192.0.2.256"), "advertiseAddress"),
     "another directory": (CONFIG + "certificatesDir: /srv/pki\n", "certificatesDir"),
     "an external etcd without a key": (
@@ -465,7 +471,8 @@ BAD_CONFIGS = {
     "no YAML": ("{", "syntax error"),
     "an alias": (f"{CONFIG}x: &x {{y: 1}}\nz: *x\n", "an alias"),
     "something else": ("a: 1", "apiVersion"),
-    "what kubeadm refuses": (CONFIG.replace("ECDSA-P256", "DSA-1"), "wanted a configuration that kubeadm takes"),
+    "no kind of key": (CONFIG.replace("ECDSA-P256", "DSA-1"), "encryptionAlgorithm: wanted one of RSA-2048"),
+    "what kubeadm refuses": (f"{CONFIG}networking: {{dnsDomain: A}}\n", "wanted a configuration that kubeadm takes"),
     "a mistyped key, of which kubeadm only warns": (
         CONFIG.replace("certSANs", "certSAN"),
         'ClusterConfiguration: unknown field "apiServer.certSAN"',
