@@ -38,7 +38,7 @@ from bridge.pki.csr import PrivateKey, fingerprint_text
 from bridge.renewal import ALL, RunOptions, Selection, assert_known, lost_keys, outcome_of, prepare, select
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import Answered, refused_as_shorter
-from bridge.renewal.prepare import Prepared, assert_room
+from bridge.renewal.prepare import Prepared, with_room
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
@@ -157,9 +157,9 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
         return transaction.with_earlier(Result(outcomes=()))
     selection = Selection(items=items)
     with transaction.about(selection):
-        assert_room(run.settings, selection.items)
-        answered, failed = _answered(run, node, items, found)
-        proven, failed = verify_all(run, answered, failed)
+        selection = with_room(run.settings, selection)
+        answered, failed = _answered(run, node, selection.items, found)
+        proven, failed = verify_all(run, answered, [*selection.failed, *failed])
         for one in answered if run.settings.node.desk_key is not None else ():
             if isinstance(one.answer, BackendRefusedError) and one.prepared.open and one.prepared.open.is_waiting:
                 run.requests.drop(one.prepared.name)  # a signed refusal ends the request
@@ -429,7 +429,7 @@ def _install(
     run: Run, transaction: Transaction, selection: Selection, node: Node, contents: _Contents, options: RunOptions
 ) -> Result:
     with transaction.about(selection):
-        assert_room(run.settings, selection.items)
+        selection = with_room(run.settings, selection)
         expected, unproved = expectations(node, run.settings, selection.items, run.now())
         answered, failed = [], [*selection.failed, *unproved]
         for item in selection.items:

@@ -34,7 +34,7 @@ from bridge.node.kubelet import KubeletFiles
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.csr import Naming, alternative_names, subject_of
-from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, new_keys, outcome_of
+from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, Selection, new_keys, outcome_of
 from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.state import Outcome
@@ -393,6 +393,18 @@ def directories(settings: Settings, items: Sequence[Item]) -> list[Path]:
     files += [path for place in places for _, path in place.paths()]
     real = dict.fromkeys(real_path(file).parent for file in files)
     return [node.state_dir, node.pki_dir, node.kubeconfig_dir, *real]
+
+
+def with_room(settings: Settings, selection: Selection) -> Selection:
+    """The selection without pairs whose own disks can't take them, each of which fails (NotReadyError: the node's can't)."""
+    assert_room(settings, [item for item in selection.items if item.pair is None])
+    failing: dict[str, BridgeError] = {}
+    for item in (one for one in selection.items if one.pair is not None):
+        try:
+            assert_room(settings, [item])
+        except NotReadyError as e:
+            failing[item.spec.name] = e
+    return selection.without(failing)
 
 
 def assert_room(settings: Settings, items: Sequence[Item] = ()) -> None:

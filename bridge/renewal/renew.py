@@ -26,7 +26,7 @@ from bridge.renewal import ALL, NotReadyError, RunOptions, Selection, anchors_in
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, Expected, Reached, issue_all, reaching
-from bridge.renewal.prepare import Prepared, assert_room, prepare, preparing
+from bridge.renewal.prepare import Prepared, prepare, preparing, with_room
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
@@ -90,7 +90,7 @@ def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: da
 def renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
     """Renew the selected certificates, from keys to components that use them."""
     with transaction.about(selection):
-        assert_room(run.settings, selection.items)
+        selection = with_room(run.settings, selection)
         stuck = without_restart(node, run.settings, selection.items, run.now()) if options.restarts else []
         answered, failed, unasked = _prepare_and_issue(run, selection, stuck, node, options)
         proven, failed = verify_all(run, answered, failed)
@@ -255,7 +255,7 @@ def _without_open(selection: Selection, run: Run) -> Selection:
 
 
 def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -> Rehearsal:
-    assert_room(run.settings, selection.items)
+    selection = with_room(run.settings, selection)
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
     expected = {name: _expected(one, settings, name) for name, one in expected.items()}
     impossible = dict(_impossible(run.settings, expected))

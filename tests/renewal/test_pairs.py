@@ -34,6 +34,7 @@ from tests.kit.cas import Bridge, add_openssl
 from tests.kit.desks import POLICY, make_desk
 from tests.kit.issuing import Signer
 from tests.kit.pki import Pki, handmade_pki
+from tests.kit.small_disk import needs_root, tmpfs
 
 NAME = "registry"
 
@@ -353,6 +354,22 @@ def test_files_that_are_something_else_are_not_replaced(bridge: Bridge, place: P
 
 
 @as_root
+@needs_root
+@pytest.mark.parametrize(("option", "found"), [("size=900k", "wanted 1024 KiB"), ("ro", "found it read-only")])
+def test_a_disk_of_a_pair_alone_stops_no_other_certificate(tmp_path: Path, option: str, found: str) -> None:
+    """The pair fails, and the control plane is renewed."""
+    due = datetime.now(UTC) + timedelta(days=9)
+    bridge = Bridge(pki=handmade_pki(tmp_path / "node", not_after=due), directory=tmp_path / "bridge")
+    add_openssl(bridge, "ca")
+    with tmpfs(tmp_path / "disk") as disk:
+        subprocess.run(["mount", "-o", f"remount,{option}", disk], check=True)
+        add(bridge, disk)
+        run = bridge.run("renew", "apiserver", NAME, "--no-restart")
+    assert run.returncode == Exit.FAILED
+    assert found in run.stderr
+    assert leaf(bridge.pki.pki_dir / "apiserver.crt").not_valid_after_utc > due + timedelta(days=9)
+
+
 def test_a_place_that_others_can_change_is_refused(bridge: Bridge, place: Path) -> None:
     """A directory of another user, a link in it, and a link to kubeadm's files: nothing is asked for, nothing replaced."""
     add(bridge, place)
