@@ -176,10 +176,10 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     except BridgeError:
         return None
     try:
-        left = (store.requests, store.hooks, store.unproven, store.postponed, store.pairs, store.revocations)
-        is_something_left = store.is_interrupted or any(map(Path.exists, (*left, store.copies, store.collected)))
-        is_timed = bool(settings.renewal.window or settings.renewal.jitter.most)
-        is_held = not names and (is_timed or store.attempts.exists())
+        left = [store.requests, store.hooks, store.unproven, store.postponed, store.pairs, store.revocations]
+        left += [store.copies, store.collected, store.attempts]
+        is_something_left = store.is_interrupted or any(map(Path.exists, left))
+        is_held = not names and bool(settings.renewal.window or settings.renewal.jitter.most)
     except OSError:  # we may not look into the state directory
         return None
     if selection.items and not is_something_left and not is_held:

@@ -57,7 +57,10 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
             progress.note(sentence)
         selection = gate.hold_for_next_ca(selection, ours)
         if not options.names:
-            selection = gate.hold(selection, settings, None if is_terminal else transaction.attempts, now())
+            due = {one.spec.authority.name for one in selection.items} | {one.authority for one in selection.failed}
+            attempts = transaction.attempts
+            attempts.note(attempts.authorities.keys() - due, {}, now())  # what failed there is not due any more
+            selection = gate.hold(selection, settings, None if is_terminal else attempts, now())
         if selection.items:
             result = renew(ours, transaction, selection, node, options)
             own = _check(settings, ours)

@@ -525,8 +525,8 @@ def test_control_characters_never_reach_the_terminal(run: Run, monkeypatch: pyte
     assert "error: no " in result.stderr
 
 
-def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: Path) -> None:
-    """Anything else than `renew` with places goes the usual way."""
+def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: Path, tmp_path: Path) -> None:
+    """Anything else than `renew` with places goes the usual way, and so does a run that has failures to forget."""
     plain = ["renew", "--config", str(config)]
     assert entry.nothing_to_do(plain) is None  # all is due
     assert run("renew").exit_code == 0
@@ -535,6 +535,8 @@ def test_a_plain_renew_with_nothing_due_loads_no_command_line(run: Run, config: 
     assert quiet.sentence.startswith("nothing is due: ")
     for other in ([], ["renew", "all"], ["renew", "-v"], ["plan"], ["renew", "--config"], ["renew", "--within", "3d"]):
         assert entry.nothing_to_do([*other, "--config", str(config)]) is None
+    (tmp_path / "state/attempts.json").touch()
+    assert entry.nothing_to_do(plain) is None
 
 
 @pytest.mark.parametrize(("args", "run_id"), [((), ""), (("-v",), r" \[run \w+\]")], ids=["fast path", "command line"])

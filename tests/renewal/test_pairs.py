@@ -522,6 +522,20 @@ def test_a_superseded_pair_is_revoked(place: Path, tmp_path: Path) -> None:
     assert revoked == [first.serial_number]
 
 
+def test_failures_of_a_pair_that_left_the_settings_are_forgotten(bridge: Bridge, place: Path) -> None:
+    """They are no CA's, and nothing of the CA may be due for months; while the pair is wanted, they count."""
+    assert bridge.run("renew").returncode == 0
+    without, attempts = bridge.config.read_text(), bridge.directory / "state/attempts.json"
+    add(bridge, place)
+    (place / "tls.key").write_text("no key")
+    for count in (1, 2):
+        assert bridge.run("renew").returncode == Exit.FAILED
+        assert json.loads(attempts.read_text())["authorities"]["ca"]["count"] == count
+    bridge.config.write_text(without)
+    assert bridge.run("renew").returncode == 0
+    assert not attempts.exists()
+
+
 def test_a_pair_that_left_the_settings_is_left_alone(bridge: Bridge, place: Path) -> None:
     """Its files stay; its name is unknown, and its open request can be cancelled."""
     add(bridge, place)
