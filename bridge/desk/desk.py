@@ -226,8 +226,8 @@ class Desk:
         if not waits:
             self._configured = {name: at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
-        #: The jobs that CAs are asked for, by certificate name and CSR, until their answers are in the archive.
-        self._asking: dict[tuple[str, bytes], Job] = {}
+        #: The jobs that CAs are asked for, by certificate name, CSR and a user's lifetime, until their answers are in the archive.
+        self._asking: dict[tuple[str, bytes, timedelta | None], Job] = {}
         #: The serial numbers that are revoked, by authority, and when they were read.
         self._lists: dict[str, tuple[Collection[int] | None, float]] = {}
         #: One for all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than a look.
@@ -321,11 +321,13 @@ class Desk:
         return listed
 
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> None:
-        """Answer with the certificate that was signed for this CSR, so that an old bundle gets no second one."""
+        """Answer with the certificate that was signed for this CSR, so that an old bundle of a node gets no second one."""
         issued = answered.issued
         if issued is not None and not self._reason_against(job.requests[request.name], issued):
             job.again.add(request.name)
             self._hand_out(job, job.requests[request.name], issued)
+            return
+        if request.name == USER.name:  # whose certificates end after hours; the CSR is the person's, and stays
             return
         job.answers[request.name] = refusal(
             f"wanted a request that was not answered before, found one whose certificate was signed {minute(answered.signed)}"
@@ -340,9 +342,10 @@ class Desk:
         except BackendError as e:
             job.troubles[name] = e
             return
+        then = "make a new CSR" if name == USER.name else "`ca-bridge pending cancel` at the node, then a new request"
         job.answers[name] = issued if not is_revoked else refusal(
             f"wanted a request that was not answered before, found one whose certificate {serial_hex(issued.leaf)} was"
-            " revoked: `ca-bridge pending cancel` at the node, then a new request"
+            f" revoked: {then}"
         )  # fmt: skip
 
     def _trouble(self, request: BundledRequest) -> BridgeError | None:
@@ -487,7 +490,8 @@ class Desk:
         """Let a job that comes after another one of this run with the same CSR have that one's answer."""
         for request in job.to_sign:
             one = job.requests[request.name]
-            twin = self._asking.setdefault((one.spec.name, one.csr_pem), job)
+            lifetime = one.validity if one.spec == USER else None
+            twin = self._asking.setdefault((one.spec.name, one.csr_pem, lifetime), job)
             if twin is not job:
                 job.twins[request.name] = twin
         return job

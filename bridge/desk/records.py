@@ -24,6 +24,7 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import file_names, loads_answer
 from bridge.pki.certificates import csr_fingerprint
+from bridge.specs import USER
 from bridge.state import Store
 from bridge.state.open_requests import Kind, RequestLog
 from bridge.system.files import (
@@ -108,11 +109,13 @@ class Archive:
         done = NewFile(path=self.directory / file_names(bundle.node, digest)[0], data=data, mode=_DONE_MODE)
         # one file under a name for each CSR: names cost next to nothing, and are looked up by the thousand
         new = [path for request in bundle.requests if isinstance(answer.answers.get(request.name), Issued)
-               and not os.access(path := self._path(request), os.F_OK)]  # fmt: skip
+               and (not os.access(path := self._path(request), os.F_OK) or request.name == USER.name)]  # fmt: skip
         return [NewFile(path=new[0], data=written, links=new[1:]), done] if new else [done]
 
     def _path(self, request: BundledRequest) -> Path:
-        return self._answers / f"{request.name}-{csr_fingerprint(request.csr)}.json"
+        # a person asks with the same CSR again and again
+        lifetime = f"-{request.validity.total_seconds():.0f}s" if request.name == USER.name else ""
+        return self._answers / f"{request.name}-{csr_fingerprint(request.csr)}{lifetime}.json"
 
 
 #: Older entries were delivered already, or their bundle was deleted.

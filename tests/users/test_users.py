@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -31,7 +32,7 @@ from hypothesis import strategies as st
 from bridge.contract import SignRequest
 from bridge.errors import WaitingError
 from bridge.node import kubeconfig
-from bridge.pki.bundle_format import loads_request
+from bridge.pki.bundle_format import dumps, loads_answer, loads_request
 from bridge.pki.certificates import attributes, extended_key_usages, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, known_algorithm, subject_of
 from bridge.pki.user_rules import User
@@ -579,6 +580,34 @@ def test_a_csr_that_is_used_again_is_one_request_again(pki: Pki, tmp_path: Path)
     done = site.user(*args)
     assert [one.returncode for one in (waits, signed, done)] == [4, 0, 0], done.stderr
     assert leaf_of(site.out).not_valid_after_utc > now
+
+
+def test_a_desk_signs_the_same_csr_again(pki: Pki, tmp_path: Path) -> None:
+    """For another lifetime at once, for the same one when its certificate has ended; an answer that holds goes out again."""
+    site = Carried.make(pki, tmp_path, '[users]\ngroups = ["dev"]\n')
+    path = requested(tmp_path / "home", "bob", "dev")
+
+    def serial_and_hours(hours: int) -> tuple[int, float]:
+        args = ("--group=dev", f"--csr={path}", f"--validity={hours}h")
+        waits, signed, done = site.user(*args), site.sign("--without-proof", "user"), site.user(*args)
+        assert [one.returncode for one in (waits, signed, done)] == [4, 0, 0], (
+            signed.stdout + signed.stderr + done.stderr
+        )
+        leaf = leaf_of(site.out)
+        return leaf.serial_number, round((leaf.not_valid_after_utc - datetime.now(UTC)) / timedelta(hours=1))
+
+    first, short = serial_and_hours(24), serial_and_hours(1)
+    assert (first[1], short[1]) == (24, 1)
+    assert serial_and_hours(24) == first
+    [kept] = (site.desk.state / "desk-answered").glob("user-*-3600s.json")
+    answer, now = loads_answer(kept.read_bytes()), datetime.now(UTC)
+    request = SignRequest(spec=USER, csr_pem=path.read_bytes(), validity=timedelta(hours=1))
+    ended = Signer.load(*pki.ca_pem("ca")).issue(request, begin=now - timedelta(hours=2), end=now - timedelta(hours=1))
+    kept.write_bytes(dumps(dataclasses.replace(answer, answers={USER.name: ended})))
+    again = serial_and_hours(1)
+    assert again[1] == 1
+    assert again[0] not in (first[0], short[0])
+    assert serial_and_hours(1) == again
 
 
 @pytest.mark.parametrize(
