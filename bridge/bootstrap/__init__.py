@@ -7,7 +7,6 @@ and kubeadm's configuration, how it is made, and what kubeadm would refuse too l
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,14 @@ from bridge import dataclass
 from bridge.ca import registry, signer_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import pairs
-from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig, KubeadmConfigError, parse_documents, read_file
+from bridge.node.kubeadm_config import (
+    ExternalEtcd,
+    KubeadmConfig,
+    KubeadmConfigError,
+    is_address,
+    parse_documents,
+    read_file,
+)
 from bridge.node.kubelet import KUBELET_DIR
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, spki
 from bridge.pki.expiry import minute
@@ -338,11 +344,13 @@ def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
     return KubeadmConfig.of((node, {key: value for key, value in cluster.items() if value}, _KUBELET))
 
 
-def for_node(cluster: KubeadmConfig, name: str, address: str, socket: str = "") -> KubeadmConfig:
+def for_node(
+    cluster: KubeadmConfig, name: str, address: str, socket: str = "", port: int | None = None
+) -> KubeadmConfig:
     """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
     registration = {"name": name, "criSocket": socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
-    node = _init_configuration(api, {"advertiseAddress": address, "bindPort": cluster.port}, registration)
+    node = _init_configuration(api, {"advertiseAddress": address, "bindPort": port or cluster.port}, registration)
     return KubeadmConfig.of((node, *shared(cluster).documents))
 
 
@@ -390,7 +398,7 @@ def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None
             f"nodeRegistration.name: wanted the node's name in small letters, found {name or 'none'}",
             hint=f"--name gives it, or {_BY_FILE}",
         )
-    if not _is_address(address):
+    if not is_address(address):
         raise KubeadmConfigError(
             f"localAPIEndpoint.advertiseAddress: wanted an IP address, found {address or 'none'}",
             hint=f"--advertise-address gives it, or {_BY_FILE}",
@@ -429,13 +437,6 @@ def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:
                 hint=f"{', '.join(etcd.files)}: an etcd with TLS needs all three; the API server's certificates renew apart",
             )
         taken[path] = f"etcd.external.{name}"
-
-
-def _is_address(text: str) -> bool:
-    try:
-        return not ipaddress.ip_address(text).is_unspecified
-    except ValueError:
-        return False
 
 
 def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:

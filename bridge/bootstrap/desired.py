@@ -75,7 +75,7 @@ class DesiredNode:
     config: KubeadmConfig  #: The node's: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
     text: bytes  #: The same as kubeadm is to read it.
     files: Mapping[Path, bytes] = field(default_factory=dict)  #: For kubeadm's own use, by path.
-    addresses: tuple[str, ...] = ()  #: In the kubelet's serving certificate.
+    serving: tuple[str, ...] = ()  #: Names and addresses in the kubelet's serving certificate.
     carried: Certificates = field(default_factory=dict)  #: CA certificates that came with an order.
 
     @property
@@ -96,7 +96,8 @@ class DesiredNode:
     @property
     def mark(self) -> str:
         """All that decides the files, as one text, to be compared with an earlier run's."""
-        return "\n".join([self.text.decode(), *self.addresses, self.server])
+        more = [one for one in self.serving if one != self.node]
+        return "\n".join([self.text.decode(), *more, self.server])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,7 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
     places = places_in(settings, config)
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
-    addresses = node.addresses if node is not None else (config.address,)
+    addresses = node.addresses if node is not None else (config.address, *config.node_ips)
     return DesiredNode(
         role="init",
         inputs=said,
@@ -145,7 +146,7 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
         config=config,
         text=data,
         files=files,
-        addresses=addresses,
+        serving=settings.serving_sans or tuple(dict.fromkeys((config.name, *addresses))),
         carried=_carried(said),
     )
 
@@ -154,7 +155,9 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
     """A further node; without a role the order says it."""
     cluster, own = _cluster(said)
     node = _joining(said, own, role)
-    config = for_node(cluster, node.name, node.addresses[0], node.socket)
+    base = own.of_kind("JoinConfiguration")
+    mine = KubeadmConfig.of([base] if base else [])  # an InitConfiguration beside it may be another node's
+    config = for_node(cluster, node.name, node.addresses[0], node.socket, mine.bind_port)
     if node.role == "worker" and not config.endpoint:
         raise KubeadmConfigError(
             "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
@@ -163,7 +166,6 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
     places = places_in(settings, config)
     is_worker = node.role == "worker"
     discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
-    base = read_configuration(said.config)[0].of_kind("JoinConfiguration") if said.config is not None else None
     joining = join_configuration(config, str(discovery), _IGNORED, control_plane=not is_worker, base=base)
     text = config.text().encode()
     files = {places.join_config: joining.text().encode(), **({} if is_worker else {places.kubeadm_config: text})}
@@ -174,7 +176,7 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
         config=config,
         text=text,
         files=files,
-        addresses=node.addresses,
+        serving=settings.serving_sans or tuple(dict.fromkeys((node.name, *node.addresses, *mine.node_ips))),
         carried=_carried(said),
     )
 

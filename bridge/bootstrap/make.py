@@ -38,7 +38,7 @@ from bridge.pki import verify
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.certificates import common_names, pem
-from bridge.pki.csr import general_name
+from bridge.pki.csr import alternative_names
 from bridge.pki.kubeadm_names import NamingFacts, naming
 from bridge.pki.verify import Verified
 from bridge.renewal import airgap, outcome_of
@@ -419,7 +419,7 @@ def _made_keys(run: Run, desired: DesiredNode) -> dict[str, Made]:
         for spec in desired.places.servers:
             wanted = naming(spec, NamingFacts(node=desired.node, address=desired.config.address))
             made[spec.name] = keys.made_for(wanted, keys.algorithm_of(made))
-    sans = x509.DNSName(desired.node), *map(general_name, desired.addresses)
+    sans = alternative_names(desired.serving)
     made[KUBELET_SERVER] = keys.made_for(keys.kubelets(desired.node, sans), keys.algorithm_of(made))
     return made
 

@@ -33,6 +33,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pairs import is_sa_pair
 from bridge.pki import verify
 from bridge.pki.certificates import UNREADABLE, common_names, load_pem_certificates, san_entries
+from bridge.pki.csr import alternative_names, names_of
 from bridge.pki.kubeadm_names import NoFactError, identity_violations, naming
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, CertificateSpec
@@ -50,6 +51,7 @@ class NodeLook:
     now: datetime
     node: str = ""  #: Empty: whatever the certificates say.
     config: KubeadmConfig | None = None  #: What kubeadm will be given, if that is known.
+    serving_sans: tuple[str, ...] = ()  #: The kubelet's; empty: the settings name none.
     extra_subject: frozenset[tuple[str, str]] = frozenset()
 
     def problems(self) -> list[str]:
@@ -198,7 +200,9 @@ class NodeLook:
                 yield f"{path}: wanted CN system:node:{self.node}, found {', '.join(found)}"
             return
         wanted = {("DNS", self.node)}
-        if self.config is not None:
+        if spec.name == KUBELET_SERVER and self.serving_sans:
+            wanted = names_of(alternative_names(self.serving_sans))
+        elif self.config is not None:
             wanted |= {("IP", self.config.address)}
             try:
                 wanted |= self._kubeadms(spec, self.config)
@@ -209,10 +213,9 @@ class NodeLook:
 
     def _kubeadms(self, spec: CertificateSpec, config: KubeadmConfig) -> set[tuple[str, str]]:
         """The SANs that kubeadm would ask for; with an external CA it does not check them."""
-        if spec.name == KUBELET_SERVER or not config.cluster:
-            return set()
-        found = naming(spec, config.naming_facts(self.node, config.address)).sans
-        return {("IP" if isinstance(one, x509.IPAddress) else "DNS", str(one.value)) for one in found}
+        if spec.name == KUBELET_SERVER:
+            return names_of(alternative_names(config.node_ips))
+        return names_of(naming(spec, config.naming_facts(self.node, config.address)).sans) if config.cluster else set()
 
     # --- service accounts ---------------------------------------------------------------------------------------------
 
@@ -252,6 +255,7 @@ def _look(
         now=now,
         node=config.name if config is not None else settings.node.name,
         config=config if role != "worker" else None,
+        serving_sans=settings.serving_sans,
         extra_subject=frozenset().union(*map(settings.extra_subject, AUTHORITIES)),
     )
 

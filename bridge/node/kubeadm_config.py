@@ -65,6 +65,7 @@ class KubeadmConfig:
     socket: str = ""  #: The container runtime's; empty: the default.
     address: str = ""  #: `localAPIEndpoint.advertiseAddress`; empty: that of the default route.
     bind_port: int | None = None  #: `localAPIEndpoint.bindPort`.
+    node_ips: tuple[str, ...] = ()  #: The addresses that the kubelet's `--node-ip` gives the node.
     endpoint: str = ""  #: `controlPlaneEndpoint`, for all nodes: host and port; empty: none.
     version: str = ""  #: `kubernetesVersion`; empty: whatever kubeadm finds in the internet.
     service_subnet: str = _SERVICE_SUBNET  #: Of both families, with a comma.
@@ -93,6 +94,7 @@ class KubeadmConfig:
             socket=own.text("nodeRegistration", "criSocket"),
             address=own.text(*local, "advertiseAddress"),
             bind_port=port if isinstance(port, int) else None,
+            node_ips=own.node_ips(),
             endpoint=endpoint if not endpoint or re.search(r":\d+$", endpoint) else f"{endpoint}:6443",
             version=values.text("kubernetesVersion"),
             service_subnet=values.text("networking", "serviceSubnet") or _SERVICE_SUBNET,
@@ -180,6 +182,14 @@ class KubeadmConfig:
         )
 
 
+def is_address(text: str) -> bool:
+    """Whether it is an IP address that a node can have."""
+    try:
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False
+
+
 class _Values:
     """The values of one document; one of another type than kubeadm's is a problem, and counts as not given."""
 
@@ -210,6 +220,16 @@ class _Values:
             return tuple(found or ())
         self._report(keys, "a list of texts")
         return ()
+
+    def node_ips(self) -> tuple[str, ...]:
+        """`node-ip` of `nodeRegistration.kubeletExtraArgs`, which is a mapping below v1beta4."""
+        flags = self.at("nodeRegistration", "kubeletExtraArgs")
+        if isinstance(flags, Mapping):
+            flags = [{"name": name, "value": value} for name, value in flags.items()]
+        named = [one for one in flags if isinstance(one, Mapping)] if isinstance(flags, list) else []
+        values = [one.get("value") for one in named if one.get("name") == "node-ip"]
+        found = [one.strip() for one in str(values[-1]).split(",")] if values else []
+        return tuple(one for one in found if is_address(one))
 
     def external_etcd(self) -> ExternalEtcd | None:
         """`etcd.external`."""

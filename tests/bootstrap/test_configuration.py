@@ -22,6 +22,20 @@ def test_what_decides_names_is_read() -> None:
     assert (found.socket, found.port) == ("unix:///run/none.sock", 6443)
 
 
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ('[{name: node-ip, value: "192.0.2.99, 2001:db8::9"}, {name: v, value: "4"}]', ("192.0.2.99", "2001:db8::9")),
+        ("{node-ip: 192.0.2.99}", ("192.0.2.99",)),  # v1beta3
+        ('[{name: node-ip, value: "::"}, {name: [a]}, 5]', ()),
+        ("5", ()),
+    ],
+)
+def test_the_kubelets_addresses_are_read(flags: str, found: tuple[str, ...]) -> None:
+    """In both forms; an unspecified one only chooses the family, and what kubeadm refuses is passed over."""
+    assert parse(CONFIG.replace("name: cp-1", f"kubeletExtraArgs: {flags}, name: cp-1").encode()).node_ips == found
+
+
 def test_an_endpoint_without_a_port_has_kubeadms() -> None:
     """An endpoint without a port gets the one that kubeadm gives it."""
     assert parse(CONFIG.replace(":6443", "").encode()).endpoint == "api.example.com:6443"

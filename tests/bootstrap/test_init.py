@@ -177,6 +177,26 @@ def test_the_kubelets_own_port_has_a_certificate(ready: NewNode) -> None:
     assert load_pem_private_key(key.read_bytes(), None).public_key() == leaf.public_key()
 
 
+@pytest.mark.parametrize("by", ["settings", "kubelet"])
+def test_its_names_are_what_a_renewal_would_ask_for(node: NewNode, by: str) -> None:
+    """Those of the settings alone, or else the addresses that the kubelet's flags give the node, too; a check wants them."""
+    names, config = {("DNS", NAME), ("IP", "192.0.2.99")}, CONFIG
+    if by == "settings":
+        node.bridge.add("certificate.kubelet-server", {"sans": [NAME, "192.0.2.99"]})
+    else:
+        flags = '[{name: node-ip, value: "192.0.2.99,2001:db8::9"}]'
+        names |= {("IP", ADDRESS), ("IP", "2001:db8::9")}
+        config = CONFIG.replace(f"name: {NAME}", f"name: {NAME}, kubeletExtraArgs: {flags}")
+    run = node.init(config=config)
+    assert run.returncode == 0, run.stderr
+    assert san_entries(load_pem_certificates(node.places.serving[1].read_bytes())[0]) == names
+    assert node.run("check").returncode == 0
+    if by == "settings":
+        node.bridge.config.write_text(node.bridge.config.read_text().replace("192.0.2.99", "192.0.2.98"))
+        run = node.run("check")
+        assert "wanted IP:192.0.2.98 among the SANs" in run.stdout + run.stderr
+
+
 def test_super_admin_is_short_lived(ready: NewNode) -> None:
     """It is needed for seconds, and is beyond RBAC: about the shortest lifetime that the settings take is asked for."""
     data = kubeconfig.parse((ready.places.kubeconfigs / "super-admin.conf").read_bytes()).certificate_data

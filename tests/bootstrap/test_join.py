@@ -287,14 +287,18 @@ def test_the_operators_own_join_configuration_stays(other: NewNode, shared: byte
     mine = other.config(
         "apiVersion: kubeadm.k8s.io/v1beta4\nkind: JoinConfiguration\n"
         "discovery: {bootstrapToken: {token: abcdef.0123456789abcdef}}\n"
-        "nodeRegistration: {name: cp-2, taints: [], kubeletExtraArgs: [{name: node-ip, value: 192.0.2.11}]}\n"
-        "controlPlane: {localAPIEndpoint: {advertiseAddress: 192.0.2.11}}\n"
+        "nodeRegistration: {name: cp-2, taints: [], kubeletExtraArgs: [{name: node-ip, value: 192.0.2.99}]}\n"
+        "controlPlane: {localAPIEndpoint: {advertiseAddress: 192.0.2.11, bindPort: 7443}}\n"
     )
     run = other.run("join", "--control-plane", "--shared", "-", "--kubeadm-config", mine, given=shared)
 
     assert run.returncode == 0, run.stderr
     document = join_yaml(other)
-    assert document["nodeRegistration"]["kubeletExtraArgs"] == [{"name": "node-ip", "value": "192.0.2.11"}]  # type: ignore[index]
+    assert document["nodeRegistration"]["kubeletExtraArgs"] == [{"name": "node-ip", "value": "192.0.2.99"}]  # type: ignore[index]
+    assert document["controlPlane"]["localAPIEndpoint"]["bindPort"] == 7443  # type: ignore[index]
+    assert "https://192.0.2.11:7443" in (other.places.kubeconfigs / "kubelet.conf").read_text()
+    leaf = load_pem_certificates(other.places.serving[1].read_bytes())[0]
+    assert {("IP", "192.0.2.11"), ("IP", "192.0.2.99")} <= san_entries(leaf)
     assert "token" not in str(document["discovery"])
 
 
