@@ -13,7 +13,7 @@ import ipaddress
 import json
 import sys
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from datetime import datetime
 from hashlib import sha256
@@ -45,6 +45,7 @@ from bridge.pki.csr import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json
+from bridge.system.console import log
 from bridge.system.files import held_directory, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read, read_present, read_public_key
 
@@ -237,6 +238,7 @@ def order_for(cluster: KubeadmConfig, authorities: Mapping[str, tuple[x509.Certi
 
 
 _PUBLIC = 0o644
+_IN_ORDERS = ("apiVersion", "kind", "nodeRegistration.name", "localAPIEndpoint.advertiseAddress")
 
 
 class SharingError(BridgeError):
@@ -319,6 +321,10 @@ def write_orders(
     cluster = read_configuration(config)[0]
     if not cluster.cluster:
         raise KubeadmConfigError(f"{config}: wanted a ClusterConfiguration, found none")
+    if left_out := [*_left_out(cluster)]:
+        log.warning("%s: no order has its %s, since that is a node's own", config, ", ".join(left_out))
+        hint = "without them a node gets kubeadm's defaults; a further one may have its own JoinConfiguration: --kubeadm-config"
+        log.warning("%s", hint, extra={"is_hint": True})
     for node in listed:
         if node.role != "worker":
             config_of_node = for_node(cluster, node.name, node.addresses[0])
@@ -337,6 +343,13 @@ def write_orders(
         Written(node=node, path=path, fingerprint=fingerprint_text(digest(order)))
         for node, (path, order) in made.items()
     ]
+
+
+def _left_out(config: KubeadmConfig) -> Iterator[str]:
+    """What a node's own document says beside name and address, which a list of nodes has."""
+    for key, value in (config.of_kind("InitConfiguration") or {}).items():
+        inner = [f"{key}.{one}" for one in value] if isinstance(value, dict) else [key]
+        yield from (one for one in inner if one not in _IN_ORDERS)
 
 
 def _is_older(path: Path, order: Order) -> bool:

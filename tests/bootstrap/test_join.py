@@ -403,6 +403,7 @@ def test_orders_for_a_list_of_nodes(first: NewNode, tmp_path: Path, shared: byte
 
     assert made.returncode == 0, made.stderr
     assert again.returncode == 0, again.stderr
+    assert "no order has its nodeRegistration.criSocket, since that is a node's own" in made.stderr
     files = {path.name: path.read_text() for path in given.iterdir()}
     assert set(files) == {"cp-1.order.json", "cp-2.order.json", "w-1.order.json"}
     assert "PRIVATE KEY" not in "".join(files.values())
