@@ -12,7 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge import dataclass
-from bridge.ca import RefusedByCheckError
+from bridge.ca import RefusedByCheckError, UntrustedAnswerError
 from bridge.ca.registry import cross_behind
 from bridge.contract import Issued, Pending
 from bridge.errors import (
@@ -42,6 +42,7 @@ from bridge.state.session import Run
 from bridge.system.files import Attributes
 from bridge.system.paths import UnreadableError, read
 from bridge.system.state_file import StateError
+from bridge.words import one_line
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
@@ -296,6 +297,8 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
             run.requests.put(dataclasses.replace(made, reference=answer.reference, note=answer.note))
         elif isinstance(answer, Issued) and name in passed:
             run.requests.put(dataclasses.replace(made, answer=answer))
+        elif kept is not None and isinstance(answer, UntrustedAnswerError):
+            run.requests.put(dataclasses.replace(kept, note=one_line(answer.reason)))
         elif kept is None or by_hand or isinstance(answer, _NOT_ASKED):
             continue
         elif kept.bundles:  # the carried request may still get its answer

@@ -1104,6 +1104,8 @@ def test_a_forged_answer_does_not_hide_the_genuine_one(node: Node, desk: Desk) -
     assert (refused.returncode, wrong.returncode) == (5, 5)
     assert "desk-1 refused: go away" in refused.stderr
     assert "other users may have written that, so the request and its key are kept" in refused.stderr
+    listed = node.run("pending", "list").stdout
+    assert ("carried out" in listed, "wanted" in listed) == (False, True)  # why the latest one does not count
     assert node.open()["apiserver"].key_pem == key
     assert sent.exists()
     assert desk.run("sign", outbox, "-o", inbox).returncode == 0
