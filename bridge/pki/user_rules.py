@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from bridge import dataclass
 from bridge.pki.expiry import duration_text
 from bridge.specs import SPECS
-from bridge.words import one_line, one_of
+from bridge.words import one_of
 
 #: Kubernetes' own names (`system:masters`, which no RBAC rule can hold back, nodes and components), and kubeadm's.
 _RESERVED = ("system:", "kubeadm:")
@@ -18,7 +18,8 @@ _RESERVED = ("system:", "kubeadm:")
 _SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
 #: Characters that Kubernetes, RBAC manifests and shells all take; e-mail addresses fit.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")
-NAME_FORM = "at most 64 letters, digits and ._@:/+-"
+NAME_FORM = "at most 64 letters, digits and ._@:/+-, a letter or digit first"
+_LONGEST_SHOWN = 80
 #: Time to install and use it.
 SHORTEST = timedelta(minutes=10)
 
@@ -59,7 +60,7 @@ def misnamed(user: User) -> Iterator[tuple[str, str]]:
     """What no settings allow: whether it is the name or a group, and how it is shown."""
     for what, text in (("name", user.name), *(("group", group) for group in user.groups)):
         if not _NAME.fullmatch(text):
-            yield what, repr(one_line(text, 80))
+            yield what, repr(text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…")
 
 
 def _problems_of(what: str, text: str, patterns: Sequence[str], limits: Limits) -> Iterator[str]:

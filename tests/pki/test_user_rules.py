@@ -28,7 +28,7 @@ def test_what_the_limits_allow_passes(user: User, validity: timedelta) -> None:
     assert problems(user, validity, _LIMITS) == []
 
 
-_FORM = "wanted at most 64 letters, digits and ._@:/+-, found"
+_FORM = "wanted at most 64 letters, digits and ._@:/+-, a letter or digit first, found"
 _OWN = "wanted one that is not Kubernetes' or kubeadm's own (users.allow names exceptions), found"
 
 
@@ -41,7 +41,8 @@ _OWN = "wanted one that is not Kubernetes' or kubeadm's own (users.allow names e
         ("alice", ("b" * 90,), _DAY, f"group: {_FORM} {one_line('b' * 90, 80)!r}"),
         ("-alice", (), _DAY, f"name: {_FORM} '-alice'"),
         ("al ice", (), _DAY, f"name: {_FORM} 'al ice'"),
-        ("a\n", (), _DAY, f"name: {_FORM} 'a'"),
+        ("a\n", (), _DAY, f"name: {_FORM} 'a\\n'"),
+        ("alice", ("ops ",), _DAY, f"group: {_FORM} 'ops '"),
         ("älice", (), _DAY, f"name: {_FORM} 'älice'"),
         ("system:node:x", (), _DAY, f"name: {_OWN} system:node:x"),
         ("System:admin", (), _DAY, f"name: {_OWN} System:admin"),

@@ -386,9 +386,13 @@ def test_a_request_that_can_not_be_written_says_what_to_do(tmp_path: Path, place
 @pytest.mark.parametrize(
     ("name", "group", "says"),
     [
-        ("", "dev", "name: wanted at most 64 letters, digits and ._@:/+-, found ''"),
-        ("a" * 65, "dev", f"name: wanted at most 64 letters, digits and ._@:/+-, found '{'a' * 65}'"),
-        ("bob\nroot", "dev", "found 'bob root'"),
+        ("", "dev", "name: wanted at most 64 letters, digits and ._@:/+-, a letter or digit first, found ''"),
+        (
+            "a" * 65,
+            "dev",
+            f"name: wanted at most 64 letters, digits and ._@:/+-, a letter or digit first, found '{'a' * 65}'",
+        ),
+        ("bob\nroot", "dev", "found 'bob\\nroot'"),
         ("bob", "g" * 65, "group: wanted at most 64"),
         ("a" * 64, "g" * 64, ""),
     ],
