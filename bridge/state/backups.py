@@ -210,6 +210,9 @@ _NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extens
 
 def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
     """All reasons against putting it back."""
+    if backup.command.startswith("bootstrap "):
+        none = f"those of `{backup.command}`, which can't be undone: before it there were none"
+        return [Problem(certificate="all of it", wanted="files that this node had", found=none)]
     items = {item.spec.name: item for item in node.items}
     found: list[Problem] = []
     for name in backup.names:

@@ -584,7 +584,12 @@ def test_copies_survive_a_reset(node: NewNode) -> None:
     node.wipe()
     shutil.rmtree(node.directory / "signers")
     again = node.init("--keep", keep)
+    back = node.bridge.run("rollback", "--force")
 
+    assert (back.returncode, "those of `bootstrap init`, which can't be undone" in back.stderr) == (1, True), (
+        back.stderr
+    )
+    assert "certificate.sa" not in back.stderr
     assert first.returncode == 0, first.stderr
     assert again.returncode == 0, again.stderr
     assert "from the copies that were kept" in again.stdout
