@@ -206,10 +206,12 @@ def audit_show(
     settings = common.settings_with_record()
     begin = utc_now() - since if since is not None else None
     known = [*SPECS, *(pair.name for pair in settings.node.pairs), *(component.value for component in Component)]
-    if name is not None and name not in known and not name.startswith(f"{USER.name} "):
+    store = Store(settings.node.state_dir)
+    is_known = name is None or name in known or name.startswith(f"{USER.name} ")
+    if not is_known and not any(audit.events(store, None, name)):  # a pair of before has its lines still
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
-        raise SettingsError([SettingsProblem("--name", wanted, name_found(name, known))])
-    found = list(audit.events(Store(settings.node.state_dir), begin, name))
+        raise SettingsError([SettingsProblem("--name", wanted, name_found(str(name), known))])
+    found = list(audit.events(store, begin, name))
     if output is Output.JSON:
         say_json(events=found)
     elif found:

@@ -567,6 +567,8 @@ def test_show_filters_by_age_and_certificate(run: Run, store: Store) -> None:
     assert len(run("audit", "show", "--name", "apiserver").stdout.splitlines()) == 1
     assert run("audit", "show", "--name", "etcd-peer").stdout == "nothing recorded\n"
     assert "did you mean" in run("audit", "show", "--name", "apiservr").stderr
+    store.audit.write_text(f"{json.dumps(lines[0] | {'name': 'registry'})}\n")  # a pair that is out of the settings
+    assert shown(run, "--name", "registry") == ["registry"]
 
 
 def test_show_passes_no_control_character(run: Run, store: Store) -> None:
