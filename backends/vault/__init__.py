@@ -40,7 +40,7 @@ from bridge.contract import (
 )
 from bridge.errors import BackendError, BackendRefusedError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, is_signed_by, key_and_usages
-from bridge.specs import EKU, PODS, CertificateSpec
+from bridge.specs import EKU, PODS, USER, CertificateSpec
 from bridge.system.waiting import workers
 from bridge.words import one_line
 
@@ -252,6 +252,8 @@ class VaultBackend:
         """The role, or in mode `sign-verbatim` the engine."""
         mount = self._settings.mount.strip("/")
         setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
+        if spec == USER:
+            setup = "`ca-bridge help users`"
         if self._settings.mode != "sign":
             return f"see what sign-verbatim of {mount} makes of it, and the policy that {setup} prints"
         return f"compare role {self._role(spec)} of {mount}, and the token's policy, with what {setup} prints"

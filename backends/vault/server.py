@@ -38,13 +38,16 @@ _FINAL_500 = (
     "failed to verify client's certificate",
     "unable to verify signature on presented cert",
 )
+_ROLE = (
+    "compare the role with what `ca-bridge setup vault` prints; of a user's, `ca-bridge help users` says what it needs"
+)
 #: Fragments of the server's texts, and what to do about them.
 _HINTS = (
     ("beyond the expiration of the CA", "the CA ends before the certificate would: set a shorter renewal.validity"),
     ("unknown role", "`ca-bridge setup vault` prints the roles that the CA's administrator has to make"),
-    ("by this role", "compare the role with what `ca-bridge setup vault` prints"),
-    ("in this role", "compare the role with what `ca-bridge setup vault` prints"),
-    ("role requires", "compare the role with what `ca-bridge setup vault` prints"),
+    ("by this role", _ROLE),
+    ("in this role", _ROLE),
+    ("role requires", _ROLE),
     ("could not fetch the CA certificate", "is `issuer` spelled right, and does the mount have a CA with its key?"),
     ("unable to find PKI issuer", "is `issuer` spelled right?"),
     ("no default issuer", "the mount has no CA yet"),

@@ -512,6 +512,7 @@ def test_with_a_role_of_openbao(pki: Pki, bao: openbao.OpenBao, tmp_path: Path, 
     out = tmp_path / "bob.conf"
     run = bridge.run("kubeconfig", "user", "bob", f"--group={group}", f"--output={out}")
     assert run.returncode == (0 if group == "dev" else 5), run.stderr
+    assert ("`ca-bridge help users`" in run.stderr, "setup vault" in run.stderr) == (group != "dev", False)
     assert out.exists() is (group == "dev")
     if group == "dev":
         assert says(leaf_of(out)) == ("bob", {"dev"})
