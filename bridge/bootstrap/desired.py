@@ -209,7 +209,11 @@ def _joining(said: NodeInputs, own: KubeadmConfig, role: Role | None) -> NewNode
         raise OrderError("wanted --control-plane, --worker, or an order that says which, found none of them", hint="")
     facts = said.facts
     address = facts.address or own.address
-    return new_node(role, facts.name or own.name, [address] if address else [], facts.socket or own.socket)
+    try:
+        return new_node(role, facts.name or own.name, [address] if address else [], facts.socket or own.socket)
+    except OrderError as e:
+        e.hint = "--name and --advertise-address say them, or a configuration that --kubeadm-config names"
+        raise
 
 
 def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:

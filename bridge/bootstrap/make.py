@@ -52,7 +52,7 @@ from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, finger
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Run, begun, claim, give_up, in_force
 from bridge.system.console import Progress
-from bridge.system.files import Attributes, assert_holds_keys, digest, private_directory
+from bridge.system.files import Attributes, assert_holds_keys, digest, private_directory, reasons
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.words import some
 
@@ -219,7 +219,9 @@ def _keep(desired: DesiredNode, look: NodeLook, complete: Mapping[Path, bytes]) 
         )
         for path, data in complete.items()
     )
-    private_directory(desired.inputs.keep)
+    wanted = f"{desired.inputs.keep}: wanted a directory for copies (--keep)"
+    with reasons(BridgeError, wanted, hint="name another one"):
+        private_directory(desired.inputs.keep)
     kept_file(desired.inputs.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
 
 

@@ -41,7 +41,7 @@ class OnDamage(Enum):
 class StateError(BridgeError):
     """A state file can't be used, or not be written."""
 
-    hint = "make room, or fix the state directory, then run again"
+    hint = "make room, or fix the directory, then run again"
 
 
 class StateUnreadableError(StateError):

@@ -579,6 +579,9 @@ def interrupted(node: NewNode, dice: random.Random) -> bool:
 def test_copies_survive_a_reset(node: NewNode) -> None:
     """After `kubeadm reset` has deleted all, keys included, the same files are put back, and no CA is asked."""
     keep = node.directory / "kept"
+    keep.touch()
+    refused = node.init("--keep", keep)
+    keep.unlink()
     first = node.init("--keep", keep)
     before = node.files()
     node.wipe()
@@ -590,6 +593,8 @@ def test_copies_survive_a_reset(node: NewNode) -> None:
         back.stderr
     )
     assert "certificate.sa" not in back.stderr
+    assert "kept: wanted a directory for copies (--keep), found: File exists" in refused.stderr
+    assert "name another one" in refused.stderr
     assert first.returncode == 0, first.stderr
     assert again.returncode == 0, again.stderr
     assert "from the copies that were kept" in again.stdout

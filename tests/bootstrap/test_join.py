@@ -282,6 +282,16 @@ def test_a_second_run_changes_nothing(other: NewNode, shared: bytes) -> None:
     assert other.files() == before
 
 
+def test_two_addresses_are_refused_with_the_flags_name(other: NewNode, shared: bytes) -> None:
+    """No order is at fault where there is none."""
+    run = other.run(
+        "join", "--worker", "--shared", "-", "--name", "w-1", "--advertise-address", "192.0.2.1,::2", given=shared
+    )
+    assert run.returncode == 2
+    assert "w-1: wanted an IP address, found '192.0.2.1,::2'" in run.stderr
+    assert ("--advertise-address" in run.stderr, "carry it again" in run.stderr) == (True, False)
+
+
 def test_the_operators_own_join_configuration_stays(other: NewNode, shared: bytes) -> None:
     """Taints, flags and patches are theirs; discovery is ours."""
     mine = other.config(
