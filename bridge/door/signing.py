@@ -43,6 +43,7 @@ from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal
 from bridge.pki.bundle_format import digest, loads_digested, loads_request
 from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, pem, serial_hex
 from bridge.settings.tables import Settings
+from bridge.specs import USER
 from bridge.state import Store, audit
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.waiting import Places
@@ -345,8 +346,8 @@ class Signing:
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
 
     def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
-        """Any door's answers to the same CSRs, by certificate name; the archive has this one's."""
-        csrs = {one.name: csr_fingerprint(one.csr) for one in bundle.requests}
+        """Any door's answers to the same CSRs of nodes, by certificate name; the archive has this one's, and users'."""
+        csrs = {one.name: csr_fingerprint(one.csr) for one in bundle.requests if one.name != USER.name}
         chains = self._memory.issued_among([*csrs.values()])
         found = {}
         for name, csr in csrs.items():

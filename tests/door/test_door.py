@@ -31,10 +31,10 @@ from bridge.contract import Issued, Pending, SignRequest
 from bridge.desk.desk import SIGNED
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.pki import csr as csrs
-from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, Refusal, RequestBundle, sign_request
+from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, BundledRequest, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.pki.csr import PrivateKey
-from bridge.specs import SPECS
+from bridge.specs import SPECS, USER
 from bridge.system.waiting import wait_until
 from tests.kit import openbao
 from tests.kit.bundles import VALIDITY, changed, make_bundle, old_pairs
@@ -128,6 +128,29 @@ def test_a_bundle_is_signed_once(door: ServeProgram, desk: Desk, pairs: Pairs) -
     assert len(desk.issued()) == 2
     assert desk.run("audit", "verify").returncode == 0
     assert door.ask("GET", f"/v1/requests/{'A' * 43}").status == 404
+
+
+def test_a_users_csr_is_signed_for_each_lifetime(desk: Desk) -> None:
+    """A person asks with one CSR again and again; for the same lifetime the answer is the same certificate."""
+    desk.policy.write_text(f'{POLICY}proof = "optional"\n\n[users]\n')
+    csr = x509.load_pem_x509_csr(
+        csrs.build_for(csrs.Naming(subject=csrs.subject_of("bob")), csrs.generate_key("ecdsa-p256"))
+    )
+    made = RequestBundle(
+        batch="", node="cp-1", cluster="kubernetes", created=datetime.now(UTC).replace(microsecond=0), requests=()
+    )
+    with running(add_door(desk.config, desk.directory)) as door:
+        hours = list[float]()
+        for batch, asks in enumerate((24, 1, 24)):
+            request = BundledRequest(
+                name="user", authority="ca", ekus=USER.ekus, validity=timedelta(hours=asks), csr=csr, replaces=None, proof=None
+            )  # fmt: skip
+            bundle = replace(made, batch=f"{batch:032}", requests=(request,))
+            answer = awaited(door, place_of(door.post(dumps(bundle)))).answers["user"]
+            assert isinstance(answer, Issued)
+            hours.append(round((answer.leaf.not_valid_after_utc - datetime.now(UTC)) / timedelta(hours=1)))
+    assert hours == [24, 1, 24]
+    assert len(desk.issued()) == 2
 
 
 def test_the_policy_and_the_proof_decide(door: ServeProgram, desk: Desk, pairs: Pairs) -> None:
