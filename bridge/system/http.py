@@ -309,7 +309,7 @@ _LENGTH = re.compile("[0-9]{1,18}")
 _MOST_FIELDS = 100
 #: The line after the fields, or the end of what comes.
 _NO_LINE = frozenset({b"\r\n", b"\n", b""})
-_NO_BODY = frozenset({*range(100, 200), HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
+_NO_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
 class _Response(HTTPResponse):
@@ -326,13 +326,15 @@ class _Response(HTTPResponse):
     def begin(self) -> None:
         """Read the head, and how the body ends."""
         self.status = HTTPStatus.CONTINUE
-        while self.status == HTTPStatus.CONTINUE:
+        while self.status < HTTPStatus.OK:  # interim (RFC 9110 §15.2), and as many as the bytes of an answer allow
             line = self.fp.readline(_SPARE_BYTES)
             if not line:
                 raise RemoteDisconnected("no answer")
             if (found := _STATUS_LINE.fullmatch(line)) is None:
                 raise HTTPException(repr(line[:40]))
             is_old, self.status = found[1] == b"0", int(found[2])
+            if self.status == HTTPStatus.SWITCHING_PROTOCOLS:  # what follows is no HTTP
+                raise HTTPException("another protocol")
             self.fields = self._read_fields()
         coding, connection = self.fields.get("transfer-encoding"), self.fields.get("connection", "").lower()
         if coding is not None and coding.lower() != "chunked":

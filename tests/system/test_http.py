@@ -99,6 +99,8 @@ WHOLE = {
     "chunks": b"HTTP/1.1 200 OK\r\nX: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nT: x\r\n\r\n",
     "till the end": b"HTTP/1.1 200 OK\r\nX: a\r\n\r\nhello",
     "after 100": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 \r\nX: a\r\nContent-Length: 5\r\n\r\nhello",
+    "after 102 and 103": b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nX: b\r\nContent-Length: 9\r\n\r\n"
+    b"HTTP/1.1 200 OK\r\nX: a\r\nContent-Length: 5\r\n\r\nhello",
     "version 1.0": b"HTTP/1.0 200 OK\r\nX: a\r\n\r\nhello",
     "one length twice": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\ncontent-length:5 \r\nX:\ta\r\n\r\nhello",
 }
@@ -115,6 +117,8 @@ def test_reads_a_whole_answer_however_it_is_cut(text: bytes) -> None:
 
 BROKEN = {
     "no HTTP": b"SSH-2.0-OpenSSH\r\n\r\n",
+    "an upgrade": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    "interim answers without end": b"HTTP/1.1 102 Processing\r\n\r\n" * 3000,
     "no status": b"HTTP/1.1 abc OK\r\n\r\n",
     "another version": b"HTTP/2 200 OK\r\nContent-Length: 0\r\n\r\n",
     "gzip": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
