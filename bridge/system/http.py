@@ -218,8 +218,9 @@ class KeptConnection:
 
         def answer() -> Answer:
             with self.in_time(limits):
-                limits.bear(opened)
-                response, received = _begun(opened, method, limits)
+                received = _Received(opened, limits)
+                limits.bear(received)
+                response = _begun(received, method)
                 content = _body(response, longest)
                 if response.will_close or received.has_more():  # what came unasked is no request's answer
                     self.close()
@@ -231,7 +232,7 @@ class KeptConnection:
         """Send one GET, read the head of its answer, and return the open answer; the caller closes the connection."""
         limits = _Limits(seconds, _PIECE_BYTES)
         with self.in_time(limits):
-            response, _ = _begun(self._send("GET", target, headers, None, limits), "GET", limits)
+            response = _begun(_Received(self._send("GET", target, headers, None, limits), limits), "GET")
         return Stream(response, self, limits)
 
     def end(self) -> None:
@@ -285,11 +286,10 @@ class KeptConnection:
         return self._socket
 
 
-def _begun(opened: socket.socket, method: str, limits: _Limits) -> tuple[_Response, _Received]:
-    received = _Received(opened, limits)
+def _begun(received: _Received, method: str) -> _Response:
     response = _Response(cast(socket.socket, received), method=method)
     response.begin()
-    return response, received
+    return response
 
 
 def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
@@ -421,10 +421,10 @@ class _Limits:
         self._spare = 0.0  # Seconds beyond the budget.
         self.silence: float | None = None  #: Seconds; then nothing else is limited any more.
 
-    def bear(self, opened: socket.socket) -> None:
+    def bear(self, received: _Received) -> None:
         """Leave a tenth of the time to an answer that came while its caller read others'."""
         lacking = self.seconds / 10 - self._budget.seconds_left()
-        if lacking > 0 and _has_come(opened):
+        if lacking > 0 and received.has_begun():
             self._spare = lacking
 
     def seconds_left(self) -> float:
@@ -439,7 +439,7 @@ class _Limits:
         """Let a socket wait for no longer than is left, to a hundredth of the whole."""
         # each change is a system call for which Python lets all other threads go first, and a request has ten of them
         left, now = self.seconds_left(), opened.gettimeout()
-        if now is None or abs(now - left) > self.seconds / 100:
+        if not now or abs(now - left) > self.seconds / 100:
             opened.settimeout(left)
 
     def count(self, received: int) -> None:
@@ -452,6 +452,7 @@ class _Received(io.BufferedReader):
     """The stream that `http.client` reads of a socket; it has limits, and stays open when an answer was read."""
 
     def __init__(self, opened: socket.socket, limits: _Limits) -> None:
+        self._opened = opened
         self._reader = _Reader(opened, limits)
         super().__init__(self._reader, _PIECE_BYTES)
 
@@ -463,6 +464,14 @@ class _Received(io.BufferedReader):
     def close(self) -> None:
         """The connection is kept."""
 
+    def has_begun(self) -> bool:
+        """Whether the answer's beginning has come, or the connection's end; the tickets of TLS are neither, and read before."""
+        self._reader.waits = False
+        self._opened.settimeout(0)
+        begun = bool(self.peek(1)) or _has_come(self._opened)
+        self._reader.waits = True
+        return begun
+
     def has_more(self) -> bool:
         self._reader.is_over = True
         return bool(self.peek(1))
@@ -472,6 +481,7 @@ class _Reader(io.RawIOBase):
     def __init__(self, opened: socket.socket, limits: _Limits) -> None:
         self._opened = opened
         self._limits = limits
+        self.waits = True  #: For what has not come yet.
         self.is_over = False  #: Nothing more is received.
 
     def readable(self) -> bool:
@@ -480,8 +490,12 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int | None:
         if self.is_over:
             return None
-        self._limits.hold(self._opened)
-        received = self._opened.recv_into(buffer)
+        if self.waits:
+            self._limits.hold(self._opened)
+        try:
+            received = self._opened.recv_into(buffer)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return None
         self._limits.count(received)
         return received
 

@@ -244,6 +244,33 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool,
         thread.join(180)
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_only_an_answer_that_has_come_has_more_time(tmp_path: Path, answers: bool) -> None:
+    """Its caller read others' meanwhile; the tickets of a TLS server that says nothing else are no answer."""
+    files, now, is_there = cfssl.make_tls(tmp_path), [0.0], threading.Event()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.server_cert, files.server_key)
+    trusting = http.context(files.ca.read_bytes(), None, None)
+
+    def serve(opened: socket.socket) -> None:
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the answer is there when it was sent
+        with tls.wrap_socket(opened, server_side=True) as secure:
+            secure.recv(1 << 16)
+            secure.sendall(WHOLE["a length"] if answers else b"")
+            is_there.set()
+            secure.recv(1)
+
+    with tcp(serve) as port, mock.patch.object(http, "time", mock.Mock(monotonic=lambda: now[0])):
+        connection = KeptConnection(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
+        read = connection.sent("GET", "/x", {}, seconds=100)
+        assert is_there.wait(180)
+        now[0], begin = 100.5, time.monotonic()
+        with contextlib.nullcontext() if answers else pytest.raises(LateError):
+            assert read().body == b"hello"
+        assert time.monotonic() - begin < 5  # a tenth is 10
+        connection.close()
+
+
 @pytest.mark.parametrize("odd", range(3))
 def test_no_fifo_is_taken_for_a_certificate_or_key(tmp_path: Path, odd: int) -> None:
     """OpenSSL would wait for a writer for ever; the setting and the FIFO are named instead."""
