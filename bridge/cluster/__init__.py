@@ -72,10 +72,17 @@ class Client:
             trust_pem=None if trust is None else file_contents(trust),
         )
 
+    @cached_property
+    def _peers(self) -> dict[Server, Peer]:
+        return {}
+
     def peer(self, server: Server) -> Peer:
-        """A server as this client comes to it; an UnreachableError where it has no such URL."""
-        alert_seconds = 1.0 if self.certificate_pem is not None else 0.0
-        return Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=alert_seconds)
+        """A server as this client comes to it, the same one each time; an UnreachableError where it has no such URL."""
+        if server not in self._peers:
+            seconds = 1.0 if self.certificate_pem is not None else 0.0
+            made = Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=seconds)
+            self._peers[server] = made
+        return self._peers[server]
 
     def ask(
         self,

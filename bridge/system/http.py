@@ -105,6 +105,8 @@ class Peer:
     server_name: str | None = None  #: For SNI and in the server's certificate, where that is not the host.
     host_header: str = ""  #: Where that is not host and port.
     alert_seconds: float = 0.0  #: To listen for why a connection broke, see `_alert`; 0: that is not asked.
+    #: When `_alert` listened last, and the alert.
+    heard: list[tuple[float, ssl.SSLError | None]] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def of(cls, url: str, tls: Callable[[], ssl.SSLContext] | None, **more: Any) -> Peer:
@@ -260,7 +262,7 @@ class KeptConnection:
             self.close()
             ours = _as_ours(e, limits.seconds)
             if is_cut_off(e) and not self.is_kept:
-                ours = _alert(self._peer) or ours
+                ours = _alert(self._peer, limits.began) or ours
             raise ours from ours.__cause__ or e
         except BaseException:
             self.close()
@@ -415,7 +417,7 @@ class _Limits:
     """How long an answer may take, and how many bytes may come for it, its head and its frames included."""
 
     def __init__(self, seconds: float, longest: int) -> None:
-        self.seconds = seconds
+        self.seconds, self.began = seconds, time.monotonic()
         self._budget = Budget(longest + _SPARE_BYTES, seconds=seconds, clock=time.monotonic)
         self._longest = longest
         self._spare = 0.0  # Seconds beyond the budget.
@@ -548,23 +550,31 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
         raise OSError(one_line(e)) from e
 
 
-def _alert(peer: Peer) -> HttpsError | None:
-    """The TLS alert that a broken connection may have swallowed, on a new connection where nothing is sent."""
+def _alert(peer: Peer, since: float) -> HttpsError | None:
+    """
+    The TLS alert that a broken connection may have swallowed, on a new connection where nothing is sent.
+
+    It is listened for once for all requests that were under way then, of which each would wait as long.
+    """
     # in TLS 1.3 a server judges the client late (RFC 8446 §4.4.2.4); the kernel drops the alert if a request is unread
     if peer.tls is None or not peer.alert_seconds:
         return None
-    try:
-        with _connected(peer, peer.alert_seconds) as listening:
-            listening.settimeout(peer.alert_seconds)
-            listening.recv(1)
-    except ssl.SSLError as e:
-        if not isinstance(e, _CUT_OFF):
-            ours = _as_ours(e, peer.alert_seconds)
-            ours.__cause__ = e
-            return ours
-    except (OSError, ValueError, BridgeError):
-        pass
-    return None
+    if not peer.heard or peer.heard[0][0] < since:
+        began, alert = time.monotonic(), None
+        try:
+            with _connected(peer, peer.alert_seconds) as listening:
+                listening.settimeout(peer.alert_seconds)
+                listening.recv(1)
+        except ssl.SSLError as e:
+            alert = None if isinstance(e, _CUT_OFF) else e.with_traceback(None)
+        except (OSError, ValueError, BridgeError):
+            pass
+        peer.heard[:] = [(began, alert)]
+    if (cause := peer.heard[0][1]) is None:
+        return None
+    ours = _as_ours(cause, peer.alert_seconds)
+    ours.__cause__ = cause
+    return ours
 
 
 def is_cut_off(error: BaseException | None) -> bool:

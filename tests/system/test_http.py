@@ -310,6 +310,45 @@ def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path
     assert "CERTIFICATE_REQUIRED" in str(e.value.__cause__)
 
 
+def test_requests_that_are_cut_off_together_listen_for_one_alert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pki: Path
+) -> None:
+    """Each would wait as long; a later one listens anew. A client of the cluster comes to a server as the same peer."""
+    files, connect, made = cfssl.make_tls(tmp_path), http._connected, list[Peer]()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.server_cert, files.server_key)
+    trusting = http.context(files.ca.read_bytes(), None, None)
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            with suppress(OSError), tls.wrap_socket(listener.accept()[0], server_side=True) as opened:
+                if opened.recv(1 << 16) == b"end":
+                    return
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+
+    def counted(peer: Peer, seconds: float) -> socket.socket:
+        made.append(peer)
+        return connect(peer, seconds)
+
+    monkeypatch.setattr(http, "_connected", counted)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=[listener], daemon=True)
+        thread.start()
+        peer = Peer(host="127.0.0.1", port=listener.getsockname()[1], tls=lambda: trusting, alert_seconds=0.2)
+        for requests, connections in ((3, 4), (1, 6)):
+            reads = [KeptConnection(peer).sent("GET", "/x", {}, seconds=180) for _ in range(requests)]
+            for read in reads:
+                with pytest.raises(UnreachableError):
+                    read()
+            assert len(made) == connections
+        with connect(peer, 180) as opened:
+            opened.sendall(b"end")
+            thread.join(180)
+    server = Server("https://127.0.0.1:1")
+    one = client(pki)
+    assert one.peer(server) is one.peer(server)
+
+
 def test_a_connection_that_is_reset_before_the_handshake_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's own class leaves it open until it is forgotten, and warns then, in whatever test runs by that time."""
     connect = socket.create_connection
