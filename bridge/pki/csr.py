@@ -206,16 +206,16 @@ def names_of(sans: Iterable[x509.GeneralName]) -> set[tuple[str, str]]:
 def general_name(text: str) -> x509.GeneralName:
     """An IP address, or else a DNS name, as in kubeadm's `certSANs`; `DNS:` or `IP:` before it says which is meant."""
     kind, colon, value = text.partition(":")
-    if colon and kind in {"DNS", "IP"}:
-        return _dns(value) if kind == "DNS" else x509.IPAddress(ipaddress.ip_address(value))
-    found = address(text)
+    if colon and kind == "DNS":
+        return _dns(value)
+    found = address(value if colon and kind == "IP" else text)
     return _dns(text) if found is None else x509.IPAddress(found)
 
 
 def address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse an IP address; None: another text."""
+    """Parse an IP address; None: another text, such as one with a zone, which counts on one machine alone (RFC 4007 §11)."""
     try:
-        return ipaddress.ip_address(text)
+        return ipaddress.ip_address(text) if "%" not in text else None
     except ValueError:
         return None  # a network, as in name constraints: no host has it
 

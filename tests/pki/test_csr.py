@@ -255,7 +255,7 @@ def test_a_san_is_an_address_or_a_name(text: str, entry: tuple[str, str]) -> Non
     "text",
     [
         *("", "a_b", "-a", "a-", "a..b", ".a", "a.", "*", "*.", "a.*.b", "**.b", "a b", "URI:a"),
-        *("1.2.3", "10", "DNS:192.0.2.1", "DNS:", "a" * 254),
+        *("1.2.3", "10", "DNS:192.0.2.1", "DNS:", "a" * 254, "fe80::1%eth0", "IP:fe80::1%eth0"),
     ],
 )
 def test_what_is_neither_is_refused(text: str) -> None:
