@@ -190,11 +190,14 @@ class VaultBackend:
         """Have several signed at the same time; those whose token was not accepted are sent again, with another one."""
         found = list[Issued | BackendError]()
         answers = self._server.post_all(list(map(self._wanted, requests)), self._tokens.get())
+        is_used_up = any(isinstance(one, Answer) and one.token_rejected for one in answers)
         for request, answer in zip(requests, answers, strict=True):
             try:
                 if isinstance(answer, BackendError):
                     raise answer
-                found.append(self.sign(request) if answer.token_rejected else self._accepted(request, answer))
+                # OpenBao says "internal error", too, to requests that come right when a token is used up
+                is_lost = answer.token_rejected or (is_used_up and answer.status == HTTPStatus.INTERNAL_SERVER_ERROR)
+                found.append(self.sign(request) if is_lost else self._accepted(request, answer))
             except BackendError as e:
                 found.append(e)
         return found

@@ -298,10 +298,10 @@ def identity(store: Store) -> str:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[tuple[Memory, Doors]]:
+def opened(settings: Settings, *, may_make: bool = False) -> Iterator[tuple[Memory, Doors]]:
     """The database, and this host's door in it."""
     store = Store(settings.node.state_dir)
-    with contextlib.closing(open_memory(settings)) as memory:
+    with contextlib.closing(open_memory(settings, may_make=may_make)) as memory:
         yield memory, Doors(memory, store, identity(store))
 
 
@@ -357,7 +357,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
 
 def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
     """Write down, in the database and in the audit log, that it was restored; how many one-time secrets are withdrawn."""
-    with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
+    with opened(settings, may_make=True) as (_, doors), recording(settings, _WAIT) as (_, record):
         doors.alive()  # a database from before this door has no row of it
         withdrawn = doors.reconcile(now(), audit.who()["user"])
         about = f"the door's database; round {doors.round()} is the newest one; one-time secrets withdrawn: {withdrawn}"

@@ -365,6 +365,7 @@ def listed(desk: Desk) -> list[dict[str, str]]:
 
 def test_what_the_policy_has_no_place_for_is_refused_at_once(desk: Desk) -> None:
     """A node, a cluster, a certificate, and a secret for a year; the names are shown."""
+    enrolled(desk)
     wrong = [
         desk.run("enroll", "worker-1"),
         desk.run("enroll", "cp-1", "--cluster", "other"),
