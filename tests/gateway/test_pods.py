@@ -579,6 +579,8 @@ def test_a_record_that_can_not_be_written_for_a_moment_costs_no_certificate(
     recorded = {line["serialNumber"] for line in lines if line["event"] == "issued"}
     assert {format(pods.chain(pod.read(name))[0].serial_number, "040X") for pod, name in asked} == recorded
     service.api.close()
+    for authority in service.authorities.values():
+        authority.ca.close()
 
 
 def is_logged(gateway: Gateway, uid: str, found: str) -> bool:
