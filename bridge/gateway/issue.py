@@ -149,13 +149,15 @@ class Issuing:
                 context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
                 return None
             case LeftError():
-                left += [_Left(job, error.outcome, str(error))] if job.attempts else []
-                return self._left(job, error.outcome, str(error), error.seconds)
+                outcome, for_owner, seconds = error.outcome, str(error), error.seconds
             case NoAnswerError() | AuditError() | StateError():
                 own = "the gateway has trouble of its own; its log says which"
-                left += [_Left(job, "left", own)] if job.attempts else []  # not what passes within a second
-                return self._left(job, "left", str(error), None)
-        raise error
+                outcome, for_owner, seconds = "left", own, None
+            case _:
+                raise error
+        if job.attempts:  # not what passes within a second
+            left.append(_Left(job, outcome, for_owner))
+        return self._left(job, outcome, str(error), seconds)
 
     def _left(self, job: Job, outcome: str, reason: str, seconds: float | None) -> float:
         if job.said != reason:

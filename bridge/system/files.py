@@ -110,7 +110,7 @@ _SIDE_BY_SIDE = 16
 
 def side_by_side(write: Callable[[T], R], files: Iterable[T]) -> list[R]:
     """
-    Write each file in a thread: a disk takes many at the same time by few writes of its journal (docs/evidence/numbers.md).
+    Write each file in a thread: a disk takes many at the same time by few writes of its journal.
 
     No write is under way when this returns or raises an error, be it an interruption.
     """
