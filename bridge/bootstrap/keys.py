@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from bridge import dataclass
 from bridge.bootstrap import Places, live, servers_of, specs_of
@@ -170,7 +170,7 @@ def assert_fits(made: Mapping[str, Made], node: str) -> None:
     """Check that each CSR has its key, and the CN of its certificate."""
     for name, one in made.items():
         request = x509.load_pem_x509_csr(one.csr_pem)
-        key = load_pem_private_key(one.key_pem, None).public_key()
+        key = csr.load_key(one.key_pem, request.public_key()).public_key()
         if spki(key) != spki(request.public_key()):
             raise KubeadmError(f"{name}: wanted a CSR of its key, found another key's")
         names = common_names(request.subject)

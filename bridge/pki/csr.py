@@ -86,12 +86,31 @@ _KEY_OVERHEAD = 400
 
 
 def load_key(pem: bytes, of: PublicKeyTypes) -> PrivateKeyTypes:
-    """The first private key of a PEM text; one that is too long for the public key is refused unread."""
+    """
+    The first private key of a PEM text, for the caller to compare with this public key (ValueError: it is broken, or too
+    long for the public key).
+
+    OpenSSL's own check of an RSA key tests its primes, which takes as long as making a key. The factors of a certificate's
+    modulus are known to be its primes: that the key's numbers fit each other is enough, as for Go (`crypto/rsa`).
+    """
     block = key_block(pem)
     most = (of.key_size if isinstance(of, rsa.RSAPublicKey) else 0) + _KEY_OVERHEAD
     if len(block) > most:
         raise ValueError(f"wanted a private key of at most {most} bytes, found {len(block)}")
-    return serialization.load_pem_private_key(block, None)
+    key = serialization.load_pem_private_key(block, None, unsafe_skip_rsa_key_validation=True)
+    if isinstance(key, rsa.RSAPrivateKey) and not _fits_itself(key.private_numbers()):
+        raise ValueError("wanted an RSA key whose numbers fit each other, found one where they do not")
+    return key
+
+
+def _fits_itself(key: rsa.RSAPrivateNumbers) -> bool:
+    return (
+        key.p * key.q == key.public_numbers.n
+        and min(key.p, key.q) > 1
+        and all(key.d * key.public_numbers.e % (prime - 1) == 1 for prime in (key.p, key.q))
+        and (key.dmp1, key.dmq1) == (key.d % (key.p - 1), key.d % (key.q - 1))
+        and key.iqmp * key.q % key.p == 1
+    )
 
 
 def key_pem(key: PrivateKey) -> bytes:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge import dataclass
 from bridge.contract import Continuity, SignRequest
@@ -214,7 +213,10 @@ NO_KEY = (MissingCertificateError, ValueError, TypeError, UnsupportedAlgorithm)
 def live_key(item: Item) -> PrivateKeyTypes:
     """The key of the live certificate (NO_KEY: it can't be had)."""
     data = read_live(item.key_path or item.certificate_path) or b""
-    return load_pem_private_key(csr.key_block(data if item.key_path else kubeconfig.key_data(data) or b""), None)
+    if not item.certificates:
+        raise MissingCertificateError("its certificate can't be read")
+    pem = data if item.key_path else kubeconfig.key_data(data) or b""
+    return csr.load_key(pem, item.certificates[0].public_key())
 
 
 def _fits(

@@ -333,6 +333,23 @@ def test_the_first_key_of_a_text_is_read() -> None:
         csr.load_key(bytes(2448), rsa_key.public_key())
 
 
+def _spoiled(key: rsa.RSAPrivateKey, name: str) -> bytes:
+    """The key in PKCS #1, with one number off by two, so that an odd one stays odd."""
+    values = {one: getattr(key.private_numbers(), one) for one in ("p", "q", "d", "dmp1", "dmq1", "iqmp")}
+    values[name] += 2
+    numbers = rsa.RSAPrivateNumbers(**values, public_numbers=key.public_key().public_numbers())
+    return csr.key_pem(numbers.private_key(unsafe_skip_rsa_key_validation=True))
+
+
+def test_an_rsa_key_whose_numbers_do_not_fit_each_other_is_broken() -> None:
+    """As Go's `Validate` has it, without the test of primes, which takes as long as making a key."""
+    key = rsa.generate_private_key(65537, 2048)
+    assert csr.load_key(csr.key_pem(key), key.public_key()).public_key() == key.public_key()
+    for name in ("d", "dmp1", "dmq1", "iqmp"):
+        with pytest.raises(ValueError, match="numbers fit each other"):
+            csr.load_key(_spoiled(key, name), key.public_key())
+
+
 def test_kinds_of_keys_have_names() -> None:
     """kubeadm's kinds of keys have names, and so do others."""
     for algorithm in KEY_ALGORITHMS:
