@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import ssl
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_a_row_above_its_limit_says_so() -> None:
     assert replace(row, limit=1.9).cells()[-2:] == ("2.00", "1.9, **missed**")
     assert replace(row, ours=[2.003] * 3).cells()[-2:] == ("2.00", "2.0")  # what is printed is judged
     assert replace(row, ours=[2.006] * 3).cells()[-2:] == ("2.01", "2.0, **missed**")
+    assert replace(row, limit=math.inf).cells()[-2:] == ("2.00", "none")
 
 
 def test_where_the_desks_time_goes(tmp_path: Path) -> None:
