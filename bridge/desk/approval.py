@@ -65,7 +65,7 @@ class ApprovalRules:
     evidence: Literal["any", "signature"] = "any"
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A number that these people can't reach."""
+        """A `count` that is larger than the number of approvers."""
         if self.count < 1:
             yield SettingsProblem("count", "at least 1", str(self.count))
         if len(set(self.approvers)) != len(self.approvers):
@@ -145,7 +145,7 @@ def person(leaf: x509.Certificate, approvers: Collection[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
-    """By what decisions are verified at this moment."""
+    """What decisions are verified with at this moment."""
 
     anchors: Sequence[x509.Certificate]  #: The CAs of people's certificates.
     secret: bytes = field(repr=False)  #: The door's.
@@ -162,7 +162,7 @@ class Standing:
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
-        """All that count."""
+        """All decisions that count."""
         return (*self.approved, *([self.refused] if self.refused is not None else []))
 
 
@@ -215,7 +215,7 @@ def _is_own(leaf: x509.Certificate, who: str, matter: Matter) -> bool:
 
 
 def standing(decisions: Sequence[Decision | str], matter: Matter, trust: Trust) -> Standing:
-    """Verify decisions; a text is why one can't be read. Each person counts once."""
+    """Verify decisions (a text says why a decision can't be read); each person counts once."""
     good: dict[str, Decision] = {}
     void: list[str] = []
     for one in decisions:

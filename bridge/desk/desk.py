@@ -100,11 +100,11 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """How TLS, or a secret, has proven who asks, where a bundle of one request has no continuity proof."""
+    """How TLS or a one-time secret proved the requester's identity, for a bundle of one request without a continuity proof."""
 
-    problem: str  #: Why the policy of now does not let that one ask; empty: it does.
-    held: bool  #: It has the key of the certificate that is replaced.
-    certificate: x509.Certificate | None  #: Its certificate, where the CA of the request has signed it.
+    problem: str  #: Why today's policy does not let this requester ask; empty: it does.
+    held: bool  #: The requester has the key of the certificate that is replaced.
+    certificate: x509.Certificate | None  #: The requester's, if the CA of the request signed it.
 
 
 @dataclass(kw_only=True, eq=False)
@@ -150,7 +150,7 @@ class Job:
         return [one for one in self.bundle.requests if one.name not in decided]
 
     def take_from_twins(self) -> None:
-        """Answer as the earlier job, whose CSRs were signed by now."""
+        """Take the earlier job's answers, which are signed by now."""
         for name, twin in self.twins.items():
             if (answer := twin.answers.get(name)) is not None:
                 self.answers[name] = answer
@@ -164,14 +164,14 @@ class Job:
         return "; ".join(dict.fromkeys(one_line(error.reason) for error in self.troubles.values()))
 
     def was_recorded(self, name: str) -> bool:
-        """Whether the audit log has this certificate, and its bundle waits; or it has this refusal or trouble already."""
+        """Whether the audit log already has this certificate of a waiting bundle, this refusal or this trouble."""
         if isinstance(self.answers.get(name), Issued):
             return not self.is_complete if name in self.again else name in self.recorded
         return not self.is_complete and self.trouble_text == self.noted
 
     @property
     def is_complete(self) -> bool:
-        """Whether every request is answered that this desk has a CA for."""
+        """Whether every request for a CA of this desk is answered."""
         return bool(self.answers) and all(isinstance(error, OtherDeskError) for error in self.troubles.values())
 
 
@@ -179,7 +179,7 @@ class Observer(Protocol):
     """Shows the results; called from one thread."""
 
     def answered(self, job: Job, where: str) -> None:
-        """A bundle is done; `where` is empty if it is not."""
+        """A bundle is done; an empty `where`: it is not answered yet."""
 
 
 class Approver(Protocol):
@@ -257,7 +257,7 @@ class Desk:
         return job
 
     def _assert_approved(self, job: Job) -> None:
-        """A bundle of which people have to approve some waits for them as a whole, and one that they refused is refused."""
+        """If one request needs approval, the whole bundle waits for it; a bundle that people refused is refused."""
         needed = [one.name for one in job.to_sign if self._policy.needs_approval(one.name)]
         refused = job.standing.refused
         if refused is not None:
@@ -311,7 +311,7 @@ class Desk:
                 look(request)
 
     def _listed(self, authority: str) -> Collection[int] | None:
-        """What the CA has revoked, as it said in this run and a second ago at most; None: it has to be asked for each."""
+        """The CA's list of revoked certificates, at most a second old; None: it is asked about each certificate."""
         listed, read = self._lists.get(authority, (None, -_LISTED_SECONDS))
         if time.monotonic() - read > _LISTED_SECONDS:
             read, listed = time.monotonic(), None
@@ -321,7 +321,7 @@ class Desk:
         return listed
 
     def _answer_again(self, job: Job, request: BundledRequest, answered: Answered) -> None:
-        """Answer with the certificate that was signed for this CSR, so that an old bundle of a node gets no second one."""
+        """Answer with the certificate that was signed for this CSR, so that an old bundle never gets a second certificate."""
         issued = answered.issued
         if issued is not None and not self._reason_against(job.requests[request.name], issued):
             job.again.add(request.name)
@@ -377,7 +377,7 @@ class Desk:
         return () if ca is None else tuple(dict.fromkeys((*ca.ca.certificates, *ca.anchors)))
 
     def recalls(self, authority: str) -> bool:
-        """Whether a CA that was reached tells what it has signed for a killed run; one that is not this desk's signs nothing."""
+        """Whether a reached CA can list what it signed for a killed run; also true of a CA that is not this desk's."""
         return authority not in self._configured or self._cas[authority].tells
 
     def troubles(self) -> dict[str, BridgeError]:
@@ -487,7 +487,7 @@ class Desk:
             authority.ca.close()
 
     def _to_be_asked(self, job: Job) -> Job:
-        """Let a job that comes after another one of this run with the same CSR have that one's answer."""
+        """Give a job the answer of an earlier job of this run that has the same CSR."""
         for request in job.to_sign:
             one = job.requests[request.name]
             lifetime = one.validity if one.spec == USER else None
@@ -498,7 +498,7 @@ class Desk:
 
     @property
     def _largest_window(self) -> int:
-        """Larger windows only make a CA wait that signs one by one anyway."""
+        """A CA that signs one by one gains nothing from larger windows, it only waits."""
         at_once = any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
         return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
 
@@ -544,7 +544,7 @@ class Desk:
                 self._hand_out(job, request, known)
                 if known.leaf in journal.recorded:
                     job.recorded.add(request.spec.name)
-            else:  # nothing is known, it has lain there for long, or another backend, which knows of nothing, is asked now
+            else:  # nothing is known, the entry is too old, or another backend is asked now, which knows of nothing
                 new.append((job, request))
         new += self._recalled(authority, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE

@@ -95,7 +95,7 @@ def policy_path(settings: Settings) -> Path:
 
 
 def load_policy(settings: Settings, path: Path | None) -> Policy:
-    """The policy file that was named, or the one beside the settings."""
+    """Read the policy file that was named, or else the policy beside the settings."""
     path = path or policy_path(settings)
     policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
     former = {name: _ca_of(Path(file), "desk.former_cas", _FROM_NODE) for name, file in policy.desk.former_cas.items()}
@@ -126,7 +126,7 @@ _A_FILE = "a bundle is carried as a file; standard output has what is in it for 
 
 
 def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle], node: str, cluster: str) -> None:
-    """An older bundle of this kind and node may be overwritten, nothing else: no link, no device, no other file."""
+    """Refuse to overwrite anything but an older bundle of this kind and node: no link, no device, no other file."""
     what = "request" if kind is RequestBundle else "answer"
     if path.name == "-":
         raise SettingsError([SettingsProblem("", f"the name of a file for the {what} bundle", "-")], hint=_A_FILE)
@@ -188,7 +188,7 @@ def _cas_of(settings: Settings, policy: Policy | None, authority: str) -> Iterat
 
 
 def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
-    """The certificates in a CA file; none where there is no such file: at a desk there may be no /etc/kubernetes."""
+    """The certificates in a CA file; none without the file, since a desk may have no /etc/kubernetes."""
     try:
         return read_ca_file(path)
     except NoCaFileError:
@@ -262,9 +262,9 @@ class _InboxFile:
     status: os.stat_result
 
 
-#: Bundles as jobs, as they are read, with the help of workers.
+#: Yields bundles as jobs while workers read ahead.
 Jobs = Callable[[Workers | None], Iterator[Job]]
-#: Reports a file that is passed over, and why.
+#: Reports a skipped file, and why it is skipped.
 PassedOver = Callable[[str, BridgeError], None]
 
 
@@ -325,7 +325,7 @@ class Session:
         return lambda workers: self._inbox(desk, source, out, names, workers), len(names)
 
     def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
-        """Refuse an inbox whose bundles are all one directory deeper, since nothing would be signed."""
+        """Refuse an inbox whose bundles are all one directory deeper: nothing would be signed."""
         ours = {self._archive.directory.resolve(), outbox.resolve()}
         for path in sorted(inbox.glob("[!.]*/*.json")):
             if path.parent.resolve() not in ours:
@@ -447,14 +447,14 @@ def _assert_mounted(directory: Path) -> None:
     mounted = set(map(Path, mounts()))
     for listed in _to_be_mounted() if mounted else ():
         place = real_path(listed.parent) / listed.name
-        if place not in mounted:  # a look at a mount whose server is gone has no end
+        if place not in mounted:  # looking at a mount whose server is gone never ends
             place = real_path(place)
         if place not in mounted and real_path(directory).is_relative_to(place):
             raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
 
 
 def assert_writable(outbox: Path) -> None:
-    """Before anything is signed that could not be answered."""
+    """Refuse a directory that answers can't be written to, before anything is signed."""
     if not outbox.is_dir():
         hint = "make or mount it, or name another place with -o"
         raise BridgeError(f"{outbox}: wanted a directory for the answers, found none", hint=hint)

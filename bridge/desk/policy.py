@@ -47,9 +47,9 @@ from bridge.specs import (
 from bridge.words import one_line, one_of
 
 _CLOCKS_DIFFER = timedelta(days=1)
-#: Of a text in a refusal, and of several; people read them.
+#: The length of a text in a refusal, and the number of texts; people read them.
 _LONGEST_SHOWN, _MOST_SHOWN = 100, 5
-#: A stranger's request may have tens of thousands, each with all that the policy allows.
+#: A stranger's request may have tens of thousands of problems, each of which lists what the policy allows.
 _MOST_PROBLEMS = 100
 #: More than any control-plane node has; a replaced certificate may have more.
 _MOST_SANS = 100
@@ -65,7 +65,7 @@ _SANS: Mapping[str, tuple[str, ...]] = {
     "kubelet-server": ("{node}",),
     **{spec.name: _ETCD_SANS for spec in SERVERS.values()},
 }
-#: Serving certificates whose first one no live certificate vouches for: an inventory has the node's addresses.
+#: Serving certificates that a node requests for the first time without a live one: the inventory has its addresses.
 _BY_INVENTORY = {KUBELET_SERVER, *(spec.name for spec in SERVERS.values())}
 
 
@@ -86,7 +86,7 @@ class DeskSettings:
     former_cas: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Authorities that there are not, and relative paths."""
+        """Unknown authorities, and relative paths."""
         for name, path in self.former_cas.items():
             if name not in AUTHORITIES:
                 yield SettingsProblem("former_cas", f"one of {', '.join(AUTHORITIES)}", repr(name))
@@ -167,7 +167,7 @@ class CertificateRules:
         yield from _unknown("authority", [self.authority] if self.authority else [], tuple(AUTHORITIES))
 
     def pair_problems(self, *, is_pair: bool) -> Iterator[SettingsProblem]:
-        """Keys that a further pair lacks, or that one of kubeadm's has no use for."""
+        """Keys that a further pair lacks, or that make no sense for a certificate of kubeadm's."""
         for key, value in (("authority", self.authority), ("usages", self.usages)):
             if bool(value) != is_pair:
                 found = "nothing" if is_pair else "it"
@@ -195,7 +195,7 @@ class UserRules:
     max_validity: timedelta = timedelta(hours=24)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Names and groups that the desk gives to no user."""
+        """Groups that the desk never gives to a user."""
         for key in ("groups", "allow"):
             if MASTERS in getattr(self, key):
                 wanted = "no group that no RBAC rule can hold back; kubeadm:cluster-admins is a binding"
@@ -228,7 +228,7 @@ class Policy:
     approvals: ApprovalRules = field(default_factory=ApprovalRules)
 
     def spec_of(self, name: str) -> CertificateSpec | None:
-        """The kind of this certificate, by our table or by the policy's for a further pair; None: neither has it."""
+        """The kind of this certificate, by our table or, for a further pair, by the policy's; None: neither has it."""
         if name in SPECS:
             return SPECS[name]
         rules = self.certificates.get(name)
@@ -357,7 +357,7 @@ class Planned:
 
 
 def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
-    """Every problem of a renewal by a node's own policy; the node holds the key of what it replaces, so no proof is needed."""
+    """Every problem that a node's own policy has with a renewal; no proof is needed, since the node holds the replaced key."""
     name, node = planned.spec.name, planned.node
     if blocked := _blocked(node, policy) or _unlisted(name, policy):
         return (blocked,)
@@ -373,12 +373,12 @@ def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
 
 
 def node_problems(node: str, cluster: str, policy: Policy) -> tuple[str, ...]:
-    """Why the policy allows nothing to a node of this name and cluster, so far as that depends on no request."""
+    """Why the policy allows this node of this cluster nothing, whatever it requests."""
     return (*filter(None, [_blocked(node, policy)]), *_who(node, cluster, policy.allow))
 
 
 def _blocked(node: str, policy: Policy) -> str:
-    """The problem of a node that the inventory blocks; empty for every other node."""
+    """The problem with a node that the inventory blocks; empty for every other node."""
     if policy.nodes is None or (entry := policy.nodes.nodes.get(node)) is None or not entry.blocked:
         return ""
     return f"node: wanted one that the inventory ({policy.desk.inventory}) does not block, found {node}"
@@ -460,14 +460,14 @@ def _with_inventory(name: str, policy: Policy, node: str) -> CertificateRules:
 
 
 def _unlisted(name: str, policy: Policy) -> str:
-    """The problem of a further pair without a table in the policy, by which alone it could be judged; else empty."""
+    """The problem with a further pair that has no table in the policy, so that no rule judges it; else empty."""
     if name in CARRIED or name in policy.certificates:
         return ""
     return f"name: wanted one of kubeadm's, or one with a table [certificate.{name}] in the policy, found {name}"
 
 
 def _spec_problems(name: str, authority: str, ekus: frozenset[EKU], policy: Policy) -> Iterator[str]:
-    """CA and usages, by our table, or by the policy's for a further pair."""
+    """Problems with CA and usages, by our table or, for a further pair, by the policy's."""
     spec = CARRIED.get(name) or policy.spec_of(name)
     if spec is None:
         raise AssertionError("a pair without a table is a problem already")
@@ -478,7 +478,7 @@ def _spec_problems(name: str, authority: str, ekus: frozenset[EKU], policy: Poli
 
 
 def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, sans: bool) -> Iterator[str]:
-    """A CSR's key, its signature, and the extensions that it asks for: SANs at most."""
+    """Problems with a CSR's key, its signature, and its requested extensions: SANs at most."""
     yield from _key_problems(algorithm_name(csr.public_key()), keys)
     if not csr.is_signature_valid:
         yield "CSR: wanted one that is signed with its own key, found another signature"
@@ -496,7 +496,7 @@ def _key_problems(key: str, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> Iterator[str]:
-    """The table `[users]` has the limits; a person at the desk says that the request is this user's (`waived`)."""
+    """Problems by the table `[users]`; `waived`: a person at the desk vouches that the request is this user's."""
     if policy.users is None:
         yield "user: wanted a table [users] in the policy, which says who may be, found none"
         return
@@ -577,12 +577,12 @@ def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> 
 def _san_problems(
     name: str, found: Counter[San], rules: CertificateRules, node: str, replaced: x509.Certificate | None
 ) -> Iterator[str]:
-    """By the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
+    """Problems by the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
     old = Counter[San]() if replaced is None else san_counts(replaced)
     most = max(_MOST_SANS, old.total())
     if found.total() > most:
         yield f"SAN: wanted at most {most}, found {found.total()}"
-    if len(found) > most:  # to compare a megabyte of a stranger's names with each rule takes seconds
+    if len(found) > most:  # comparing a megabyte of a stranger's names with each rule takes seconds
         return
     if rules.sans is None and replaced is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()

@@ -43,7 +43,7 @@ _DONE_MODE = 0o644  #: Nothing in a bundle is secret; the directory's mode decid
 
 
 class ArchiveError(BridgeError):
-    """Others could change what is in the archive."""
+    """Other users could change the archive."""
 
     hint = "use a directory that only this user can write to; without desk.archive it is in the state directory"
 
@@ -53,7 +53,7 @@ class Answered:
     """A request that was signed before."""
 
     signed: datetime
-    issued: Issued | None  #: None: the answer can't be read any more.
+    issued: Issued | None  #: None: the answer is unreadable now.
 
 
 def archive_directory(store: Store) -> Path:
@@ -62,7 +62,7 @@ def archive_directory(store: Store) -> Path:
 
 
 class Archive:
-    """Both directories; the process that writes to them holds the desk's lock, and may do it from several threads."""
+    """Both directories; the writing process holds the desk's lock, and may write from several threads."""
 
     def __init__(self, directory: Path, state_dir: Path) -> None:
         self.directory = directory
