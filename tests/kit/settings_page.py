@@ -129,29 +129,29 @@ _HEAD = """\
 <!-- written by `python -m tests.test_docs` -->
 
 For operators who look up a key of the settings file.
-It is `/etc/ca-bridge/config.toml`, or what `--config` or `CA_BRIDGE_CONFIG` names.
-`ca-bridge settings init` writes one with comments, `ca-bridge settings check` finds every error in it, and `ca-bridge settings show` prints what is in force.
-`settings check` also warns of hosts of the examples, and of files and programs that are not on this machine; a warning changes no exit code.
-`config/config.toml` and the files below `config/` are examples with all of them; a CA desk's policy is `config/desk/desk-policy.toml`.
+The file is `/etc/ca-bridge/config.toml`, unless `--config` or `CA_BRIDGE_CONFIG` names another.
+`ca-bridge settings init` writes a commented file, `ca-bridge settings check` finds every error in it, and `ca-bridge settings show` prints the values in force.
+`settings check` also warns about host names from the examples, and about files and programs that this machine does not have; a warning does not change the exit code.
+`config/config.toml` and the other files in `config/` are examples that contain every key; `config/desk/desk-policy.toml` is the example of a CA desk's policy.
 
 A duration is a number with a unit, such as `"90s"`, `"12h"` or `"30d"`.
 A path is absolute.
-A command is split into words as a shell does it, and run without a shell.
-A secret is never a value in the file: `KEY_file` names a file with it, `KEY_env` a variable, `KEY_credential` a credential that systemd has loaded."""
+ca-bridge splits a command into words as a shell does, and runs it without a shell.
+The file never contains a secret itself: `KEY_file` names a file that contains it, `KEY_env` an environment variable, `KEY_credential` a credential that systemd has loaded."""
 
 _AUTHORITY = """\
 One table for each of `ca`, `etcd-ca` and `front-proxy-ca`.
-Its further keys are the backend's; they override the keys of the backend's own table."""
+Its other keys belong to the backend, and override the keys in the backend's own table."""
 
 _CERTIFICATE = """\
-Of kubeadm's certificates only this one's names can be set; each other one keeps the names of the certificate that it replaces."""
+In the settings, you can set the names of this certificate only; every other kubeadm certificate keeps the names of the certificate that it replaces."""
 
 _PAIR = """\
 One table for each [further pair](certificates.md#further-pairs) of files on this node, with a name of your choice."""
 
 _COPY = """\
-Another place for the same pair; as many as you like, each with a name of its own."""
+Another place for the same pair; add as many as you like, each under its own name."""
 
 _BACKEND = """\
 One table for each CA service, with a name of your choice; `type` is its kind.
-These keys are for every kind."""
+These keys apply to every kind."""
