@@ -167,20 +167,12 @@ class Writer:
     def tell(self, job: Job, outcome: str, reason: str) -> None:
         """Say nothing: a CSR object's owner reads its conditions, and its events are seldom looked at."""
 
-    def fail_unanswered(self, job: Job) -> Steps[bool]:
-        """Write that the CA has not answered in time; False: nothing is written into such an object."""
+    def mark(self, job: Job, kind: str, reason: str) -> Steps[bool]:
+        """Write a condition where there is none of its kind yet; False: nothing but an answer is written into such an object."""
         for _ in self.turns(job):
-            if (yield from self._marked(job, "status", watch.FAILED, watch.NOT_ANSWERED)):
-                return True
-        return False
-
-    def waits(self, job: Job) -> Steps[None]:
-        """A CA has the request and answers later; nothing is written where the object says so already."""
-        if job.one.has(watch.PENDING_AT_CA):
-            return
-        for _ in self.turns(job):
-            if (yield from self._marked(job, "status", watch.PENDING_AT_CA, watch.WAITS)):
-                return
+            if job.one.has(kind) or (yield from self._marked(job, "status", kind, reason)):
+                break
+        return True
 
     def trouble(self, verdict: Allowed, found: Verified) -> str:
         """Why the API server would not take this certificate now: it looks at no certificate of these objects."""

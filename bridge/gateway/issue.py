@@ -18,6 +18,7 @@ from bridge.ca import Answer, UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, NoVerdictError, VerificationError
+from bridge.gateway import watch
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.gateway.context import (
     MOST_PENDING_AT_CA,
@@ -354,7 +355,7 @@ class Issuing:
         if isinstance(answer, Issued):
             return answer
         self._keep(asking, answer)
-        yield from self._writer_of(job.one).waits(job)
+        yield from self._writer_of(job.one).mark(job, watch.PENDING_AT_CA, watch.WAITS)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _answers(self, wanted: Sequence[tuple[AuthorityOfSigners, SignRequest]]) -> Sequence[Answer]:
@@ -395,7 +396,7 @@ class Issuing:
         if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(facts_of(job.one), audit.CANCELLED, result=why)
-        if (yield from self._writer_of(job.one).fail_unanswered(job)):
+        if (yield from self._writer_of(job.one).mark(job, watch.FAILED, watch.NOT_ANSWERED)):
             self._remember(job)
         context.drop_pending(job.one.uid)
         raise GoneError(why)

@@ -255,16 +255,11 @@ class PodWriter(Writer):
         body = {"metadata": identity_of(job.one), "status": {"conditions": [condition]}}
         return watch.DENIED if (yield from self._patched(job, "status", body)).status == HTTPStatus.OK else ""
 
-    def fail_unanswered(self, job: Job) -> Steps[bool]:
-        """Write nothing: an outage is no reason why a pod should never start."""
-        del job
+    def mark(self, job: Job, kind: str, reason: str) -> Steps[bool]:
+        """Write nothing: the API server takes no condition but a final one, and an outage is no reason why a pod should never start."""
+        del job, kind, reason
         yield from ()
         return False
-
-    def waits(self, job: Job) -> Steps[None]:
-        """Nothing is written: the API server takes no condition but a final one."""
-        del job
-        yield from ()
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
         """Say in an event of the pod why its request waits; in an outage of thousands some are left out."""

@@ -727,7 +727,7 @@ def test_a_write_that_a_policy_of_the_cluster_refuses_is_not_made_again_at_once(
 
     context: Any = SimpleNamespace(api=SimpleNamespace(ask=ask), now=lambda: NOW, written=written)
     writer, job = Writer(context), Job(one=one(), look=Look(), arrived=0)
-    [(_, error)] = in_step({0: writer.waits(job)})
+    [(_, error)] = in_step({0: writer.mark(job, PENDING_AT_CA, WAITS)})  # type: ignore[dict-item]
     if now == one().version:
         assert isinstance(error, LeftError)
         assert "HTTP 422 not by this user" in str(error)
