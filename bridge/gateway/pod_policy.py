@@ -73,7 +73,7 @@ class PodWorld:
     pod: PodState | None
     account_uid: str | None
     node_uid: str | None
-    labels: Mapping[str, str] | None  #: The namespace's.
+    labels: Mapping[str, str]  #: The namespace's.
     entry: NodeEntry | None  #: The node's.
 
 
@@ -192,9 +192,8 @@ def _open(reason: str) -> Hostile:
 
 
 def _has_namespace(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> bool:
-    labels = world.labels or {}
     by_name = not rules.namespaces or any(fnmatchcase(request.namespace, one) for one in rules.namespaces)
-    return by_name and all(labels.get(key) == value for key, value in rules.namespace_labels.items())
+    return by_name and all(world.labels.get(key) == value for key, value in rules.namespace_labels.items())
 
 
 def _identity(request: PodRequest, rules: PodSignerRules) -> Identity | None:

@@ -8,9 +8,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -61,8 +62,7 @@ class PodJudge:
     def __init__(self, context: Context) -> None:
         self._context = context
         # nothing else of an account, a node, a namespace or a pod is kept, since its users choose the rest
-        self._uids: Remembered[str, str | None] = Remembered(_RECENT_SECONDS)
-        self._labels: Remembered[tuple[str, ...], Mapping[str, Any]] = Remembered(_RECENT_SECONDS)
+        self._metadata: Remembered[tuple[str, ...], tuple[str | None, Mapping[str, Any]]] = Remembered(_RECENT_SECONDS)
         self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)  # by the request's UID
         self._reading = threading.Lock()
         self._mutex = threading.Lock()
@@ -105,6 +105,7 @@ class PodJudge:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
         policy, inventory = context.nodes.files(files_since)
         rules = policy.pod_signers.get(request.signer)
+        labels = rules.namespace_labels if rules is not None else {}
         hostile = own_words(request)
         if isinstance(hostile, Hostile):  # nothing is looked up for it
             return hostile
@@ -115,9 +116,9 @@ class PodJudge:
             inventory=inventory,
             created=job.one.created,
             pod=(yield from self._pod(job, at_write=at_write)),
-            account_uid=self._uid(f"{namespace}/serviceaccounts/{quoted(request.service_account)}", since),
-            node_uid=self._uid(f"nodes/{quoted(request.node)}", since),
-            labels=self._labels_of(namespace, rules.namespace_labels, since) if rules is not None else None,
+            account_uid=self._known(f"{namespace}/serviceaccounts/{quoted(request.service_account)}", since)[0],
+            node_uid=self._known(f"nodes/{quoted(request.node)}", since)[0],
+            labels=self._known(namespace, since, labels)[1] if labels else {},
             entry=inventory.nodes.get(request.node),
             ca_end=context.authorities[PODS.name].end(),
             now=context.now(),
@@ -152,43 +153,32 @@ class PodJudge:
             replies = deque(self._context.api.answers([_look(path, JSON) for path in paths]))
             for request, path in zip(some, paths, strict=True):
                 try:
-                    found.append(self._state(request, path, replies.popleft()))
+                    found.append(self._read(path, replies.popleft(), partial(pod_state, request=request)))
                 except (NoAnswerError, LeftError) as e:
                     found.append(e)
         return found
 
-    def _state(self, request: PodRequest, path: str, reply: Reply | NoAnswerError) -> PodState | None:
+    def _known(
+        self, path: str, since: float = -math.inf, labels: Collection[str] = ()
+    ) -> tuple[str | None, Mapping[str, Any]]:
+        """An object's UID (None: it is not there), and those of its labels that are wanted, as they were a moment ago."""
+
+        def read(document: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+            theirs = mapping(document, "metadata", "labels").items()
+            uid = str(mapping(document, "metadata").get("uid", ""))
+            return uid, {key: value for key, value in theirs if key in labels}
+
+        def ask() -> tuple[str | None, Mapping[str, Any]]:
+            [reply] = self._context.api.answers([_look(path, METADATA)])
+            return self._read(path, reply, read) or (None, {})
+
+        return self._metadata.of((path, *labels), ask, since)
+
+    def _read(self, path: str, reply: Reply | NoAnswerError, read: Callable[[Mapping[str, Any]], T]) -> T | None:
+        """What is read of an object; None: it is not there (NoAnswerError, LeftError: it is too large)."""
         if isinstance(reply, NoAnswerError):
-            raise _of(path, reply)
-        return self._read(path, reply, lambda document: pod_state(document, request))
-
-    def _uid(self, path: str, since: float = -math.inf) -> str | None:
-        """An object's UID, as it was a moment ago; None: it is not there."""
-
-        def read(document: Mapping[str, Any]) -> str:
-            return str(mapping(document, "metadata").get("uid", ""))
-
-        return self._uids.of(path, lambda: self._looked_at(path, METADATA, read), since)
-
-    def _labels_of(self, path: str, wanted: Mapping[str, str], since: float = -math.inf) -> Mapping[str, Any]:
-        """Those of an object's labels that are wanted, as they were a moment ago; none: it has none, or is not there."""
-        if not wanted:
-            return {}
-
-        def read(document: Mapping[str, Any]) -> Mapping[str, Any]:
-            return {key: value for key, value in mapping(document, "metadata", "labels").items() if key in wanted}
-
-        return self._labels.of((path, *wanted), lambda: self._looked_at(path, METADATA, read) or {}, since)
-
-    def _looked_at(self, path: str, accept: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
-        """What is read of an object; None: it is not there."""
-        try:
-            reply = self._context.api.answer(_look(path, accept))
-        except NoAnswerError as e:
-            raise _of(path, e) from None
-        return self._read(path, reply, read)
-
-    def _read(self, path: str, reply: Reply, read: Callable[[Mapping[str, Any]], T]) -> T | None:
+            wanted = f"wanted at most {_LONGEST_LOOKED_AT >> 10} KiB, found more: shorten the object"
+            raise LeftError("left", f"{path}: {wanted}") if reply.is_too_long else reply
         if reply.status == HTTPStatus.NOT_FOUND:
             return None
         with self._reading:  # one at a time, since an object takes ten times as much when it is parsed
@@ -197,13 +187,6 @@ class PodJudge:
 
 def _look(path: str, accept: str) -> Request:
     return request_of("GET", f"/api/v1/{path}", accept=accept, longest=_LONGEST_LOOKED_AT)
-
-
-def _of(path: str, error: NoAnswerError) -> Exception:
-    """The error about an object that can't be looked at."""
-    if not error.is_too_long:
-        return error
-    return LeftError("left", f"{path}: wanted at most {_LONGEST_LOOKED_AT >> 10} KiB, found more: shorten the object")
 
 
 def pod_state(document: Mapping[str, Any], request: PodRequest) -> PodState:

@@ -548,7 +548,7 @@ def context_of(answer: Callable[[], Reply]) -> Any:
         assert len(requests) <= 16  # of pods as large as they may be
         return [one_of_several() for _ in requests]
 
-    api = SimpleNamespace(ask=lambda *_, **__: answer(), answer=lambda _: answer(), answers=answers)
+    api = SimpleNamespace(ask=lambda *_, **__: answer(), answers=answers)
     return SimpleNamespace(settings=SimpleNamespace(gateway=GatewaySettings()), api=api, now=lambda: NOW)
 
 
@@ -589,8 +589,8 @@ def test_what_users_write_into_their_objects_fills_no_memory() -> None:
     judge = PodJudge(context_of(lambda: Reply(status=200, body=body)))
     with traced() as memory:
         for number in range(100):
-            assert judge._uid(f"namespaces/shop/serviceaccounts/s{number}") == "u"
-            assert judge._labels_of(f"namespaces/n{number}", {"mtls": "yes"}) == {"mtls": "yes"}
+            assert judge._known(f"namespaces/shop/serviceaccounts/s{number}")[0] == "u"
+            assert judge._known(f"namespaces/n{number}", labels={"mtls": "yes"})[1] == {"mtls": "yes"}
             job = pod_job(f"r{number}", annotations=tuple(many.items()))
             found = done(judge._pod(job, at_write=False))
             assert found is not None
@@ -610,7 +610,7 @@ def test_objects_of_users_are_parsed_one_at_a_time() -> None:
 
     judge = PodJudge(context_of(lambda: Seen(status=200, body=b"{}")))
     done(judge._pod(pod_job(), at_write=False))
-    judge._uid("nodes/w1")
+    judge._known("nodes/w1")
     assert (held, judge._reading.locked()) == ([True, True], False)
 
 
