@@ -95,9 +95,9 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     say_table([("CA", "PHASE", "SINCE", "OLD", "NEW"), *rows], (3,))
     for one in found.values():
         now = one.standing
-        left = now.differing if now.phase is None else differences(one.seen, one.change, now.next) if now.next else ()
-        for difference in left:
-            say_sentence(f"{one.name}: {difference}", "  ")
+        left = differences(one.seen, one.change, now.next).values() if now.next else now.differing
+        for sentence in left:
+            say_sentence(f"{one.name}: {sentence}", "  ")
         for held in _lagging(settings, node, one):
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
@@ -183,7 +183,7 @@ def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
         "old": {"subject": name_text(one.change.old.subject), "sha256": fingerprint(one.change.old)},
         "new": {"subject": name_text(one.change.new.subject), "sha256": fingerprint(one.change.new)},
         "since": rfc3339(one.since),
-        "odd": [str(each) for each in now.differing],
+        "odd": list(now.differing),
         "objects": [held.text for held in lagging],
         "commands": [held.command for held in lagging if held.command],
     }

@@ -78,7 +78,7 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
         since = f"since {minute(one.since)} ({duration_text(timedelta(days=max((now - one.since).days, 0)))})"
         old, new = text(one.change.old), text(one.change.new)
         if standing.phase is None:
-            differing = "; ".join(map(str, standing.differing))
+            differing = "; ".join(standing.differing)
             hint = (
                 "a replacement by other means may be under way; `ca-bridge rotate-ca` changes nothing before it is over"
             )

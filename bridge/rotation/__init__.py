@@ -99,26 +99,13 @@ class Seen:
     leaves: Mapping[str, x509.Certificate | None]  #: The CA that each leaf leads to, by name; None: to none of both.
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One file or leaf that differs from a phase."""
-
-    place: str  #: A path, or kubeadm's name of a leaf.
-    want: str
-    got: str
-
-    def __str__(self) -> str:
-        """For the screen."""
-        return f"{self.place}: wanted {self.want}, found {self.got}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """The progress of one CA's replacement on a node."""
 
     phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
     next: Phase | None = None  #: The phase that is half done; None: nothing is.
-    differing: tuple[Difference, ...] = ()  #: Differences from the nearest phase; empty unless `phase` is None.
+    differing: tuple[str, ...] = ()  #: From the nearest phase, as sentences; empty unless `phase` is None.
 
     @property
     def text(self) -> str:
@@ -131,31 +118,31 @@ class Standing:
 def standing(seen: Seen, change: Change) -> Standing:
     """Find the phase of the files; it is half done if each place has the content of that phase or of the one before."""
     path = change.path
-    lacking = {phase: tuple(differences(seen, change, phase)) for phase in path}
+    lacking = {phase: differences(seen, change, phase) for phase in path}
     for phase in reversed(path):  # without leaves and kubeconfigs the CA file alone decides
         if not lacking[phase]:
             return Standing(phase=phase)
     for phase, later in change.steps:
-        behind, ahead = ({one.place for one in lacking[each]} for each in (phase, later))
-        if not behind & ahead:
+        if lacking[phase].keys().isdisjoint(lacking[later]):
             return Standing(phase=phase, next=later)
-    return Standing(phase=None, differing=min(lacking.values(), key=len))
+    return Standing(phase=None, differing=tuple(min(lacking.values(), key=len).values()))
 
 
-def differences(seen: Seen, change: Change, phase: Phase) -> Iterator[Difference]:
-    """The differences between a node's files and a phase, in the order of installation: trust before leaves."""
+def differences(seen: Seen, change: Change, phase: Phase) -> dict[str, str]:
+    """
+    Sentences about a node's files that are not as in a phase, in the order of installation: trust before leaves; by the
+    file's path or kubeadm's name of the leaf.
+    """
     bundle, signer = change.bundle(phase), change.signer(phase)
+    held = {path: data for path, data in seen.kubeconfigs.items() if set(data) != set(bundle)}
     if seen.bundle != bundle:
-        yield Difference("CA file", texts(bundle), texts(seen.bundle))
-    for path, data in seen.kubeconfigs.items():
-        if set(data) != set(bundle):
-            yield Difference(path, texts(bundle), texts(data))
-    if change.keeps_key:  # a leaf leads to both
-        return
-    for name, found in seen.leaves.items():
-        if found != signer:
-            of_what = text(found) if found else "neither"
-            yield Difference(name, f"a certificate of {text(signer)}", f"one of {of_what}")
+        held = {"CA file": seen.bundle, **held}
+    found = {place: f"{place}: wanted {texts(bundle)}, found {texts(data)}" for place, data in held.items()}
+    for name, ca in seen.leaves.items():
+        if ca != signer and not change.keeps_key:  # then a leaf leads to both
+            of_what = text(ca) if ca else "neither"
+            found[name] = f"{name}: wanted a certificate of {text(signer)}, found one of {of_what}"
+    return found
 
 
 def texts(bundle: Sequence[x509.Certificate]) -> str:

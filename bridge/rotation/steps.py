@@ -243,7 +243,7 @@ def straight_to_the_new_ca(one: Replaced) -> Step:
 
 def _of_no_phase(one: Replaced) -> OrderError:
     return OrderError(
-        f"{one.name}: wanted the files of a phase, found {'; '.join(map(str, one.standing.differing))}",
+        f"{one.name}: wanted the files of a phase, found {'; '.join(one.standing.differing)}",
         hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
     )
 
@@ -550,8 +550,8 @@ def _begin_back(run: Run, steps: Sequence[Step]) -> None:
 
 
 def _leaves_to_issue(step: Step) -> list[str]:
-    known = {item.spec.name for item in step.ca.items}
-    return [d.place for d in differences(step.ca.seen, step.ca.change, step.target) if d.place in known]
+    differing = differences(step.ca.seen, step.ca.change, step.target)
+    return [name for name in (item.spec.name for item in step.ca.items) if name in differing]
 
 
 def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
