@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -162,8 +162,7 @@ class AccessError(BridgeError):
     exit_code: ClassVar[int] = Exit.USAGE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
+class Access(NamedTuple):
     """Clients and servers, in the order in which they are tried."""
 
     clients: tuple[Client, ...]
@@ -190,7 +189,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
     if not clients and not troubles:
         found_none = "none" if node.is_worker else "neither"
         troubles.append(f"{kubeconfig_dir}: wanted {' or '.join(names)}, found {found_none}")
-    return Access(clients=tuple(clients), servers=tuple(servers), troubles=tuple(troubles))
+    return Access(tuple(clients), tuple(servers), tuple(troubles))
 
 
 def of_gateway(config: Path | None) -> Access:
@@ -201,7 +200,7 @@ def of_gateway(config: Path | None) -> Access:
     except (UnreadableError, KubeconfigError, ValueError, HttpsError) as e:
         where = config or SERVICE_ACCOUNT
         raise AccessError(f"{where}: {e}", hint="gateway.kubeconfig names a kubeconfig") from None
-    return Access(clients=(client,), servers=(server,))
+    return Access((client,), (server,))
 
 
 def _of_pod() -> tuple[Client, Server]:

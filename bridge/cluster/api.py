@@ -147,14 +147,12 @@ class Api:
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
         """A client with a node's rights (see `of_node`); this sends no request."""
-        found = of_node(node, kubeconfig_dir)
-        return cls(found.clients, found.servers, found.troubles)
+        return cls(*of_node(node, kubeconfig_dir))
 
     @classmethod
     def of_gateway(cls, config: Path | None) -> Api:
         """A client with the gateway's rights (see `of_gateway`); this sends no request."""
-        found = of_gateway(config)
-        return cls(found.clients, found.servers, again=lambda: of_gateway(config))
+        return cls(*of_gateway(config), again=lambda: of_gateway(config))
 
     @property
     def server(self) -> str:
@@ -284,23 +282,21 @@ class Api:
             with self._mutex:
                 self.servers = tuple(sorted(self.servers, key=lambda one: one != server))
 
-    def _exchange(self, server: Server, client: Client, request: Request) -> Reply:
-        reply = _assert_now(self._once_more(server, client, request))
-        if self._again is None:
-            whole_document(reply.body)
-        return reply
-
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def _once_more(self, server: Server, client: Client, request: Request) -> Reply:
+    def _exchange(self, server: Server, client: Client, request: Request) -> Reply:
         """The answer; the server may have ended a kept connection at this moment."""
         kept = self._kept(server, client)
         try:
-            return self._sent(kept, request)()
+            reply = self._sent(kept, request)()
         except UnreachableError as e:
             if isinstance(e, LateError) or not kept.connection.is_kept:
                 raise
-            return self._sent(kept, request)()
+            reply = self._sent(kept, request)()
+        _assert_now(reply)
+        if self._again is None:
+            whole_document(reply.body)
+        return reply
 
     def _sent(self, kept: _Kept, request: Request) -> Callable[[], Reply]:
         """Send a request; what is returned reads its answer."""
@@ -332,8 +328,7 @@ class Api:
                 return
             self._read_at = time.monotonic()
             with contextlib.suppress(AccessError):
-                found = self._again()
-                self.clients, self.servers = found.clients, found.servers
+                self.clients, self.servers, _ = self._again()
 
     def close(self) -> None:
         """End the connections that are not in use."""
@@ -380,25 +375,22 @@ class Lines:
     def __iter__(self) -> Iterator[bytes]:
         """Each line without its end (NoAnswerError: the stream broke)."""
         kept, skipping = bytearray(), False
-        while piece := self._piece():
-            *whole, rest = piece.split(b"\n")
-            for part in whole:
-                kept += part
-                if skipping or len(kept) > self._longest:
-                    self.left_out += 1
-                else:
-                    yield bytes(kept)
-                kept, skipping = bytearray(), False
-            kept += rest
-            if len(kept) > self._longest:
-                kept, skipping = bytearray(), True
+        try:
+            while piece := self._stream.piece():
+                *whole, rest = piece.split(b"\n")
+                for part in whole:
+                    kept += part
+                    if skipping or len(kept) > self._longest:
+                        self.left_out += 1
+                    else:
+                        yield bytes(kept)
+                    kept, skipping = bytearray(), False
+                kept += rest
+                if len(kept) > self._longest:
+                    kept, skipping = bytearray(), True
+        except HttpsError as e:
+            raise NoAnswerError(f"{self._server}: the watch broke: {e}") from None
 
     def end(self) -> None:
         """End the stream, from another thread: nothing more comes."""
         self._stream.end()
-
-    def _piece(self) -> bytes:
-        try:
-            return self._stream.piece()
-        except HttpsError as e:
-            raise NoAnswerError(f"{self._server}: the watch broke: {e}") from None
