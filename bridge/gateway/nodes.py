@@ -132,11 +132,11 @@ class Remembered(Generic[K, V]):
             found = self._answers.get(key)
         return (found[0],) if found is not None and found[1] >= max(since, time.monotonic() - self._seconds) else None
 
-    def put(self, key: K, value: V, since: float | None = None) -> None:
-        """Remember an answer to what was asked then (monotonic; None: a moment ago)."""
+    def put(self, key: K, value: V, since: float) -> None:
+        """Remember an answer to what was asked then (monotonic)."""
         now = time.monotonic()
         with self._mutex:
-            remember(self._answers, key, (value, now if since is None else since), _MOST_REMEMBERED)
+            remember(self._answers, key, (value, since), _MOST_REMEMBERED)
             while self._answers and now - next(iter(self._answers.values()))[1] >= self._seconds:
                 self._answers.popitem(last=False)
 
@@ -181,7 +181,7 @@ class Nodes:
             answer = _ask_command(self._command, name)
         finally:
             self._commands.release()
-        self._entries.put(name, answer)
+        self._entries.put(name, answer, time.monotonic())
         return answer
 
     def with_dns(self, name: str, entry: NodeEntry, addresses: list[str]) -> NodeEntry:
@@ -228,7 +228,7 @@ class Resolver:
             host = host_of(address)
         finally:  # whatever the resolver makes of a name that others chose, the room is free again
             with self._mutex:
-                self._known.put(address, host)
+                self._known.put(address, host, time.monotonic())
                 del self._asking[address]
             self._room.release()
 
@@ -272,7 +272,6 @@ def _ask_command(command: Path, name: str) -> NodeEntry | None:
     return entry
 
 
-_MOST_NODES = 5_000
 _MOST_TOGETHER = 256
 _NODES = "/api/v1/nodes"
 #: Names without what else is in the objects: a Node has dozens of images in it.
@@ -288,27 +287,21 @@ class NodeStates:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._mutex = threading.Lock()
-        self._known: dict[str, tuple[NodeState, float]] = {}
+        self._known: Remembered[str, NodeState] = Remembered()
         self._together = Combined(self._looked_at, _MOST_TOGETHER).all
         self._latest: tuple[frozenset[str], float] = (frozenset(), -math.inf)  # a list, and when it was asked for
         self._lists_from = 0.0
 
     def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> Steps[NodeState]:
         """The node's state, by a look no older than `since`; `newer` repeats a look that did not find it."""
-        now = time.monotonic()
-        with self._mutex:
-            known = self._known.get(name)
-        if known is not None and known[1] >= since and (known[0].exists or not newer):
+        now, known = time.monotonic(), self._known.get(name, since)
+        if known is not None and (known[0].exists or not newer):
             return known[0]
         there, listed = self._latest
         if listed >= since and name not in there and not newer:
             return NodeState(exists=False)
         found: NodeState = yield Together(self._together, (name, with_readiness))
-        with self._mutex:
-            if len(self._known) >= _MOST_NODES:
-                self._known.clear()
-            self._known[name] = (found, now)
+        self._known.put(name, found, now)
         return found
 
     def _looked_at(self, wanted: Sequence[tuple[str, bool]]) -> list[NodeState | NoAnswerError]:
