@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from datetime import datetime
 from typing import Any
 
@@ -61,8 +61,8 @@ class Job:
     was_asked: bool = False  #: The CA was asked, and its answer did not come.
     was_recalled: bool = False  #: Since then it was looked for, and was not there.
     later: AnyObject | None = None  #: A newer version, which has come while this one is worked at.
-    removed: bool = False
-    is_delayed: bool = False  #: It has a time, and no place in its lane's line.
+    removed: bool = False  #: While it is worked at.
+    delay: int = 0  #: The number of its delay, while it has a time and no place in its lane's line.
 
 
 def key_of(one: AnyObject, node: str | None) -> str:
@@ -111,7 +111,7 @@ class Queue:
         self._lane, self._most = lane, lots or {}
         self._most_lots = max(1, min(_MOST_LOTS, threads - 1))
         self._changed = threading.Condition()
-        self._order, self._lots = itertools.count(), itertools.count()
+        self._order, self._lots = itertools.count(1), itertools.count()
         self._lanes: dict[str, _Lane] = {}  # the lane that had its turn last is last
         self._working: dict[str, Job] = {}
         self._closed = False
@@ -153,7 +153,7 @@ class Queue:
     def _is_known(self, one: AnyObject) -> bool:
         """Whether it has a job, which has this version from now on."""
         if (worked_at := self._working.get(one.uid)) is not None:
-            worked_at.later = one
+            worked_at.later, worked_at.removed = one, False
             return True
         known = self._jobs.get(one.uid)
         if known is None:
@@ -162,8 +162,8 @@ class Queue:
             self._count(known.one, -1)
             known.one = one
             self._count(one, 1)
-            if known.is_delayed:
-                self._soon(known)
+            if known.delay:
+                self._line_up(known)
         return True
 
     def has_room(self) -> bool:
@@ -193,7 +193,7 @@ class Queue:
         """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
         if job.lane not in self._lanes:
             self._lanes[job.lane] = _Lane(self._most.get(job.lane), self._most_lots)
-        job.is_delayed = False
+        job.delay = 0  # its place in the heap leads to nothing
         self._lanes[job.lane].ready.setdefault(job.one.request.username, {})[job.one.uid] = job
         self._wake_for(self._lanes[job.lane].due())
 
@@ -254,18 +254,11 @@ class Queue:
     def _remove(self, uid: str) -> None:
         job = self._pop(uid)
         if job is not None:
-            job.removed = True
+            job.delay = 0
             self._lanes[job.lane].withdraw(job)
             if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # their time may keep them there for long
-                self._delayed = [entry for entry in self._delayed if not entry[2].removed]
+                self._delayed = [(due, number, job) for due, number, job in self._delayed if job.delay == number]
                 heapq.heapify(self._delayed)
-
-    def _soon(self, job: Job) -> None:
-        """A delayed job is looked at now; its old place in the heap leads to nothing."""
-        fresh = replace(job)
-        job.removed = True
-        self._jobs[job.one.uid] = fresh
-        self._line_up(fresh)
 
     def take(self, seconds: float) -> list[Job]:
         """The next jobs, for each of which `done` or `delay` has to be called; none came in time, or the queue is closed."""
@@ -282,9 +275,9 @@ class Queue:
                 self._wait(now, deadline)
 
     def _line_up_due(self, now: float) -> None:
-        while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].removed):
-            job = heapq.heappop(self._delayed)[2]
-            if not job.removed:
+        while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].delay != self._delayed[0][1]):
+            _, number, job = heapq.heappop(self._delayed)
+            if job.delay == number:
                 self._line_up(job)
 
     def _due(self) -> float:
@@ -329,7 +322,8 @@ class Queue:
             if self._watched == due:
                 self._watched = math.inf
 
-    def _end_work(self, job: Job) -> None:
+    def _end_work(self, job: Job) -> AnyObject | None:
+        """End the work on a job; its object as it is now, if that has changed meanwhile."""
         del self._working[job.one.uid]
         lane = self._lanes[job.lane]
         if lane.most is not None:
@@ -337,41 +331,36 @@ class Queue:
             if not lane.lots[job.lot]:
                 del lane.lots[job.lot]
                 self._wake_for(lane.due())
+        later, job.later = job.later, None
+        return later if later is not None and later.version != job.one.version else None
 
     def done(self, job: Job) -> None:
         """End the work on a job, unless its object has changed meanwhile."""
         with self._changed:
-            self._end_work(job)
-            later, job.later = job.later, None
-        if later is not None and not later.is_finished and later.version != job.one.version:
+            later = self._end_work(job)
+        if later is not None and not later.is_finished:
             self.put(later, lambda _: job.look)
 
     def delay(self, job: Job, seconds: float) -> None:
         """Put a job back, unless it was removed meanwhile: it is looked at again after these seconds, or when its object changes."""
         with self._changed:
-            self._end_work(job)
-            later, job.later = job.later, None
-            if later is not None and later.is_finished:
+            later = self._end_work(job)
+            job.one = later or job.one
+            if self._closed or job.removed or job.one.is_finished:
                 return
-            has_changed = later is not None and later.version != job.one.version
-            if has_changed and later is not None:
-                job.one = later
-            if self._closed or (job.removed and later is None):
-                return
-            job.removed = False
             self._add(job)
-            if has_changed:
+            if later is not None:
                 self._line_up(job)
             else:
-                job.is_delayed = True
-                heapq.heappush(self._delayed, (time.monotonic() + seconds, next(self._order), job))
+                job.delay = next(self._order)
+                heapq.heappush(self._delayed, (time.monotonic() + seconds, job.delay, job))
                 self._wake_for(self._delayed[0][0])
 
     def wake(self) -> None:
         """Look at all delayed jobs at once: something has changed."""
         with self._changed:
-            for _, _, job in self._delayed:
-                if not job.removed:
+            for _, number, job in self._delayed:
+                if job.delay == number:
                     self._line_up(job)
             self._delayed.clear()
             self._changed.notify_all()
@@ -379,7 +368,7 @@ class Queue:
     def forget(self) -> None:
         """Another replica works from here on."""
         with self._changed:
-            for job in (*self._jobs.values(), *self._working.values()):
+            for job in self._working.values():
                 job.removed, job.later = True, None
             self._reset()
 
