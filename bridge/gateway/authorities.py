@@ -176,22 +176,19 @@ class AuthorityOfSigners:
         return answer
 
     def _expected(self, request: SignRequest, longest: timedelta, now: datetime) -> Expectation:
+        cross, anchors = self._cross, self.anchors()
+        # while it is long enough, and the CA that it was read for is still the one that signs
+        if cross is not None and (anchors[0] != self._signer or not is_cross_long_enough(cross, self._renewal, now)):
+            cross = None
         return Expectation(
-            anchors=self.anchors(),
+            anchors=anchors,
             anchor_name=self._anchor_file.name,
             now=now,
             min_validity=min(self._min_validity, request.validity * 0.5),
             extra_subject=self._extra_subject,
             longest=request.validity if self.asks_validity else longest,
-            cross=self._cross_behind(now),
+            cross=cross,
         )
-
-    def _cross_behind(self, now: datetime) -> x509.Certificate | None:
-        """The cross certificate, while it is long enough, and the CA that it was read for is still the one that signs."""
-        found = self._cross
-        if found is None or self.anchors()[0] != self._signer or not is_cross_long_enough(found, self._renewal, now):
-            return None
-        return found
 
 
 def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:

@@ -202,12 +202,6 @@ class Writer:
     def _read_again(self, job: Job) -> None:
         reply = self._context.api.ask("GET", job.one.path)
         self._assert_well(reply, "get the object")
-        self._take_over(job, reply)
-        if job.one.is_finished:
-            raise GoneError("another client has answered it")
-
-    def _take_over(self, job: Job, reply: Reply) -> None:
-        """The object as the API server has it now."""
         try:
             found = self.parse(reply.document, len(reply.body))
         except NotAnObjectError as e:
@@ -215,6 +209,8 @@ class Writer:
         if found.uid != job.one.uid or found.request != job.one.request:
             raise GoneError("another object has its name by now")
         job.one = found
+        if found.is_finished:
+            raise GoneError("another client has answered it")
 
     def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> Steps[bool]:
         """Write a further condition; False: the object has changed."""

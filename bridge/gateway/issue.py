@@ -10,7 +10,6 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import NamedTuple
 from uuid import UUID
 
 from bridge import dataclass
@@ -64,14 +63,6 @@ class _Asking:
     at_ca: PendingAtCa | None  #: The CA has it already.
 
 
-class _Left(NamedTuple):
-    """A job that was left, and why, in words for its object's owner."""
-
-    job: Job
-    outcome: str
-    reason: str
-
-
 class Issuing:
     """The work on the queue's jobs, done by several threads."""
 
@@ -120,7 +111,8 @@ class Issuing:
     def work(self, seconds: float) -> bool:
         """Take the next jobs and work at them, side by side; False: there were none in this time."""
         queue = self._context.queue
-        jobs, left = queue.take(seconds), list[_Left]()
+        jobs = queue.take(seconds)
+        left: dict[Job, tuple[str, str]] = {}  #: The outcome, and the reason in words for the object's owner.
         for job, error in in_step({job: self._answer(job) for job in jobs}):
             try:
                 seconds_until = self._ended(job, error, left)
@@ -133,11 +125,11 @@ class Issuing:
                 queue.done(job)
             else:
                 queue.delay(job, seconds_until)
-        for one in left:  # afterwards, since each may take a while
-            self._writer_of(one.job.one).tell(one.job, one.outcome, one.reason)
+        for job, why in left.items():  # afterwards, since each may take a while
+            self._writer_of(job.one).tell(job, *why)
         return bool(jobs)
 
-    def _ended(self, job: Job, error: Exception | None, left: list[_Left]) -> float | None:
+    def _ended(self, job: Job, error: Exception | None, left: dict[Job, tuple[str, str]]) -> float | None:
         """Seconds until the job is looked at again; None: nothing more is to be done."""
         context = self._context
         match error:
@@ -157,7 +149,7 @@ class Issuing:
             case _:
                 raise error
         if job.attempts:  # not what passes within a second
-            left.append(_Left(job, outcome, for_owner))
+            left[job] = outcome, for_owner
         return self._left(job, outcome, str(error), seconds)
 
     def _left(self, job: Job, outcome: str, reason: str, seconds: float | None) -> float:
