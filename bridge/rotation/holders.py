@@ -191,7 +191,7 @@ def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
             names = {**mapping(one, "metadata"), "annotations": {}, "managedFields": []}
             tokens.append({"metadata": names, "data": {"ca.crt": mapping(one, "data").get("ca.crt")}})
         elif phase is not Phase.OLD:
-            yield from _of_data("Secret", one, change, phase, _decoded)
+            yield from _of_data("Secret", one, change, phase)
     yield from _followers(
         tokens, change.bundle(phase), "ca.crt of the service account tokens", lambda one: _text(_config_map(one))
     )
@@ -206,9 +206,9 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
             spec = mapping(one, "spec")
             if spec.get("signerName") == _SERVING:
                 serving.append(one)
-            elif phase is not Phase.OLD and isinstance(text := spec.get("trustBundle"), str):
-                patch = _json_patch("/spec/trustBundle")
-                yield from _foreign("ClusterTrustBundle", one, "trustBundle", text.encode(), change, phase, patch)
+            elif phase is not Phase.OLD:
+                where, data = "/spec/trustBundle", spec.get("trustBundle")
+                yield from _foreign("ClusterTrustBundle", one, "trustBundle", data, change, phase, where)
         # its name has a digest of the content: for a moment the old one and the new one are there
         if serving and not any(
             set(_certificates(mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
@@ -248,38 +248,27 @@ def _time(text: Any) -> datetime | None:
 
 # --- what belongs to others -------------------------------------------------------------------------------------------
 
-#: Makes kubectl's options of a new value.
-_Patch = Callable[[str], str]
+#: Kinds whose values are texts; those of all others are in base64.
+_TEXTS = {"ConfigMap", "ClusterTrustBundle"}
 
 
 def _config_maps(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     for one in api.every(_CONFIG_MAPS, _PAGE):
         metadata = mapping(one, "metadata")
         if (metadata.get("namespace"), metadata.get("name")) not in _OURS:
-            yield from _of_data("ConfigMap", one, change, phase, lambda value: str(value).encode())
+            yield from _of_data("ConfigMap", one, change, phase)
 
 
-def _of_data(
-    kind: str, one: Mapping[str, Any], change: Change, phase: Phase, decoded: Callable[[Any], bytes]
-) -> Iterator[Held]:
+def _of_data(kind: str, one: Mapping[str, Any], change: Change, phase: Phase) -> Iterator[Held]:
     """Each value of a Secret or a ConfigMap that holds the old CA as it should not in this phase."""
-    data = mapping(one, "data")
-    for key, value in data.items():
-        has_key = key == "tls.crt" and "tls.key" in data
-
-        def patch(text: str, key: str = key) -> str:
-            new = base64.b64encode(text.encode()).decode() if kind == "Secret" else text
-            return f"--type=merge -p {shlex.quote(json.dumps({'data': {key: new}}))}"
-
-        yield from _foreign(kind, one, key, decoded(value), change, phase, None if has_key else patch)
+    for key, value in mapping(one, "data").items():
+        yield from _foreign(kind, one, key, value, change, phase)
 
 
 def _called(api: Api, kind: str, path: str, change: Change, phase: Phase) -> Iterator[Held]:
     for one in api.every(path, _PAGE):
         for pointer, data in _bundles(one):
-            where = ".".join(pointer.strip("/").split("/"))
-            patch = _json_patch(pointer, is_bytes=True)
-            yield from _foreign(kind, one, where, _decoded(data), change, phase, patch)
+            yield from _foreign(kind, one, ".".join(pointer.strip("/").split("/")), data, change, phase, pointer)
 
 
 def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -295,18 +284,15 @@ def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
             yield from _bundles(one, f"{where}/{number}")
 
 
-def _json_patch(pointer: str, *, is_bytes: bool = False) -> _Patch:
-    def patch(text: str) -> str:
-        value = base64.b64encode(text.encode()).decode() if is_bytes else text
-        return f"--type=json -p {shlex.quote(json.dumps([{'op': 'replace', 'path': pointer, 'value': value}]))}"
-
-    return patch
-
-
 def _foreign(
-    kind: str, one: Mapping[str, Any], where: str, value: bytes, change: Change, phase: Phase, patch: _Patch | None
+    kind: str, one: Mapping[str, Any], where: str, data: Any, change: Change, phase: Phase, pointer: str = ""
 ) -> Iterator[Held]:
-    """Others' value with the old CA alone, or at the end with it at all; certificates alone have a command, and are printed."""
+    """
+    Others' value with the old CA alone, or at the end with it at all; certificates alone have a command, and are printed.
+
+    `where` is a key of the object's data, or with a JSON pointer the value's name for people.
+    """
+    value = str(data).encode() if kind in _TEXTS else _decoded(data)
     is_over = phase is Phase.NEW
     is_finished = change.old == change.new  # no backup knows the old one any more
     if is_finished or not holds(value, change.old) or (holds(value, change.new) and not is_over):
@@ -318,20 +304,24 @@ def _foreign(
     text = f"{name}{owner}: {where} {still}"
     space = f"-n {shlex.quote(str(metadata['namespace']))} " if metadata.get("namespace") else ""
     target = f"{space}{kind.lower()} {shlex.quote(str(metadata.get('name')))}"
-    command = "" if patch is None else _command(target, where, value, change, phase, patch)
+    has_key = where == "tls.crt" and "tls.key" in mapping(one, "data")
+    command = "" if has_key else _command(kind, target, where, value, change, phase, pointer)
     why = "its owner changes it" if command else "its owner changes it, with whatever goes with it"
     yield Held(f"{text}: {why}", command)
 
 
-def _command(target: str, key: str, value: bytes, change: Change, phase: Phase, patch: _Patch) -> str:
+def _command(kind: str, target: str, key: str, value: bytes, change: Change, phase: Phase, pointer: str) -> str:
     """The command for the owner to type; empty: the CA is in the middle of something else, and not in base64."""
     text = value.decode("utf-8", errors="replace")
     if _is_certificates(text):
-        return f"kubectl patch {target} {patch(_replaced(text, change, phase))}"
+        new = _replaced(text, change, phase)
+        new = new if kind in _TEXTS else base64.b64encode(new.encode()).decode()
+        patch = [{"op": "replace", "path": pointer, "value": new}] if pointer else {"data": {key: new}}
+        return f"kubectl patch {target} --type={'json' if pointer else 'merge'} -p {shlex.quote(json.dumps(patch))}"
     inner = next(
         (run for run in _RUN.findall(text) if _is_certificates(_text(run)) and holds(run.encode(), change.old)), ""
     )
-    if not inner or not target.partition(" secret ")[1] or not re.fullmatch(r"[-._A-Za-z0-9]+", key):
+    if not inner or kind != "Secret" or not re.fullmatch(r"[-._A-Za-z0-9]+", key):
         return ""
     new = base64.b64encode(_replaced(_text(inner), change, phase).encode()).decode()
     path = key.replace(".", "\\.")
