@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
@@ -96,7 +96,9 @@ def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
 def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     bundle = change.bundle(phase)
     yield from _seen("cluster-info", _cluster_info(api, bundle))
-    yield from _seen(_ROOT_CA, _followers(api.every(_ROOT_CAS, _PAGE), bundle, _ROOT_CA, _config_map))
+    maps = api.every(_ROOT_CAS, _PAGE)
+    late = (_name(one) for one in maps if set(_certificates(_config_map(one))) != set(bundle))
+    yield from _seen(_ROOT_CA, _followers(_ROOT_CA, late))
     yield from _seen("Secrets", _secrets(api, change, phase))
     yield from _seen("ClusterTrustBundles", _trust_bundles(api, change, phase))
     if phase is Phase.TRUSTED:  # `issue` turns the order in their file, and writes it anew
@@ -170,13 +172,10 @@ def _authentication(api: Api, authority: str, change: Change, phase: Phase) -> I
         yield Held(f"{text}: `rotate-ca drop`, run again, has it made anew")
 
 
-def _followers(
-    objects: Iterable[Mapping[str, Any]], bundle: Bundle, what: str, held: Callable[[Mapping[str, Any]], Any]
-) -> Iterator[Held]:
+def _followers(what: str, late: Iterable[str]) -> Iterator[Held]:
     """A sentence about objects that the controller manager writes when it becomes the leader (measured on 1.37)."""
-    behind = [_name(one) for one in objects if set(_certificates(held(one))) != set(bundle)]
-    if behind:
-        yield Held(f"{what} of {some(behind)}: wanted the CAs of this phase, found others: {_LEADS}")
+    if names := list(late):
+        yield Held(f"{what} of {some(names)}: wanted the CAs of this phase, found others: {_LEADS}")
 
 
 def _config_map(one: Mapping[str, Any]) -> Any:
@@ -185,16 +184,14 @@ def _config_map(one: Mapping[str, Any]) -> Any:
 
 def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     """Tokens of service accounts, which the controller manager keeps, and then those of others."""
-    tokens: list[Mapping[str, Any]] = []
+    bundle, late = set(change.bundle(phase)), []
     for one in api.every(_SECRETS, _PAGE):
         if one.get("type") == _TOKEN:
-            names = {**mapping(one, "metadata"), "annotations": {}, "managedFields": []}
-            tokens.append({"metadata": names, "data": {"ca.crt": mapping(one, "data").get("ca.crt")}})
+            if set(_certificates(_text(_config_map(one)))) != bundle:
+                late.append(_name(one))
         elif phase is not Phase.OLD:
             yield from _of_data("Secret", one, change, phase)
-    yield from _followers(
-        tokens, change.bundle(phase), "ca.crt of the service account tokens", lambda one: _text(_config_map(one))
-    )
+    yield from _followers("ca.crt of the service account tokens", late)
 
 
 def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
@@ -213,7 +210,7 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
         if serving and not any(
             set(_certificates(mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
         ):
-            yield from _followers(serving, change.bundle(phase), "ClusterTrustBundles", lambda _: None)
+            yield from _followers("ClusterTrustBundles", map(_name, serving))
         return
 
 
