@@ -111,17 +111,14 @@ class Roots:
         if not below(document, "metadata", "resourceVersion"):
             raise NoAnswerError(f"{self._api.server}: wanted {name_of(signer)}, found something else")
         if roots is None:
-            return self._removed(path, document) if _is_ours(document) else "foreign"
+            conditions = {key: below(document, "metadata", key) for key in ("uid", "resourceVersion")}
+            body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": conditions}
+            return self._wrote("removed", "DELETE", path, body) if _is_ours(document) else "foreign"
         if below(document, "spec", "trustBundle") == roots and _is_ours(document):
             return "unchanged"
         metadata = {"resourceVersion": document["metadata"]["resourceVersion"], "labels": _LABEL}
         body = {"metadata": metadata, "spec": {"trustBundle": roots}}
         return self._wrote("replaced", "PATCH", path, body, MERGE_PATCH)
-
-    def _removed(self, path: str, document: Mapping[str, Any]) -> Outcome | None:
-        conditions = {key: below(document, "metadata", key) for key in ("uid", "resourceVersion")}
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": conditions}
-        return self._wrote("removed", "DELETE", path, body)
 
     def _wrote(
         self, outcome: Outcome, method: str, path: str, body: Mapping[str, Any], content_type: str = JSON

@@ -275,11 +275,9 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
             lambda: holders.behind(api, authority, wanted), lambda found: not found, limit, pause_seconds=_LOOK_SECONDS
         )
     if behind:
-        more = [f"{len(behind) - _MOST_NAMED} more"] if len(behind) > _MOST_NAMED else []
-        places = ", ".join([*behind[:_MOST_NAMED], *more])
         again = "`ca-bridge rotate-ca trust`" if target is Phase.ISSUED else "`ca-bridge rotate-ca issue`"
         raise NotReadyEverywhereError(
-            f"{authority}: wanted {texts(wanted)} in the cluster's objects, found others in {places}",
+            f"{authority}: wanted {texts(wanted)} in the cluster's objects, found others in {some(behind, _MOST_NAMED)}",
             hint="kube-root-ca.crt is written by the controller manager that leads, when it begins to: restart it; "
             f"{again}, run again, writes cluster-info; nothing was replaced",
         )
