@@ -266,29 +266,19 @@ class Issuing:
             if (recalled := (yield from self._recalled(asking))) is not None:
                 return recalled
             answer = yield from self._from_ca(asking)
+            found = authority.verified(answer, request, verdict.longest, context.now())
         except BackendUnavailableError as e:
             context.record_quietly(job.facts, audit.UNAVAILABLE, e)
             rest = authority.rest.seconds_left()  # none: it has answered others meanwhile
             raise LeftError("ca-unavailable", str(e), rest + 0.5 if rest else None) from None
-        except UntrustedAnswerError as e:  # the CA may still answer
+        except (BackendRefusedError, VerificationError) as e:
             context.record_quietly(job.facts, audit.REFUSED, e)
-            raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
-        except BackendRefusedError as e:
-            context.record_quietly(job.facts, audit.REFUSED, e)
-            if not isinstance(e, NoVerdictError):  # the CA was not asked, and still has the request
+            if not isinstance(e, NoVerdictError):  # the CA was not asked, or may still answer
                 context.drop_pending(job.one.uid)
+            if isinstance(e, UntrustedAnswerError | VerificationError):
+                raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
-        return (yield from self._accepted(asking, answer))
-
-    def _accepted(self, asking: _Asking, answer: Issued) -> Steps[Verified]:
-        context, job = self._context, asking.job
-        try:
-            found = asking.authority.verified(answer, asking.request, asking.longest, context.now())
-        except VerificationError as e:
-            context.record_quietly(job.facts, audit.REFUSED, e)
-            context.drop_pending(job.one.uid)
-            raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
         return (yield from self._recorded(job, found))
 
     def _recorded(self, job: Job, found: Verified, **values: str) -> Steps[Verified]:
