@@ -271,16 +271,13 @@ class Api:
                     is_from_server = True
                     found.append(f"{server.url}: it turns {client.name} away (HTTP {reply.status})")
                     continue
-                self._prefer(server)
+                if self.servers[0] != server:
+                    with self._mutex:
+                        self.servers = tuple(sorted(self.servers, key=lambda one: one != server))
                 return reply
         error = NoAnswerError(f"no answer from the cluster's API: {'; '.join(found) or 'no server is known'}")
         error.is_unknown, error.is_too_long, error.is_from_server = is_unknown, is_too_long, is_from_server
         raise error
-
-    def _prefer(self, server: Server) -> None:
-        if self.servers[0] != server:
-            with self._mutex:
-                self.servers = tuple(sorted(self.servers, key=lambda one: one != server))
 
     # --- connections --------------------------------------------------------------------------------------------------
 

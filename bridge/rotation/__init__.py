@@ -129,10 +129,7 @@ def standing(seen: Seen, change: Change) -> Standing:
 
 
 def differences(seen: Seen, change: Change, phase: Phase) -> dict[str, str]:
-    """
-    Sentences about a node's files that are not as in a phase, in the order of installation: trust before leaves; by the
-    file's path or kubeadm's name of the leaf.
-    """
+    """What is not as in a phase, by its path or kubeadm's name of a leaf, as sentences in the order of installation."""
     bundle, signer = change.bundle(phase), change.signer(phase)
     held = {path: data for path, data in seen.kubeconfigs.items() if set(data) != set(bundle)}
     if seen.bundle != bundle:

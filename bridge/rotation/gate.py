@@ -40,7 +40,6 @@ from bridge.system.waiting import wait_until
 from bridge.words import some
 
 if TYPE_CHECKING:
-    from bridge.rotation.places import Replaced
     from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
@@ -134,8 +133,9 @@ class Gate:
         def judge(spot: Spot) -> str:
             step = alone[_SERVED_BY[spot.kind]]
             ca = step.ca.change.signer(step.target)
-            # a handshake shows us the leaf alone
-            chain = (ANONYMOUS.served(spot.server.place), *_intermediates(step.ca))
+            # a handshake shows us the leaf alone; behind those of other nodes are the same intermediates as behind ours
+            above = [one for item in step.ca.items for one in item.certificates[1:] if one != step.ca.change.cross]
+            chain = (ANONYMOUS.served(spot.server.place), *above)
             return "" if leads_to(chain, (ca,)) else f"it has a certificate of another CA than {text(ca)}"
 
         self._assert_all(run, node, kinds, judge)
@@ -190,11 +190,6 @@ class Gate:
             found = [f"{spot}: {why}" for spot, why in zip(spots, pool.map(judged, spots), strict=True) if why]
         if found:
             raise NotReadyEverywhereError("; ".join(found))
-
-
-def _intermediates(ca: Replaced) -> list[x509.Certificate]:
-    """The intermediates of this node's certificates, which those of other nodes have, too."""
-    return [above for item in ca.items for above in item.certificates[1:] if above != ca.change.cross]
 
 
 def has_asked(run: Run, authority: str) -> bool:

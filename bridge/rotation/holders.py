@@ -284,11 +284,7 @@ def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 def _foreign(
     kind: str, one: Mapping[str, Any], where: str, data: Any, change: Change, phase: Phase, pointer: str = ""
 ) -> Iterator[Held]:
-    """
-    Others' value with the old CA alone, or at the end with it at all; certificates alone have a command, and are printed.
-
-    `where` is a key of the object's data, or with a JSON pointer the value's name for people.
-    """
+    """Others' value with the old CA alone, or at the end with it at all; certificates alone have a command, and are printed."""
     value = str(data).encode() if kind in _TEXTS else _decoded(data)
     is_over = phase is Phase.NEW
     is_finished = change.old == change.new  # no backup knows the old one any more
