@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from cryptography import x509
 
@@ -77,7 +77,7 @@ class Judge:
         What a request says, compared with the files alone; a node that only `inventory_command` could name counts as
         allowed. A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
-        one = _ours(one)
+        one = cast(SigningRequest, one)
         world = self._world(one, time.monotonic() - _RECENT_SECONDS)
         if world is None or len(one.request.pem) > USUAL_BYTES:
             return Look()
@@ -93,7 +93,7 @@ class Judge:
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
         """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
-        one, nodes = _ours(job.one), self._context.nodes
+        one, nodes = cast(SigningRequest, job.one), self._context.nodes
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
         world = self._world(one, since)
         if world is None:
@@ -132,12 +132,6 @@ class Judge:
             min_validity=context.settings.gateway.min_validity,
             now=context.now(),
         )
-
-
-def _ours(one: AnyObject) -> SigningRequest:
-    if not isinstance(one, SigningRequest):
-        raise TypeError(f"wanted a CertificateSigningRequest, found {type(one).__name__}")
-    return one
 
 
 # --- the writes -------------------------------------------------------------------------------------------------------
