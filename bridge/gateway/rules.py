@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import field, replace
 from datetime import datetime, timedelta
 from string import Formatter
@@ -361,24 +361,23 @@ def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Pod
     return found
 
 
-def patterns(tables: Iterable[PodSignerRules]) -> list[NamePatterns]:
+def patterns(tables: Collection[PodSignerRules]) -> list[NamePatterns]:
     """The names that all tables together may give, by the usage of the certificates, for the CA's own limits."""
-    found: dict[CertificateSpec, NamePatterns] = {}
-    for rules in tables:
-        identities = [one for _, one in rules.identities]
-        before = found.get(rules.spec) or NamePatterns(spec=rules.spec, longest=timedelta())
-        found[rules.spec] = NamePatterns(
-            spec=rules.spec,
-            longest=max(before.longest, rules.max_validity),
-            uris=_once(before.uris, _uris(rules)),
-            dns=_once(before.dns, (_any(text) for one in identities for text in one.dns)),
-            common_names=_once(before.common_names, (_any(one.common_name) for one in identities if one.common_name)),
+    found = []
+    for spec in dict.fromkeys(rules.spec for rules in tables):
+        ours = [rules for rules in tables if rules.spec == spec]
+        identities = [one for rules in ours for _, one in rules.identities]
+        names = (_any(one.common_name) for one in identities if one.common_name)
+        found.append(
+            NamePatterns(
+                spec=spec,
+                longest=max(rules.max_validity for rules in ours),
+                uris=tuple(dict.fromkeys(uri for rules in ours for uri in _uris(rules))),
+                dns=tuple(dict.fromkeys(_any(text) for one in identities for text in one.dns)),
+                common_names=tuple(dict.fromkeys(names)),
+            )
         )
-    return list(found.values())
-
-
-def _once(before: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*before, *more]))
+    return found
 
 
 def _any(template: str) -> str:
