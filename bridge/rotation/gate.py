@@ -43,17 +43,24 @@ if TYPE_CHECKING:
     from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
-#: Client certificates that are shown to each kind of server: the first that is issued here.
-_PROBES = {
-    "kubelet": ("apiserver-kubelet-client",),
-    "api": ("admin.conf", "controller-manager.conf", KUBELET_CONF),
-    "front-proxy": ("front-proxy-client",),
-    "etcd": ("apiserver-etcd-client", "etcd-healthcheck-client"),
-    "peer": ("etcd-peer",),
+
+
+class _Kind(NamedTuple):
+    """A kind of server."""
+
+    text: str
+    path: str  #: To be asked for.
+    clients: tuple[str, ...]  #: Client certificates that it is shown: the first that is issued here.
+    ca: str = ""  #: Of what it shows; empty: kubelets may have made theirs themselves.
+
+
+_KINDS = {
+    "kubelet": _Kind("kubelet", "/healthz", ("apiserver-kubelet-client",)),
+    "api": _Kind("API server", "/version", ("admin.conf", "controller-manager.conf", KUBELET_CONF), CA.name),
+    "front-proxy": _Kind("API server", "/version", ("front-proxy-client",)),
+    "etcd": _Kind("etcd", "/health", ("apiserver-etcd-client", "etcd-healthcheck-client"), ETCD_CA.name),
+    "peer": _Kind("etcd, for its peers,", "/version", ("etcd-peer",), ETCD_CA.name),
 }
-_PATHS = {"api": "/version", "front-proxy": "/version", "kubelet": "/healthz", "etcd": "/health", "peer": "/version"}
-#: The CA of what a kind of server shows; kubelets may have made theirs themselves.
-_SERVED_BY = {"api": CA.name, "etcd": ETCD_CA.name, "peer": ETCD_CA.name}
 #: The controller manager writes kube-root-ca.crt when it becomes the leader: 28 s for 205 namespaces (measured on 1.37).
 _FOLLOWS = timedelta(seconds=90)
 _LOOK_SECONDS = 2.0
@@ -90,16 +97,9 @@ class Spot(NamedTuple):
     user_header: str = ""  #: A front proxy names the user to an API server in this header; empty: unused.
 
     def __str__(self) -> str:
-        return f"{_KINDS[self.kind]} of {self.node} ({self.server.url})"
+        return f"{_KINDS[self.kind].text} of {self.node} ({self.server.url})"
 
 
-_KINDS = {
-    "api": "API server",
-    "front-proxy": "API server",
-    "kubelet": "kubelet",
-    "etcd": "etcd",
-    "peer": "etcd, for its peers,",
-}
 _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
@@ -107,7 +107,7 @@ def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[
     """Nodes that have said nothing lately (pure); none, once the phase, which was proven then, has begun on another node."""
     if any(said.phase == target.value for said in words.values()):
         return []
-    return [name for name, said in words.items() if said.is_late(now)]
+    return [name for name, said in words.items() if abs(now - said.at) > LATELY]  # or from the future: a clock is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +128,10 @@ class Gate:
             return
         alone = {step.ca.name: step for step in steps
                  if step.target in (Phase.OLD, Phase.NEW) and not step.ca.change.keeps_key}  # fmt: skip
-        kinds = [kind for kind, name in _SERVED_BY.items() if name in alone]
+        kinds = [name for name, kind in _KINDS.items() if kind.ca in alone]
 
         def judge(spot: Spot) -> str:
-            step = alone[_SERVED_BY[spot.kind]]
+            step = alone[_KINDS[spot.kind].ca]
             ca = step.ca.change.signer(step.target)
             # a handshake shows us the leaf alone; behind those of other nodes are the same intermediates as behind ours
             above = [one for item in step.ca.items for one in item.certificates[1:] if one != step.ca.change.cross]
@@ -161,11 +161,10 @@ class Gate:
         """Each server of the cluster accepts these certificates and keys (PEM), by name (NotReadyEverywhereError)."""
         if self.emergency:
             return
-        named = {kind: next((name for name in names if name in pairs), None) for kind, names in _PROBES.items()}
         clients = {
             kind: Client(name=name, certificate_pem=pairs[name][0], key_pem=pairs[name][1], trust_pem=None)
-            for kind, name in named.items()
-            if name is not None
+            for kind, one in _KINDS.items()
+            for name in [name for name in one.clients if name in pairs][:1]
         }
         self._assert_all(run, node, clients, lambda spot: refusal(clients[spot.kind], spot))
 
@@ -296,7 +295,7 @@ def refusal(client: Client, spot: Spot) -> str:
     """Why a server does not take a client certificate; empty: it does, whatever it allows (HttpsError, ValueError: no answer)."""
     headers = {spot.user_header: "system:anonymous"} if spot.user_header else {}  # a user without rights
     try:
-        answer = client.ask(spot.server, _PATHS[spot.kind], headers)
+        answer = client.ask(spot.server, _KINDS[spot.kind].path, headers)
     except ClientRefusedError as e:
         return f"it refuses {client.name}: {e}"
     if answer.status == HTTPStatus.UNAUTHORIZED:

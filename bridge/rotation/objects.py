@@ -175,10 +175,6 @@ class Word(NamedTuple):
     trusted: tuple[str, ...]  #: The SHA-256 of each CA that its components have read.
     trouble: str = ""  #: Why what stands in the Node object does not count; the rest says nothing then.
 
-    def is_late(self, now: datetime) -> bool:
-        """Whether it is older than what was proven may be, or from the future: a clock is wrong."""
-        return abs(now - self.at) > LATELY
-
 
 #: Of a node that has said nothing.
 NOTHING = Word(datetime.min.replace(tzinfo=UTC), "", "", ())
