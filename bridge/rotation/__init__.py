@@ -212,13 +212,6 @@ def _keys(new: x509.Certificate, others: Mapping[str, Iterable[x509.Certificate]
             yield Violation(subject="key", want=f"another than {name}'s", got="the same")
 
 
-def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
-    yield from _same_name(change, leaves)
-    if _key_id(change.new) is None:
-        want = "one (RFC 5280 §4.2.1.2), by which OpenSSL and Python find the CA of a certificate"
-        yield Violation(subject="subjectKeyIdentifier", want=want, got="none")
-
-
 def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[Violation]:
     """Whether clients that trust the old CA alone get to it: OpenSSL compares key identifiers, Go EKUs and path lengths."""
     old, new = change.old, change.new
@@ -250,20 +243,20 @@ def _unlimited(old: x509.Certificate, cross: x509.Certificate) -> Iterator[Viola
             yield Violation(subject=name, want="none", got="one, which old clients alone would obey")
 
 
-def _same_name(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
+def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
     """With one name for both, OpenSSL tells the CAs apart by key identifiers alone, and tries one only."""
-    old, new = change.old, change.new
-    if old.subject != new.subject:
-        return
-    what = "another subject than the old CA's, or key identifiers in both CAs and each certificate"
-    for which, ca in (("old", old), ("new", new)):
-        if _key_id(ca) is None:
-            got = f"the same, and no subjectKeyIdentifier in the {which} CA"
-            yield Violation(subject="subject", want=what, got=got)
-    lacking = [name for name, leaf in leaves.items() if _authority_key_id(leaf) is None]
-    if lacking:
-        got = f"the same, and no authorityKeyIdentifier in {', '.join(lacking)}"
-        yield Violation(subject="subject", want=what, got=got)
+    lacking: list[str] = []
+    if change.old.subject == change.new.subject:
+        cas = {"old": change.old, "new": change.new}
+        lacking = [f"subjectKeyIdentifier in the {which} CA" for which, ca in cas.items() if _key_id(ca) is None]
+        if names := [name for name, leaf in leaves.items() if _authority_key_id(leaf) is None]:
+            lacking.append(f"authorityKeyIdentifier in {', '.join(names)}")
+    for what in lacking:
+        want = "another subject than the old CA's, or key identifiers in both CAs and each certificate"
+        yield Violation(subject="subject", want=want, got=f"the same, and no {what}")
+    if _key_id(change.new) is None:
+        want = "one (RFC 5280 §4.2.1.2), by which OpenSSL and Python find the CA of a certificate"
+        yield Violation(subject="subjectKeyIdentifier", want=want, got="none")
 
 
 def _same_key(change: Change) -> Iterator[Violation]:
