@@ -246,17 +246,14 @@ def _bytes(path: Path, what: str) -> bytes:
 
 def local_url(node: Node) -> str | None:
     """The URL of this node's API server; None without a manifest, or without an address in it."""
-    manifest = node.manifests.get(Component.APISERVER)
-    address = "" if manifest is None else manifest.flags.get("--advertise-address", "")
+    address = node.flags(Component.APISERVER).get("--advertise-address", "")
     url = url_of(address, apiserver_port(node))
     return url if address and endpoints.is_url(url) else None
 
 
 def apiserver_port(node: Node) -> str:
     """The port of this node's API server, which kubeadm makes the same on all nodes."""
-    manifest = node.manifests.get(Component.APISERVER)
-    usual = str(endpoints.PORTS[Component.APISERVER])
-    return usual if manifest is None else manifest.flags.get("--secure-port", usual)
+    return node.flags(Component.APISERVER).get("--secure-port", str(endpoints.PORTS[Component.APISERVER]))
 
 
 def url_of(address: str, port_number: str | int) -> str:
