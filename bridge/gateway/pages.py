@@ -17,6 +17,7 @@ from typing import Any
 
 from bridge.errors import BridgeError
 from bridge.system.codec import labels, metric
+from bridge.system.files import reasons
 from bridge.system.waiting import Spared, remember
 
 PREFIX = "ca_bridge_gateway"
@@ -180,11 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
     """Serve the pages for as long as the block runs, at the port that it gets, which may be given as 0."""
-    try:
+    wanted = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}"
+    with reasons(BridgeError, wanted, hint="another port, or serve_status = false"):
         server = _Server(address, _Handler)
-    except OSError as e:
-        text = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}, found: {e.strerror}"
-        raise BridgeError(text, hint="another port, or serve_status = false") from None
     server.pages = {path: Spared(page) for path, page in pages.items()}
     thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status", daemon=True)
     thread.start()

@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 
 from bridge import dataclass
 from bridge.desk.node_inventory import Inventory, NodeEntry
-from bridge.gateway.policy import Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
+from bridge.gateway.policy import BEFORE_THE_CA_ENDS, Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.pki.csr import CsrData, OddRequestError
 from bridge.words import one_line
 
 #: The kubelet asks anew after 10 to 15 minutes, and kube-controller-manager deletes what is older than 15.
 _OLDEST = timedelta(minutes=14)
-_BEFORE_THE_CA_ENDS = timedelta(minutes=5)
 #: Where a pod says nothing (`maxExpirationSeconds`).
 USUAL_SECONDS = 86400
 _CURVE_NAMES = {"ecdsa-secp521r1": "ecdsa-p521"}
@@ -91,7 +90,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
         return Later("the policy gives this pod no names, too long ones, or names of the API server or of a node")
     longest, left = min(rules.max_validity, world.policy.allow.max_validity), world.ca_end - world.now
     of_pod = timedelta(seconds=request.seconds) - rules.backdating  # by which the CA backdates
-    validity = min(longest, left - _BEFORE_THE_CA_ENDS, of_pod)
+    validity = min(longest, left - BEFORE_THE_CA_ENDS, of_pod)
     validity = timedelta(seconds=validity // timedelta(seconds=1))
     if validity < rules.least - rules.backdating:
         return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")

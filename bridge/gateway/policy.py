@@ -40,7 +40,7 @@ from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTER
 from bridge.words import one_line
 
 #: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.
-_BEFORE_THE_CA_ENDS = timedelta(minutes=5)
+BEFORE_THE_CA_ENDS = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def judge(request: Request, world: World) -> Verdict:
     who = _who(request, csr, spec, rules, world)
     if not isinstance(who, str):
         return who
-    longest, left = _longest(spec, rules, world.policy), world.ca_end - world.now - _BEFORE_THE_CA_ENDS
+    longest, left = _longest(spec, rules, world.policy), world.ca_end - world.now - BEFORE_THE_CA_ENDS
     # a request is never refused for its length
     validity = min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
     if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):

@@ -30,7 +30,8 @@ from bridge.pki.expiry import duration_text
 from bridge.rotation import Change
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit
-from bridge.system.paths import UnreadableError, read, regular_file
+from bridge.system.files import reasons
+from bridge.system.paths import UnreadableError, read_present, regular_file
 from bridge.words import one_line
 
 _CREDENTIAL_ID = "authentication.kubernetes.io/credential-id"
@@ -165,17 +166,13 @@ def _installed(store: Store, change: Change) -> Iterator[str]:
 
 def _certificates(path: Path) -> Iterator[x509.Certificate]:
     """All certificates in a PEM file, or in the files of a directory."""
-    try:
+    with reasons(UnreadableLogError, f"{path}: wanted certificates"):
         files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-    except OSError as e:
-        raise UnreadableLogError(f"{path}: wanted certificates, found: {e.strerror}") from None
     for file in files:
         try:
-            data = read(file)
+            data = read_present(file)
         except UnreadableError as e:
             raise UnreadableLogError(f"{file}: wanted certificates, found: {e}") from None
-        if data is None:
-            raise UnreadableLogError(f"{file}: wanted certificates, found no file")
         with contextlib.suppress(ValueError):  # a directory of a CA has other files, too
             yield from load_pem_certificates(data)
 
