@@ -164,22 +164,13 @@ class Api:
         with self._mutex:
             self.servers = tuple(dict.fromkeys((*self.servers, *servers)))
 
-    def ask(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        content_type: str = JSON,
-        *,
-        accept: str = JSON,
-        longest: int = _MAX_ANSWER_BYTES,
-    ) -> Reply:
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, content_type: str = JSON) -> Reply:
         """
         Ask one server after the other, until one has an answer: any status but 401, 408, 429 and 5xx (NoAnswerError).
 
         After a connection that ended too early the request is made once more: writes must bear that (resourceVersion).
         """
-        return self.answer(request_of(method, path, body, content_type, accept=accept, longest=longest))
+        return self.answer(request_of(method, path, body, content_type))
 
     def answer(self, request: Request) -> Reply:
         """As `ask`, for a request that is made already."""
@@ -237,7 +228,7 @@ class Api:
         for _ in range(_MOST_PAGES):
             longest = _MAX_OBJECT_BYTES if count == 1 else _MAX_ANSWER_BYTES
             try:
-                reply = self.ask("GET", f"{path}{mark}limit={count}{more}", longest=longest)
+                reply = self.answer(request_of("GET", f"{path}{mark}limit={count}{more}", longest=longest))
             except NoAnswerError as e:
                 if count == 1 or not e.is_too_long:
                     raise

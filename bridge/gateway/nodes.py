@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from bridge.cluster import items
-from bridge.cluster.api import Api, NoAnswerError
+from bridge.cluster.api import Api, NoAnswerError, request_of
 from bridge.desk import node_inventory
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.errors import BridgeError
@@ -331,7 +331,7 @@ class NodeStates:
         if wanted * _NAMES_A_REQUEST < max(len(self._latest[0]), 3 * _NAMES_A_REQUEST) or now < self._lists_from:
             return None
         try:
-            reply = self._api.ask("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE)
+            reply = self._api.answer(request_of("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE))
             names = _names(reply.document) if reply.status == HTTPStatus.OK else None
         except NoAnswerError:
             names = None  # the look at each node finds out why

@@ -1174,12 +1174,15 @@ def test_a_list_of_nodes_says_for_a_while_which_are_not_there() -> None:
     class Listing:
         """An API server."""
 
-        def ask(self, _: str, path: str, **__: str) -> Reply:
+        def answer(self, request: Request) -> Reply:
+            listed.append(request.path)
+            assert request.path.startswith("/api/v1/nodes?")
+            found = {"kind": "PartialObjectMetadataList", "metadata": {}}
+            items = [{"metadata": {"name": name}} for name in names]
+            return Reply(status=200, body=json.dumps({**found, "items": items}).encode())
+
+        def ask(self, _: str, path: str) -> Reply:
             listed.append(path)
-            if path.startswith("/api/v1/nodes?"):
-                found = {"kind": "PartialObjectMetadataList", "metadata": {}}
-                items = [{"metadata": {"name": name}} for name in names]
-                return Reply(status=200, body=json.dumps({**found, "items": items}).encode())
             return Reply(status=200 if path.rpartition("/")[2] in names else 404, body=b"{}")
 
     states = nodes.NodeStates(Listing())  # type: ignore[arg-type]
