@@ -290,7 +290,11 @@ class Watch:
             try:
                 for line in lines:
                     self._is_alive()
-                    self._event(line, changed, over, is_answered)
+                    found = self._found(line, is_answered)
+                    if isinstance(found, str):
+                        over(found)
+                    elif found is not None:
+                        changed(found)
             except NoAnswerError:
                 if not self._ended:
                     raise
@@ -304,39 +308,29 @@ class Watch:
             log.info("watching %s of %s", self.what, self._api.server)
             self.trouble = ""
 
-    def _event(
-        self,
-        line: bytes,
-        changed: Callable[[AnyObject], None],
-        over: Callable[[str], None],
-        is_answered: Callable[[str], bool],
-    ) -> None:
+    def _found(self, line: bytes, is_answered: Callable[[str], bool]) -> AnyObject | str | None:
+        """An object as it is now, or the uid of one that is over; None: neither."""
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
                 raise NoAnswerError("the API server ended the watch with an error; it is begun anew")
             if b'"BOOKMARK"' in line[:40]:  # comes after all that existed
                 self._has_seen_all = True
-            return
+            return None
         # most events are about our own writes, or objects that are over (docs/pod-certificates.md)
         uid = head[1].decode() if (head := _UID.search(line)) else ""
         if is_answered(uid):
-            return
+            return None
         if uid and _is_refused(line):
-            over(uid)
-            return
+            return uid
         try:
             event = json_of(line, Budget(len(line)))
             kind, document = event["type"], event["object"]
-            if kind not in {"ADDED", "MODIFIED", "DELETED"}:
-                return
             if kind == "DELETED":
-                over(_text(document["metadata"]["uid"]))
-                return
+                return _text(document["metadata"]["uid"])
             found = (parse_pod if self._of_pods else parse)(document, len(line))
         except (ValueError, KeyError, TypeError, AttributeError):
-            return
-        if found.request.signer in self._wanted:
-            changed(found)
+            return None
+        return found if kind in ("ADDED", "MODIFIED") and found.request.signer in self._wanted else None
 
     def has_seen_all(self) -> bool:
         """Whether this round has got to the end of the objects that existed when it began."""

@@ -307,7 +307,7 @@ def test_a_replica_that_does_not_get_to_the_end_of_what_is_there_is_not_ready(mo
     assert service._readyz() == (200, "ok: this replica works\n")
     clock[0] += 1
     assert service._readyz() == (503, "the watch has not read all requests for 121 s\n")
-    round_._event(b'{"type":"BOOKMARK","object":{}}', lambda _: None, lambda _: None, lambda _: False)
+    assert round_._found(b'{"type":"BOOKMARK","object":{}}', lambda _: False) is None
     assert service._readyz() == (200, "ok: this replica works\n")
 
 
