@@ -78,11 +78,15 @@ class Http(BaseAdapter):
     """
 
     def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
-        """`timeout` is for one request with its whole answer; `tls` is called for each connection, and reads files again."""
+        """
+        `timeout` is for one request with its whole answer; `tls` is called now and for each connection, and reads files
+        again. A SettingsError: a file can't be used.
+        """
         super().__init__()
         self._wording = wording
         self._seconds = timeout.total_seconds()
         self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
+        tls()  # trouble is found now, not in the middle of a renewal
         self._idle: deque[KeptConnection] = deque()
         self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
         self.session = requests.Session()
@@ -233,7 +237,7 @@ def _target(url: str) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def retry_after_seconds(answer: Answer, now: datetime) -> float | None:
+def retry_after_seconds(answer: Answer) -> float | None:
     """The seconds in a Retry-After header (RFC 9110 §10.2.3: seconds, or a date); None: no header, or neither."""
     value = answer.headers.get("retry-after")
     if value is None:
@@ -241,19 +245,9 @@ def retry_after_seconds(answer: Answer, now: datetime) -> float | None:
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
     try:
-        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
         return None
-
-
-def pem_certificates(pem: bytes) -> list[x509.Certificate]:
-    """The certificates of an answer; a ValueError where there are none, or one can't be read."""
-    try:
-        found = x509.load_pem_x509_certificates(pem)
-        _ = [(certificate.subject, certificate.issuer) for certificate in found]  # which are read only now
-    except (TypeError, x509.InvalidVersion) as e:  # TypeError: a type that does not fit an attribute
-        raise ValueError(str(e)) from None
-    return found
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:

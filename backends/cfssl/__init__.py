@@ -17,7 +17,7 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,7 +31,6 @@ from backends.http import (
     json_object,
     listed,
     pair_problems,
-    pem_certificates,
     read_secret,
     retry_after_seconds,
     tls_context,
@@ -50,7 +49,7 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
-from bridge.pki.certificates import is_signed_by
+from bridge.pki.certificates import is_signed_by, load_pem_certificates
 from bridge.specs import EKU, PODS, SPECS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.words import one_line
@@ -147,8 +146,6 @@ class CfsslBackend:
     @classmethod
     def from_settings(cls, settings: CfsslSettings) -> CfsslBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        if settings.tls:
-            settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:
@@ -314,7 +311,7 @@ def _usage_violations(
 def _certificate(result: Mapping[str, Any]) -> x509.Certificate:
     pem = result.get("certificate")
     try:
-        found = pem_certificates(pem.encode() if isinstance(pem, str) else b"")
+        found = load_pem_certificates(pem.encode() if isinstance(pem, str) else b"")
     except ValueError:
         found = []
     if len(found) != 1:
@@ -391,7 +388,7 @@ _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP req
 
 def _parse(answer: Answer, sent: Mapping[str, object]) -> _Reply:
     """Read status and envelope; a request that the answer quotes is not shown, since anyone could send it again."""
-    later = retry_after_seconds(answer, datetime.now(UTC))
+    later = retry_after_seconds(answer)
     envelope = json_object(answer.body)
     if envelope is None or "success" not in envelope:
         text = answer.body.decode("utf-8", "replace").strip()

@@ -140,7 +140,6 @@ class EstBackend:
     @classmethod
     def from_settings(cls, settings: EstSettings) -> EstBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     @classmethod
@@ -286,7 +285,7 @@ class EstBackend:
             status=answer.status,
             headers=answer.headers,
             body=answer.body,
-            retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
+            retry_after_seconds=retry_after_seconds(answer),
             hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
         )
 

@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.http import Http, Wording, json_object, pem_certificates, retry_after_seconds, tls_context, url_problems
+from backends.http import Http, Wording, json_object, retry_after_seconds, tls_context, url_problems
 from bridge.contract import (
     GIVEN,
     BackendSettings,
@@ -50,7 +50,7 @@ from bridge.errors import (
 from bridge.pki import node_proofs
 from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
-from bridge.pki.certificates import attributes, san_entries
+from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
 from bridge.pki.signatures import is_by
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.http import Answer
@@ -124,7 +124,6 @@ class GatewayBackend:
     @classmethod
     def from_settings(cls, settings: GatewaySettings) -> Self:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     @classmethod
@@ -217,7 +216,7 @@ class GatewayBackend:
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
         try:
-            return pem_certificates(answer.body)
+            return load_pem_certificates(answer.body)
         except ValueError as e:
             raise BackendRefusedError(f"gateway: wanted certificates in PEM, found: {one_line(e)}") from e
 
@@ -260,7 +259,7 @@ class GatewayBackend:
         while left > 0:
             time.sleep(min(pause, left))
             answer = self._look(waiting.reference)
-            pause = min(retry_after_seconds(answer, datetime.now(UTC)) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+            pause = min(retry_after_seconds(answer) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
             looked = self._read(answer, waiting.reference)
             if isinstance(looked, AnswerBundle):
                 return looked
@@ -345,7 +344,7 @@ def _said(answer: Answer) -> str:
 def _error(answer: Answer) -> BackendError:
     text = ", ".join(filter(None, (f"gateway: HTTP {answer.status}", _said(answer))))
     if answer.status in _LATER:
-        wanted = retry_after_seconds(answer, datetime.now(UTC))
+        wanted = retry_after_seconds(answer)
         return BackendUnavailableError(text, retry_after_seconds=wanted)
     kind = BackendRefusedError if _said(answer) and answer.status != HTTPStatus.UNAUTHORIZED else NoVerdictError
     return kind(text, hint=_HINTS.get(answer.status, _NOT_OURS))

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +35,6 @@ from backends.http import (
     json_object,
     object_of,
     pair_problems,
-    pem_certificates,
     retry_after_seconds,
     tls_context,
     token_end,
@@ -64,7 +63,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import is_for
+from bridge.pki.certificates import is_for, load_pem_certificates
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
 from bridge.words import one_line
@@ -287,7 +286,6 @@ class KubernetesBackend:
     @classmethod
     def from_settings(cls, settings: KubernetesSettings) -> KubernetesBackend:
         """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        settings.tls_context()  # trouble is found now, not in the middle of a renewal
         return cls(settings)
 
     @classmethod
@@ -490,7 +488,7 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
     """The leaf, found by the CSR's key since the API allows any order, then the signer's other certificates."""
     hint = "the API stores what a signer writes; the signer's log may say more"
     try:
-        found = pem_certificates(base64.b64decode(str(text), validate=True))
+        found = load_pem_certificates(base64.b64decode(str(text), validate=True))
     except ValueError:
         text = f"kubernetes: {name}: wanted PEM certificates, found something else"
         raise BackendRefusedError(text, hint=hint) from None
@@ -587,7 +585,7 @@ class Api:
         token = self._settings.bearer()
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         answer = self.http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
-        later = retry_after_seconds(answer, datetime.now(UTC))
+        later = retry_after_seconds(answer)
         document = json_object(answer.body.replace(token.encode(), "…".encode()) if token else answer.body)
         # anything else than an object is not quoted: it may come from anywhere
         document = {"message": "no object in JSON"} if document is None else document

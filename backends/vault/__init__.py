@@ -24,7 +24,7 @@ from urllib.parse import quote
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import listed, pair_problems, pem_certificates, tls_context, url_problems
+from backends.http import listed, pair_problems, tls_context, url_problems
 from backends.vault.server import Access, Answer, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
@@ -39,7 +39,13 @@ from bridge.contract import (
     Wanted,
 )
 from bridge.errors import BackendError, BackendRefusedError, LocalFileError, SettingsProblem, Violation
-from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, is_signed_by, key_and_usages
+from bridge.pki.certificates import (
+    UNREADABLE,
+    asked_key_and_usages,
+    is_signed_by,
+    key_and_usages,
+    load_pem_certificates,
+)
 from bridge.specs import EKU, PODS, USER, CertificateSpec
 from bridge.system.waiting import workers
 from bridge.words import one_line
@@ -338,7 +344,7 @@ class VaultBackend:
         if not pem:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a certificate, found none")
         with contextlib.suppress(*UNREADABLE):  # one that can't be read is not ours
-            [leaf] = pem_certificates("\n".join(pem).encode())
+            [leaf] = load_pem_certificates("\n".join(pem).encode())
             return (key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None
         return None
 
@@ -520,7 +526,7 @@ def _issuers(pem: tuple[str, ...], where: str) -> tuple[x509.Certificate, ...]:
 
 def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
     try:
-        return pem_certificates("\n".join(pem).encode())
+        return load_pem_certificates("\n".join(pem).encode())
     except ValueError:
         hint = "is there a Vault or OpenBao PKI engine behind this URL?"
         raise BackendRefusedError(

@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -142,7 +142,6 @@ class Server:
     """HTTP; from any thread."""
 
     def __init__(self, settings: VaultSettings) -> None:
-        settings.tls_context()  # or a file that can't be used is found out too late
         self._url = settings.url.rstrip("/")
         self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest
         self.http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
@@ -213,7 +212,7 @@ class Server:
             body=body,
             reasons=reasons,
             display=self.presentable("; ".join(reasons)),
-            retry_after_seconds=retry_after_seconds(answer, datetime.now(UTC)),
+            retry_after_seconds=retry_after_seconds(answer),
         )
 
     def presentable(self, text: str) -> str:
