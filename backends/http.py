@@ -89,10 +89,10 @@ class Http(BaseAdapter):
         tls()  # trouble is found now, not in the middle of a renewal
         self._idle: deque[KeptConnection] = deque()
         self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
-        self.session = requests.Session()
-        self.session.trust_env = False  # no proxies, no .netrc, no CA bundles
-        self.session.adapters.clear()
-        self.session.mount("https://" if self._peer.tls else "http://", self)
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxies, no .netrc, no CA bundles
+        self._session.adapters.clear()
+        self._session.mount("https://" if self._peer.tls else "http://", self)
 
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
@@ -131,17 +131,13 @@ class Http(BaseAdapter):
 
     def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
         """Send one request with options of `requests.Session.request`; errors as for `ask`, messages name `where`."""
-        return self.call(where or url, lambda: self.session.request(method, url, allow_redirects=False, **options))
-
-    def call(self, where: str, send: Callable[[], requests.Response]) -> Answer:
-        """Let a library send one request over `session`; errors as those of `ask`."""
 
         def answer() -> Answer:
-            response = send()
+            response = self._session.request(method, url, allow_redirects=False, **options)
             headers = {name.lower(): value for name, value in response.headers.items()}
             return Answer(status=response.status_code, headers=headers, body=response.content)
 
-        return self._answer(where, answer)
+        return self._answer(where or url, answer)
 
     def send(self, request: requests.PreparedRequest, *_: object, **__: object) -> requests.Response:
         """Send what `requests` has prepared; its own limits and verification do not count, ours do."""

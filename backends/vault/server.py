@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from http import HTTPStatus
@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from urllib.parse import quote
 from weakref import WeakSet, WeakValueDictionary
 
-import requests
-from hvac.adapters import RawAdapter
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
 from backends.http import Http, Wording, json_object, object_of, read_secret, retry_after_seconds, secret_end, token_end
@@ -145,15 +143,6 @@ class Server:
         self._url = settings.url.rstrip("/")
         self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest
         self.http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
-        # hvac's Client would read VAULT_*; its adapter does not. Without a token: each request brings its own.
-        self._adapter = RawAdapter(
-            base_uri=self._url,
-            token="",
-            allow_redirects=False,
-            session=self.http.session,
-            namespace=settings.namespace,
-            ignore_exceptions=True,
-        )
         self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
         if settings.namespace:
             self._headers["X-Vault-Namespace"] = settings.namespace
@@ -193,10 +182,10 @@ class Server:
     def _with(self, token: str | None) -> Mapping[str, str]:
         return {**self._headers, "X-Vault-Token": token} if token else self._headers
 
-    def login(self, path: str, request: Callable[[RawAdapter], requests.Response]) -> Answer:
-        """Let hvac send one login, without repeating it; messages name the path."""
-        where = f"POST {self._url}/v1/{path}"
-        return self._answer(self.http.call(where, lambda: request(self._adapter)), where)
+    def login(self, url: str, *, json: Mapping[str, object], use_token: bool) -> Answer:
+        """Send one login for hvac's auth methods, whose adapter we are: its own would send it in another way than `send`."""
+        del use_token  # hvac's adapter would go on with the token
+        return self.send("post", url.removeprefix("/v1/"), json)
 
     def _answer(self, answer: http.Answer, where: str) -> Answer:
         body = json_object(answer.body)
@@ -278,31 +267,9 @@ class Tokens:
                 log.warning("token not revoked, it stays valid until it expires: %s", e)
 
     def _new(self) -> str:
-        auth, read, mount = self._auth, self._server.read, self._mount
-        match auth.method:
-            case "token":
-                return read(auth.token, token=True)
-            case "approle":
-                role_id, secret_id = read(auth.role_id), self._read_secret_id()
-                return self._login(lambda a: AppRole(a).login(role_id, secret_id, mount_point=mount, use_token=False))
-            case "cert":
-                # hvac's call wants the files again, where our connection has shown them already
-                body = {"name": auth.role} if auth.role else {}
-                return self._login(lambda a: a.login(f"/v1/auth/{quote(mount)}/login", json=body, use_token=False))
-            case "kubernetes":
-                token = read(auth.jwt)
-                return self._login(lambda a: Kubernetes(a).login(auth.role, token, mount_point=mount, use_token=False))
-            case "jwt":
-                token = read(auth.jwt)
-                return self._login(lambda a: JWT(a).jwt_login(auth.role, token, path=mount, use_token=False))
-            case "userpass":
-                password, user = read(auth.password), quote(auth.username or "", safe="")
-                return self._login(
-                    lambda a: Userpass(a).login(user, password, mount_point=mount, use_token=False), f"/{user}"
-                )
-
-    def _login(self, request: Callable[[RawAdapter], requests.Response], user: str = "") -> str:
-        answer = self._server.login(f"auth/{quote(self._mount)}/login{user}", request).or_raise()
+        if self._auth.method == "token":
+            return self._server.read(self._auth.token, token=True)
+        answer = self._login().or_raise()
         login = object_of(answer.body, "auth")
         token = login.get("client_token")
         if not isinstance(token, str) or not token:
@@ -312,6 +279,25 @@ class Tokens:
         if login.get("token_type") != "batch":  # which can't be revoked
             self._made.append(token)
         return self._server.hide(token)
+
+    def _login(self) -> Answer:
+        auth, server, mount = self._auth, self._server, self._mount
+        answer: Answer
+        match auth.method:
+            case "approle":
+                role_id, secret_id = server.read(auth.role_id), self._read_secret_id()
+                answer = AppRole(server).login(role_id, secret_id, mount_point=mount, use_token=False)
+            case "kubernetes":
+                answer = Kubernetes(server).login(auth.role, server.read(auth.jwt), mount_point=mount, use_token=False)
+            case "jwt":
+                answer = JWT(server).jwt_login(auth.role, server.read(auth.jwt), path=mount, use_token=False)
+            case "userpass":
+                user, password = quote(auth.username or "", safe=""), server.read(auth.password)
+                answer = Userpass(server).login(user, password, mount_point=quote(mount), use_token=False)
+            case _:  # `cert`, for which hvac wants the files again, where our connection has shown them already
+                body = {"name": auth.role} if auth.role else {}
+                answer = server.send("post", f"auth/{quote(mount)}/login", body)
+        return answer
 
     def ends(self) -> list[CredentialEnd]:
         """When the given token, secret id or JWT ends; none for what has no end, or as far as a policy forbids to look."""

@@ -62,7 +62,7 @@ from datetime import timedelta
 from hvac.api.auth_methods import Userpass
 def ask(url):
     server = Server(VaultSettings(url=url, timeout=timedelta(seconds=LIMIT)))
-    return server.login("x", lambda a: Userpass(a).login("u", "p", use_token=False)).or_raise().status
+    return Userpass(server).login("u", "p", use_token=False).or_raise().status
 """,
     "others": """
 from backends.http import Http, Wording
