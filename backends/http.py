@@ -405,4 +405,4 @@ def object_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def listed(names: Iterable[str]) -> str:
     """Names in alphabetical order, for messages."""
-    return ", ".join(sorted(names)) or "none"
+    return one_line(", ".join(sorted(names))) or "none"

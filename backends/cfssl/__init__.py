@@ -14,7 +14,6 @@ import hmac
 import json
 import re
 import secrets
-import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,10 +83,6 @@ class CfsslSettings(BackendSettings):
         """Over HTTPS."""
         return self.url.lower().startswith("https:")
 
-    def tls_context(self) -> ssl.SSLContext:
-        """A TLS context for one thread; see `backends.http.tls_context`."""
-        return tls_context(self.ca_file, self.client_cert, self.client_key)
-
     def private_files(self) -> Iterator[Path]:
         """The HMAC keys, one a profile if their place is a pattern."""
         yield from super().private_files()
@@ -133,7 +128,8 @@ class CfsslBackend:
         self._label = {"label": settings.label} if settings.label else {}
         silent = "" if settings.tls else "does the server speak TLS? url says http://"
         wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)
-        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+        tls = functools.partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
+        self._http = Http(wording, settings.url, settings.timeout, tls)
         self._issuer: x509.Certificate | None = None  # the CA's certificate at the last look
 
     @classmethod

@@ -195,7 +195,33 @@ class CmpBackend:
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
         """Write a page for the administrator: profiles, names and a client for one node's certificates."""
-        return _setup_files(wanted)
+        server = CmpSettings(**{"url": "http://RA-HOST:8080", **wanted.settings})
+        path = Selector(server.path_pattern, server.paths, wanted.node)
+        profile = Selector(server.profile, server.profiles, wanted.node)
+        problems = [*path.problems("path", "paths"), *profile.problems("profile", "profiles")]
+        if wanted.patterns and server.mode != "cr":
+            problems.append(
+                SettingsProblem("mode", '"cr", whose template takes names beside the CSR', repr(server.mode))
+            )
+        if problems:
+            raise SettingsError(problems)
+        places: dict[str, list[CertificateSpec]] = {}
+        patterns = {one.spec.name: one for one in wanted.patterns}
+        for spec in [*(SPECS[name] for name in wanted.certificates), *(one.spec for one in wanted.patterns)]:
+            header = f", with profile {profile(spec)} in the message's header" if server.profile else ""
+            places.setdefault(f"{server.url.rstrip('/')}/{path(spec).lstrip('/')}{header}", []).append(spec)
+        text = _TEXT.format(
+            authority=wanted.authority.name,
+            node=wanted.node,
+            cluster=wanted.cluster,
+            reference=server.reference or wanted.node,
+            url=server.url,
+            profiles="\n".join(
+                line for place, specs in places.items() for line in _profile(place, specs, wanted, patterns)
+            ),
+            request=_REQUESTS[server.mode],
+        )
+        return [SetupFile(name=f"{wanted.authority.name}.txt", text=text)]
 
     @property
     def names_beside_csr(self) -> bool:
@@ -420,35 +446,6 @@ def _answer_of(reference: str) -> bytes:
             "cmp: wanted the server's answer in the reference that was kept, found something else"
         )
     return answer
-
-
-def _setup_files(wanted: SetupRequest) -> list[SetupFile]:
-    """A text for the administrator, with the paths, profiles and mode that the settings name."""
-    server = CmpSettings(**{"url": "http://RA-HOST:8080", **wanted.settings})
-    path = Selector(server.path_pattern, server.paths, wanted.node)
-    profile = Selector(server.profile, server.profiles, wanted.node)
-    problems = [*path.problems("path", "paths"), *profile.problems("profile", "profiles")]
-    if wanted.patterns and server.mode != "cr":
-        problems.append(SettingsProblem("mode", '"cr", whose template takes names beside the CSR', repr(server.mode)))
-    if problems:
-        raise SettingsError(problems)
-    places: dict[str, list[CertificateSpec]] = {}
-    patterns = {one.spec.name: one for one in wanted.patterns}
-    for spec in [*(SPECS[name] for name in wanted.certificates), *(one.spec for one in wanted.patterns)]:
-        header = f", with profile {profile(spec)} in the message's header" if server.profile else ""
-        places.setdefault(f"{server.url.rstrip('/')}/{path(spec).lstrip('/')}{header}", []).append(spec)
-    text = _TEXT.format(
-        authority=wanted.authority.name,
-        node=wanted.node,
-        cluster=wanted.cluster,
-        reference=server.reference or wanted.node,
-        url=server.url,
-        profiles="\n".join(
-            line for place, specs in places.items() for line in _profile(place, specs, wanted, patterns)
-        ),
-        request=_REQUESTS[server.mode],
-    )
-    return [SetupFile(name=f"{wanted.authority.name}.txt", text=text)]
 
 
 _TEXT = """\

@@ -144,8 +144,20 @@ class EstBackend:
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """Say what each label has to give; see `bridge.contract.SetsUp`."""
-        return _setup_files(wanted)
+        """One page for the authority; labels as the settings name them, or else one a usage class."""
+        each_usage = f"{wanted.authority.name}-{{usage}}"  # whose label gives its own EKUs
+        label = Selector(wanted.settings.get("label") or each_usage, wanted.settings.get("labels") or {}, wanted.node)
+        by_label: dict[str, list[CertificateSpec]] = {}
+        for name in wanted.certificates:
+            by_label.setdefault(label(SPECS[name]), []).append(SPECS[name])
+        url = str(wanted.settings.get("url", _EXAMPLE_URL)).rstrip("/")
+        parts = [_HEAD.format(authority=wanted.authority.name, node=wanted.node, cluster=wanted.cluster)]
+        parts += ["\n".join(_label_lines(name, specs, wanted)) for name, specs in by_label.items()]
+        parts.append(_ASKER)
+        parts.append("\n".join(_settings_lines(wanted, url, label)))
+        parts.append("\n".join(_try_lines(url, list(by_label))))
+        text = "\n".join(parts) + "\n"
+        return [SetupFile(name=f"est-{wanted.authority.name}.txt", text=text)]
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have the server sign one CSR (`bridge.contract.Backend`); the label decides validity and usages."""
@@ -506,23 +518,6 @@ def certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
 
 
 # --- what the CA's administrator needs ---------------------------------------------------------------------------------
-
-
-def _setup_files(wanted: SetupRequest) -> Sequence[SetupFile]:
-    """One page for the authority; labels as the settings name them, or else one a usage class."""
-    each_usage = f"{wanted.authority.name}-{{usage}}"  # whose label gives its own EKUs
-    label = Selector(wanted.settings.get("label") or each_usage, wanted.settings.get("labels") or {}, wanted.node)
-    by_label: dict[str, list[CertificateSpec]] = {}
-    for name in wanted.certificates:
-        by_label.setdefault(label(SPECS[name]), []).append(SPECS[name])
-    url = str(wanted.settings.get("url", _EXAMPLE_URL)).rstrip("/")
-    parts = [_HEAD.format(authority=wanted.authority.name, node=wanted.node, cluster=wanted.cluster)]
-    parts += ["\n".join(_label_lines(name, specs, wanted)) for name, specs in by_label.items()]
-    parts.append(_ASKER)
-    parts.append("\n".join(_settings_lines(wanted, url, label)))
-    parts.append("\n".join(_try_lines(url, list(by_label))))
-    text = "\n".join(parts) + "\n"
-    return [SetupFile(name=f"est-{wanted.authority.name}.txt", text=text)]
 
 
 _HEAD = """\

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
@@ -96,10 +96,6 @@ class GatewaySettings(BackendSettings):
     #: `node.desk_key`, which the bridge fills in: only answers that are signed by this key count.
     signed_by: Path | None = field(default=None, metadata={GIVEN: True})
 
-    def tls_context(self) -> ssl.SSLContext:
-        """A TLS context for one thread; see `backends.http.tls_context`."""
-        return tls_context(self.ca_file, None, None)
-
     def problems(self) -> Iterator[SettingsProblem]:
         """A URL that leads to no door."""
         yield from url_problems(self.url, "https://HOST[:PORT], without a path", suffix="/")
@@ -119,7 +115,7 @@ class GatewayBackend:
         wording = Wording(
             name="gateway", not_ours=_NOT_OURS, tls=lambda text: _ENDED_HINT if "has expired" in text else _TLS_HINT
         )
-        self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
+        self._http = Http(wording, settings.url, settings.timeout, partial(tls_context, settings.ca_file, None, None))
 
     @classmethod
     def from_settings(cls, settings: GatewaySettings) -> Self:

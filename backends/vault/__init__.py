@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -24,7 +23,7 @@ from urllib.parse import quote
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import listed, pair_problems, tls_context, url_problems
+from backends.http import listed, pair_problems, url_problems
 from backends.vault.server import Access, Answer, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
@@ -45,6 +44,7 @@ from bridge.pki.certificates import (
     is_signed_by,
     key_and_usages,
     load_pem_certificates,
+    serial_hex,
 )
 from bridge.specs import EKU, PODS, USER, CertificateSpec
 from bridge.system.waiting import workers
@@ -133,10 +133,6 @@ class VaultSettings(BackendSettings):
     mode: Literal["sign", "sign-verbatim"] = "sign"
     auth: VaultAuth = field(default_factory=VaultAuth)
 
-    def tls_context(self) -> ssl.SSLContext:
-        """A TLS context for one connection; see `backends.http.tls_context`."""
-        return tls_context(self.ca_file, self.client_cert, self.client_key)
-
     def problems(self) -> Iterator[SettingsProblem]:
         """Problems that types can't see."""
         risk = "a token goes over the network in clear"
@@ -165,6 +161,7 @@ class VaultBackend:
 
     def __init__(self, settings: VaultSettings) -> None:
         self._settings = settings
+        self._mount = quote(settings.mount.strip("/"))  # as the beginning of a path
         self._access = Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
         self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
@@ -277,20 +274,19 @@ class VaultBackend:
 
     def _issuers(self, issuer: str | None) -> list[x509.Certificate]:
         path = f"issuer/{quote(issuer, safe='')}/json" if issuer else "cert/ca_chain"
-        answer = self._server.send("get", f"{_path(self._settings.mount)}/{path}").or_raise()
+        answer = self._server.send("get", f"{self._mount}/{path}").or_raise()
         pem = [*texts(answer.data.get("certificate")), *texts(answer.data.get("ca_chain"))]
         return list(dict.fromkeys(_certificates(pem, answer.where)))
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Revoke one that this mount's CA signed, stored or not; the token needs `update` on the mount's `revoke`."""
         pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
-        self._send("post", f"{_path(self._settings.mount)}/revoke", {"certificate": pem}).or_raise()
+        self._send("post", f"{self._mount}/revoke", {"certificate": pem}).or_raise()
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Look it up by its number, without a token; False as well for a certificate that the mount did not store."""
-        number = f"{certificate.serial_number:x}"
-        digits = number.zfill(len(number) + len(number) % 2)
-        answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{'-'.join(re.findall('..', digits))}")
+        number = "-".join(re.findall("..", serial_hex(certificate).lower()))
+        answer = self._server.send("get", f"{self._mount}/cert/{number}")
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return False
         return bool(answer.or_raise().data.get("revocation_time"))
@@ -337,7 +333,7 @@ class VaultBackend:
             return [one for one in known.values() if one is not None and one[1].not_valid_before_utc >= oldest]
 
     def _read_one(self, number: str, oldest: datetime) -> tuple[_Kind, x509.Certificate] | None:
-        answer = self._server.send("get", f"{_path(self._settings.mount)}/cert/{number.replace(':', '-')}")
+        answer = self._server.send("get", f"{self._mount}/cert/{number.replace(':', '-')}")
         if answer.status == HTTPStatus.NOT_FOUND:  # it was tidied away
             return None
         pem = texts(answer.or_raise().data.get("certificate"))
@@ -350,7 +346,7 @@ class VaultBackend:
 
     def _listed(self, which: str) -> list[str] | None:
         """The numbers of certificates; None: the token may not list them, or they are too many."""
-        path = f"{_path(self._settings.mount)}/{which}?list=true&limit={_MOST_LISTED + 1}"
+        path = f"{self._mount}/{which}?list=true&limit={_MOST_LISTED + 1}"
         try:
             answer = self._send("get", path)
             if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # there was never one
@@ -413,7 +409,7 @@ class VaultBackend:
         settings = self._settings
         prefix = f"issuer/{quote(settings.issuer, safe='')}/" if settings.issuer else ""
         last = f"/{quote(role, safe='')}" if settings.mode == "sign" else ""
-        return f"{_path(settings.mount)}/{prefix}{settings.mode}{last}"
+        return f"{self._mount}/{prefix}{settings.mode}{last}"
 
     def _sign_body(self, request: SignRequest) -> dict[str, object]:
         """The body of a signing request, with no parameter more than needed: a policy may list those that are allowed."""
@@ -453,7 +449,7 @@ class VaultBackend:
 
     def _read_role(self, name: str) -> Mapping[str, object] | None:
         """The role; empty: no such role; None: no right to read it."""
-        answer = self._send("get", f"{_path(self._settings.mount)}/roles/{quote(name, safe='')}")
+        answer = self._send("get", f"{self._mount}/roles/{quote(name, safe='')}")
         if answer.forbidden:
             return None
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
@@ -502,10 +498,6 @@ def _beside(names: Names | None) -> dict[str, object]:
         return {}
     texts_of = {"common_name": names.common_name, "uri_sans": ",".join(names.uris), "alt_names": ",".join(names.dns)}
     return {key: text for key, text in texts_of.items() if text}
-
-
-def _path(mount: str) -> str:
-    return quote(mount.strip("/"))
 
 
 def _issued(answer: Answer) -> Issued:

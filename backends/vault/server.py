@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from http import HTTPStatus
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,7 +18,17 @@ from weakref import WeakSet, WeakValueDictionary
 
 from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
 
-from backends.http import Http, Wording, json_object, object_of, read_secret, retry_after_seconds, secret_end, token_end
+from backends.http import (
+    Http,
+    Wording,
+    json_object,
+    object_of,
+    read_secret,
+    retry_after_seconds,
+    secret_end,
+    tls_context,
+    token_end,
+)
 from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system import http
@@ -142,7 +153,8 @@ class Server:
     def __init__(self, settings: VaultSettings) -> None:
         self._url = settings.url.rstrip("/")
         self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest
-        self.http = Http(_WORDING, self._url, settings.timeout, settings.tls_context)
+        tls = partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
+        self.http = Http(_WORDING, self._url, settings.timeout, tls)
         self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
         if settings.namespace:
             self._headers["X-Vault-Namespace"] = settings.namespace

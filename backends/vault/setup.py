@@ -18,7 +18,9 @@ from typing import Literal
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from backends.http import listed
 from backends.vault import DEFAULT_ROLE, RoleOf, VaultSettings, role_selector
+from backends.vault.server import texts
 from bridge.contract import DEFAULT_CLUSTER, NamePatterns, Selector, SetupFile, SetupRequest, Wanted
 from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates
@@ -376,10 +378,10 @@ def _subject_unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Viol
     subject = certificates.attributes(wanted.certificate.subject)
     for oid, key in _SUBJECT_FIELDS.items():
         has = {value for kind, value in subject if kind == oid}
-        gives = set(_texts(role.get(key)))
+        gives = set(texts(role.get(key)))
         excepted = {value for name, value in wanted.extra_subject if name == oid}
         if (has ^ gives) - excepted:
-            yield Violation(subject=key, want=_listed(has), got=_listed(gives))
+            yield Violation(subject=key, want=listed(has), got=listed(gives))
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -389,7 +391,9 @@ def _names(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
     """CN and SANs that the role would refuse or leave out."""
     for one in wanted.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
         if not _allows_cn(role, str(one.value)):
-            yield Violation(subject="allowed_domains", want=one_line(one.value), got=_listed(_domains(role)))
+            yield Violation(
+                subject="allowed_domains", want=one_line(one.value), got=listed(texts(role.get("allowed_domains")))
+            )
     try:
         san = wanted.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
@@ -399,24 +403,22 @@ def _names(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
         return
     refused = [name for name in san.get_values_for_type(x509.DNSName) if not _allows(role, name)]
     if refused:
-        yield Violation(subject="allowed_domains", want=_listed(refused), got=_listed(_domains(role)))
+        yield Violation(subject="allowed_domains", want=listed(refused), got=listed(texts(role.get("allowed_domains"))))
     yield from _addresses(role, list(map(str, san.get_values_for_type(x509.IPAddress))))
     uris = [uri for uri in san.get_values_for_type(x509.UniformResourceIdentifier)
-            if not any(fnmatchcase(uri, one) for one in _texts(role.get("allowed_uri_sans")))]  # fmt: skip
+            if not any(fnmatchcase(uri, one) for one in texts(role.get("allowed_uri_sans")))]  # fmt: skip
     if uris:
-        yield Violation(
-            subject="allowed_uri_sans", want=_listed(uris), got=_listed(_texts(role.get("allowed_uri_sans")))
-        )
+        yield Violation(subject="allowed_uri_sans", want=listed(uris), got=listed(texts(role.get("allowed_uri_sans"))))
 
 
 def _addresses(role: Mapping[str, object], addresses: Sequence[str]) -> Iterator[Violation]:
     if addresses and role.get("allow_ip_sans") is False:
         yield Violation(subject="allow_ip_sans", want="true", got="false")
         return
-    networks = _texts(role.get("allowed_ip_sans_cidr"))  # OpenBao's; Vault lets any address pass
+    networks = texts(role.get("allowed_ip_sans_cidr"))  # OpenBao's; Vault lets any address pass
     refused = [one for one in addresses if networks and not any(_is_in(one, network) for network in networks)]
     if refused:
-        yield Violation(subject="allowed_ip_sans_cidr", want=_listed(refused), got=_listed(networks))
+        yield Violation(subject="allowed_ip_sans_cidr", want=listed(refused), got=listed(networks))
 
 
 def _is_in(address: str, network: str) -> bool:
@@ -427,7 +429,7 @@ def _is_in(address: str, network: str) -> bool:
 
 
 def _allows_cn(role: Mapping[str, object], name: str) -> bool:
-    if _texts(role.get("cn_validations")) == ["disabled"]:
+    if texts(role.get("cn_validations")) == ["disabled"]:
         return True
     if role.get("enforce_hostnames") is True and not _HOSTNAME.fullmatch(name.removeprefix("*.")):
         return False
@@ -443,7 +445,7 @@ def _allows(role: Mapping[str, object], name: str) -> bool:
     if lower == "localhost" and role.get("allow_localhost") is True:
         return True
     bare = [lower, lower.removeprefix("*.")] if role.get("allow_wildcard_certificates") is not False else [lower]
-    return any(_fits(role, one, domain.lower()) for one in bare for domain in _domains(role))
+    return any(_fits(role, one, domain.lower()) for one in bare for domain in texts(role.get("allowed_domains")))
 
 
 def _fits(role: Mapping[str, object], name: str, domain: str) -> bool:
@@ -452,15 +454,3 @@ def _fits(role: Mapping[str, object], name: str, domain: str) -> bool:
         or (name.endswith(f".{domain}") and role.get("allow_subdomains") is True)
         or ("*" in domain and role.get("allow_glob_domains") is True and fnmatchcase(name, domain))
     )
-
-
-def _domains(role: Mapping[str, object]) -> list[str]:
-    return _texts(role.get("allowed_domains"))
-
-
-def _texts(value: object) -> list[str]:
-    return [str(one) for one in value] if isinstance(value, list) else []
-
-
-def _listed(names: Iterable[str]) -> str:
-    return one_line(", ".join(sorted(names)) or "none")
