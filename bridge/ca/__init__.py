@@ -172,7 +172,11 @@ class CA:
             return answers
 
         def sign(request: SignRequest) -> Answer:
-            answer = self.ask_one(request)
+            answer: Answer
+            try:
+                answer = self._question(lambda: backend.sign(request))
+            except BackendError as e:
+                answer = e
             done([(request, answer)])
             return answer
 
@@ -180,14 +184,6 @@ class CA:
             return [sign(requests[0])]
         with workers(PARALLEL_REQUESTS if len(requests) < _LOT else PARALLEL_REQUESTS_OF_LOT) as pool:
             return list(pool.map(sign, requests))
-
-    def ask_one(self, request: SignRequest) -> Answer:
-        """Have the CA sign one; a backend's error is an answer."""
-        backend = self.opened()
-        try:
-            return self._question(lambda: backend.sign(request))
-        except BackendError as e:
-            return e
 
     def _ask_many(self, backend: contract.SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
         tries = list[datetime]()
