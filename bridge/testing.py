@@ -17,8 +17,9 @@ Needs pytest; nothing of the program itself imports this module.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
 
@@ -136,35 +137,34 @@ class BackendConformance:
 
     def test_signs_many_in_the_order_asked(self, trial: Trial) -> None:
         """A batch is answered in its order, and one bad CSR in it fails alone."""
-        with _Unsupported():
+        with _unsupported():
             conformance.signs_many_in_the_order_asked(trial)
 
     def test_check_finds_nothing_wrong(self, trial: Trial) -> None:
         """The preflight is silent about a CA that signs as it should."""
-        with _Unsupported():
+        with _unsupported():
             conformance.preflight_finds_nothing_wrong(trial)
 
     def test_issuers_start_with_the_one_that_signs(self, trial: Trial, ca: TestCA) -> None:
         """The first of the CA's certificates is the issuer of what it signs, and the node's anchor."""
-        with _Unsupported():
+        with _unsupported():
             conformance.issuers_start_with_the_one_that_signs(trial)
             assert isinstance(trial.backend, ListsIssuers)
             assert trial.backend.issuers()[0] == ca.certificate
 
     def test_close_can_be_called_twice(self, trial: Trial) -> None:
         """Giving back what was given back does no harm."""
-        with _Unsupported():
+        with _unsupported():
             conformance.close_can_be_called_twice(trial)
 
 
-class _Unsupported:
+@contextlib.contextmanager
+def _unsupported() -> Iterator[None]:
     """An ability that the backend does not have is an expected failure."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, conformance.NotSupportedError):
-            pytest.xfail(str(error))
+    try:
+        yield
+    except conformance.NotSupportedError as e:
+        pytest.xfail(str(e))
 
 
 @functools.cache
