@@ -35,6 +35,7 @@ from backends.http import (
     json_object,
     object_of,
     pair_problems,
+    read_secret,
     retry_after_seconds,
     tls_context,
     token_end,
@@ -46,7 +47,6 @@ from bridge.contract import (
     Issued,
     Pending,
     Secret,
-    SecretUnavailableError,
     Selector,
     SetupFile,
     SetupRequest,
@@ -149,10 +149,6 @@ class KubernetesSettings(BackendSettings):
             # The API server takes the certificate's identity, and never looks at the token.
             yield SettingsProblem("token_file", "a token or a client certificate", "both")
 
-    def server_url(self) -> str:
-        """The server's URL, without a slash at its end; a SettingsError where the kubeconfig can't be used."""
-        return (self.access().url if self.kubeconfig is not None else self.url).rstrip("/")
-
     def tls_context(self) -> ssl.SSLContext:
         """A TLS context for one connection; files are read again each time, as short-lived credentials are replaced."""
         if self.kubeconfig is None:
@@ -167,12 +163,12 @@ class KubernetesSettings(BackendSettings):
         """The token as it is now; None: a client certificate says who asks."""
         try:
             access = self.access() if self.kubeconfig is not None else None
-            place = self.token if access is None else access.token
-            return place.read() if place is not None else (access and access.token_text) or None
-        except SecretUnavailableError as e:
-            raise LocalFileError(f"kubernetes: token: {e}", hint="put it there, or fix token_file") from e
         except SettingsError as e:
             raise LocalFileError(f"kubernetes: {e}", hint=e.hint) from e
+        place = self.token if access is None else access.token
+        if place is not None:
+            return read_secret(place, "kubernetes: token", "put it there, or fix token_file")
+        return (access and access.token_text) or None
 
     def access(self) -> Access:
         """The server and the credentials that the kubeconfig names now; errors quote nothing of it."""
@@ -557,7 +553,7 @@ class Api:
 
     def __init__(self, settings: KubernetesSettings) -> None:
         self._settings = settings
-        self._url = settings.server_url()
+        self._url = (settings.url if settings.kubeconfig is None else settings.access().url).rstrip("/")
         wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
         self.http = Http(wording, self._url, settings.timeout, settings.tls_context)
 
