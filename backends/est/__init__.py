@@ -216,10 +216,9 @@ class EstBackend:
         self._http.close()
 
     def _ca_certificates(self, label: str, *, anew: bool = False) -> Sequence[x509.Certificate]:
-        found = self._cas.get(label)
-        if found is None or anew:
-            found = self._cas[label] = self._certificates(self._cacerts(label))
-        return found
+        if anew or label not in self._cas:
+            self._cas[label] = self._certificates(self._cacerts(label))
+        return self._cas[label]
 
     def _knows(self, label: str) -> bool:
         """Whether the server has the label; all else that is wrong is an error."""

@@ -289,16 +289,12 @@ class GatewayBackend:
             raise NoVerdictError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
         if bundle.request_digest != reference.partition("@")[0]:
             raise NoVerdictError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
-        self._assert_signed(bundle)
-        return bundle
-
-    def _assert_signed(self, bundle: AnswerBundle) -> None:
-        """Refuse an answer that is not signed by the desk's key, where the settings name one."""
         key, signature = self._desk_key, bundle.signature
         if key is not None and (signature is None or not is_by(key, signature, answer_message(bundle))):
             found = "no signature" if signature is None else "another signature"
             wanted = f"an answer that is signed by the desk's key ({self._settings.signed_by})"
             raise NoVerdictError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
+        return bundle
 
 
 def _lots(requests: Sequence[SignRequest]) -> Iterator[tuple[Sequence[SignRequest], tuple[RequestBundle, bytes]]]:
