@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
-from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd
+from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd, TokenKey
 from backends.openssl.settings import (
     CA_PLACE_HINT,
     EKUS,
@@ -38,7 +38,6 @@ from backends.openssl.settings import (
     CAFiles,
     OpensslSettings,
     files_of,
-    private_key_of,
     setup_files,
 )
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
@@ -106,7 +105,8 @@ class OpensslBackend:
     def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
         self._settings = settings
         self._files = files
-        self._key = private_key_of(files, settings)
+        where, token = files.private_key, settings.pkcs11
+        self._key = TokenKey(where, token) if token is not None else KeyFile(Path(where), settings.passphrase)
         self._openssl = Openssl(program=settings.openssl, limit=settings.timeout, key=self._key)
         self._seen: Snapshot | None = None  #: The index as it was read last, by any thread.
 

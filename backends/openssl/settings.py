@@ -19,7 +19,7 @@ from typing import Literal
 
 from cryptography import x509
 
-from backends.openssl.program import SCHEME, KeyFile, Pkcs11Settings, PrivateKey, TokenKey, key_problems, masked
+from backends.openssl.program import SCHEME, Pkcs11Settings, key_problems, masked
 from bridge.contract import BackendSettings, Secret, SetupFile, SetupRequest
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.specs import SPECS, Authority, Usage
@@ -101,14 +101,6 @@ def files_of(settings: OpensslSettings) -> CAFiles:
         database=settings.database or folder / _FILES["database"],
         new_certs_dir=settings.new_certs_dir or folder / _FILES["new_certs_dir"],
     )
-
-
-def private_key_of(files: CAFiles, settings: OpensslSettings) -> PrivateKey:
-    """The CA's key, in a file or in a token."""
-    where = files.private_key
-    if where.startswith(SCHEME) and settings.pkcs11:
-        return TokenKey(where, settings.pkcs11)
-    return KeyFile(Path(where), settings.passphrase)
 
 
 def _site_files(settings: OpensslSettings) -> CAFiles:
