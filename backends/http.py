@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import requests
@@ -223,6 +223,23 @@ class Http(BaseAdapter):
         if is_cut_off(cause) and self._wording.cut_off:
             return self._wording.cut_off
         return self._wording.silent
+
+
+class OverHttp:
+    """A backend that asks one server: nothing is sent when it is made, and its connections end with it."""
+
+    _http: Http
+
+    def __init__(self, settings: Any) -> None: ...
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        """Make the backend of its own settings; nothing is sent yet. A SettingsError: a file can't be used."""
+        return cls(settings)
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        self._http.close()
 
 
 def _target(url: str) -> str:

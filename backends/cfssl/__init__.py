@@ -25,6 +25,7 @@ from cryptography import x509
 
 from backends.http import (
     Http,
+    OverHttp,
     Wording,
     common_name,
     json_object,
@@ -116,7 +117,7 @@ class CfsslSettings(BackendSettings):
             yield from Selector(self.auth_key.where).problems(f"auth_key_{self.auth_key.kind}", "")
 
 
-class CfsslBackend:
+class CfsslBackend(OverHttp):
     """One CA behind a cfssl server."""
 
     settings_type: ClassVar[type[BackendSettings]] = CfsslSettings
@@ -138,11 +139,6 @@ class CfsslBackend:
         from backends.cfssl import setup as cfssl_setup  # noqa: PLC0415 (signing does not need it)
 
         return cfssl_setup.setup(wanted)
-
-    @classmethod
-    def from_settings(cls, settings: CfsslSettings) -> CfsslBackend:
-        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:
         """Have the server sign one CSR (`bridge.contract.Backend`); the profile decides the validity."""
@@ -221,10 +217,6 @@ class CfsslBackend:
         """The client certificate's CN; an HMAC key has no name."""
         file = self._settings.client_cert
         return common_name(file, "cfssl") if file is not None else ""
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
 
     def _post(self, endpoint: str, body: Mapping[str, object]) -> _Reply:
         """The server's answer; errors are those of `Http.request`."""

@@ -32,6 +32,7 @@ from requests.auth import HTTPBasicAuth
 
 from backends.http import (
     Http,
+    OverHttp,
     Wording,
     common_name,
     pair_problems,
@@ -120,7 +121,7 @@ def _label_problems(key: str, label: str) -> Iterator[SettingsProblem]:
         yield SettingsProblem(key, "a label that is not called like an operation of EST", ", ".join(sorted(named)))
 
 
-class EstBackend:
+class EstBackend(OverHttp):
     """One CA behind an EST server."""
 
     settings_type: ClassVar[type[BackendSettings]] = EstSettings
@@ -136,11 +137,6 @@ class EstBackend:
             cut_off=_CUT_OFF_HINT,
         )
         self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
-
-    @classmethod
-    def from_settings(cls, settings: EstSettings) -> EstBackend:
-        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        return cls(settings)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -210,10 +206,6 @@ class EstBackend:
         settings = self._settings
         name = common_name(settings.client_cert, "est") if settings.client_cert else ""
         return ", ".join(filter(None, [name, settings.username and f"user {settings.username}"]))
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
 
     def _ca_certificates(self, label: str, *, anew: bool = False) -> Sequence[x509.Certificate]:
         if anew or label not in self._cas:

@@ -19,13 +19,13 @@ from functools import partial
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.http import Http, Wording, json_object, retry_after_seconds, tls_context, url_problems
+from backends.http import Http, OverHttp, Wording, json_object, retry_after_seconds, tls_context, url_problems
 from bridge.contract import (
     GIVEN,
     BackendSettings,
@@ -101,7 +101,7 @@ class GatewaySettings(BackendSettings):
         yield from url_problems(self.url, "https://HOST[:PORT], without a path", suffix="/")
 
 
-class GatewayBackend:
+class GatewayBackend(OverHttp):
     """All CAs behind one door."""
 
     settings_type: ClassVar[type[BackendSettings]] = GatewaySettings
@@ -116,11 +116,6 @@ class GatewayBackend:
             name="gateway", not_ours=_NOT_OURS, tls=lambda text: _ENDED_HINT if "has expired" in text else _TLS_HINT
         )
         self._http = Http(wording, settings.url, settings.timeout, partial(tls_context, settings.ca_file, None, None))
-
-    @classmethod
-    def from_settings(cls, settings: GatewaySettings) -> Self:
-        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        return cls(settings)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -194,10 +189,6 @@ class GatewayBackend:
         answer = self._ask("POST", "/v1/revocations", node_proofs.revocation_json(revocation))
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
 
     def _recalled(self, request: SignRequest) -> Issued | None:
         csr = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()

@@ -30,6 +30,7 @@ from cryptography.x509.oid import NameOID
 
 from backends.http import (
     Http,
+    OverHttp,
     Wording,
     context_of,
     json_object,
@@ -267,7 +268,7 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 1.0
 _MOST_ANSWERED = 64
 
 
-class KubernetesBackend:
+class KubernetesBackend(OverHttp):
     """One cluster, with any signer in it."""
 
     settings_type: ClassVar[type[BackendSettings]] = KubernetesSettings
@@ -277,12 +278,8 @@ class KubernetesBackend:
         self._settings = settings
         self._signer = Selector(settings.signer, settings.signers, settings.node)
         self._api = Api(settings)
+        self._http = self._api.http
         self._answered: deque[tuple[str, str]] = deque()  #: Name and uid.
-
-    @classmethod
-    def from_settings(cls, settings: KubernetesSettings) -> KubernetesBackend:
-        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        return cls(settings)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -344,7 +341,7 @@ class KubernetesBackend:
 
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock is ahead, by the header `Date` of its latest answer."""
-        return self._api.http.clock_ahead
+        return self._http.clock_ahead
 
     def identity(self) -> str:
         """The user that the API server takes us for."""
@@ -370,7 +367,7 @@ class KubernetesBackend:
         with contextlib.suppress(BackendError):  # kube-controller-manager removes the rest, in an hour
             while self._answered:
                 self._remove(*self._answered.popleft())
-        self._api.http.close()
+        super().close()
 
     def _look(self, reference: str) -> Answer:
         name, _, uid = reference.partition(" ")

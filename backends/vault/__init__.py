@@ -23,7 +23,7 @@ from urllib.parse import quote
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import listed, pair_problems, url_problems
+from backends.http import OverHttp, listed, pair_problems, url_problems
 from backends.vault.server import Access, Answer, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
@@ -153,7 +153,7 @@ def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str)
     return lambda spec: (own if spec.by_node else chosen)(spec)
 
 
-class VaultBackend:
+class VaultBackend(OverHttp):
     """Has certificates signed by a PKI secrets engine."""
 
     settings_type: ClassVar[type[BackendSettings]] = VaultSettings
@@ -164,6 +164,7 @@ class VaultBackend:
         self._mount = quote(settings.mount.strip("/"))  # as the beginning of a path
         self._access = Access.of(self, settings)
         self._server, self._tokens = self._access.server, self._access.tokens
+        self._http = self._server.http
         self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
         self._unstored: dict[str, bool] = {}  #: Whether the role has `no_store`; likewise.
         #: Stored certificates that are not older than this, by number, as `recall` has read them; None: older, or unreadable.
@@ -178,11 +179,6 @@ class VaultBackend:
         from backends.vault import setup as vault_setup  # noqa: PLC0415 (signing does not need it)
 
         return vault_setup.setup(wanted)
-
-    @classmethod
-    def from_settings(cls, settings: VaultSettings) -> VaultBackend:
-        """Make the backend; nothing is sent yet. A SettingsError: a file can't be used."""
-        return cls(settings)
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
@@ -266,7 +262,7 @@ class VaultBackend:
 
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock is ahead, by the header `Date` of its latest answer."""
-        return self._server.http.clock_ahead
+        return self._http.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
         """The settings' issuer or the mount's default one, with its chain; no token is needed, and no role is read."""
