@@ -207,12 +207,9 @@ _ALSO = {
     # one login for all threads that want one, and a bounded memory of what is hidden
     "backends.vault": ["bridge.system.waiting"],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
-    "backends.exchange": [
-        *("bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.pki.signatures"),
-        "bridge.system.files",
-    ],
+    "backends.exchange": ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.system.files"],
     # the bundles' format
-    "backends.gateway": [f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs", "signatures")],
+    "backends.gateway": [f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs")],
 }
 
 

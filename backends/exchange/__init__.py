@@ -16,15 +16,14 @@ from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableE
 from bridge.pki.budget import MOST_BYTES, Budget, OverBudgetError
 from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import (
-    answer_message,
     digest,
     dumps,
+    is_authentic,
     loads_answer,
     loads_request,
     request_file_name,
     short_fingerprint,
 )
-from bridge.pki.signatures import is_by
 from bridge.specs import CertificateSpec
 from bridge.system.files import reasons, write_atomically
 from bridge.system.files import version as version_of
@@ -225,9 +224,7 @@ class ExchangeBackend:
             return _Found(note=f"{path} is not whole yet")
         except (FileNotFoundError, BundleError, UnreadableError) as e:
             return _Found(note=f"{path} is no answer: {e}")
-        if self._desk_key is not None and not (
-            answer.signature is not None and is_by(self._desk_key, answer.signature, answer_message(answer))
-        ):
+        if not is_authentic(answer, self._desk_key):
             return _Found(note=f"{path} is passed over: it is not signed by the desk's key (node.desk_key)")
         is_ours = answer.request_digest == reference
         return _Found(digest=answer.request_digest, answer=answer if is_ours else None)

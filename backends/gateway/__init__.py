@@ -49,9 +49,8 @@ from bridge.errors import (
 )
 from bridge.pki import node_proofs
 from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
-from bridge.pki.bundle_format import answer_message, digest, dumps, loads_answer
+from bridge.pki.bundle_format import digest, dumps, is_authentic, loads_answer
 from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
-from bridge.pki.signatures import is_by
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.http import Answer
 from bridge.system.paths import read_public_key
@@ -280,9 +279,8 @@ class GatewayBackend(OverHttp):
             raise NoVerdictError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
         if bundle.request_digest != reference.partition("@")[0]:
             raise NoVerdictError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
-        key, signature = self._desk_key, bundle.signature
-        if key is not None and (signature is None or not is_by(key, signature, answer_message(bundle))):
-            found = "no signature" if signature is None else "another signature"
+        if not is_authentic(bundle, self._desk_key):
+            found = "no signature" if bundle.signature is None else "another signature"
             wanted = f"an answer that is signed by the desk's key ({self._settings.signed_by})"
             raise NoVerdictError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
         return bundle

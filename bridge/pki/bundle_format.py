@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any, NoReturn, TypeVar, cast
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge import dataclass
@@ -32,7 +33,7 @@ from bridge.pki.bundle import (
 from bridge.pki.certificates import UNREADABLE, extended_key_usages, fingerprint, pem, san_counts, serial_hex
 from bridge.pki.csr import fingerprint_text, issuer_line, key_line, sans_line, subject_line
 from bridge.pki.expiry import duration_text, minute
-from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
+from bridge.pki.signatures import is_by, origin_problem, proof_problem, usages_problem
 from bridge.specs import AUTHORITIES, EKU, MASTERS
 from bridge.words import counted, one_line
 
@@ -90,6 +91,13 @@ def digest(bundle: Bundle) -> str:
 def answer_message(bundle: AnswerBundle) -> bytes:
     """The bytes that a desk signs: a prefix of their own, and the digest of the whole answer."""
     return b"ca-bridge answer bundle 1\n" + digest(bundle).encode()
+
+
+def is_authentic(answer: AnswerBundle, desk_key: PublicKeyTypes | None) -> bool:
+    """Whether the desk has signed it, where the settings name its key."""
+    if desk_key is None:
+        return True
+    return answer.signature is not None and is_by(desk_key, answer.signature, answer_message(answer))
 
 
 def short_fingerprint(bundle: Bundle) -> str:

@@ -297,12 +297,8 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
 
 
 def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
-    """Whether the desk has signed it, where the settings name its key."""
     path = run.settings.node.desk_key
-    if path is None:
-        return True
-    key, signature = read_public_key(path, "node.desk_key"), answer.signature
-    return signature is not None and signatures.is_by(key, signature, bundle_format.answer_message(answer))
+    return bundle_format.is_authentic(answer, None if path is None else read_public_key(path, "node.desk_key"))
 
 
 def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> None:
