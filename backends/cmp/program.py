@@ -12,7 +12,7 @@ import resource
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from subprocess import STDOUT
@@ -108,6 +108,7 @@ class Program:
                     answers=tuple(answer for name in names if (answer := _read(folder / name))),
                     leaf_pem=_read(folder / _CERTIFICATE),
                     others_pem=_read(folder / _EXTRA) + _read(folder / _CA_CERTIFICATES),
+                    poll=watch.poll if ended.stopped else None,
                 )
         except OSError as e:
             wanted = f"cmp: wanted a few files in {tempfile.gettempdir()}, found: {e.strerror}"
@@ -116,7 +117,7 @@ class Program:
             raise BackendUnavailableError(
                 f"cmp: wanted openssl to end within {limit.total_seconds():g} s, found it still running; it was stopped"
             )
-        return replace(ran, poll=watch.poll if ended.stopped else None)
+        return ran
 
     def _run(
         self,

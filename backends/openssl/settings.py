@@ -204,7 +204,7 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
     """Lines that are neither empty nor a comment, with their numbers; a backslash at the end joins the next one."""
     joined, first = "", 0
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+    for number, line in enumerate([*text.removeprefix("\ufeff").split("\n"), ""], 1):
         first, line = first or number, line.rstrip("\r")  # noqa: PLW2901
         joined += line
         if line.endswith("\\") and not line.endswith("\\\\"):
@@ -213,8 +213,6 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
         if content := _without_comment(joined).strip():
             yield first, content
         joined, first = "", 0
-    if content := _without_comment(joined).strip():
-        yield first, content
 
 
 def _without_comment(line: str) -> str:
