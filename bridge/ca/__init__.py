@@ -28,7 +28,6 @@ from bridge.errors import (
     NoVerdictError,
     SettingsError,
     VerificationError,
-    Violation,
 )
 from bridge.pki import verify
 from bridge.pki.certificates import fingerprint
@@ -114,7 +113,7 @@ class CA:
         wanted = expected(self)
         if self.certificates:
             assert_right_ca(self.certificates, wanted)
-        self.wrong = self._question(lambda: usages(self.backend, specs))
+        self.wrong = self._question(lambda: unfit(self.backend, specs))
         self.identity = self.ask_identity()
 
     def preflight(
@@ -128,8 +127,7 @@ class CA:
         self.certificates = self.issuers()
         if expected is not None and self.certificates:
             assert_right_ca(self.certificates, expected)
-        found: dict[str, BridgeError] = dict(self._question(lambda: usages(backend, specs)))
-        return {**self._question(lambda: unfit(backend, wanted)), **found}
+        return self._question(lambda: unfit(backend, specs, wanted))
 
     def ask_identity(self) -> str | None:
         """Our name at the CA, for the audit log; None: the CA does not tell."""
@@ -350,23 +348,15 @@ def _collected(
 # --- before a signature is spent --------------------------------------------------------------------------------------
 
 
-def usages(backend: object, specs: Sequence[CertificateSpec]) -> dict[str, RefusedByCheckError]:
-    """Find which certificates the CA would sign with other usages; errors by certificate name."""
-    return _errors(backend, specs, backend.check(specs) if specs and isinstance(backend, contract.Checks) else {})
-
-
-def unfit(backend: object, wanted: Sequence[contract.Wanted]) -> dict[str, RefusedByCheckError]:
-    """Find which certificates the CA would refuse to sign as they are wanted; errors by certificate name."""
-    found = backend.check_whole(wanted) if wanted and isinstance(backend, contract.ChecksWhole) else {}
-    return _errors(backend, [one.spec for one in wanted], found)
-
-
-def _errors(
-    backend: object, specs: Sequence[CertificateSpec], found: Mapping[str, Sequence[Violation]]
+def unfit(
+    backend: object, specs: Sequence[CertificateSpec], wanted: Sequence[contract.Wanted] = ()
 ) -> dict[str, RefusedByCheckError]:
-    by_name = {spec.name: spec for spec in specs}
-    return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=advice(backend, by_name[name]))
-            for name, violations in found.items() if violations}  # fmt: skip
+    """Find which certificates the CA would sign with other usages, or refuse as they are `wanted`; errors by name."""
+    checked = backend.check(specs) if specs and isinstance(backend, contract.Checks) else {}  # which finds the roles
+    whole = backend.check_whole(wanted) if wanted and isinstance(backend, contract.ChecksWhole) else {}
+    by_name = {spec.name: spec for spec in (*(one.spec for one in wanted), *specs)}
+    return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=advice(backend, spec))
+            for name, spec in by_name.items() if (violations := checked.get(name) or whole.get(name))}  # fmt: skip
 
 
 def advice(backend: object, spec: CertificateSpec) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.ca import CA, Answer, assert_right_ca, registry, unfit, usages
+from bridge.ca import CA, Answer, assert_right_ca, registry, unfit
 from bridge.ca.registry import Configured, cross_of, is_cross_long_enough
 from bridge.ca.retry import Rest
 from bridge.contract import (
@@ -118,9 +118,9 @@ class AuthorityOfSigners:
                 file = self._anchor_file.name
                 wanted = Expectation(anchors=self.anchors(), anchor_name=file, now=now, min_validity=self._min_validity)
                 assert_right_ca(issuers, wanted)
-        found = [usages(self.ca.backend, self._specs)]  # by which a backend finds the roles
+        found = [unfit(self.ca.backend, self._specs)]  # by which a backend finds the roles
         for rules in pods if self.name == PODS.name else ():
-            found += [unfit(self.ca.backend, [one]) for one in self._wanted_of_pods(rules, now)]
+            found += [unfit(self.ca.backend, (), [one]) for one in self._wanted_of_pods(rules, now)]
         texts = (f"{self.ca.label}: {name}: {error}" for errors in found for name, error in errors.items())
         return list(dict.fromkeys(texts))
 
