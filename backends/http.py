@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 import requests
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from requests.adapters import BaseAdapter
 
 from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import (
@@ -70,9 +69,9 @@ class Wording:
     status_suffices: bool = False  #: An error's status counts although its body broke off.
 
 
-class Http(BaseAdapter):
+class Http:
     """
-    One CA's server over kept connections, from several threads; a session of `requests` uses it, too.
+    One CA's server over kept connections, from several threads.
 
     Every request goes to this server, whatever its URL is. Nothing is repeated, and no redirect is followed.
     """
@@ -82,7 +81,6 @@ class Http(BaseAdapter):
         `timeout` is for one request with its whole answer; `tls` is called now and for each connection, and reads files
         again. A SettingsError: a file can't be used.
         """
-        super().__init__()
         self._wording = wording
         self._seconds = timeout.total_seconds()
         self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
@@ -90,9 +88,7 @@ class Http(BaseAdapter):
         self._idle: deque[KeptConnection] = deque()
         self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
         self._session = requests.Session()
-        self._session.trust_env = False  # no proxies, no .netrc, no CA bundles
-        self._session.adapters.clear()
-        self._session.mount("https://" if self._peer.tls else "http://", self)
+        self._session.trust_env = False  # no .netrc
 
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
@@ -130,29 +126,17 @@ class Http(BaseAdapter):
             return None
 
     def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
-        """Send one request with options of `requests.Session.request`; errors as for `ask`, messages name `where`."""
+        """Send what `requests.Request` makes of the options; errors as for `ask`, messages name `where`."""
 
         def answer() -> Answer:
-            response = self._session.request(method, url, allow_redirects=False, **options)
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            return Answer(status=response.status_code, headers=headers, body=response.content)
+            request = self._session.prepare_request(requests.Request(method, url, **options))
+            headers = {name: str(value) for name, value in request.headers.items() if name.lower() not in _OWN_HEADERS}
+            body = request.body.encode() if isinstance(request.body, str) else request.body
+            if body is None and "Content-Length" in request.headers:
+                body = b""
+            return self._exchange(method, request.path_url, headers, body)
 
         return self._answer(where or url, answer)
-
-    def send(self, request: requests.PreparedRequest, *_: object, **__: object) -> requests.Response:
-        """Send what `requests` has prepared; its own limits and verification do not count, ours do."""
-        headers = {name: str(value) for name, value in request.headers.items() if name.lower() not in _OWN_HEADERS}
-        body = request.body.encode() if isinstance(request.body, str) else request.body
-        if body is None and "Content-Length" in request.headers:
-            body = b""
-        answer = self._exchange(request.method or "GET", request.path_url, headers, body)
-        response = requests.Response()
-        response.status_code = answer.status
-        response.headers.update(answer.headers)
-        response.request, response.url = request, request.url or ""
-        response._content = answer.body  # noqa: SLF001 (as `requests.Session` does for a body that was read)
-        response._content_consumed = True  # type: ignore[attr-defined] # noqa: SLF001
-        return response
 
     def close(self) -> None:
         """Close the connections that are not in use."""
