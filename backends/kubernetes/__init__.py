@@ -277,8 +277,9 @@ class KubernetesBackend(OverHttp):
     def __init__(self, settings: KubernetesSettings) -> None:
         self._settings = settings
         self._signer = Selector(settings.signer, settings.signers, settings.node)
-        self._api = Api(settings)
-        self._http = self._api.http
+        self._url = (settings.url if settings.kubeconfig is None else settings.access().url).rstrip("/")
+        wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
+        self._http = Http(wording, self._url, settings.timeout, settings.tls_context)
         self._answered: deque[tuple[str, str]] = deque()  #: Name and uid.
 
     @classmethod
@@ -297,15 +298,15 @@ class KubernetesBackend(OverHttp):
             )
         body = _object(request, self._signer(request.spec))
         name = body["metadata"]["name"]
-        answer = self._api.ask("POST", CSRS, body)
+        answer = self._ask("POST", CSRS, body)
         if answer.status == HTTPStatus.CONFLICT:
-            answer = self._api.ask("GET", path_of(name))
+            answer = self._ask("GET", path_of(name))
             there = object_of(answer.document, "spec")  # which can't be changed; the server adds who asked
             if answer.status == HTTPStatus.OK and any(there.get(key) != value for key, value in body["spec"].items()):
                 hint = "another client made it; `kubectl describe csr` shows who: spec.username"
                 raise BackendRefusedError(f"kubernetes: {name}: wanted our own request there, found another", hint=hint)
         if answer.status not in {HTTPStatus.OK, HTTPStatus.CREATED}:
-            raise self._api.error(answer)
+            raise self._error(answer)
         return self._awaited(request, f"{name} {_metadata(answer.document, 'uid')}", answer)
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
@@ -346,7 +347,7 @@ class KubernetesBackend(OverHttp):
     def identity(self) -> str:
         """The user that the API server takes us for."""
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
-        answer = self._api.ask("POST", SUBJECT_REVIEWS, review)
+        answer = self._ask("POST", SUBJECT_REVIEWS, review)
         if answer.status != HTTPStatus.CREATED:
             return ""  # older than 1.28, or not allowed: it does not tell
         user = object_of(object_of(answer.document, "status"), "userInfo").get("username")
@@ -371,7 +372,7 @@ class KubernetesBackend(OverHttp):
 
     def _look(self, reference: str) -> Answer:
         name, _, uid = reference.partition(" ")
-        answer = self._api.ask("GET", path_of(name))
+        answer = self._ask("GET", path_of(name))
         found = _metadata(answer.document, "uid")
         if found not in {"", uid} or (
             answer.status == HTTPStatus.NOT_FOUND and answer.document.get("kind") == "Status"
@@ -379,7 +380,7 @@ class KubernetesBackend(OverHttp):
             hint = "without an answer it is removed after 24 hours, with one after an hour; the next run asks anew"
             raise BackendRefusedError(f"kubernetes: {one_line(name)}: wanted our request, found it removed", hint=hint)
         if answer.status != HTTPStatus.OK or not found:
-            raise self._api.error(answer)
+            raise self._error(answer)
         return answer
 
     def _awaited(self, request: SignRequest, reference: str, answer: Answer) -> Issued | Pending:
@@ -424,22 +425,54 @@ class KubernetesBackend(OverHttp):
     def _remove(self, name: str, uid: str) -> None:
         """Any answer will do: without the right to delete, kube-controller-manager removes it an hour later."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
-        self._api.ask("DELETE", path_of(name), body)
+        self._ask("DELETE", path_of(name), body)
 
     def _missing_right(self, verb: str) -> Violation | None:
         attributes = {"group": "certificates.k8s.io", "resource": "certificatesigningrequests", "verb": verb}
-        answer = self._api.ask("POST", ACCESS_REVIEWS, {
+        answer = self._ask("POST", ACCESS_REVIEWS, {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",
             "spec": {"resourceAttributes": attributes},
         })  # fmt: skip
         if answer.status != HTTPStatus.CREATED:
-            raise self._api.error(answer)
+            raise self._error(answer)
         if object_of(answer.document, "status").get("allowed") is True:
             return None
         return Violation(
             subject="rights", want=f"{verb} certificatesigningrequests", got="no such right of the account"
         )
+
+    # --- the server ---------------------------------------------------------------------------------------------------
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
+        """Send one request; any status is an answer, except that after 401 credential files are read again, once."""
+        answer = self._send(method, path, body)
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            self._http.close()  # they show the client certificate that they began with
+            answer = self._send(method, path, body)
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            raise self._error(answer)
+        return answer
+
+    def _error(self, answer: Answer) -> BackendError:
+        """The error for an unwanted answer."""
+        text = f"kubernetes: {self._url}: HTTP {answer.status}: {answer.text}"
+        if "request is too large" in answer.text:  # etcd's word, in a 500
+            return BackendRefusedError(text, hint="the CSR is too large for an object: fewer SANs")
+        if answer.status in _LATER or answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return BackendUnavailableError(text, retry_after_seconds=answer.retry_after_seconds)
+        kind = BackendRefusedError if answer.status in _VERDICTS else NoVerdictError
+        return kind(text, hint=_HINTS.get(answer.status, "the API server's audit log may say more"))
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
+        token = self._settings.bearer()
+        headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        answer = self._http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
+        later = retry_after_seconds(answer)
+        document = json_object(answer.body.replace(token.encode(), "…".encode()) if token else answer.body)
+        # anything else than an object is not quoted: it may come from anywhere
+        document = {"message": "no object in JSON"} if document is None else document
+        return Answer(status=answer.status, document=document, retry_after_seconds=later)
 
 
 def _object(request: SignRequest, signer: str) -> dict[str, Any]:
@@ -543,46 +576,6 @@ def _last_clause(text: str) -> str:
 def path_of(name: str) -> str:
     """The URL path of one CertificateSigningRequest."""
     return f"{CSRS}/{quote(name, safe='')}"
-
-
-class Api:
-    """An API server; for several threads."""
-
-    def __init__(self, settings: KubernetesSettings) -> None:
-        self._settings = settings
-        self._url = (settings.url if settings.kubeconfig is None else settings.access().url).rstrip("/")
-        wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
-        self.http = Http(wording, self._url, settings.timeout, settings.tls_context)
-
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        """Send one request; any status is an answer, except that after 401 credential files are read again, once."""
-        answer = self._send(method, path, body)
-        if answer.status == HTTPStatus.UNAUTHORIZED:
-            self.http.close()  # they show the client certificate that they began with
-            answer = self._send(method, path, body)
-        if answer.status == HTTPStatus.UNAUTHORIZED:
-            raise self.error(answer)
-        return answer
-
-    def error(self, answer: Answer) -> BackendError:
-        """The error for an unwanted answer."""
-        text = f"kubernetes: {self._url}: HTTP {answer.status}: {answer.text}"
-        if "request is too large" in answer.text:  # etcd's word, in a 500
-            return BackendRefusedError(text, hint="the CSR is too large for an object: fewer SANs")
-        if answer.status in _LATER or answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            return BackendUnavailableError(text, retry_after_seconds=answer.retry_after_seconds)
-        kind = BackendRefusedError if answer.status in _VERDICTS else NoVerdictError
-        return kind(text, hint=_HINTS.get(answer.status, "the API server's audit log may say more"))
-
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
-        token = self._settings.bearer()
-        headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        answer = self.http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
-        later = retry_after_seconds(answer)
-        document = json_object(answer.body.replace(token.encode(), "…".encode()) if token else answer.body)
-        # anything else than an object is not quoted: it may come from anywhere
-        document = {"message": "no object in JSON"} if document is None else document
-        return Answer(status=answer.status, document=document, retry_after_seconds=later)
 
 
 _NOT_KUBERNETES = "is it a Kubernetes API server that answers at url?"
