@@ -24,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.http import OverHttp, listed, pair_problems, url_problems
-from backends.vault.server import Access, Answer, identity_text, log, texts
+from backends.vault.server import Answer, Tokens, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
     CredentialEnd,
@@ -162,8 +162,8 @@ class VaultBackend(OverHttp):
     def __init__(self, settings: VaultSettings) -> None:
         self._settings = settings
         self._mount = quote(settings.mount.strip("/"))  # as the beginning of a path
-        self._access = Access.of(self, settings)
-        self._server, self._tokens = self._access.server, self._access.tokens
+        self._tokens = Tokens.of(self, settings)
+        self._server = self._tokens.server
         self._http = self._server.http
         self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
         self._unstored: dict[str, bool] = {}  #: Whether the role has `no_store`; likewise.
@@ -210,7 +210,7 @@ class VaultBackend(OverHttp):
             # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
             log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
         if answer.body.get("lease_id"):
-            self._access.leased = True
+            self._tokens.leased = True
             log.warning(
                 "%s: the role has generate_lease: the certificate is revoked when the token that signed it ends",
                 request.spec.name,
@@ -372,7 +372,7 @@ class VaultBackend(OverHttp):
 
     def close(self) -> None:
         """Leave the login that others may still use; a server that can't be reached is only logged."""
-        self._access.leave(self)
+        self._tokens.leave(self)
 
     def spends(self) -> str:
         """A wrapping token opens once."""

@@ -36,7 +36,7 @@ from bridge.system.waiting import Combined, remember
 from bridge.words import one_line
 
 if TYPE_CHECKING:
-    from backends.vault import VaultAuth, VaultSettings
+    from backends.vault import VaultSettings
 
 log = logging.getLogger("ca-bridge.vault")
 #: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
@@ -235,10 +235,17 @@ def texts(value: object) -> list[str]:
 
 
 class Tokens:
-    """The token that requests are made with: given, or got by logging in once for all threads."""
+    """
+    The token that requests are made with: given, or got by logging in, once for all threads and for all backends with the
+    same settings: a wrapping token opens once.
+    """
 
-    def __init__(self, server: Server, auth: VaultAuth) -> None:
-        self._server = server
+    _sharing: ClassVar[Lock] = Lock()
+    _open: ClassVar[WeakValueDictionary[tuple[object, ...], Tokens]] = WeakValueDictionary()
+
+    def __init__(self, settings: VaultSettings) -> None:
+        auth = settings.auth
+        self.server = Server(settings)
         self._auth = auth
         self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
         self._lock = Lock()
@@ -249,6 +256,31 @@ class Tokens:
         self._secret_id: str | None = None  # a wrapped one can be had only once
         self.identity: str | None = None  #: As the login says; None: no login, the token was given.
         self._role_name: object = None  #: An AppRole's, as the login says.
+        self.leased = False  #: A certificate would be revoked together with the token that it was signed with.
+        self._users: WeakSet[object] = WeakSet()
+
+    @classmethod
+    def of(cls, user: object, settings: VaultSettings) -> Tokens:
+        """Those that others have opened and not closed, or new ones."""
+        tls = (settings.ca_file, settings.client_cert, settings.client_key)
+        key = (settings.url, settings.namespace, settings.auth, *tls, settings.timeout)
+        with cls._sharing:
+            found = cls._open.get(key)
+            if found is None:
+                found = cls._open[key] = cls(settings)
+            found._users.add(user)
+            return found
+
+    def leave(self, user: object) -> None:
+        """The last user revokes the tokens of our logins, and closes the connections."""
+        with self._sharing:
+            self._users.discard(user)
+            if self._users:
+                return
+            for key in [key for key, one in self._open.items() if one is self]:
+                del self._open[key]
+        self._revoke()
+        self.server.http.close()
 
     def get(self) -> str:
         """The token; logs in if there is none yet."""
@@ -265,22 +297,21 @@ class Tokens:
                 self._current = self._new()
             return [self._current] * len(rejected)
 
-    def revoke(self, *, leased: bool) -> None:
-        """Revoke the tokens that we made; not if they are `leased`: certificates would be revoked with them."""
+    def _revoke(self) -> None:
         with self._lock:
             made, self._made, self._current = self._made, [], None
-        if made and leased:
+        if made and self.leased:
             log.warning("token not revoked, since certificates would go with it (role with generate_lease)")
             return
         for token in made:
             try:
-                self._server.send("post", "auth/token/revoke-self", token=token).or_raise()
+                self.server.send("post", "auth/token/revoke-self", token=token).or_raise()
             except BackendError as e:
                 log.warning("token not revoked, it stays valid until it expires: %s", e)
 
     def _new(self) -> str:
         if self._auth.method == "token":
-            return self._server.read(self._auth.token, token=True)
+            return self.server.read(self._auth.token, token=True)
         answer = self._login().or_raise()
         login = object_of(answer.body, "auth")
         token = login.get("client_token")
@@ -290,10 +321,10 @@ class Tokens:
         self._role_name = object_of(login, "metadata").get("role_name")
         if login.get("token_type") != "batch":  # which can't be revoked
             self._made.append(token)
-        return self._server.hide(token)
+        return self.server.hide(token)
 
     def _login(self) -> Answer:
-        auth, server, mount = self._auth, self._server, self._mount
+        auth, server, mount = self._auth, self.server, self._mount
         answer: Answer
         match auth.method:
             case "approle":
@@ -315,22 +346,22 @@ class Tokens:
         """When the given token, secret id or JWT ends; none for what has no end, or as far as a policy forbids to look."""
         auth, token = self._auth, self.get()
         if auth.token is not None:
-            looked = self._server.send("get", "auth/token/lookup-self", token=token)
+            looked = self.server.send("get", "auth/token/lookup-self", token=token)
             if looked.forbidden or looked.or_raise().data.get("period"):  # which something else renews
                 return []
             return _ends("auth.token", auth.token, looked.data, "issue_time", "expire_time")
         if auth.secret_id is not None and not auth.wrapped and isinstance(self._role_name, str):
             path = f"auth/{quote(self._mount)}/role/{quote(self._role_name, safe='')}/secret-id/lookup"
-            looked = self._server.send("post", path, {"secret_id": self._server.read(auth.secret_id)}, token=token)
+            looked = self.server.send("post", path, {"secret_id": self.server.read(auth.secret_id)}, token=token)
             return _ends("auth.secret_id", auth.secret_id, looked.data, "creation_time", "expiration_time")
-        return [] if auth.jwt is None else token_end("auth.jwt", auth.jwt, self._server.read(auth.jwt))
+        return [] if auth.jwt is None else token_end("auth.jwt", auth.jwt, self.server.read(auth.jwt))
 
     def _read_secret_id(self) -> str:
         if not self._auth.wrapped:
-            return self._server.read(self._auth.secret_id)
+            return self.server.read(self._auth.secret_id)
         if self._secret_id is None:
-            self._secret_id = self._unwrap(self._server.read(self._auth.secret_id, token=True))
-        return self._server.hide(self._secret_id)
+            self._secret_id = self._unwrap(self.server.read(self._auth.secret_id, token=True))
+        return self.server.hide(self._secret_id)
 
     def _unwrap(self, token: str) -> str:
         """
@@ -342,15 +373,15 @@ class Tokens:
             return BackendRefusedError(f"vault: {text}", hint=_ALARM)
 
         source = self._auth.secret_id
-        looked = self._server.send("post", "sys/wrapping/lookup", {"token": token})
+        looked = self.server.send("post", "sys/wrapping/lookup", {"token": token})
         if looked.status == HTTPStatus.BAD_REQUEST:
             raise alarm(f"the wrapping token in {source} was opened before or has expired")
         created = str(looked.or_raise().data.get("creation_path"))
         if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
             message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
-            raise alarm(f"{self._server.presentable(message)}; it was not opened")
+            raise alarm(f"{self.server.presentable(message)}; it was not opened")
         # not by hvac's call, which puts the token into the body: OpenBao wants it in the header where there is no other
-        answer = self._server.send("post", "sys/wrapping/unwrap", token=token)
+        answer = self.server.send("post", "sys/wrapping/unwrap", token=token)
         if answer.status == HTTPStatus.BAD_REQUEST:
             raise alarm(f"the wrapping token in {source} was opened just now, not by us")
         secret_id = answer.or_raise().data.get("secret_id")
@@ -390,39 +421,3 @@ _ALARM = (
     "if it was not an earlier run of ours, someone else may hold the secret id: "
     "ask the server's audit log who opened it, destroy it, and have a new one issued"
 )
-
-
-class Access:
-    """The server and our login, shared by all backends with the same settings: a wrapping token opens once."""
-
-    _lock: ClassVar[Lock] = Lock()
-    _open: ClassVar[WeakValueDictionary[tuple[object, ...], Access]] = WeakValueDictionary()
-
-    def __init__(self, settings: VaultSettings) -> None:
-        self.server = Server(settings)
-        self.tokens = Tokens(self.server, settings.auth)
-        self.leased = False  #: A certificate would be revoked together with the token that it was signed with.
-        self._users: WeakSet[object] = WeakSet()
-
-    @classmethod
-    def of(cls, user: object, settings: VaultSettings) -> Access:
-        """The one that others have opened and not closed, or a new one."""
-        tls = (settings.ca_file, settings.client_cert, settings.client_key)
-        key = (settings.url, settings.namespace, settings.auth, *tls, settings.timeout)
-        with cls._lock:
-            found = cls._open.get(key)
-            if found is None:
-                found = cls._open[key] = cls(settings)
-            found._users.add(user)
-            return found
-
-    def leave(self, user: object) -> None:
-        """The last user revokes the tokens of our logins, and closes the connections."""
-        with self._lock:
-            self._users.discard(user)
-            if self._users:
-                return
-            for key in [key for key, one in self._open.items() if one is self]:
-                del self._open[key]
-        self.tokens.revoke(leased=self.leased)
-        self.server.http.close()
