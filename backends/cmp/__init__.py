@@ -272,16 +272,16 @@ class CmpBackend:
     def revoke(self, certificate: x509.Certificate) -> None:
         """Have the server revoke a certificate (`rr`, RFC 9810 §5.3.9), by the path of the certificates with its usages."""
         spec = _spec_like(certificate)
-        words = ["-cmd", "rr", "-oldcert", _OLD_CERTIFICATE, "-revreason", _SUPERSEDED, *self._common(spec)]
-        ran = self._run(self._url(spec), words, {_OLD_CERTIFICATE: certificate.public_bytes(Encoding.PEM)})
+        words = ["-cmd", "rr", "-oldcert", _OLD_CERTIFICATE, "-revreason", _SUPERSEDED]
+        files = {_OLD_CERTIFICATE: certificate.public_bytes(Encoding.PEM)}
+        ran = self._run(self._url(spec), self._profile(spec), words, files)
         log = Log.of(ran.messages)
         is_done = log.rejection is not None and "certRevoked" in log.rejection.failures
         if ran.code != 0 and not is_done:
             raise _error(ran, self._url(spec))
 
     def _greet(self, url: str, profile: str) -> Violation | None:
-        words = ["-cmd", "genm", *self._addressed(url, profile)]
-        ran = self._run(url, words, {})
+        ran = self._run(url, profile, ["-cmd", "genm"], {})
         log = Log.of(ran.messages)
         if ran.code == 0 or (log.rejection is not None and log.rejection.failures <= {"badRequest"}):
             return None
@@ -310,20 +310,17 @@ class CmpBackend:
                 words += ["-days", str(max(1, request.validity.days))]
         else:
             words += ["-config", ""]
-        return self._run(self._url(request.spec), [*words, *self._common(request.spec)], files)
+        return self._run(self._url(request.spec), self._profile(request.spec), words, files)
 
-    def _run(self, url: str, words: Sequence[str], files: Mapping[str, bytes]) -> Ran:
+    def _run(self, url: str, profile: str, words: Sequence[str], files: Mapping[str, bytes]) -> Ran:
         """Run openssl once the server's port is seen to be open: it would try a closed one for half a minute."""
-        secret = self._secret()
+        words, secret = [*words, *self._addressed(url, profile)], self._secret()
         try:
             reach(url, self._settings.timeout.total_seconds())
         except UnreachableError as e:
             hint = "is the server running, and the host and port in `url` right?"
             raise BackendUnavailableError(f"cmp: {url}: no connection: {e}", hint=hint) from e
         return self._program.run(words, files, secret)
-
-    def _common(self, spec: CertificateSpec) -> list[str]:
-        return self._addressed(self._url(spec), self._profile(spec))
 
     def _addressed(self, url: str, profile: str) -> list[str]:
         """The arguments for the server, for our credentials and for its protection."""
