@@ -202,7 +202,15 @@ class VaultBackend(OverHttp):
         return found
 
     def _wanted(self, request: SignRequest) -> tuple[str, dict[str, object]]:
-        return self._sign_path(self._role(request.spec)), self._sign_body(request)
+        """Path and body, with no parameter more than needed: a policy may list those that are allowed."""
+        path = self._sign_path(self._role(request.spec))
+        body = {"csr": request.csr_pem.decode("ascii"), "ttl": f"{int(request.validity.total_seconds())}s"}
+        if self._settings.mode == "sign":
+            # Or a CN that looks like a host name becomes one more DNS SAN; a role can't say so.
+            return path, body | {"exclude_cn_from_sans": True} | _beside(request.names)
+        # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
+        usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
+        return path, body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
 
     def _accepted(self, request: SignRequest, answer: Answer) -> Issued:
         answer.or_raise()
@@ -406,19 +414,6 @@ class VaultBackend(OverHttp):
         prefix = f"issuer/{quote(settings.issuer, safe='')}/" if settings.issuer else ""
         last = f"/{quote(role, safe='')}" if settings.mode == "sign" else ""
         return f"{self._mount}/{prefix}{settings.mode}{last}"
-
-    def _sign_body(self, request: SignRequest) -> dict[str, object]:
-        """The body of a signing request, with no parameter more than needed: a policy may list those that are allowed."""
-        body: dict[str, object] = {
-            "csr": request.csr_pem.decode("ascii"),
-            "ttl": f"{int(request.validity.total_seconds())}s",
-        }
-        if self._settings.mode == "sign":
-            # Or a CN that looks like a host name becomes one more DNS SAN; a role can't say so.
-            return body | {"exclude_cn_from_sans": True} | _beside(request.names)
-        # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
-        usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
-        return body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
 
     @property
     def names_beside_csr(self) -> bool:
