@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
-from backends.openssl.program import KeyFile, Openssl, PrivateKey, ProcessEnd, TokenKey
+from backends.openssl.program import KeyFile, Openssl, ProcessEnd, TokenKey
 from backends.openssl.settings import (
     CA_PLACE_HINT,
     EKUS,
@@ -230,7 +230,9 @@ class OpensslBackend:
             folder.joinpath("database").symlink_to(database.index.parent)
             if locked is not None:
                 folder.joinpath("newcerts").symlink_to(locked.new_certs_dir)
-            config = _config(database.index.name, self._settings.digest, self._key)
+            names = {"index": database.index.name, "private_key": self._key.reference}
+            sections = [SECTION.format(usage=usage, ekus=ekus) for usage, ekus in EKUS.items()]
+            config = "".join([self._key.config, _CONFIG.format(digest=self._settings.digest, **names), *sections])
             folder.joinpath("openssl.cnf").write_text(config, encoding="ascii")
             folder.joinpath("ca.crt").write_bytes(signer.public_bytes(Encoding.PEM))
             if isinstance(self._key, KeyFile):
@@ -466,11 +468,6 @@ def _check_signer(path: Path, signer: x509.Certificate) -> None:
         wrong.append("wanted the key usage keyCertSign, found none")
     if wrong:
         raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}", hint=hint)
-
-
-def _config(index_name: str, digest: str, key: PrivateKey) -> str:
-    sections = [SECTION.format(usage=usage, ekus=ekus) for usage, ekus in EKUS.items()]
-    return key.config + _CONFIG.format(index=index_name, digest=digest, private_key=key.reference) + "".join(sections)
 
 
 def _asn1_time(moment: datetime) -> str:

@@ -368,21 +368,17 @@ def config_text(
     directory = directory or DIRECTORY / authority.name
     if not _PLAIN_PATH.fullmatch(str(directory)):
         raise ValueError(f"wanted an absolute path of plain characters, found {str(directory)!r}")
-    groups = list(_by_usage(authority, certificates))
-    if not groups:
+    specs = [SPECS[name] for name in certificates if SPECS[name].authority == authority]
+    if not specs:
         raise ValueError(f"no certificate of {authority.name} to sign again")
+    groups = {usage: [spec.name for spec in specs if spec.usage == usage]
+              for usage in sorted({spec.usage for spec in specs})}  # fmt: skip
     return _TEXT.format(
         authority=authority.name,
         directory=directory,
         days=max(1, validity // timedelta(days=1)),
         commands="\n".join(
-            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, group in groups
+            _COMMAND.format(directory=directory, usage=usage, names=", ".join(group)) for usage, group in groups.items()
         ),
-        sections="".join(SECTION.format(usage=usage, ekus=EKUS[usage]) for usage, _ in groups),
+        sections="".join(SECTION.format(usage=usage, ekus=EKUS[usage]) for usage in groups),
     )
-
-
-def _by_usage(authority: Authority, certificates: Mapping[str, x509.Certificate]) -> Iterator[tuple[Usage, list[str]]]:
-    specs = [SPECS[name] for name in certificates if SPECS[name].authority == authority]
-    for usage in sorted({spec.usage for spec in specs}):
-        yield usage, [spec.name for spec in specs if spec.usage == usage]
