@@ -48,8 +48,7 @@ class NodeOptions:
     """The options that `bootstrap init` and `bootstrap join` share."""
 
     kubeadm_config: Annotated[
-        Path | None,
-        typer.Option("--kubeadm-config", metavar="FILE", help="kubeadm's configuration file; else the facts below."),
+        Path | None, typer.Option(metavar="FILE", help="kubeadm's configuration file; else the facts below.")
     ] = None
     order: Annotated[Path | None, typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.")] = (
         None
@@ -219,9 +218,7 @@ def write_orders(
     sign_with: Annotated[
         Path | None,
         typer.Option(
-            "--sign-with",
-            metavar="KEY",
-            help="A private key (PEM); nodes with its public key as node.order_key take no other orders.",
+            metavar="KEY", help="A private key (PEM); nodes with its public key as node.order_key take no other orders."
         ),
     ] = None,
 ) -> None:

@@ -42,7 +42,6 @@ def doctor(
     ca_keys: Annotated[
         Path | None,
         typer.Option(
-            "--ca-keys",
             metavar="DIR",
             help="Look instead for the CAs' private keys in every file below DIR (/ is all of this node), by content.",
         ),

@@ -272,7 +272,7 @@ def publish(
     ] = None,
     remove: Annotated[
         list[str] | None,
-        typer.Option("--remove", metavar="SIGNER", help="Remove the bundle of a signer that the policy does not have."),
+        typer.Option(metavar="SIGNER", help="Remove the bundle of a signer that the policy does not have."),
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> int:

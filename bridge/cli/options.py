@@ -196,13 +196,11 @@ def duration_option(text: str, *names: str) -> Any:
 
 
 Names = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]"),
+    list[str] | None, typer.Argument(metavar="[NAME…|all]", help="kubeadm's names, or all. [default: what is due]")
 ]
 AnyIdentityOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--any-identity",
         metavar="NAME",
         help="Renew the named certificate even if the current one has another CA or an unexpected name. "
         "May be given more than once.",
@@ -228,15 +226,13 @@ class ChangeOptions:
     add_san: Annotated[
         list[str] | None,
         typer.Option(
-            "--add-san",
             metavar="NAME=SAN",
             help="Add a DNS name or an IP address to the next certificate of apiserver, etcd-server or etcd-peer. "
             "May be given more than once.",
         ),
     ] = None
     drop_san: Annotated[
-        list[str] | None,
-        typer.Option("--drop-san", metavar="NAME=SAN", help="Remove a SAN that nothing on this node uses."),
+        list[str] | None, typer.Option(metavar="NAME=SAN", help="Remove a SAN that nothing on this node uses.")
     ] = None
     adopt_defaults: Annotated[
         bool,
@@ -248,7 +244,6 @@ class ChangeOptions:
     kubeadm_config: Annotated[
         Path | None,
         typer.Option(
-            "--kubeadm-config",
             metavar="FILE",
             help="kubeadm's configuration, from which a named certificate that is missing is made. "
             "[default: the cluster's kubeadm-config]",

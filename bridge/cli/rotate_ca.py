@@ -36,9 +36,7 @@ rotate_group = group(commands, "rotate-ca", "Put another CA in the place of this
 
 CaOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--ca", metavar="NAME", help="ca, etcd-ca or front-proxy-ca; repeatable. [default: each with a next CA]"
-    ),
+    typer.Option(metavar="NAME", help="ca, etcd-ca or front-proxy-ca; repeatable. [default: each with a next CA]"),
 ]
 
 
@@ -51,8 +49,7 @@ class _LogOptions:
         typer.Option(metavar="FILE", help="An API server's audit log: whose certificates are still the old CA's."),
     ] = None
     server_log: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="An API server's own log: which clients turned it away."),
+        list[Path] | None, typer.Option(metavar="FILE", help="An API server's own log: which clients turned it away.")
     ] = None
     issued: Annotated[
         list[Path] | None,
@@ -261,7 +258,7 @@ class _GatedOptions(_Options):
 
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="NODE", help="Go on without this node, which can't be asked; repeatable."),
+        typer.Option(metavar="NODE", help="Go on without this node, which can't be asked; repeatable."),
     ] = None
 
 
@@ -271,9 +268,7 @@ class _LeavingOptions(_GatedOptions):
 
     keys_to: Annotated[
         Path | None,
-        typer.Option(
-            "--keys-to", metavar="DIR", help="Move CA keys that kubeadm has left on this node there, at the end."
-        ),
+        typer.Option(metavar="DIR", help="Move CA keys that kubeadm has left on this node there, at the end."),
     ] = None
 
 

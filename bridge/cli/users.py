@@ -23,7 +23,7 @@ kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and mach
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).")]
 _Groups = Annotated[list[str] | None, typer.Option("--group", help="A group (O); may be given more than once.")]
-_Key = Annotated[str, typer.Option("--key", metavar="KIND", help=f"Of the new key: {', '.join(KEY_ALGORITHMS)}.")]
+_Key = Annotated[str, typer.Option(metavar="KIND", help=f"Of the new key: {', '.join(KEY_ALGORITHMS)}.")]
 
 
 @command(kubeconfig, "request")
@@ -56,13 +56,11 @@ def user(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="The kubeconfig. [default: NAME.conf]")
     ] = None,
     csr: Annotated[
-        Path | None,
-        typer.Option("--csr", metavar="FILE", help="The person's CSR. [default: a key is made here, for a machine]"),
+        Path | None, typer.Option(metavar="FILE", help="The person's CSR. [default: a key is made here, for a machine]")
     ] = None,
     key_file: Annotated[
         str,
         typer.Option(
-            "--key-file",
             metavar="FILE",
             help="With --csr: where the person has the key, seen from the kubeconfig. [default: beside it, as the CSR]",
         ),
@@ -70,7 +68,7 @@ def user(
     validity: Annotated[timedelta | None, duration_option('Such as "4h". [default: users.validity, 8h]')] = None,
     server: Annotated[str, typer.Option(metavar="URL", help="The API server. [default: as in admin.conf]")] = "",
     ca: Annotated[
-        Path | None, typer.Option("--ca", metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
+        Path | None, typer.Option(metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
     ] = None,
     key: _Key = "ecdsa-p256",
     wait: WaitOption = ZERO,
