@@ -113,44 +113,44 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:
     """Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does, or in a shorter form."""
-    cells = [header, *(_cells(row, header) for row in rows)]
-    short = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(_short(row, header) for row in rows)]
-    return _lines(cells, cells if is_verbose() else short, styles)
+    return _lines(header, [_cells(row, header) for row in rows], styles, is_whole=is_verbose())
 
 
-def _lines(cells: Sequence[Sequence[str]], short: Sequence[Sequence[str]], styles: Mapping[str, str]) -> str:
+def _lines(header: Sequence[str], rows: Sequence[_Cells], styles: Mapping[str, str], *, is_whole: bool = False) -> str:
     """The rows as Go aligns them, or the short ones where the terminal is too narrow for that."""
+    cells = [header, *(row.cells for row in rows)]
+    short = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(row.short for row in rows)]
     widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
     lines, most = ["".join(map(str.ljust, row, widths)) + row[-1] for row in cells], width_here()
     if most is not None and max(len(line.rstrip()) for line in lines) > most:
-        lines = list(columns([[cell.rstrip() for cell in row] for row in short], most))
+        lines = list(columns([[cell.rstrip() for cell in row] for row in (cells if is_whole else short)], most))
     return "".join(f"{_toned(line, styles)}\n" for line in lines)
+
+
+class _Cells(NamedTuple):
+    """A row of a table."""
+
+    cells: Sequence[str]
+    short: Sequence[str]  #: For a narrow terminal: with a shorter date, and without the file.
 
 
 def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetime) -> str:
     """Our own credentials, by which CAs and desks know this node; empty without any."""
     if not own:
         return ""
-    styles = {}
-    cells: list[Sequence[str]] = [_OWN_HEADER]
-    short: list[Sequence[str]] = [[_SHORT.get(cell, cell) for cell in _OWN_HEADER]]
+    styles, rows = {}, []
     for one in own:
         is_bad = one.ends is None or one.has_ended(now)
         styles[one.name] = "error" if is_bad else "warning" if one.is_near(renewal.before, now) else "ok"
         if one.ends is None:
-            cells.append((f"{_MARKS['unreadable']} {one.name}", "", "", one.path))
-            short.append(cells[-1])
+            cells = [f"{_MARKS['unreadable']} {one.name}", "", "", one.path]
+            rows.append(_Cells(cells, cells))
         else:
             left = residual(seconds_left(one.ends, now))
             itself = f" (renewed as {one.renewed_as})" if one.renewed_as else ""
             place = f"{one.path or 'reported by the CA'}{itself}"
-            cells.append((one.name, _expires(one.ends), left, place))
-            short.append((one.name, f"{one.ends:%Y-%m-%d %H:%M}", left, place))
-    return "\n" + _lines(cells, short, styles)
-
-
-def _expires(end: datetime) -> str:
-    return f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
+            rows.append(_ending(one.name, one.ends, [left, place]))
+    return "\n" + _lines(_OWN_HEADER, rows, styles)
 
 
 def _toned(line: str, styles: Mapping[str, str]) -> str:
@@ -172,27 +172,21 @@ _SHORT = {
 _MOST_SHORT = len(_HEADER)
 
 
-def _cells(row: Row, header: Sequence[str]) -> list[str]:
+def _cells(row: Row, header: Sequence[str]) -> _Cells:
     """A row's cells; a certificate's with its CA, a CA's without."""
+    file = [row.path] if header is _EXTRA_HEADER else []
     if row.certificate is None or row.state != "present":
-        found = [f"{_MARKS[row.state]} {row.name}", *([""] * (min(len(header), _MOST_SHORT) - 1))]
-    else:
-        found = [row.name, _expires(row.certificate.not_valid_after_utc), *_others(row, header)]
-        found[-1] = found[-1].ljust(8)
-    return [*found, row.path] if header is _EXTRA_HEADER else found
-
-
-def _short(row: Row, header: Sequence[str]) -> list[str]:
-    """A row for a narrow terminal: without its file, and with a shorter date."""
-    if row.certificate is None or row.state != "present":
-        return [row.name, _MARKS[row.state], *([""] * (min(len(header), _MOST_SHORT) - 2))]
-    return [row.name, f"{row.certificate.not_valid_after_utc:%Y-%m-%d %H:%M}", *_others(row, header)]
-
-
-def _others(row: Row, header: Sequence[str]) -> list[str]:
+        blanks = [""] * (min(len(header), _MOST_SHORT) - 2)
+        return _Cells([f"{_MARKS[row.state]} {row.name}", "", *blanks, *file], [row.name, _MARKS[row.state], *blanks])
     left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
     authority = [] if header is _AUTHORITY_HEADER else [row.authority or ""]
-    return [left, *authority, "yes" if row.external else "no"]
+    others = [left, *authority, "yes     " if row.external else "no      "]
+    return _ending(row.name, row.certificate.not_valid_after_utc, others, file)
+
+
+def _ending(name: str, end: datetime, others: Sequence[str], file: Sequence[str] = ()) -> _Cells:
+    expires = f"{_MONTHS[end.month - 1]} {end:%d}, {end.year:04d} {end:%H:%M} UTC"
+    return _Cells([name, expires, *others, *file], [name, f"{end:%Y-%m-%d %H:%M}", *others])
 
 
 def _as_yaml(structure: Mapping[str, Any]) -> str:
