@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
-import stat
+import glob
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field
@@ -72,6 +71,8 @@ def history_file(store: Store) -> StateFile[History]:
 
 #: For another run that ends at the same moment.
 _WAIT = timedelta(seconds=10)
+#: The end of a temporary file's name, as `tempfile` makes it.
+_RANDOM = "[a-z0-9_]" * 8
 
 
 class MetricsError(BridgeError):
@@ -141,7 +142,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
         store.prepare()
         # a run that found another one at work ends while that goes on: the node's lock is not the one to take
         with lock(store.history_lock, "renew", _WAIT):
-            remove_unfinished(store.directory, f".{store.history.name}.????????")  # as `tempfile` makes them
+            remove_unfinished(store.directory, f".{store.history.name}.{_RANDOM}")
             runs = history_file(store)
             runs.put(count(runs.read()))
             _put(file, steady(of_node(settings, now, known(settings, now))).encode())
@@ -206,10 +207,7 @@ def _put(file: Path, data: bytes) -> None:
     The directory may belong to the monitor's user: no file in it is opened, and no link is followed.
     """
     with opened(file) as place:
-        ours = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
-        for one in place.path.parent.iterdir():
-            if ours.fullmatch(one.name) and stat.S_ISREG(one.lstat().st_mode):
-                one.unlink(missing_ok=True)
+        remove_unfinished(place.path.parent, f".{glob.escape(place.name)}.{_RANDOM}")
         write_atomically(place.path, data, 0o644)
 
 

@@ -59,7 +59,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         if item.pair is not None:  # `use.look_at_pairs` looks at it
             continue
         if item.foreign:
-            yield from _operators(item, now) if item.spec.by_flag else _self_made(item, node, now)
+            yield _operators(item, now) if item.spec.by_flag else _self_made(item, node, now)
             continue
         yield from _item(item, settings, now)
         if not item.named and item.state == "present":
@@ -106,7 +106,7 @@ def _name_in(item: Item) -> str:
     return subject.partition("CN=")[2].partition(",")[0] if is_nodes else ""
 
 
-def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
+def _self_made(item: Item, node: Node, now: datetime) -> Finding:
     """A kubelet's self-signed certificate: every cluster has it, and no client can verify it."""
     name, end = item.spec.name, expiry.first_end(item.certificates)
     hint = (
@@ -117,23 +117,21 @@ def _self_made(item: Item, node: Node, now: datetime) -> Iterator[Finding]:
     text = f"wanted a certificate of the CA in {item.anchor_path}, found one of {_name(item.certificates[0], 'issuer')}"
     if is_verified:
         more = ", and kube-apiserver verifies it (--kubelet-certificate-authority): no logs, no exec"
-        yield Finding.error("kubelet-self-signed", name, f"{text}{more}", hint)
-    elif end <= now:
+        return Finding.error("kubelet-self-signed", name, f"{text}{more}", hint)
+    if end <= now:
         more = f"{expiry.left_text(end, now)}, and the kubelet does not make another one; {text}"
-        yield Finding.warning("kubelet-self-signed", name, more, hint)
-    else:
-        more = f"{expiry.left_text(end, now)}; made by the kubelet itself, so that no client can verify it; {hint}"
-        yield Finding.note("kubelet-self-signed", name, more)
+        return Finding.warning("kubelet-self-signed", name, more, hint)
+    more = f"{expiry.left_text(end, now)}; made by the kubelet itself, so that no client can verify it; {hint}"
+    return Finding.note("kubelet-self-signed", name, more)
 
 
-def _operators(item: Item, now: datetime) -> Iterator[Finding]:
+def _operators(item: Item, now: datetime) -> Finding:
     """A component's serving certificate that an operator has from elsewhere: it stays, and no renewal keeps it from its end."""
     end = expiry.first_end(item.certificates)
     text = f"{expiry.left_text(end, now)}; of {_name(item.certificates[0], 'issuer')} in {item.certificate_path}, and not renewed here"
     if end <= now + CA_ENDS_SOON / 12:
-        yield Finding.warning("serving-certificate", item.spec.name, text, "have its own CA sign the next one")
-    else:
-        yield Finding.note("serving-certificate", item.spec.name, text)
+        return Finding.warning("serving-certificate", item.spec.name, text, "have its own CA sign the next one")
+    return Finding.note("serving-certificate", item.spec.name, text)
 
 
 # --- one certificate -------------------------------------------------------------------------------------------------

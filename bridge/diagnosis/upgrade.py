@@ -87,7 +87,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _cluster(Api.of_node(node, settings.node.kubeconfig_dir))
 
 
-def _says(about: str, text: str, hint: str = "") -> Finding:
+def _says(about: str, text: str, hint: str) -> Finding:
     return Finding.note("upgrade", about, text, hint)
 
 
@@ -292,11 +292,10 @@ def _of_kubelet(one: Served, verifying: list[str], now: datetime) -> Finding:
         text = f"its kubelet serves {one.place} with a certificate of the cluster's CA, {left_text(one.end, now)}"
         return Finding.ok("kubelet-serving", one.node, text)
     text = f"wanted a kubelet whose certificate the cluster's CA has signed, found: {one.trouble}"
-    hint = "`ca-bridge kubelets on` on that node"
     if verifying:
         text += f"; the API server of {', '.join(verifying)} verifies it, so that logs and exec do not work"
-        return Finding.error("kubelet-serving", one.node, text, hint)
-    return Finding.warning("kubelet-serving", one.node, text, hint)
+    make = Finding.error if verifying else Finding.warning
+    return make("kubelet-serving", one.node, text, "`ca-bridge kubelets on` on that node")
 
 
 def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Finding]:
