@@ -12,7 +12,7 @@ from bridge.ca import CA, registry
 from bridge.ca.retry import Rest
 from bridge.contract import Backend, Spends, TellsTime, Wanted
 from bridge.diagnosis import Finding, Level, from_error
-from bridge.diagnosis.installed import private_file
+from bridge.diagnosis.installed import ca_end, private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, expiry, verify
@@ -39,6 +39,7 @@ class Question(NamedTuple):
     specs: Sequence[CertificateSpec]
     wanted: Sequence[Wanted]  #: The same with what a renewal would ask for; empty where that is not known.
     expected: verify.Expectation | None  #: None: the CA's own certificate is the only one that is known.
+    is_desks: bool = False  #: No file tells how long the CA's own certificate is good: the CA does.
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -171,15 +172,19 @@ def _ask(
     opened.callback(reached.close)
     backend = reached.opened()
     spends = backend.spends() if isinstance(backend, Spends) else ""
-    wrong = reached.preflight(*((), ()) if spends else (question.specs, question.wanted), question.expected)
-    for name, error in wrong.items():
-        yield from_error("what-the-ca-would-sign", name, error)
-    yield from _clock(backend, configured)
-    for key, one in reached.ask_ends(f"backend.{configured.name}").items():
-        path = "" if one.file is None else str(one.file)
-        yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, reported=now), settings, now)
-    if not wrong:
-        yield Finding.ok("backend", _about(configured), _answers(reached, spends))
+    try:
+        wrong = reached.preflight(*((), ()) if spends else (question.specs, question.wanted), question.expected)
+        for name, error in wrong.items():
+            yield from_error("what-the-ca-would-sign", name, error)
+        yield from _clock(backend, configured)
+        for key, one in reached.ask_ends(f"backend.{configured.name}").items():
+            path = "" if one.file is None else str(one.file)
+            yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, reported=now), settings, now)
+        if not wrong:
+            yield Finding.ok("backend", _about(configured), _answers(reached, spends))
+    finally:
+        for certificate in reached.certificates[:1] if question.is_desks else ():
+            yield ca_end(certificate, f"CA {configured.authority}", now)
 
 
 def _answers(reached: CA, spends: str) -> str:

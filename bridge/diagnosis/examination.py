@@ -9,8 +9,6 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.ca import registry, signer_of
-from bridge.ca.retry import Rest
 from bridge.desk import files as desk_files
 from bridge.desk.policy import Policy
 from bridge.diagnosis import Finding, authorities, ca_keys, from_error, installed, machine, upgrade, use
@@ -103,7 +101,6 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding.error("settings", "settings", text)
     questions = {name: _question(name, policy, settings, now) for name in settings.authorities}
     yield from authorities.ask_all(settings, dict.fromkeys(questions), questions, now)
-    yield from _cas(settings, now)
 
 
 def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
@@ -120,18 +117,4 @@ def _question(name: str, policy: Policy | None, settings: Settings, now: datetim
         now=now,
         min_validity=settings.renewal.min_validity,
     )
-    return authorities.Question(specs=specs, wanted=[], expected=expected if anchors else None)
-
-
-def _cas(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Findings about how long the CAs' own certificates are good, by their own word."""
-    try:
-        backends = registry.configured(settings, settings.authorities)
-    except SettingsError:
-        return  # a finding says so already
-    for name, configured in backends.items():
-        try:
-            certificates = signer_of(configured, Rest())
-        except BridgeError:
-            continue  # a finding says so already
-        yield from (installed.ca_end(certificate, f"CA {name}", now) for certificate in certificates)
+    return authorities.Question(specs=specs, wanted=[], expected=expected if anchors else None, is_desks=True)
