@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.cli.options import Common, command, utc_now
 from bridge.cli.printing import say, say_sentence, wrapped
+from bridge.diagnosis.installed import key_of
 from bridge.errors import BridgeError, Exit
-from bridge.node import inventory, kubeconfig, sample_pki
+from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
@@ -110,7 +110,7 @@ class _Story:
         code = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
         self._expect(code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
         code, items = self._command("ca-bridge recover", 2, 0), self._items()
-        paired = sum(map(_is_pair, items))
+        paired = sum(not any(key_of(item)) for item in items)
         text = f"every key belongs to its certificate: {paired} of {len(items)}"
         self._expect(code == Exit.DONE and paired == len(items), text)
 
@@ -196,12 +196,6 @@ def _toned(line: str) -> str:
     level, colon, text = line.partition(":")
     is_level = level.strip() in {"error", "hint", "warning"}
     return f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else line
-
-
-def _is_pair(item: Item) -> bool:
-    path = item.key_path
-    pem_key = path.read_bytes() if path is not None else kubeconfig.key_data(item.certificate_path.read_bytes())
-    return load_pem_private_key(pem_key or b"", None).public_key() == item.certificates[0].public_key()
 
 
 def _is_good(item: Item) -> bool:
