@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bridge import dataclass
 from bridge.cli.app import Command
-from bridge.cli.expiration_forms import PhaseOfCa, look
+from bridge.cli.expiration_forms import look
 from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say, say_usage, unwritten
 from bridge.errors import BridgeError
@@ -30,6 +29,7 @@ from bridge.words import one_line
 if TYPE_CHECKING:
     from bridge.control_plane.proof import ProofFinding
     from bridge.renewal.gate import Failures
+    from bridge.rotation.places import Replaced
     from bridge.state.credentials import Credential
 
 _Output = Literal["table", "json", "yaml", "prometheus", "nagios"]
@@ -101,8 +101,8 @@ def check_expiration(
 
         known = monitoring.known_here(settings, utc_now())
     node, now, own = inventory.of(settings.node), utc_now(), _own(settings)
-    phases = _phases(settings, node, now)
-    found = look(node, now, within, output, renewal=settings.renewal, known=known, own=own, phases=phases)
+    replaced = _replaced(settings, node)
+    found = look(node, now, within, output, renewal=settings.renewal, known=known, own=own, replaced=replaced)
     return _print(*found, is_styled=output == "table")
 
 
@@ -110,8 +110,8 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
     """Print a plugin's line and return its status; errors are in the line, too: monitors show no standard error."""
     try:
         settings = common.settings()
-        limits = Thresholds.of(settings, warning, critical)
-        code = _print(*nagios_check(settings, utc_now(), limits, _failures(settings), _own(settings) or ()))
+        found = nagios_check(settings, utc_now(), warning, critical, _failures(settings), _own(settings) or ())
+        code = _print(*found)
     except (BridgeError, OSError) as e:
         error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename}: {e.strerror}")
         print_error(error)
@@ -157,47 +157,35 @@ def _own(settings: Settings) -> list[Credential] | None:
     return credentials.look(settings, places, Store(settings.node.state_dir))
 
 
-def _phases(settings: Settings, node: Node, now: datetime) -> list[PhaseOfCa] | None:
-    """The phase of each CA that is being replaced; None: this user may not see it."""
+def _replaced(settings: Settings, node: Node) -> list[Replaced] | None:
+    """The CAs that are being replaced; None: this user may not see that."""
     if not any(ours.next for ours in settings.authorities.values()):
         return []
     from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
 
     try:
-        found = places.look(settings, node, ())
-        return [PhaseOfCa(name, one.standing.text, one.since, one.is_late(now)) for name, one in found.items()]
+        return list(places.look(settings, node, ()).values())
     except (BridgeError, OSError):
         return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thresholds:
-    """How long before its end a certificate is worth a status."""
+def _limits(settings: Settings, warning: timedelta | None, critical: timedelta | None) -> tuple[Limit, Limit]:
+    """When there is a warning (by default when `renew` would renew it), and when it is critical (at a third of that)."""
 
-    warning: Limit
-    critical: Limit
-    cas: Limit  #: For a warning about a CA.
+    def early(lifetime: timedelta) -> timedelta:
+        return settings.renewal.before.of(min(lifetime, settings.renewal.validity)) if warning is None else warning
 
-    @classmethod
-    def of(cls, settings: Settings, warning: timedelta | None, critical: timedelta | None) -> Thresholds:
-        """The limits that were asked for; else the warning when `renew` would renew it, critical at a third of that."""
+    def late(lifetime: timedelta) -> timedelta:
+        return early(lifetime) * _CRITICAL_SHARE if critical is None else critical
 
-        def by_settings(lifetime: timedelta) -> timedelta:
-            return settings.renewal.before.of(min(lifetime, settings.renewal.validity))
-
-        def early(lifetime: timedelta) -> timedelta:
-            return by_settings(lifetime) if warning is None else warning
-
-        def late(lifetime: timedelta) -> timedelta:
-            return early(lifetime) * _CRITICAL_SHARE if critical is None else critical
-
-        return cls(warning=early, critical=late, cas=(lambda _: CA_ENDS_SOON) if warning is None else early)
+    return early, late
 
 
 def nagios_check(
     settings: Settings,
     now: datetime,
-    limits: Thresholds,
+    warning: timedelta | None,
+    critical: timedelta | None,
     failures: Mapping[str, Failures] | None,
     own: Sequence[Credential] = (),
 ) -> tuple[str, list[str], int]:
@@ -208,20 +196,22 @@ def nagios_check(
     """
     node = inventory.of(settings.node)
     left_alone = settings.renewal.left_alone
-    early = report(node, now, limits.warning, left_alone, limits.cas)
-    late = report(node, now, limits.critical, left_alone)
+    early_limit, late_limit = _limits(settings, warning, critical)
+    early = report(node, now, early_limit, left_alone, early_limit if warning is not None else lambda _: CA_ENDS_SOON)
+    late = report(node, now, late_limit, left_alone)
     from bridge.renewal import in_use  # noqa: PLC0415 (for monitors alone)
 
     unused = [] if failures is None else in_use.late(settings, node, now)
-    critical = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
-    critical += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
-    phases = None if failures is None else _phases(settings, node, now)
-    slow = [f"{one.name} is in phase {one.phase} since {minute(one.since)}" for one in phases or () if one.is_late]
+    errors = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
+    errors += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
+    replaced = None if failures is None else _replaced(settings, node)
+    slow = [f"{one.name} is in phase {one.standing.text} since {minute(one.since)}"
+            for one in replaced or () if one.is_late(now)]  # fmt: skip
     near = [f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}"
             for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]  # fmt: skip
-    warning = [*_warning(early, late, failures, unused), *slow, *near]
-    status = 2 if critical or early.troubles else 1 if warning else 0
-    what = ", ".join([*critical, *warning]) or _good(early)
+    warnings = [*_warning(early, late, failures, unused), *slow, *near]
+    status = 2 if errors or early.troubles else 1 if warnings else 0
+    what = ", ".join([*errors, *warnings]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
     later = {row.name: row for row in late.rows}  # another limit may give another order
     data = " ".join(_performance(one, later[one.name]) for one in early.rows if one.chain)

@@ -19,6 +19,7 @@ from bridge.words import escaped, steady
 
 if TYPE_CHECKING:
     from bridge.monitoring import Remembered
+    from bridge.rotation.places import Replaced
     from bridge.state.credentials import Credential
 
 #: Grows when a key changes its meaning or goes; new keys do not count.
@@ -32,15 +33,6 @@ _OWN_HEADER = ("CREDENTIAL OF CA-BRIDGE", "EXPIRES", "RESIDUAL TIME", "FILE")
 _EXTRA_HEADER = ("NOT LISTED BY KUBEADM", *_HEADER[1:], "FILE")
 
 
-class PhaseOfCa(NamedTuple):
-    """The phase of a CA's replacement."""
-
-    name: str
-    phase: str  #: Such as `trusted`, or `trusted → issued` where that is half done.
-    since: datetime
-    is_late: bool  #: Whether it stays between two phases, or was forgotten.
-
-
 def look(
     node: Node,
     now: datetime,
@@ -50,19 +42,20 @@ def look(
     renewal: RenewalSettings | None = None,
     known: Remembered | None = None,
     own: Sequence[Credential] | None = (),
-    phases: Sequence[PhaseOfCa] | None = (),
+    replaced: Sequence[Replaced] | None = (),
 ) -> tuple[str, list[str], int]:
     """
     Return a `table`, `json`, `yaml` or `prometheus` text, lines for standard error, and the exit code.
 
     The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
-    `known`, our own credentials and the phases of CAs that are being replaced are None for a user who may not see them.
+    `known`, our own credentials and the CAs that are being replaced are None for a user who may not see them.
     """
     renewal = renewal or RenewalSettings()
     found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)
     if output == "table":
         lines = [
-            f"{one.name} is being replaced: phase {one.phase}, since {minute(one.since)}\n" for one in phases or ()
+            f"{one.name} is being replaced: phase {one.standing.text}, since {minute(one.since)}\n"
+            for one in replaced or ()
         ]
         text = "".join([table(found, renewal), _own_table(own or (), renewal, now), "\n" if lines else "", *lines])
     elif output == "prometheus":
@@ -72,9 +65,9 @@ def look(
     elif output == "json":
         import json  # noqa: PLC0415 (7 ms that the table has no use for)
 
-        text = escaped(json.dumps(_structure(found, own, now, phases), indent=4, ensure_ascii=False)) + "\n"
+        text = escaped(json.dumps(_structure(found, own, now, replaced), indent=4, ensure_ascii=False)) + "\n"
     else:
-        text = _as_yaml(_structure(found, own, now, phases))
+        text = _as_yaml(_structure(found, own, now, replaced))
     code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
     return text, list(found.troubles), code
 
@@ -203,20 +196,18 @@ def _as_yaml(structure: Mapping[str, Any]) -> str:
 
 
 def _structure(
-    found: ExpiryReport, own: Sequence[Credential] | None, now: datetime, phases: Sequence[PhaseOfCa] | None
+    found: ExpiryReport, own: Sequence[Credential] | None, now: datetime, replaced: Sequence[Replaced] | None
 ) -> dict[str, Any]:
     """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order, and more keys."""
-    replaced = None
-    if phases is not None:
-        replaced = [{"name": one.name, "phase": one.phase, "since": rfc3339(one.since)} for one in phases]
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
         "certificates": [_entry(row) for row in found.certificates],
         "certificateAuthorities": [_entry(row) for row in found.authorities],
         "extraCertificates": [_entry(row) for row in found.extra],
-        "ownCredentials": None if own is None else [_own_entry(one, now) for one in own],
-        "replacedAuthorities": replaced,
+        "ownCredentials": own and [_own_entry(one, now) for one in own],
+        "replacedAuthorities": replaced
+        and [{"name": one.name, "phase": one.standing.text, "since": rfc3339(one.since)} for one in replaced],
         "schemaVersion": SCHEMA_VERSION,
     }
 

@@ -47,8 +47,9 @@ def check(
 ) -> tuple[str, int]:
     """The words before the performance data, and the status."""
     settings = overridden(parse(text), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    limits = expiration.Thresholds.of(settings, warning, critical)
-    line, _, status = expiration.nagios_check(settings, now, limits, failures if failures is not None else {})
+    line, _, status = expiration.nagios_check(
+        settings, now, warning, critical, failures if failures is not None else {}
+    )
     return line.partition(" | ")[0], status
 
 
@@ -117,8 +118,7 @@ def test_a_credential_of_ours_that_can_not_be_read_is_critical(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
     own = Credential(name="backend.corp.client_cert", path="/etc/corp/client.pem", trouble=trouble)
-    limits = expiration.Thresholds.of(settings, DAY, None)
-    line, _, found = expiration.nagios_check(settings, NOW, limits, {}, [own])
+    line, _, found = expiration.nagios_check(settings, NOW, DAY, None, {}, [own])
     assert (found, "backend.corp.client_cert unreadable" in line) == (status, status == 2)
 
 
@@ -128,8 +128,7 @@ def test_the_limits_in_the_data_are_the_certificates_own(tmp_path: Path) -> None
     settings = overridden(
         parse('[renewal]\nsuper_admin = "by-name"\n'), node.pki_dir, node.kubeconfig_dir, node.root / "state"
     )
-    limits = expiration.Thresholds.of(settings, None, None)
-    line, _, _ = expiration.nagios_check(settings, NOW, limits, {})
+    line, _, _ = expiration.nagios_check(settings, NOW, None, None, {})
     found = dict(re.findall(r"'([^']+)'=\d+s;(\S*)", line.partition(" | ")[2]))
     assert next(iter(found)) == "kubelet.conf"
     assert found.pop("super-admin.conf") == ";"
@@ -139,7 +138,7 @@ def test_the_limits_in_the_data_are_the_certificates_own(tmp_path: Path) -> None
 def test_performance_data_can_be_drawn(node: Pki) -> None:
     """Each certificate has its seconds left, with both limits as ranges that alert below them."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    line, _, _ = expiration.nagios_check(settings, NOW, expiration.Thresholds.of(settings, None, None), {})
+    line, _, _ = expiration.nagios_check(settings, NOW, None, None, {})
     values = line.partition(" | ")[2].split(" ")
     assert f"'apiserver'={20 * 86400}s;{30 * 86400}:;{10 * 86400}:" in values
     assert len(values) == 14
@@ -167,7 +166,7 @@ def test_failed_runs_are_a_warning(tmp_path: Path) -> None:
 def test_who_may_not_see_failed_runs_says_so(node: Pki) -> None:
     """A monitor without root still sees the certificates, and the line says what it can't see."""
     settings = overridden(parse(""), node.pki_dir, node.kubeconfig_dir, node.root / "state")
-    line, _, status = expiration.nagios_check(settings, NOW, expiration.Thresholds.of(settings, DAY, None), None)
+    line, _, status = expiration.nagios_check(settings, NOW, DAY, None, None)
     assert (status, "failed runs are for root to see" in line) == (0, True)
 
 
@@ -260,7 +259,7 @@ def test_a_replacement_that_is_half_done_or_forgotten_is_a_warning(tmp_path: Pat
     line, status = check(pki, text, now=now)
     assert (status, "ca is in phase old → trusted since " in line) == (1, True)
     settings = overridden(parse(text), pki.pki_dir, pki.kubeconfig_dir, pki.root / "state")
-    assert expiration.nagios_check(settings, now, expiration.Thresholds.of(settings, None, None), None)[2] == 0
+    assert expiration.nagios_check(settings, now, None, None, None)[2] == 0
     for file in places.look(settings, inventory.of(settings.node), ["ca"])["ca"].trust_files(Phase.TRUSTED):
         file.path.write_bytes(file.data or b"")
     assert check(pki, text, now=now)[1] == 0

@@ -184,7 +184,7 @@ def test_super_admin_is_renewed_by_name_alone(site: Site) -> None:
         assert SUPER_ADMIN not in [one.name for one in site.renew(*names).outcomes]
     later = now() + 30 * DAY  # it has ended, and the others were renewed
     settings = site.settings
-    line, _, status = expiration.nagios_check(settings, later, expiration.Thresholds.of(settings, None, None), {})
+    line, _, status = expiration.nagios_check(settings, later, None, None, {})
     assert (status, f"{SUPER_ADMIN} expired" in line) == (0, False)
     assert SUPER_ADMIN not in site.bridge.run("check-expiration", "-o", "prometheus").stdout
     assert SUPER_ADMIN in site.bridge.run("check-expiration").stdout

@@ -77,9 +77,7 @@ class Site:
     @property
     def warnings(self) -> tuple[bool, bool, bool]:
         """Whether Nagios, the metrics and the doctor warn."""
-        line, _, status = expiration.nagios_check(
-            self.settings, now(), expiration.Thresholds.of(self.settings, None, None), {}
-        )
+        line, _, status = expiration.nagios_check(self.settings, now(), None, None, {})
         known = monitoring.known_here(self.settings, now())
         found = [one.check for one in examination.examine(self.settings, now())]
         return (

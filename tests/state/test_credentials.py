@@ -291,7 +291,7 @@ def test_nagios_shows_it(site: Site, left: int, status: int, says: str) -> None:
     site.ends_in(left * DAY)
     settings = site.settings
     own = credentials.look(settings, [CredentialFile(NAME, site.certificate)], None)
-    line, _, found = expiration.nagios_check(settings, now(), expiration.Thresholds.of(settings, None, None), {}, own)
+    line, _, found = expiration.nagios_check(settings, now(), None, None, {}, own)
     assert (found, says in line) == (status, True)
     run = site.bridge.run("check-expiration", "-o", "nagios")
     assert (run.returncode, says in run.stdout) == (status, True)
