@@ -251,7 +251,7 @@ def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]
     yield _metric(
         "ca_bridge_certificate_not_after_seconds",
         "End of a certificate's validity, or of its intermediate's or CA's if that is sooner.",
-        ((_labels(row), _end(row)) for row in leaves if row.certificate),
+        ((_labels(row), _timestamp(first_end(row.chain))) for row in leaves if row.certificate),
     )
     yield _metric(
         "ca_bridge_certificate_due_seconds",
@@ -261,7 +261,7 @@ def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]
     yield _metric(
         "ca_bridge_authority_not_after_seconds",
         "End of a CA certificate's validity.",
-        ((_labels(row), _end(row)) for row in cas if row.certificate),
+        ((_labels(row), _timestamp(first_end(row.chain))) for row in cas if row.certificate),
     )
     yield _metric(
         "ca_bridge_certificate_usable",
@@ -332,9 +332,5 @@ def _labels(row: Row) -> str:
     return labels(name=row.name, authority=row.authority or row.name, path=row.path)
 
 
-def _end(row: Row) -> int:
-    return _timestamp(first_end(row.chain))
-
-
 def _timestamp(time: datetime) -> int:
-    return (time - datetime(1970, 1, 1, tzinfo=time.tzinfo)) // timedelta(seconds=1)
+    return int(time.timestamp())

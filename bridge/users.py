@@ -90,14 +90,9 @@ class CsrRefusedError(BridgeError):
     hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
 
 
-def naming_of(user: User) -> Naming:
-    """The subject of a user, as `kubeadm kubeconfig user` writes it: all groups, then the name; no SAN."""
-    return Naming(subject=subject_of(user.name, user.groups))
-
-
 def make_csr(user: User, key: PrivateKey) -> bytes:
-    """A CSR in PEM."""
-    return csr.build_for(naming_of(user), key)
+    """A CSR in PEM, as `kubeadm kubeconfig user` makes it: all groups, then the name; no SAN."""
+    return csr.build_for(Naming(subject=subject_of(user.name, user.groups)), key)
 
 
 def stem_of(name: str) -> str:

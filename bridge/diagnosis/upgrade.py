@@ -98,15 +98,16 @@ def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Fin
     name = state.authority.name
     for certificate in _VALIDATED[name]:
         item = node.item(certificate)
-        wrong = _wrong(item, state, now) if item is not None else ""
-        if not wrong and item is not None and item.certificates[0].not_valid_after_utc - now < _SOON:
-            end = minute(item.certificates[0].not_valid_after_utc)
-            text = f"wanted it to outlive the maintenance, found that it ends {end}; from then on kubeadm aborts"
-            yield Finding.warning("upgrade-ends-soon", certificate, text, f"ca-bridge renew {certificate}")
-        if not wrong:
+        if item is None:
             continue
-        hint = f"ca-bridge renew {certificate}, before kubeadm upgrade; or upgrade with --certificate-renewal=false"
-        yield Finding.error("upgrade-aborts", certificate, f"{wrong}: kubeadm upgrade {_where(name, node)}", hint)
+        if wrong := _wrong(item, state, now):
+            hint = f"ca-bridge renew {certificate}, before kubeadm upgrade; or upgrade with --certificate-renewal=false"
+            yield Finding.error("upgrade-aborts", certificate, f"{wrong}: kubeadm upgrade {_where(name, node)}", hint)
+        elif (end := item.certificates[0].not_valid_after_utc) - now < _SOON:
+            text = (
+                f"wanted it to outlive the maintenance, found that it ends {minute(end)}; from then on kubeadm aborts"
+            )
+            yield Finding.warning("upgrade-ends-soon", certificate, text, f"ca-bridge renew {certificate}")
 
 
 def _where(authority: str, node: Node) -> str:
@@ -281,7 +282,7 @@ def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[
             yield _of_kubelet(one, verifying, now)
         yield from _of_api_servers(api, authorities)
         yield _of_map(api)
-    except (BridgeError, NoAnswerError) as e:
+    except BridgeError as e:
         yield from_error("kubelets", "cluster", e)
     except (UnreadableError, YamlError, ValueError) as e:
         yield Finding.error("kubelets", "cluster", str(e))
