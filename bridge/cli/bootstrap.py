@@ -18,7 +18,7 @@ from bridge.bootstrap.desired import Bootstrapped, DesiredNode, NodeInputs, NotW
 from bridge.bootstrap.make import make
 from bridge.bootstrap.orders import read_order, read_signed_order
 from bridge.cli import setup as ca_setup
-from bridge.cli.options import ZERO, Common, WaitOption, command, group, utc_now
+from bridge.cli.options import Common, WaitOption, command, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
 from bridge.cli.results import print_errors, whereabouts
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
@@ -69,7 +69,7 @@ class NodeOptions:
         list[Path] | None, typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.")
     ] = None
     anew: Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")] = False
-    wait: WaitOption = ZERO
+    wait: WaitOption = timedelta()
 
     def facts(self, **of_cluster: Any) -> ConfigurationFacts:
         """The facts of the node itself, beside those of its cluster."""

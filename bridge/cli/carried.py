@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,6 @@ import typer
 
 from bridge import monitoring
 from bridge.cli.options import (
-    ZERO,
     AllOrNothingOption,
     ChangeOptions,
     Common,
@@ -57,7 +56,7 @@ def export(
     names: Names = None,
     *,
     options: ChangeOptions,
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
 ) -> int:
     """
     Write requests for what is due into one file for a CA desk; the new keys stay on this node.
@@ -103,7 +102,7 @@ def import_answers(
         ),
     ],
     all_or_nothing: AllOrNothingOption = False,
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -154,7 +153,7 @@ def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
 def pending_cancel(
     common: Common,
     names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.")],
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
 ) -> int:
     """Forget requests and remove their keys; a later answer to them is refused."""
     settings, options = common.settings(), RunOptions(names=tuple(names), wait=wait)

@@ -10,7 +10,6 @@ import typer
 from bridge import control_plane, monitoring
 from bridge.cli import renew
 from bridge.cli.options import (
-    ZERO,
     Common,
     ForceOption,
     Output,
@@ -45,7 +44,7 @@ def restart(
         ),
     ] = None,
     force: ForceOption = False,
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -95,7 +94,9 @@ def _entry(one: restarts.Restarted) -> dict[str, object]:
 @command(commands, "prove")
 def prove(
     common: Common,
-    wait: Annotated[timedelta, duration_option('How long to wait until everything works, such as "60s".')] = ZERO,
+    wait: Annotated[
+        timedelta, duration_option('How long to wait until everything works, such as "60s".')
+    ] = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -157,7 +158,7 @@ _certs = group(
 
 
 @command(_certs, "on")
-def certs_on(common: Common, wait: WaitOption = ZERO) -> int:
+def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
     """
     Make the pairs, put them into the manifests of this node and, when each node has them, into kubeadm-config.
 
@@ -186,7 +187,7 @@ def certs_on(common: Common, wait: WaitOption = ZERO) -> int:
 
 
 @command(_certs, "off")
-def certs_off(common: Common, wait: WaitOption = ZERO) -> int:
+def certs_off(common: Common, wait: WaitOption = timedelta()) -> int:
     """
     Take the pairs out of kubeadm-config and of this node's manifests, and remove them, into a backup.
 

@@ -173,7 +173,6 @@ class _Story:
         return done.returncode
 
     def _expect(self, is_so: bool, text: str) -> None:
-        """Say it, or that it is not so."""
         if not is_so:
             self.wrong.append(text)
         _say(f"{_INDENT}{_styled('✓', 'good') if is_so else _styled('✗ NOT SO:', 'error')} {text}")

@@ -12,7 +12,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from bridge.cli.options import ZERO, Common, WaitOption, command, utc_now
+from bridge.cli.options import Common, WaitOption, command, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_sentence, wrapped
 from bridge.contract import Issued
 from bridge.desk.desk import Desk, Job, RefusedByPolicyError
@@ -61,7 +61,7 @@ def sign(
     ] = None,
     node: Annotated[str, typer.Option(help="The node whose CSRs the directory holds.")] = "",
     cluster: Annotated[str, typer.Option(help="The cluster of that node.")] = "",
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
 ) -> int:
     """
     Sign what the policy allows, at the CA desk: request bundles of nodes, or kubeadm's CSRs.
@@ -83,7 +83,6 @@ def sign(
 
 
 def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool, approve: bool) -> int:
-    """Sign, or say what would be signed; the worst exit code."""
     rules = load_policy(settings, options.policy)
     options.assert_usable(rules)
     approver = _Terminal().approve if approve and not dry_run else None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bridge import monitoring
-from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
+from bridge.cli.options import Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table
 from bridge.cli.results import certificates_json, errors_json, print_pairs, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
@@ -138,7 +138,7 @@ def rollback(
     force: Annotated[
         bool, typer.Option("--force", help="Also what would not pass as new; never damage or another CA.")
     ] = False,
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
     """

@@ -206,8 +206,6 @@ AnyIdentityOption = Annotated[
         "May be given more than once.",
     ),
 ]
-#: The default of durations that need not be given.
-ZERO = timedelta()
 WaitOption = Annotated[timedelta, duration_option('How long to wait for another run to end, such as "60s".')]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of the result.")]
 AllOrNothingOption = Annotated[bool, typer.Option("--all-or-nothing", help="Install nothing if one certificate fails.")]

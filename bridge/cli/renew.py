@@ -12,7 +12,6 @@ import typer
 
 from bridge import control_plane, dataclass, monitoring
 from bridge.cli.options import (
-    ZERO,
     AllOrNothingOption,
     AnyIdentityOption,
     ChangeOptions,
@@ -71,7 +70,7 @@ def renew_command(
     rekey: Annotated[
         bool, typer.Option("--rekey", help="Make new keys, which every renewal does: it changes nothing.")
     ] = False,
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
     """
@@ -102,7 +101,7 @@ def install_command(
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     any_identity: AnyIdentityOption = None,
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
     """

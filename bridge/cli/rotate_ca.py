@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bridge import dataclass, monitoring
-from bridge.cli.options import ZERO, Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
+from bridge.cli.options import Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
 from bridge.control_plane import neighbours
@@ -62,7 +62,7 @@ class _LogOptions:
         duration_option(
             'Count by API servers\' metrics, for so long, such as "1m", requests by the ends of their certificates.'
         ),
-    ] = ZERO
+    ] = timedelta()
 
 
 @command(rotate_group, "status")
@@ -248,7 +248,7 @@ class _Options:
     """The options of each phase; one option a field."""
 
     ca: CaOption = None
-    wait: WaitOption = ZERO
+    wait: WaitOption = timedelta()
     output: OutputOption = Output.TEXT
 
 

@@ -17,7 +17,7 @@ from cryptography import x509
 
 from bridge.ca import failed, registry
 from bridge.ca.conformance import ABILITIES, CHECKS, FURTHER_ABILITIES, Check, NotSupportedError, Trial, abilities
-from bridge.cli.options import ZERO, Common, command, duration_option, group, utc_now
+from bridge.cli.options import Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, CollectsAll, ListsIssuers, Secret, Selector, Spends
 from bridge.desk import files as desk_files
@@ -130,7 +130,6 @@ _EXAMPLE_NAME = re.compile(r"(?<![\w-])example\.(com|net|org)(?![\w.-])|\.exampl
 
 
 def _texts(table: Any) -> Iterator[tuple[str, str]]:
-    """The texts in a backend's settings, each with its key."""
     for key, value in leaves(table):
         if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", text) for name, text in value.items())
@@ -257,7 +256,7 @@ def run_suite(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]")
     ] = None,
-    wait: Annotated[timedelta, duration_option('For a CA that answers later, such as "10m".')] = ZERO,
+    wait: Annotated[timedelta, duration_option('For a CA that answers later, such as "10m".')] = timedelta(),
 ) -> int:
     """
     Run the suite that every backend passes against an authority's backend; the node stays as it is.

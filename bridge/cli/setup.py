@@ -177,7 +177,6 @@ def _renamed(live: ByAuthority, names: Mapping[str, str]) -> ByAuthority:
 
 
 def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[SetupFile]:
-    """The files for the CA of the gateway's pods, by the gateway's policy."""
     from bridge.gateway.nodes import Nodes  # noqa: PLC0415 (all of the gateway)
     from bridge.gateway.rules import patterns  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bridge import users
-from bridge.cli.options import ZERO, Common, WaitOption, command, duration_option, group, utc_now
+from bridge.cli.options import Common, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
@@ -71,7 +71,7 @@ def user(
         Path | None, typer.Option(metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
     ] = None,
     key: _Key = "ecdsa-p256",
-    wait: WaitOption = ZERO,
+    wait: WaitOption = timedelta(),
 ) -> None:
     """
     Have a short-lived client certificate signed, and write a kubeconfig with it.

@@ -228,7 +228,7 @@ class _Search:
                 with os.scandir(waiting.pop()) as entries:
                     found = sorted(entries, key=lambda entry: entry.name)
             except OSError as e:
-                self._count(e)
+                self._closed += not isinstance(e, FileNotFoundError)
                 continue
             for entry in found:
                 try:
@@ -237,7 +237,7 @@ class _Search:
                     elif entry.is_file(follow_symlinks=False) and self._is_new(entry.stat(follow_symlinks=False)):
                         yield Path(entry.path)
                 except OSError as e:
-                    self._count(e)
+                    self._closed += not isinstance(e, FileNotFoundError)
 
     def _is_here(self, kind: str, place: str) -> bool:
         if _REMOTE.fullmatch(kind):
@@ -251,9 +251,6 @@ class _Search:
         is_new = key not in self._seen
         self._seen.add(key)
         return is_new
-
-    def _count(self, error: OSError) -> None:
-        self._closed += not isinstance(error, FileNotFoundError)
 
     def in_cluster(self, api: Api) -> Iterator[Finding]:
         """A finding for each Secret with a CA's key, and for kubeadm's, which has all of them."""

@@ -226,7 +226,6 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
 def _copy(
     path: Path, certificate: x509.Certificate, live: Mapping[x509.Certificate, str], admins: Mapping[str, Item]
 ) -> Iterator[Finding]:
-    """Tell of a file in a home that has this client certificate."""
     if certificate in live:
         text = f"a copy of {live[certificate]}"
         advice = "which is to be copied again after each renewal, or listed in copies.files"
