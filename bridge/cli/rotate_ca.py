@@ -82,7 +82,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     if output is Output.JSON:
         cas = [_json(one, _lagging(settings, node, one)) for one in found.values()]
         seen = {"users": users and users.users, "unreadLines": users and users.unread, "refusals": refusals}
-        say_json(cas=cas, **seen, requests=watched and _requests_json(watched))
+        say_json(cas=cas, **seen, requests=watched)
         return
     if not found:
         say_sentence("no CA is being replaced: no authority of the settings has a table `next`")
@@ -119,17 +119,6 @@ def _say_watched(watched: Watched | None, period: timedelta) -> None:
     for server, count in watched.failed.items() if watched else ():
         what = "of clients that do not trust its certificate, of scanners and health checks"
         say_sentence(f"{server}: {count} TLS handshakes failed in {duration_text(period)}: {what}", "  ")
-
-
-def _requests_json(watched: Watched) -> dict[str, Any]:
-    def seconds(limit: timedelta | None) -> int | None:
-        return None if limit is None else round(limit.total_seconds())
-
-    counts = []
-    for one in watched.requests:
-        limits = {"moreThanSeconds": seconds(one.more_than), "atMostSeconds": seconds(one.at_most)}
-        counts.append({"server": one.server, "count": one.count, **limits, "isLikeNew": one.is_like_new})
-    return {"byEnd": counts, "failedHandshakes": dict(watched.failed), "troubles": watched.troubles}
 
 
 def _witnesses(

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from bridge.pki.expiry import duration_text
 from bridge.rotation import Change
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit
+from bridge.system.codec import named
 from bridge.system.files import reasons
 from bridge.system.paths import UnreadableError, read_present, regular_file
 from bridge.words import one_line
@@ -240,9 +242,10 @@ class Requests:
 
     server: str
     count: int
-    more_than: timedelta | None  #: None: they have ended.
-    at_most: timedelta | None  #: None: any.
-    is_like_new: bool  #: A certificate that is known to be of the new CA ends then, too.
+    more_than: timedelta | None = field(metadata=named("moreThanSeconds"))  #: None: they have ended.
+    at_most: timedelta | None = field(metadata=named("atMostSeconds"))  #: None: any.
+    #: A certificate that is known to be of the new CA ends then, too.
+    is_like_new: bool = field(metadata=named("isLikeNew"))
 
     def __str__(self) -> str:
         """For the screen."""
@@ -300,8 +303,8 @@ def requests(
 class Watched:
     """The counters of all API servers over some time."""
 
-    requests: list[Requests]
-    failed: Mapping[str, int]  #: TLS handshakes, by server.
+    requests: list[Requests] = field(metadata=named("byEnd"))
+    failed: Mapping[str, int] = field(metadata=named("failedHandshakes"))  #: TLS handshakes, by server.
     troubles: list[str]  #: About servers that could not be asked.
 
 
