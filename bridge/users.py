@@ -13,7 +13,7 @@ import errno
 import glob
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def stem_of(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._@+-]", "_", name)
 
 
-def write_request(user: User, directory: Path, algorithm: KeyAlgorithm = DEFAULT_KEY) -> tuple[Path, Path]:
+def write_request(user: User, directory: Path, algorithm: KeyAlgorithm) -> tuple[Path, Path]:
     """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
     if wrong := [SettingsProblem(what, user_rules.NAME_FORM, found) for what, found in user_rules.misnamed(user)]:
         raise SettingsError(wrong)
@@ -263,24 +263,17 @@ def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> Non
 # --- what is known before the CA is asked ----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _held_open(order: UserOrder) -> Iterator[tuple[Path, Kubeconfig | None]]:
-    """The kubeconfig's path in a directory that is held open, so that its owner can't exchange it; the older one there."""
-    with opened(order.out) as place:
-        yield place.path, _older(place.path, order)
-
-
 def _assert_may_write(order: UserOrder) -> Kubeconfig | None:
-    """An older kubeconfig of the same user is replaced, nothing else."""
     try:
-        with _held_open(order) as (_, older):
-            return older
+        with opened(order.out) as place:
+            return _older(place.path, order)
     except OSError as e:
         found = "none" if isinstance(e, FileNotFoundError) else e.strerror
         raise BridgeError(f"{order.out.parent}: wanted the directory for the kubeconfig, found {found}") from None
 
 
 def _older(path: Path, order: UserOrder) -> Kubeconfig | None:
+    """The kubeconfig of the same user that is to be replaced, if there is one; nothing else may be there."""
     found: Kubeconfig | None = None
     with contextlib.suppress(UnreadableError, kubeconfig.KubeconfigError):
         try:
@@ -446,7 +439,9 @@ def _write(order: UserOrder, fresh: FreshKubeconfig, verified: verify.Verified, 
     """Write the kubeconfig with mode 0600, with or without a key; while a CA is replaced, it trusts both."""
     text = fresh.text(pem(*verified.chain), one.key_pem, _key_file(order, one))
     wanted, hint = f"{order.out}: wanted to write the kubeconfig", "run the same command again with a writable place"
-    with reasons(BridgeError, wanted, hint=hint), _held_open(order) as (path, _):
+    # the directory is held open, so that its owner can't exchange it
+    with reasons(BridgeError, wanted, hint=hint), opened(order.out) as place:
+        _older(place.path, order)
         # what a killed run left holds a key
-        remove_unfinished(path.parent, f".{glob.escape(path.name)}.????????")
-        write_atomically(path, text)
+        remove_unfinished(place.path.parent, f".{glob.escape(place.name)}.????????")
+        write_atomically(place.path, text)
