@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -250,7 +250,8 @@ class Command(TyperCommand):
         """Refuse empty paths, which would be the working directory, options that can't be combined, or that lack another one."""
         rest: list[str] = super().parse_args(ctx, args)
         for one in self.params:
-            if one.type.name == "path" and "" in _values(ctx.params.get(one.name)):
+            value = ctx.params.get(one.name)
+            if one.type.name == "path" and "" in (value if isinstance(value, list | tuple) else [value]):
                 raise typer.BadParameter("wanted a path, found an empty text: a variable that is not set?", ctx, one)
         given: set[str] = set()
         for one in self.params:
@@ -300,10 +301,6 @@ class Command(TyperCommand):
                     typed = " \\\n".join(wrapped(f"  {line}", formatter.width - len(" \\"), 4))
                     meaning = "\n".join(wrapped(f"{' ' * 6}{sentence}", formatter.width, 6))
                     formatter.write(f"{typed}\n{meaning}\n")
-
-
-def _values(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [value]
 
 
 def _together(command: str) -> Iterator[tuple[str, str]]:

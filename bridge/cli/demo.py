@@ -165,11 +165,11 @@ class _Story:
         last = lines[len(lines) - tail :] if tail else []
         hidden = len(lines) - head - len(last)
         for line in lines[:head] if hidden > 0 else lines:
-            _say(_toned(_wrapped(line)))
+            _say_printed(line)
         if hidden > 0 and (head or tail):
             _say(_styled(f"{_INDENT}… {hidden} more lines", "faint"))
             for line in last:
-                _say(_toned(_wrapped(line)))
+                _say_printed(line)
         return done.returncode
 
     def _expect(self, is_so: bool, text: str) -> None:
@@ -186,15 +186,12 @@ def _styled(text: str, style: str) -> str:
     return styled(text, style, sys.stdout)
 
 
-def _wrapped(line: str) -> str:
-    return "\n".join(wrapped(f"{_INDENT}{line}", _WIDTH, len(_INDENT) + 2))
-
-
-def _toned(line: str) -> str:
-    """Messages stand out as they do on a terminal."""
-    level, colon, text = line.partition(":")
+def _say_printed(line: str) -> None:
+    """Show a line of the program; messages stand out as they do on a terminal."""
+    lines = "\n".join(wrapped(f"{_INDENT}{line}", _WIDTH, len(_INDENT) + 2))
+    level, colon, text = lines.partition(":")
     is_level = level.strip() in {"error", "hint", "warning"}
-    return f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else line
+    _say(f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else lines)
 
 
 def _is_good(item: Item) -> bool:

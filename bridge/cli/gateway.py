@@ -221,7 +221,7 @@ def _moved(table: Any, files: dict[str, Path]) -> Any:
             changes[field.name] = Secret("file", str(_added(Path(value.where), files)))
         elif isinstance(value, Path):
             changes[field.name] = _added(value, files)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "from_setting"):
+        elif dataclasses.is_dataclass(value) and not hasattr(value, "from_setting"):
             changes[field.name] = _moved(value, files)
     return dataclasses.replace(table, **changes) if changes else table
 

@@ -92,11 +92,7 @@ def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callabl
     def register(function: _Function) -> _Function:
         ours = inspect.signature(_common_options, eval_str=True).parameters
         theirs = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        bundles: dict[str, type] = {
-            p.name: p.annotation
-            for p in theirs
-            if isinstance(p.annotation, type) and dataclasses.is_dataclass(p.annotation)
-        }
+        bundles: dict[str, Any] = {p.name: p.annotation for p in theirs if dataclasses.is_dataclass(p.annotation)}
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
