@@ -152,16 +152,12 @@ def following(
 
 def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]) -> bool:
     """Whether the CA data of a copy had to change; of other clusters it stays."""
-    with _reasons(path):
-        try:
-            with opened(path) as place, _judged(place) as found:
-                changed = kubeconfig.with_cas(found.data, following(earlier, cas))
-                if changed == found.data:
-                    return False
-                _replace(place, found, changed)
-                return True
-        except FileNotFoundError:
-            return False
+    with contextlib.suppress(FileNotFoundError), _judged(path) as found:
+        changed = kubeconfig.with_cas(found.data, following(earlier, cas))
+        if changed != found.data:
+            _replace(found, changed)
+            return True
+    return False
 
 
 def _in_time(path: Path, seconds: float, work: Callable[[], T]) -> T:
@@ -192,17 +188,15 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
 
 def _refreshed(path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]) -> list[str]:
     """Refresh one copy; kubeadm's names of the kubeconfigs that it copies (CopyError: it was not changed)."""
-    with _reasons(path):
-        try:
-            with opened(path) as place, _judged(place) as found:
-                if not (users := _outdated(found.data, path, live, outdated)):
-                    return []
+    try:
+        with _judged(path) as found:
+            if users := _outdated(found.data, path, live, outdated):
                 pairs = {number: live[name].pair for number, name in users.items()}
-                _replace(place, found, kubeconfig.with_users(found.data, pairs))
-                return list(dict.fromkeys(users.values()))
-        except FileNotFoundError:
-            log.warning("%s: wanted a copy of a kubeconfig (copies.files), found nothing there", path)
-            return []
+                _replace(found, kubeconfig.with_users(found.data, pairs))
+            return list(dict.fromkeys(users.values()))
+    except FileNotFoundError:
+        log.warning("%s: wanted a copy of a kubeconfig (copies.files), found nothing there", path)
+        return []
 
 
 def _outdated(
@@ -219,7 +213,8 @@ def _outdated(
     return {number: old[found] for number, found in held if found in old}
 
 
-def _replace(place: OpenPath, found: _Found, changed: bytes) -> None:
+def _replace(found: _Found, changed: bytes) -> None:
+    place = found.place
     staged = place.path.with_name(f"{_STAGED}{place.name}")
     staged.unlink(missing_ok=True)  # of a run that was killed
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
@@ -263,42 +258,38 @@ def look(settings: Settings, node: Node) -> list[Copy]:
 
 
 def _look(path: Path, names: Mapping[str, str]) -> Copy:
-    with _reasons(path):
-        try:
-            with opened(path) as place, _judged(place) as found:
-                held = [names[one] for _, one in _held(found.data, names)]
-                return Copy(path=path, names=tuple(dict.fromkeys(held)))
-        except FileNotFoundError:
-            return Copy(path=path, is_there=False)
+    try:
+        with _judged(path) as found:
+            held = [names[one] for _, one in _held(found.data, names)]
+            return Copy(path=path, names=tuple(dict.fromkeys(held)))
+    except FileNotFoundError:
+        return Copy(path=path, is_there=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
+    place: OpenPath
     data: bytes
     attributes: Attributes
     status: os.stat_result
 
 
 @contextlib.contextmanager
-def _judged(place: OpenPath) -> Iterator[_Found]:
-    """Open a file, and no link, that only its owner and root can change; everything is read from this descriptor."""
-    with regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
-        path = Path(f"/proc/self/fd/{descriptor}")
-        if status.st_nlink != 1:
-            raise UnreadableError(f"a file with {status.st_nlink} names (hard links)")
-        if place.shared:
-            raise UnreadableError(f"others than its owner may write to the directory {place.shared}")
-        strangers = (place.owners | {status.st_uid}) - trusted_users()
-        if len(strangers) > 1:
-            raise UnreadableError(f"the users {', '.join(map(str, sorted(strangers)))} have a hand in it")
-        yield _Found(data=read(path) or b"", attributes=Attributes.of(path), status=status)
-
-
-@contextlib.contextmanager
-def _reasons(path: Path) -> Iterator[None]:
-    """Turn errors into a CopyError with the copy's path."""
+def _judged(path: Path) -> Iterator[_Found]:
+    """Read a copy, and no link, that only its owner and root can change; each error but FileNotFoundError is a CopyError."""
     try:
-        yield
+        with opened(path) as place, regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
+            held = Path(f"/proc/self/fd/{descriptor}")
+            if status.st_nlink != 1:
+                raise UnreadableError(f"a file with {status.st_nlink} names (hard links)")  # noqa: TRY301
+            if place.shared:
+                raise UnreadableError(f"others than its owner may write to the directory {place.shared}")  # noqa: TRY301
+            strangers = (place.owners | {status.st_uid}) - trusted_users()
+            if len(strangers) > 1:
+                raise UnreadableError(f"the users {', '.join(map(str, sorted(strangers)))} have a hand in it")  # noqa: TRY301
+            yield _Found(place=place, data=read(held) or b"", attributes=Attributes.of(held), status=status)
+    except FileNotFoundError:
+        raise
     except KubeconfigError as e:
         raise CopyError(f"{path}: {e}") from None
     except (UnreadableError, ForeignLinkError) as e:
