@@ -122,16 +122,17 @@ def key_pem(key: PrivateKey) -> bytes:
 
 def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
     """A CSR in PEM with subject and SANs of the live certificate, which may have expired, and nothing else."""
-    csr = _signed(naming_of(certificate), key)
-    _assert_same(certificate, csr)
-    return csr.public_bytes(serialization.Encoding.PEM)
+    return build_for(naming_of(certificate), key)
 
 
 def build_for(naming: Naming, key: PrivateKey) -> bytes:
-    """A CSR that says exactly this, as PEM."""
+    """A CSR that says exactly this, as PEM (CannotCarryError: the encoder changes rare string types)."""
     csr = _signed(naming, key)
-    if not naming.is_of(csr):
-        raise CannotCarryError(f"subject, SAN: wanted {naming.text}, a CSR can't say it")
+    if attributes(csr.subject) != attributes(naming.subject):
+        wanted, found = name_text(naming.subject), name_text(csr.subject)
+        raise CannotCarryError(f"subject: wanted {wanted}, a CSR can only say {found}")
+    if lost := Counter(map(san_entry, naming.sans)) - san_counts(csr):
+        raise CannotCarryError(f"SAN: wanted {', '.join(f'{t}:{v}' for t, v in lost)}, a CSR can't say it")
     return csr.public_bytes(serialization.Encoding.PEM)
 
 
@@ -162,17 +163,6 @@ def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
     """The hash of a signature by this key, as Go and kubeadm choose it: SHA-256, but SHA-384 for P-384."""
     is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)
     return hashes.SHA384() if is_p384 else hashes.SHA256()
-
-
-def _assert_same(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> None:
-    """Make sure that nothing is lost, since the encoder may change rare string types."""
-    if attributes(csr.subject) != attributes(certificate.subject):
-        raise CannotCarryError(
-            f"subject: wanted {name_text(certificate.subject)}, a CSR can only say {name_text(csr.subject)}"
-        )
-    if san_counts(csr) != san_counts(certificate):
-        lost = san_counts(certificate) - san_counts(csr)
-        raise CannotCarryError(f"SAN: wanted {', '.join(f'{t}:{v}' for t, v in lost)}, a CSR can't say it")
 
 
 #: As kubeadm takes them for certSANs (`ValidateCertSANs`): an RFC 1123 subdomain, or `*.` and one.

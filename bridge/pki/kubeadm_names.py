@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from bridge import dataclass
 from bridge.errors import BridgeError, Violation
-from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, leads_to, san_entries
+from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, extension, leads_to, san_entries
 from bridge.pki.csr import Naming, alternative_names, common_name_of, issuer_line, subject_of
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.words import one_line
@@ -202,28 +202,20 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
 
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
     """The certificate with another node's names and a throw-away signature, only to be read."""
-    extensions = [(_renamed_sans(one.value, names), one.critical) for one in certificate.extensions]
-    return _unsigned(_like(certificate, _subject(certificate.subject, names)), extensions)
+    sans = extension(certificate, x509.SubjectAlternativeName) or ()
+    theirs = Naming(subject=_subject(certificate.subject, names), sans=tuple(_san(san, names) for san in sans))
+    return named(certificate, theirs)
 
 
 def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
     """A certificate with these names and a throw-away signature, only to be read."""
-    return _unsigned(_like(certificate, naming.subject), [(x509.SubjectAlternativeName(naming.sans), False)])
-
-
-_DAY = timedelta(days=1)
+    return _unsigned(naming, certificate.issuer, certificate.public_key(), certificate.not_valid_before_utc)
 
 
 def sample(naming: Naming, begin: datetime) -> x509.Certificate:
     """A certificate of no CA with these names, only to be read."""
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
-    extensions = [(x509.SubjectAlternativeName(naming.sans), False)] if naming.sans else []
-    return _unsigned(builder_of(naming.subject, subject_of("no issuer"), key, begin, begin + _DAY), extensions)
-
-
-def _like(certificate: x509.Certificate, subject: x509.Name) -> x509.CertificateBuilder:
-    begin = certificate.not_valid_before_utc
-    return builder_of(subject, certificate.issuer, certificate.public_key(), begin, begin + _DAY)
+    return _unsigned(naming, subject_of("no issuer"), key, begin)
 
 
 def builder_of(
@@ -235,18 +227,11 @@ def builder_of(
     return builder.not_valid_before(begin).not_valid_after(end)
 
 
-def _unsigned(
-    builder: x509.CertificateBuilder, extensions: Sequence[tuple[x509.ExtensionType, bool]]
-) -> x509.Certificate:
-    for value, critical in extensions:
-        builder = builder.add_extension(value, critical=critical)
+def _unsigned(naming: Naming, issuer: x509.Name, key: CertificatePublicKeyTypes, begin: datetime) -> x509.Certificate:
+    builder = builder_of(naming.subject, issuer, key, begin, begin + timedelta(days=1))
+    if naming.sans:
+        builder = builder.add_extension(x509.SubjectAlternativeName(naming.sans), critical=False)
     return builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
-
-
-def _renamed_sans(value: x509.ExtensionType, names: Mapping[str, str]) -> x509.ExtensionType:
-    if not isinstance(value, x509.SubjectAlternativeName):
-        return value
-    return x509.SubjectAlternativeName([_san(san, names) for san in value])
 
 
 def _subject(subject: x509.Name, names: Mapping[str, str]) -> x509.Name:
