@@ -8,7 +8,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from cryptography import x509
@@ -321,33 +321,26 @@ class OpenPath:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[OpenPath]:
     """Walk to a file, which need not exist, and past no link that others could have made (ForeignLinkError)."""
-    place = _place(path)
-    try:
-        yield place
-    finally:
-        os.close(place.directory)
-
-
-def _place(path: Path) -> OpenPath:
     trusted, owners, shared = trusted_users(), set[int](), ""
-    for step in _steps(path):
-        if step.status is not None and stat.S_ISLNK(step.status.st_mode):
-            if step.status.st_uid not in trusted or owners or shared:
-                wanted = "wanted no link, or one that only root can make"
-                raise ForeignLinkError(f"{step.path}: {wanted}, found one of user {step.status.st_uid}")
-        elif step.is_last:
-            mode = os.fstat(step.directory).st_mode
-            if not stat.S_ISDIR(mode):
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(step.path.parent))
-            # the sticky bit stops renames by others, not new files
-            shared = shared or (str(step.path.parent) if mode & 0o022 else "")
-            directory = os.dup(step.directory)
-            return OpenPath(directory=directory, name=step.path.name, owners=frozenset(owners), shared=shared)
-        else:
-            if step.judged.st_uid not in trusted:
-                owners.add(step.judged.st_uid)
-            if _others_can_change(step.judged):
-                shared = shared or str(step.path)
+    with contextlib.closing(_steps(path)) as steps:
+        for step in steps:
+            if step.status is not None and stat.S_ISLNK(step.status.st_mode):
+                if step.status.st_uid not in trusted or owners or shared:
+                    wanted = "wanted no link, or one that only root can make"
+                    raise ForeignLinkError(f"{step.path}: {wanted}, found one of user {step.status.st_uid}")
+            elif step.is_last:
+                mode = os.fstat(step.directory).st_mode
+                if not stat.S_ISDIR(mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(step.path.parent))
+                # the sticky bit stops renames by others, not new files
+                shared = shared or (str(step.path.parent) if mode & 0o022 else "")
+                yield OpenPath(directory=step.directory, name=step.path.name, owners=frozenset(owners), shared=shared)
+                return
+            else:
+                if step.judged.st_uid not in trusted:
+                    owners.add(step.judged.st_uid)
+                if _others_can_change(step.judged):
+                    shared = shared or str(step.path)
     raise ForeignLinkError(f"{path}: wanted a file, found links without end")
 
 
@@ -367,7 +360,7 @@ class _Step:
         return self.status
 
 
-def _steps(path: Path) -> Iterator[_Step]:
+def _steps(path: Path) -> Generator[_Step]:
     """All that decides where a path leads, from / on, links included; ends at a missing name or a loop."""
     here, reached, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
     rest = list(path.absolute().parts[1:])
