@@ -39,25 +39,21 @@ def sign(key: PrivateKeyTypes, message: bytes) -> bytes:
     raise ValueError(f"wanted an RSA, ECDSA or Ed25519 key, found {type(key).__name__}")
 
 
-def check(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """Check what `sign` made; False: the key's type proves nothing; InvalidSignature, ValueError: it is wrong."""
-    if isinstance(key, rsa.RSAPublicKey):
-        key.verify(signature, message, _PSS, hashes.SHA256())
-    elif isinstance(key, ec.EllipticCurvePublicKey):
-        key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
-    elif isinstance(key, ed25519.Ed25519PublicKey):
-        key.verify(signature, message)
-    else:
-        return False
-    return True
+_PROVING = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
 
-def is_by(key: PublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """Whether the signature is by this key."""
+def is_by(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, message: bytes) -> bool:
+    """Whether `sign` made the signature with this key; not by a key of another type, which proves nothing."""
     try:
-        return check(key, signature, message)
-    except (InvalidSignature, ValueError):
+        if isinstance(key, rsa.RSAPublicKey):
+            key.verify(signature, message, _PSS, hashes.SHA256())
+        elif isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
+        elif isinstance(key, ed25519.Ed25519PublicKey):
+            key.verify(signature, message)
+    except (InvalidSignature, ValueError):  # ValueError: an RSA key that is too small to have made any
         return False
+    return isinstance(key, _PROVING)
 
 
 def public_key(pem: bytes) -> PublicKeyTypes:
@@ -66,7 +62,7 @@ def public_key(pem: bytes) -> PublicKeyTypes:
         found = load_pem_public_key(pem) if b"PUBLIC KEY" in pem else x509.load_pem_x509_certificate(pem).public_key()
     except UNREADABLE:
         raise ValueError("a certificate or a public key in PEM") from None
-    if not isinstance(found, rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey):
+    if not isinstance(found, _PROVING):
         raise ValueError("an RSA, ECDSA or Ed25519 key")  # noqa: TRY004 (of a file, not of a caller)
     return found
 
@@ -110,12 +106,10 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
         key = request.replaces.public_key()
     except (ValueError, UnsupportedAlgorithm) as e:
         return f"wanted a public key in the replaced certificate, found one that can't be read: {one_line(e)}"
-    try:
-        is_checked = check(key, request.proof, message)
-    except (InvalidSignature, ValueError):  # ValueError: an RSA key that is too small to have made any
-        return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
-    if not is_checked:
+    if not isinstance(key, _PROVING):
         return f"wanted an RSA, ECDSA or Ed25519 key to prove with, found {algorithm_name(key)}"
+    if not is_by(key, request.proof, message):
+        return "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
     return _other_holder(request.csr, request.replaces)
 
 
