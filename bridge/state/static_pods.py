@@ -102,7 +102,7 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
             _wait(name, _HEALTHY, pod.trouble, timeout, check)
         finally:
             if is_there(pod.manifest):
-                close(store)
+                restart_file(store).remove()
 
 
 def _wait(name: str, what: str, look: Callable[[], str | None], timeout: timedelta, check: Callable[[], None]) -> None:
@@ -173,7 +173,7 @@ def recover(store: Store) -> str | None:
     if journal is None:
         return None
     done = put_back(store, journal)
-    close(store)
+    restart_file(store).remove()
     name, state = journal["component"], journal["state"]
     if done is not None:
         return f"{name}: an interrupted restart had moved its manifest away: {done}"
@@ -182,7 +182,7 @@ def recover(store: Store) -> str | None:
     return f"{name}: a restart was interrupted before {name} was seen healthy; its manifest is in its place"
 
 
-def journal_of(name: str, manifest: Path, content: bytes | None = None) -> dict[str, Any]:
+def journal_of(name: str, manifest: Path, content: bytes | None) -> dict[str, Any]:
     """A journal with the whole manifest that is to be put back (None: as it is), even if the moved file is lost."""
     if content is not None and manifest.is_symlink():
         raise RestartError(f"{manifest}: wanted to change the manifest of {name}, found a symlink")
@@ -276,8 +276,3 @@ def sync(manifest: Path) -> None:
     """Make a manifest's move outlive a power cut."""
     for directory in (manifest.parent, aside(manifest).parent):
         sync_directory(directory)
-
-
-def close(store: Store) -> None:
-    """Remove the journal: the manifest is in its place."""
-    restart_file(store).remove()
