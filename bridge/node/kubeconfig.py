@@ -137,7 +137,7 @@ def ca_data(data: bytes) -> bytes | None:
 
 
 def _cluster(root: YamlNode) -> YamlNode:
-    if _text(root, "current-context"):
+    if root.text_of("current-context"):
         return _Entries.of(root).cluster
     sequence = root.get("clusters")
     entries = [] if sequence is None else list(sequence.items())
@@ -150,7 +150,7 @@ def _cluster(root: YamlNode) -> YamlNode:
 def _ca_value(root: YamlNode) -> YamlNode:
     cluster = _cluster(root)
     found = cluster.get(_CA)
-    if found is None or not _text(cluster, _CA):
+    if found is None or not cluster.text_of(_CA):
         raise YamlError(f"wanted embedded {_CA} to replace, found none")
     _assert_editable(cluster, found)
     return found
@@ -223,12 +223,12 @@ class _Entries:
 
     @classmethod
     def of(cls, root: YamlNode) -> _Entries:
-        context = _named(root, "contexts", _text(root, "current-context"), "context")[-1]
-        user_name = _text(context, "user")
+        context = _named(root, "contexts", root.text_of("current-context"), "context")[-1]
+        user_name = context.text_of("user")
         path = _named(root, "users", user_name, "user")
         return cls(
             user_name=user_name,
-            cluster=_named(root, "clusters", _text(context, "cluster"), "cluster")[-1],
+            cluster=_named(root, "clusters", context.text_of("cluster"), "cluster")[-1],
             user=path[-1],
             path=(root, *path),
         )
@@ -237,7 +237,7 @@ class _Entries:
 def _named(root: YamlNode, listing: str, name: str, key: str) -> tuple[YamlNode, YamlNode, YamlNode]:
     """The list, its one entry of that name, and the entry's value below `key`."""
     sequence = root.get(listing)
-    entries = [] if sequence is None else [entry for entry in sequence.items() if _text(entry, "name") == name]
+    entries = [] if sequence is None else [entry for entry in sequence.items() if entry.text_of("name") == name]
     if sequence is None or len(entries) != 1:
         raise YamlError(f"wanted one entry named {name!r} in {listing}, found {len(entries) or 'none'}")
     found = entries[0].get(key)
@@ -251,15 +251,15 @@ def _parse(root: YamlNode) -> Kubeconfig:
     cluster, user = entries.cluster, entries.user
     return Kubeconfig(
         user=entries.user_name,
-        server=_text(cluster, "server"),
-        tls_server_name=_text(cluster, "tls-server-name") or None,
+        server=cluster.text_of("server"),
+        tls_server_name=cluster.text_of("tls-server-name") or None,
         ca_data=_data(cluster, _CA),
-        ca_file=_text(cluster, "certificate-authority") or None,
+        ca_file=cluster.text_of("certificate-authority") or None,
         certificate_data=_data(user, _CERTIFICATE),
-        certificate_file=_text(user, "client-certificate") or None,
-        key_present=_text(user, _KEY) != "",
-        key_file=_text(user, "client-key") or None,
-        token_file=_text(user, "tokenFile") or None,
+        certificate_file=user.text_of("client-certificate") or None,
+        key_present=user.text_of(_KEY) != "",
+        key_file=user.text_of("client-key") or None,
+        token_file=user.text_of("tokenFile") or None,
         not_editable=_not_editable(root),
         key_fits=_key_fits(user),
         has_others=any(len(node.items()) > 1 for key in ("clusters", "contexts", "users") if (node := root.get(key))),
@@ -282,14 +282,9 @@ def _not_editable(root: YamlNode) -> str | None:
     return None
 
 
-def _text(mapping: YamlNode, key: str) -> str:
-    node = mapping.get(key)
-    return "" if node is None else node.text()
-
-
 def _data(mapping: YamlNode, key: str) -> bytes | None:
     """The bytes of a base64 value, None when it is empty or not there."""
-    text = _text(mapping, key)
+    text = mapping.text_of(key)
     try:  # Go's decoder ignores line breaks and nothing else.
         return b64decode(text.replace("\n", "").replace("\r", ""), validate=True) or None
     except (binascii.Error, ValueError):
@@ -306,7 +301,7 @@ def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
     for entry in sequence.items():
         _assert_own(entry)
         user = _own(entry, "user")
-        found.append((_text(entry, "name"), (root, sequence, entry, user) if user is not None else ()))
+        found.append((entry.text_of("name"), (root, sequence, entry, user) if user is not None else ()))
     return found
 
 
@@ -349,7 +344,7 @@ def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
     """The nodes of certificate and key that may be edited, of the user to whose mapping the path leads."""
     user = path[-1]
     values = {key: user.get(key) for key in (_CERTIFICATE, _KEY)}
-    found = {key: node for key, node in values.items() if node is not None and _text(user, key)}
+    found = {key: node for key, node in values.items() if node is not None and user.text_of(key)}
     missing = [key for key in values if key not in found]
     if missing:
         raise YamlError(f"wanted an embedded {' and '.join(missing)} to replace, found none")

@@ -141,8 +141,7 @@ def _with_entry(text: str, entries: Sequence[YamlNode], lines: Sequence[str]) ->
 
 def _without_entry(text: str, entries: Sequence[YamlNode], name: str) -> str:
     for entry in reversed(entries):
-        found = entry.get("name")
-        if found is not None and found.text() == name:
+        if entry.text_of("name") == name:
             begin, end = _block(text, entry)
             text = text[:begin] + text[end:]
     return text

@@ -56,7 +56,7 @@ def pod_name(path: Path) -> str | None:
     """The name of the pod in a file of the manifests' directory; None: no kubelet makes a pod from it."""
     try:
         metadata = document(split_bom(read(path) or b"")[1]).get("metadata")
-        return None if metadata is None else _text(metadata.get("name"))
+        return None if metadata is None else metadata.text_of("name")
     except (UnreadableError, YamlError):
         return None
 
@@ -65,7 +65,7 @@ def parse(component: Component, data: bytes) -> Manifest:
     """Read a manifest."""
     own = container(document(split_bom(data)[1]), component.value)
     words = [word.text() for key in ("command", "args") if (listed := own.get(key)) for word in listed.items()]
-    tag, version = tag_of(_text(own.get("image")))
+    tag, version = tag_of(own.text_of("image"))
     return Manifest(flags=flags_of(words), version=version, tag=tag, words=tuple(words))
 
 
@@ -89,11 +89,7 @@ def container(root: YamlNode, name: str) -> YamlNode:
     containers = [] if listed is None else listed.items()
     if not containers:
         raise YamlError("wanted a pod with a container, found none")
-    return next((one for one in containers if _text(one.get("name")) == name), containers[0])
-
-
-def _text(node: YamlNode | None) -> str:
-    return "" if node is None else node.text()
+    return next((one for one in containers if one.text_of("name") == name), containers[0])
 
 
 def flags_of(words: Sequence[str]) -> dict[str, str]:

@@ -101,6 +101,11 @@ class YamlNode:
             raise YamlError(f"line {node.place.line}: wanted {key} once, found it {len(found)} times")
         return node.children[found[0]] if found else None
 
+    def text_of(self, key: str) -> str:
+        """The text below `key`, empty without one; errors as of `get`."""
+        node = self.get(key)
+        return "" if node is None else node.text()
+
     def index(self) -> dict[str, list[int]]:
         """The indices of each key's values, searched once: thousands of aliases may lead to one large mapping."""
         if self._places is None:
