@@ -99,7 +99,7 @@ class Client:
         target = f"{urlsplit(server.url).path}{path}" or "/"
         with contextlib.closing(KeptConnection(self.peer(server))) as connection:
             given = {**json_headers, **self.headers, **(headers or {})}
-            return connection.ask(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)
+            return connection.sent(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)()
 
     def served(self, place: Address, name: str | None = None) -> x509.Certificate:
         """The leaf that a server shows in a handshake (HttpsError: none); it must name `name`, or the place's host."""

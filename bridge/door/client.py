@@ -148,7 +148,7 @@ class Reviewer:
     def _ask(self, method: str, target: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
         data = None if body is None else json.dumps(body).encode()
-        answer = self._http.ask(method, target, headers, data, seconds=_SECONDS, longest=_LONGEST)
+        answer = self._http.sent(method, target, headers, data, seconds=_SECONDS, longest=_LONGEST)()
         try:
             document = of_server(answer.body)
         except (ValueError, OverBudgetError):

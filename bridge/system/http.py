@@ -190,19 +190,6 @@ class KeptConnection:
         self._socket: socket.socket | None = None
         self.is_kept = False  #: The latest request went over a connection that was in use before.
 
-    def ask(
-        self,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-        *,
-        seconds: float,
-        longest: int = MAX_ANSWER_BYTES,
-    ) -> Answer:
-        """Send one request and read its whole answer (HttpsError: none, or a longer one; ValueError: it can't be sent)."""
-        return self.sent(method, target, headers, body, seconds=seconds, longest=longest)()
-
     def sent(
         self,
         method: str,
@@ -213,7 +200,7 @@ class KeptConnection:
         seconds: float,
         longest: int = MAX_ANSWER_BYTES,
     ) -> Callable[[], Answer]:
-        """As `ask`, in two steps: send one request; what is returned reads its answer, before the next request."""
+        """Send one request; the returned function reads its whole answer, before the next request (HttpsError, ValueError)."""
         limits = _Limits(seconds, longest)
         with self.in_time(limits):
             opened = self._send(method, target, headers, body, limits)

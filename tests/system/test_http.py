@@ -91,7 +91,7 @@ def says(*pieces: bytes) -> Talk:
 
 def ask(connection: KeptConnection, *, seconds: float = 180, longest: int = 1000, body: bytes | None = None) -> Answer:
     """One request."""
-    return connection.ask("GET", "/x", {"Accept": "*/*"}, body, seconds=seconds, longest=longest)
+    return connection.sent("GET", "/x", {"Accept": "*/*"}, body, seconds=seconds, longest=longest)()
 
 
 WHOLE = {
@@ -376,7 +376,7 @@ def test_a_target_is_one_word(target: str) -> None:
     """Nothing in it makes another header, or another request."""
     connection = KeptConnection(Peer(host="127.0.0.1", port=1))
     with pytest.raises(ValueError, match="quoted"):
-        connection.ask("GET", target, {}, seconds=1)
+        connection.sent("GET", target, {}, seconds=1)
 
 
 @pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "\x00"])
@@ -384,7 +384,7 @@ def test_a_header_is_one_line(value: str) -> None:
     """Nothing in it makes another one."""
     connection = KeptConnection(Peer(host="127.0.0.1", port=1))
     with pytest.raises(ValueError, match="one line"):
-        connection.ask("GET", "/", {"X": value}, seconds=1)
+        connection.sent("GET", "/", {"X": value}, seconds=1)
 
 
 @given(st.binary(max_size=300))
