@@ -111,7 +111,7 @@ class Record:
         self._waiting: list[dict[str, Any]] = []
         self._known: dict[str, dict[str, Any]] = {}
         self.common: Mapping[str, Any] = {}  #: Facts that each further line repeats.
-        self._chain = Chain(store, settings)
+        self._end: _End | None = None  #: Of the file, where its head is written later.
         self._late: list[AuditError] = []
 
     def describe(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
@@ -161,7 +161,7 @@ class Record:
         if not waiting:
             return
         try:
-            written = self._chain.add(waiting, head_later=head_later)
+            written = self._add_to_chain(waiting, head_later=head_later)
         except OSError as e:
             place = e.filename or self._store.audit
             raise AuditError(f"{place}: the audit log could not be written: {e.strerror}") from e
@@ -173,7 +173,9 @@ class Record:
     def write_head(self) -> None:
         """Record which line is the newest."""
         try:
-            self._chain.write_head()
+            last, _ = _set_aside_torn(self._store)
+            if last.sequence and head_if_any(self._store) != last:
+                _head_file(self._store).put(last)
         except (OSError, StateError) as e:
             raise AuditError(f"the audit log could not be written: {e}") from e
 
@@ -199,6 +201,55 @@ class Record:
             text = f"{e}; the audit log lacks of run {self.run_id}: {', '.join(lost)}"
             log.warning("%s", text)  # a restart may take minutes, and be killed
             self._late.append(AuditError(text, hint=_REPAIR))
+
+    # --- the chain's end; the state directory's lock is held meanwhile ---
+
+    def _add_to_chain(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
+        """Add lines, safe on disk, and return them with those about damage; after an error none was added."""
+        path, end = self._store.audit, self._end
+        self._end = None
+        if head_later and end is not None and end.found.st_size < self._settings.rotate_at.count and end.is_of(path):
+            lines, last = _chained(events, end.link, end.doer)
+            found = append(path, b"".join(lines))
+        else:
+            lines, last, found = self._add_after_a_look(events, head_later=head_later)
+        self._end = _End(found, last, end.doer if end is not None else who()) if head_later else None
+        return lines
+
+    def _add_after_a_look(
+        self, events: Sequence[Mapping[str, Any]], *, head_later: bool
+    ) -> tuple[list[bytes], Link, os.stat_result]:
+        """Add lines behind the last good one, with one write and one fsync."""
+        store = self._store
+        if not store.audit_head.exists() and not files(store):
+            _head_file(store).put(START)  # before the first line, so that a missing head always means something
+        last, troubles = _set_aside_torn(store)
+        last, more = _continued(store, last)
+        own = [_damage(events[0], text) for text in (*troubles, *more)]
+        old: list[Path] = []
+        if store.audit.exists() and store.audit.stat().st_size >= self._settings.rotate_at.count:
+            _rotate(store, last)
+            old = self._outdated()
+            own += [_retirement(events[0], old[-1])] if old else []
+        lines, last = _chained([*own, *events], last, who())
+        found = append(store.audit, b"".join(lines))
+        _delete(old)  # not before the log says so
+        if not head_later:
+            _head_file(store).put(last)
+        return lines, last, found
+
+    def _outdated(self) -> list[Path]:
+        """The oldest files, to be deleted to make room for one more; never the newest."""
+        if self._settings.keep_total is None:
+            return []
+        most = self._settings.keep_total.count - self._settings.rotate_at.count
+        sizes = {path: path.stat().st_size for path in files(self._store)}
+        old: list[Path] = []
+        for path in list(sizes)[:-1]:
+            if sum(sizes.values()) > most:
+                old.append(path)
+                del sizes[path]
+        return old
 
 
 def who() -> dict[str, str]:
@@ -283,66 +334,6 @@ class _End:
             return version(path.lstat()) == version(self.found)
         except OSError:
             return False
-
-
-class Chain:
-    """The log's end, to which lines are added; the state directory's lock is held meanwhile."""
-
-    def __init__(self, store: Store, settings: AuditSettings) -> None:
-        self._store = store
-        self._limit = settings.rotate_at.count
-        self._keeps = settings.keep_total.count - self._limit if settings.keep_total is not None else None
-        self._end: _End | None = None
-
-    def add(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
-        """Add lines, safe on disk, and return them with those about damage; after an error none was added."""
-        path, end = self._store.audit, self._end
-        self._end = None
-        if head_later and end is not None and end.found.st_size < self._limit and end.is_of(path):
-            lines, last = _chained(events, end.link, end.doer)
-            found = append(path, b"".join(lines))
-        else:
-            lines, last, found = self._add_after_a_look(events, head_later=head_later)
-        self._end = _End(found, last, end.doer if end is not None else who()) if head_later else None
-        return lines
-
-    def _add_after_a_look(
-        self, events: Sequence[Mapping[str, Any]], *, head_later: bool
-    ) -> tuple[list[bytes], Link, os.stat_result]:
-        """Add lines behind the last good one, with one write and one fsync."""
-        store = self._store
-        if not store.audit_head.exists() and not files(store):
-            _head_file(store).put(START)  # before the first line, so that a missing head always means something
-        last, troubles = _set_aside_torn(store)
-        last, more = _continued(store, last)
-        own = [_damage(events[0], text) for text in (*troubles, *more)]
-        old: list[Path] = []
-        if store.audit.exists() and store.audit.stat().st_size >= self._limit:
-            _rotate(store, last)
-            old = self._outdated()
-            own += [_retirement(events[0], old[-1])] if old else []
-        lines, last = _chained([*own, *events], last, who())
-        found = append(store.audit, b"".join(lines))
-        _delete(old)  # not before the log says so
-        if not head_later:
-            _head_file(store).put(last)
-        return lines, last, found
-
-    def _outdated(self) -> list[Path]:
-        """The oldest files, to be deleted to make room for one more; never the newest."""
-        sizes = {path: path.stat().st_size for path in files(self._store)}
-        old: list[Path] = []
-        for path in list(sizes)[:-1]:
-            if self._keeps is not None and sum(sizes.values()) > self._keeps:
-                old.append(path)
-                del sizes[path]
-        return old
-
-    def write_head(self) -> None:
-        """Write down which line is the newest."""
-        last, _ = _set_aside_torn(self._store)
-        if last.sequence and head_if_any(self._store) != last:
-            _head_file(self._store).put(last)
 
 
 def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:

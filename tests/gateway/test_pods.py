@@ -557,7 +557,7 @@ def test_a_record_that_can_not_be_written_for_a_moment_costs_no_certificate(
             now=lambda: datetime.now(UTC), queue=Queue(lambda _: "pods", {"pods": 8}),
         )
     )  # fmt: skip
-    add, failed = ledger._record._chain.add, list[int]()
+    add, failed = ledger._record._add_to_chain, list[int]()
 
     def full(lines: Sequence[dict[str, Any]], **more: Any) -> Any:
         if not failed and any(line["event"] == "issued" for line in lines):
@@ -565,7 +565,7 @@ def test_a_record_that_can_not_be_written_for_a_moment_costs_no_certificate(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "audit.jsonl")
         return add(lines, **more)
 
-    monkeypatch.setattr(ledger._record._chain, "add", full)
+    monkeypatch.setattr(ledger._record, "_add_to_chain", full)
     made = [make_pod(cluster) for _ in range(3)]
     asked = [(pod, pod.ask()) for pod in made]
     for pod, name in asked:
