@@ -31,7 +31,7 @@ from bridge.secret import leaves
 from bridge.settings.load import DEFAULT_FILE
 from bridge.settings.tables import Commands, Components, Settings, command_words, for_next, for_rehearsal
 from bridge.settings.windows import Windows
-from bridge.specs import AUTHORITIES, SPECS
+from bridge.specs import AUTHORITIES, KUBELET_SERVER, SPECS
 from bridge.system.console import doing, log, printable
 from bridge.system.files import held_directory, shipped
 from bridge.words import name_found
@@ -207,8 +207,8 @@ def in_force(settings: Settings) -> str:
     for authority, configured in backends.items():
         lines += ["", f"[authority.{authority}]", *lines_of(settings.authorities[authority])]
         lines += lines_of(configured.settings)
-    for name, certificate in settings.certificates.items():
-        lines += ["", f"[certificate.{name}]", *lines_of(certificate)]
+    if settings.kubelet_server is not None:
+        lines += ["", f"[certificate.{KUBELET_SERVER}]", *lines_of(settings.kubelet_server)]
     for pair in settings.node.pairs:
         lines += ["", f"[certificate.{pair.name}]", *lines_of(pair)]
         for number, copy in enumerate(pair.copies, start=1):

@@ -133,14 +133,16 @@ def _examined(text: str, file: Path | None) -> tuple[Settings, list[SettingsProb
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     read = {name: reader.read(schema, tables[name], (name,)) for name, schema in _TABLES.items() if tables[name]}
     tables_read = {name: table for name, table in read.items() if table is not None}
-    node = tables_read.pop("node", NodeSettings())
+    node, ours = tables_read.pop("node", NodeSettings()), tables["certificate"].get(KUBELET_SERVER)
     settings = Settings(
         source=reader.source,
         node=replace(node, pairs=_pairs(reader, tables["certificate"], node)),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,
-        certificates=_certificates(reader, tables["certificate"]),
+        kubelet_server=None
+        if ours is None
+        else reader.table(CertificateSettings, ours, ("certificate", KUBELET_SERVER)),
         **tables_read,
     )
     return settings, reader.sorted_problems()
@@ -157,14 +159,6 @@ def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str
         else:
             read[name] = backend
     return read
-
-
-def _certificates(reader: Reader, table: Mapping[str, Any]) -> dict[str, CertificateSettings]:
-    """kubeadm's of which something can be set; other names are those of further pairs."""
-    if KUBELET_SERVER not in table:
-        return {}
-    settings = reader.table(CertificateSettings, table[KUBELET_SERVER], ("certificate", KUBELET_SERVER))
-    return {} if settings is None else {KUBELET_SERVER: settings}
 
 
 def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tuple[PairSettings, ...]:

@@ -18,7 +18,7 @@ from bridge.pki.expiry import Before, duration_text
 from bridge.secret import GIVEN, Secret
 from bridge.settings import Source
 from bridge.settings.windows import Jitter, Windows
-from bridge.specs import DEFAULT_CLUSTER, KUBELET_SERVER, SUPER_ADMIN, Component, KeyAlgorithm
+from bridge.specs import DEFAULT_CLUSTER, SUPER_ADMIN, Component, KeyAlgorithm
 from bridge.words import name_found
 
 if TYPE_CHECKING:
@@ -695,15 +695,14 @@ class Settings:
     users: UserSettings = field(default_factory=UserSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
-    certificates: Mapping[str, CertificateSettings] = field(default_factory=dict)
+    kubelet_server: CertificateSettings | None = None  #: Table `[certificate.kubelet-server]`; None: there is none.
     #: By authority: the keys of its table that are the backend's.
     authority_tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def serving_sans(self) -> tuple[str, ...]:
         """The SANs of the kubelet's serving certificate, where the settings say which."""
-        ours = self.certificates.get(KUBELET_SERVER)
-        return ours.sans if ours is not None else ()
+        return self.kubelet_server.sans if self.kubelet_server is not None else ()
 
     def extra_subject(self, authority: str) -> frozenset[tuple[str, str]]:
         """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""
