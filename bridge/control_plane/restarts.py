@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from bridge import control_plane, dataclass
 from bridge.control_plane import checks, neighbours, probes, proof
@@ -27,11 +26,12 @@ from bridge.state import Store, audit, session, static_pods
 from bridge.state.backups import Backup
 from bridge.state.install import newest_number
 from bridge.state.static_pods import Pod, RestartError
+from bridge.system import codec
 from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
 from bridge.system.run_command import Command, command_failure, run, unsafe_program
-from bridge.system.state_file import OnDamage, StateFile, coded
+from bridge.system.state_file import OnDamage, StateFile, coded, unsealed
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
 
@@ -308,13 +308,13 @@ def _times(store: Store) -> dict[Component, LastRestart]:
 
 def times_file(store: Store) -> StateFile[dict[Component, LastRestart]]:
     """The file of each component's last restart; without it none counts as restarted. Earlier versions wrote a time alone."""
-    what = "when each component was last restarted"
-    file = coded(dict[Component, LastRestart], store.restarted, what, OnDamage.START_OVER)
+    kind, what = dict[Component, LastRestart], "when each component was last restarted"
 
-    def parse(document: Mapping[str, Any]) -> dict[Component, LastRestart]:
-        return file.parse({name: {"at": one} if isinstance(one, str) else one for name, one in document.items()})
+    def parse(data: bytes) -> dict[Component, LastRestart]:
+        found = unsealed(data, codec.keys_of(kind))
+        return codec.from_json(kind, {key: {"at": one} if isinstance(one, str) else one for key, one in found.items()})
 
-    return dataclasses.replace(file, parse=parse)
+    return dataclasses.replace(coded(kind, store.restarted, what, OnDamage.START_OVER), parse=parse)
 
 
 def _remember(component: Component, store: Store) -> None:

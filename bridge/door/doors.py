@@ -13,6 +13,7 @@ what an operator does with the database: a copy of SQLite's file, its restore, a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import sqlite3
@@ -49,7 +50,7 @@ from bridge.state.session import recording
 from bridge.system import paths
 from bridge.system.files import reasons, sync_directory
 from bridge.system.locks import lock
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.state_file import OnDamage, coded
 
 #: A `sign` or a round that works on the same state directory.
 _WAIT = timedelta(minutes=1)
@@ -281,19 +282,13 @@ class UpkeepError(BridgeError):
 def identity(store: Store) -> str:
     """The name of the state directory among doors, which is made when it is first asked for."""
     store.prepare()
-    file = StateFile(
-        path=store.door,
-        what="which door this is",
-        parse=lambda document: str(document["id"]),
-        keys=frozenset({"id"}),
-        on_damage=OnDamage.REFUSE,
-        by_command=False,
-        afterwards="then the door counts as a new one",
-    )
+    what, afterwards = "which door this is", "then the door counts as a new one"
+    file = coded(str, store.door, what, OnDamage.REFUSE, key="id", afterwards=afterwards)
+    file = dataclasses.replace(file, by_command=False)
     found = file.read()
     if found is None:
         found = secrets.token_hex(8)
-        file.replace({"id": found})
+        file.put(found)
     return found
 
 

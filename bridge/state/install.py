@@ -23,7 +23,7 @@ from bridge.state import Store, replaced_here
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, is_frozen, side_by_side, sync_directory, write_staged
 from bridge.system.paths import UnreadableError, foreign_link, read_once, real_path
-from bridge.system.state_file import OnDamage, StateError, StateFile, coded
+from bridge.system.state_file import OnDamage, StateError, StateFile, coded, unsealed
 
 STAGED_PREFIX = ".ca-bridge-"
 
@@ -450,14 +450,14 @@ def journal_file(store: Store) -> StateFile[dict[str, Any]]:
         path=store.journal,
         what="our journal of an installation",
         parse=_journal_of,
-        keys=frozenset({"version", "run_id", "backup", "direction", "targets"}),
         on_damage=OnDamage.REFUSE,
         afterwards=_PAIRS,
     )
 
 
-def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
+def _journal_of(data: bytes) -> dict[str, Any]:
     """Parse a journal; each path is in it twice, so that damage shows in a journal without a digest, too."""
+    document = unsealed(data, frozenset({"version", "run_id", "backup", "direction", "targets"}))
     if document["direction"] not in ("forward", "back") or not _names(document, "run_id", "backup"):
         raise ValueError("not written by this program")
     for target in document["targets"]:
@@ -465,7 +465,7 @@ def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
         ours = target["staged"] == str(_staged(path, document["run_id"])) and path.is_absolute()
         if not ours or not isinstance(target["certificate"], str) or not isinstance(target["sha256"], str | None):
             raise ValueError("not written by this program")
-    return dict(document)
+    return document
 
 
 def staging_file(store: Store) -> StateFile[tuple[Path, ...]]:
@@ -474,13 +474,13 @@ def staging_file(store: Store) -> StateFile[tuple[Path, ...]]:
         path=store.staging,
         what="the list of files that were staged",
         parse=_staged_of,
-        keys=frozenset({"run_id", "staged"}),
         on_damage=OnDamage.REFUSE,
         afterwards=f"remove what begins with {STAGED_PREFIX} in the directories with certificates and kubeconfigs",
     )
 
 
-def _staged_of(document: Mapping[str, Any]) -> tuple[Path, ...]:
+def _staged_of(data: bytes) -> tuple[Path, ...]:
+    document = unsealed(data, frozenset({"run_id", "staged"}))
     paths = tuple(map(Path, document["staged"]))
     prefix = f"{STAGED_PREFIX}{document['run_id']}-"
     if not all(path.is_absolute() and path.name.startswith(prefix) for path in paths):
@@ -504,14 +504,14 @@ def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
         path=directory / MANIFEST,
         what="a backup's manifest",
         parse=_manifest_of,
-        keys=_MANIFEST_KEYS,
         on_damage=OnDamage.REFUSE,
         afterwards="`ca-bridge backups` lists the others",
     )
 
 
-def _manifest_of(document: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest_of(data: bytes) -> dict[str, Any]:
     """Check the fields without which a backup could not be listed or put back."""
+    document = unsealed(data, _MANIFEST_KEYS)
     is_numbered = type(document.get("number", 0)) is int  # earlier versions wrote none
     if not is_numbered or not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
         raise ValueError("not written by this program")
@@ -520,7 +520,7 @@ def _manifest_of(document: Mapping[str, Any]) -> dict[str, Any]:
         leads_to = entry.get("leads_to")
         if not kept or not _names(entry, "certificate", "path") or not isinstance(leads_to, str | None):
             raise ValueError("not written by this program")
-    return dict(document)
+    return document
 
 
 def _names(document: Mapping[str, Any], *keys: str) -> bool:

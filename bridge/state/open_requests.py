@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -54,36 +55,27 @@ class _Place:
     length: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestsFile(StateFile[dict[str, Any]]):
-    """The file of a kind, read whole."""
-
-    kind: Kind[Any]
-
-    def _parsed(self, data: bytes) -> dict[str, Any]:
-        """All values by key, from the new form or the old one; a file with keys must be complete."""
-        kind = self.kind
-        if not data.startswith(_LINE):
-            entries = [kind.from_old(entry) for entry in unsealed(data, frozenset({kind.old_key}))[kind.old_key]]
-        else:
-            head, *lines = data.removesuffix(b"\n").split(b"\n")
-            if unsealed(head, frozenset()) != {_HEAD: kind.name, _COUNT: len(lines)}:
-                raise codec.CodecError(f"wanted a first line that counts {len(lines)} others")
-            entries = [unsealed(line, frozenset()) for line in lines]
-        values = [codec.from_json(kind.type, entry, f"[{number}]") for number, entry in enumerate(entries)]
-        return {kind.key_of(value): value for value in values}
+def _values(kind: Kind[T], data: bytes) -> dict[str, T]:
+    """All values by key, from the new form or the old one; a file with keys must be complete."""
+    if not data.startswith(_LINE):
+        entries = [kind.from_old(entry) for entry in unsealed(data, frozenset({kind.old_key}))[kind.old_key]]
+    else:
+        head, *lines = data.removesuffix(b"\n").split(b"\n")
+        if unsealed(head, frozenset()) != {_HEAD: kind.name, _COUNT: len(lines)}:
+            raise codec.CodecError(f"wanted a first line that counts {len(lines)} others")
+        entries = [unsealed(line, frozenset()) for line in lines]
+    values = [codec.from_json(kind.type, entry, f"[{number}]") for number, entry in enumerate(entries)]
+    return {kind.key_of(value): value for value in values}
 
 
-def file_of(kind: Kind[Any], path: Path) -> RequestsFile:
-    """The file of a kind; a damaged one without keys is none."""
-    return RequestsFile(
+def file_of(kind: Kind[T], path: Path) -> StateFile[dict[str, T]]:
+    """The file of a kind, read whole; a damaged one without keys is none."""
+    return StateFile(
         path=path,
         what=kind.what,
-        parse=dict,
-        keys=frozenset(),
+        parse=partial(_values, kind),
         on_damage=OnDamage.REFUSE if kind.has_keys else OnDamage.START_OVER,
         afterwards=kind.afterwards,
-        kind=kind,
     )
 
 

@@ -16,7 +16,7 @@ import base64
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,7 +28,7 @@ from bridge.state import Store, changed_here
 from bridge.state.install import STAGED_PREFIX, attributes_from, attributes_json
 from bridge.system.console import log
 from bridge.system.files import Attributes, digest, exchange, reasons, sync_directory, write_atomically, write_staged
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.state_file import OnDamage, StateFile, unsealed
 from bridge.system.waiting import wait_until
 
 _POLL_SECONDS = 0.2
@@ -217,7 +217,6 @@ def restart_file(store: Store) -> StateFile[dict[str, Any]]:
         path=store.restart,
         what="our own journal of a restart",
         parse=_journal_of,
-        keys=frozenset({"version", "component", "manifest", "aside", "content", "attributes", "state"}),
         on_damage=OnDamage.REFUSE,
         afterwards=f"see that each manifest is in its place: one that is not may be called {STAGED_PREFIX}….yaml, "
         "in the directory above",
@@ -225,8 +224,10 @@ def restart_file(store: Store) -> StateFile[dict[str, Any]]:
     )
 
 
-def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
+def _journal_of(data: bytes) -> dict[str, Any]:
     """Parse a journal; the manifest's name is in it twice, so that damage shows in a journal without a digest, too."""
+    keys = ("version", "component", "manifest", "aside", "content", "attributes", "state")
+    document = unsealed(data, frozenset(keys))
     base64.b64decode(document["content"], validate=True)
     attributes_from(document["attributes"])
     manifest, waiting = Path(document["manifest"]), Path(document["aside"])
@@ -234,7 +235,7 @@ def _journal_of(document: Mapping[str, Any]) -> dict[str, Any]:
         raise TypeError("not written by this program")
     if waiting.name != f"{STAGED_PREFIX}{manifest.name}" or document["state"] not in ("leaving", "out", "back"):
         raise ValueError("not written by this program")
-    return dict(document)
+    return document
 
 
 def put_back(store: Store, journal: dict[str, Any]) -> str | None:

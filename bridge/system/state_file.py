@@ -60,10 +60,7 @@ class StateFile(Generic[T]):
 
     path: Path
     what: str  #: That is in it, for messages, such as `the requests that are not finished`.
-    #: From the document, without its digest; ValueError, KeyError, TypeError or AttributeError: it is damaged.
-    parse: Callable[[Mapping[str, Any]], T]
-    #: The document's own. One without a digest that has others was not written by an earlier version, but damaged.
-    keys: frozenset[str]
+    parse: Callable[[bytes], T]  #: From its bytes, by `unsealed` (`NOT_OURS`: they are damaged).
     on_damage: OnDamage
     afterwards: str = ""  #: What to do when a damaged one is out of the way, for the hint.
     exit_code: int = Exit.FAILED  #: Of what can't be read.
@@ -98,7 +95,7 @@ class StateFile(Generic[T]):
         if data is None:
             return None
         try:
-            return self._parsed(data)
+            return self.parse(data)
         except NOT_OURS as e:
             reason = str(e) if isinstance(e, _DigestError | codec.CodecError) else type(e).__name__
             command = "`ca-bridge recover --set-aside` moves it out of the way, and keeps everything else"
@@ -107,9 +104,6 @@ class StateFile(Generic[T]):
                 hint=f"{command if self.by_command else 'rename it, and keep it'}; {self.afterwards}",
                 exit_code=self.exit_code,
             ) from None
-
-    def _parsed(self, data: bytes) -> T:
-        return self.parse(unsealed(data, self.keys))
 
     def content(self) -> bytes | None:
         """Its bytes; None: no such file."""
@@ -158,9 +152,10 @@ def coded(
 ) -> StateFile[T]:
     """A file whose document the codec writes and reads: a dataclass, or with `key` anything below that key."""
     constant = {} if version is None else {"version": version}
+    keys = frozenset({*constant, *([key] if key else codec.keys_of(kind))})
 
-    def parse(document: Mapping[str, Any]) -> T:
-        rest = {name: found for name, found in document.items() if name not in constant}
+    def parse(data: bytes) -> T:
+        rest = {name: found for name, found in unsealed(data, keys).items() if name not in constant}
         if key and rest.keys() != {key}:
             raise codec.CodecError(f"wanted the key {key} and no other")
         return codec.from_json(kind, rest[key] if key else rest, key)
@@ -173,7 +168,6 @@ def coded(
         path=path,
         what=what,
         parse=parse,
-        keys=frozenset({*constant, *([key] if key else codec.keys_of(kind))}),
         on_damage=on_damage,
         afterwards=afterwards,
         exit_code=exit_code,
@@ -197,7 +191,7 @@ def sealed_line(document: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
-    """Read what `sealed` or `sealed_line` wrote, or an earlier version's document without digest, with all `keys`."""
+    """Read what `sealed` or `sealed_line` wrote, or an earlier version's document, without a digest and with these keys."""
     document = json.loads(data)
     if not isinstance(document, dict):
         raise _DigestError(f"wanted a JSON object, found {type(document).__name__}")

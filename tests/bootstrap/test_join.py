@@ -33,7 +33,7 @@ from bridge.pki import signatures
 from bridge.pki.certificates import load_pem_certificates, pem, san_entries
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import AUTHORITIES
-from bridge.system.state_file import OnDamage, StateFile
+from bridge.system.state_file import sealed
 from tests.kit import next_cas
 from tests.kit.new_node import CONFIG, ENDPOINT, NewNode
 from tests.kit.pki import handmade_pki
@@ -193,9 +193,7 @@ def test_copies_write_this_nodes_files_alone(first: NewNode, other: NewNode, cha
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write the file by hand, as an operator does who knows its format."""
     document.pop("digest", None)
-    StateFile(path=path, what="copies", parse=dict, keys=frozenset({"keptV1"}), on_damage=OnDamage.REFUSE).replace(
-        document
-    )
+    path.write_bytes(sealed(document))
 
 
 def test_a_worker(first: NewNode, other: NewNode) -> None:

@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,9 +32,9 @@ KEYS = frozenset({"names", "count"})
 DOCUMENT = {"names": ["apiserver", "etcd-server"], "count": 3}
 
 
-def names(document: Mapping[str, Any]) -> list[str]:
+def names(data: bytes) -> list[str]:
     """As a real file's `parse` does."""
-    return [str(name) for name in document["names"]]
+    return [str(name) for name in unsealed(data, KEYS)["names"]]
 
 
 def file(path: Path, policy: OnDamage = OnDamage.REFUSE, exit_code: int = Exit.FAILED) -> StateFile[list[str]]:
@@ -44,7 +43,6 @@ def file(path: Path, policy: OnDamage = OnDamage.REFUSE, exit_code: int = Exit.F
         path=path,
         what="the names",
         parse=names,
-        keys=KEYS,
         on_damage=policy,
         afterwards="look around",
         exit_code=exit_code,
