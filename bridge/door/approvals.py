@@ -33,7 +33,7 @@ from bridge import dataclass
 from bridge.desk import approval
 from bridge.desk.approval import LONGEST_REASON, Decision, Standing, Verdict, differences, sentence
 from bridge.desk.policy import PolicyVerdict
-from bridge.door.app import Reply, assert_method, body_of, kind_of
+from bridge.door.app import Environ, Reply, assert_method, body_of, kind_of
 from bridge.door.https import PEER
 from bridge.door.signing import Signing
 from bridge.door.store import Kept, Memory
@@ -114,7 +114,7 @@ class Approvals:
         self.signing = signing
         self._decided = decided
 
-    def person(self, environ: Mapping[str, Any]) -> Person:
+    def person(self, environ: Environ) -> Person:
         """The person behind a request (NotDecidedError: a client that may not decide)."""
         der, trust = environ.get(PEER), self.signing.trust()
         if der is None:
@@ -167,7 +167,7 @@ class Approvals:
             need_approval=frozenset(filter(self.signing.policy.needs_approval, (one.name for one in bundle.requests))),
         )
 
-    def brought(self, environ: Mapping[str, Any], request_id: str) -> None:
+    def brought(self, environ: Environ, request_id: str) -> None:
         """Remember the person, if one with a certificate has brought a request: the same one does not decide about it."""
         try:
             person = self.person(environ)
@@ -219,73 +219,59 @@ class Approvals:
         self._decided()
         return self.case(case.kept.digest)
 
+    # --- for programs -------------------------------------------------------------------------------------------------
 
-# --- for programs -----------------------------------------------------------------------------------------------------
-
-
-def listed(case: Case, rules: approval.ApprovalRules) -> dict[str, Any]:
-    """A request in a list, as JSON."""
-    return {
-        "digest": case.kept.digest,
-        "node": case.bundle.node,
-        "cluster": case.bundle.cluster,
-        "received": rfc3339(case.kept.received),
-        "state": case.kept.state,
-        "approvals": f"{len(case.standing.approved)} of {rules.count}",
-        "certificates": [{"name": one.name, "means": case.sentence(one)} for one in case.requests],
-    }
-
-
-def entry(case: Case, rules: approval.ApprovalRules, cas: Mapping[str, tuple[x509.Certificate, ...]]) -> dict[str, Any]:
-    """A request whole, as JSON: its bundle, of which the reader computes everything anew, and the CAs behind the door."""
-    return {
-        **listed(case, rules),
-        "bundle": json.loads(case.kept.bundle),
-        "differs": {one.name: list(differences(one)) for one in case.bundle.requests},
-        "policy": {name: list(one.problems) for name, one in case.verdicts.items()},
-        "cas": {name: pem(*some).decode() for name, some in cas.items()},
-        "decisions": [
-            {"approver": one.approver, "verdict": one.verdict, "reason": one.reason, "decided": rfc3339(one.decided)}
-            | {"evidence": one.evidence}
-            for one in case.standing.decisions
-        ],
-    }
-
-
-class Api:
-    """The addresses below /v1/approvals."""
-
-    def __init__(self, approvals: Approvals) -> None:
-        self._approvals = approvals
-
-    def __call__(self, environ: Mapping[str, Any]) -> Reply:
-        """The answer."""
+    def answer(self, environ: Environ) -> Reply:
+        """The answer to a request below /v1/approvals."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted /v1/approvals, or a request's digest below it")
         method, request_digest = environ["REQUEST_METHOD"], match[1]
         assert_method(environ, "GET", *([] if request_digest is None else ["POST"]))
         try:
-            person = self._approvals.person(environ)
-            rules = self._approvals.rules
+            person = self.person(environ)
             if request_digest is None:
-                found = [listed(one, rules) for one in self._approvals.waiting()]
+                found = [self._listed(one) for one in self.waiting()]
                 return Reply.of(HTTPStatus.OK, {"approver": person.name, "requests": found})
-            case = (
-                self._approvals.case(request_digest) if method == "GET" else self._post(environ, person, request_digest)
-            )
-            return Reply.of(HTTPStatus.OK, {"approver": person.name, **entry(case, rules, self._approvals.signing.cas)})
+            case = self.case(request_digest) if method == "GET" else self._post(environ, person, request_digest)
+            return Reply.of(HTTPStatus.OK, {"approver": person.name, **self._entry(case)})
         except NotDecidedError as e:
             return Reply.error(e.status, e)
 
-    def _post(self, environ: Mapping[str, Any], person: Person, request_digest: str) -> Case:
+    def _post(self, environ: Environ, person: Person, request_digest: str) -> Case:
         if kind_of(environ) != "application/json":
             raise NotDecidedError("wanted Content-Type: application/json, found another one", hint="")
-        verdict, reason, signature = read_decision(body_of(environ))
-        return self._approvals.decide(person, request_digest, verdict, reason, signature)
+        return self.decide(person, request_digest, *_read_decision(body_of(environ)))
+
+    def _listed(self, case: Case) -> dict[str, Any]:
+        """A request in a list, as JSON."""
+        return {
+            "digest": case.kept.digest,
+            "node": case.bundle.node,
+            "cluster": case.bundle.cluster,
+            "received": rfc3339(case.kept.received),
+            "state": case.kept.state,
+            "approvals": f"{len(case.standing.approved)} of {self.rules.count}",
+            "certificates": [{"name": one.name, "means": case.sentence(one)} for one in case.requests],
+        }
+
+    def _entry(self, case: Case) -> dict[str, Any]:
+        """A request whole, as JSON: its bundle, of which the reader computes everything anew, and the CAs behind the door."""
+        return {
+            **self._listed(case),
+            "bundle": json.loads(case.kept.bundle),
+            "differs": {one.name: list(differences(one)) for one in case.bundle.requests},
+            "policy": {name: list(one.problems) for name, one in case.verdicts.items()},
+            "cas": {name: pem(*some).decode() for name, some in self.signing.cas.items()},
+            "decisions": [
+                {"approver": one.approver, "verdict": one.verdict, "reason": one.reason}
+                | {"decided": rfc3339(one.decided), "evidence": one.evidence}
+                for one in case.standing.decisions
+            ],
+        }
 
 
-def read_decision(data: bytes) -> tuple[Verdict, str, bytes]:
+def _read_decision(data: bytes) -> tuple[Verdict, str, bytes]:
     """Verdict, reason and signature of a decision in JSON (NotDecidedError: it is none)."""
     wanted = "wanted JSON with verdict, reason and signature"
     try:
@@ -347,7 +333,7 @@ class Pages:
         self._templates.filters |= _FILTERS
         self._style = (_TEMPLATES / "style.css").read_bytes()
 
-    def __call__(self, environ: Mapping[str, Any]) -> Reply:
+    def __call__(self, environ: Environ) -> Reply:
         """The page."""
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         if path == "/approvals/style.css" and method == "GET":
@@ -358,7 +344,7 @@ class Pages:
         except NotDecidedError as e:
             return self._html("error.html", e.status, error=e, title="Not done")
 
-    def _page(self, person: Person, path: str, method: str, environ: Mapping[str, Any]) -> Reply:
+    def _page(self, person: Person, path: str, method: str, environ: Environ) -> Reply:
         match = _PAGE.fullmatch(path)
         lists = {"/approvals/certificates": self._certificates, "/approvals/record": self._record}
         if match is not None and match[1] is not None and method == "POST":
@@ -382,7 +368,7 @@ class Pages:
 
     # --- a decision ---------------------------------------------------------------------------------------------------
 
-    def _post(self, person: Person, digest: str, environ: Mapping[str, Any]) -> Reply:
+    def _post(self, person: Person, digest: str, environ: Environ) -> Reply:
         form = _form(environ)
         if not hmac.compare_digest(form.get("token", "").encode(), self._token(person, digest).encode()):
             raise ForgedFormError("wanted a form of this page for this person and request, found another one")
@@ -424,7 +410,7 @@ class Pages:
         return Reply(status=status, body=text.encode(), kind="text/html; charset=utf-8", headers=_HEADERS)
 
 
-def query(environ: Mapping[str, Any]) -> str:
+def query(environ: Environ) -> str:
     """The text that a page is asked to search for."""
     try:
         found = parse_qs(str(environ.get("QUERY_STRING", "")), max_num_fields=10).get("q", [""])[0]
@@ -433,7 +419,7 @@ def query(environ: Mapping[str, Any]) -> str:
     return found.replace("\0", "")[:_LONGEST_QUERY]  # which PostgreSQL takes in no text
 
 
-def _form(environ: Mapping[str, Any]) -> dict[str, str]:
+def _form(environ: Environ) -> dict[str, str]:
     """The fields of a form, each once (ForgedFormError: another document)."""
     length = int(environ.get("CONTENT_LENGTH") or 0)
     if kind_of(environ) != "application/x-www-form-urlencoded" or length > _LONGEST_FORM_BYTES:

@@ -29,7 +29,7 @@ from bridge.desk.approval import Trust
 from bridge.desk.workers import GARBAGE, Workers
 from bridge.door import fleet
 from bridge.door.app import Door
-from bridge.door.approvals import Api, Approvals, Pages
+from bridge.door.approvals import Approvals, Pages
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, serving
 from bridge.door.revocations import ROOT as REVOCATIONS
@@ -91,7 +91,7 @@ class Service:
         self._door.below[ROOT] = Est(self._door, self.memory, self._signing, now)
         self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
         approvals = Approvals(self.memory, self._signing, self._door.arrived.set)
-        self._door.below["/v1/approvals"] = Api(approvals)
+        self._door.below["/v1/approvals"] = approvals.answer
         self._door.below["/approvals"] = Pages(approvals, self._secret, now)
         self._signing.answered = self._door.answered
         self._door.brought = approvals.brought
