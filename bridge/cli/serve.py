@@ -14,7 +14,7 @@ from bridge.cli.options import Common, Output, OutputOption, command, duration_o
 from bridge.cli.printing import VALUES_BEGIN, say, say_json, say_sentence, say_table, width_here, wrapped
 from bridge.desk.approval import differences
 from bridge.errors import BridgeError, Exit
-from bridge.pki.bundle_format import short_fingerprint
+from bridge.pki.bundle_format import describe, short_fingerprint
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import minute, rfc3339
 from bridge.state import Store
@@ -401,7 +401,7 @@ def _refusals(document: Mapping[str, Any]) -> list[str]:
 
 
 def _print(review: Review) -> None:
-    for line in review.text(utc_now()).splitlines():
+    for line in describe(review.bundle, utc_now(), review.cas).splitlines():
         say("\n".join(map(printable, wrapped(line, width_here(), VALUES_BEGIN))))
     say("")
     for certificate in _certificates(dict(review.document)):

@@ -25,7 +25,7 @@ from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki import signatures
 from bridge.pki.budget import OverBudgetError, of_server
 from bridge.pki.bundle import RequestBundle
-from bridge.pki.bundle_format import describe, digest, loads_request
+from bridge.pki.bundle_format import digest, loads_request
 from bridge.pki.certificates import has_key_of, load_pem_certificates
 from bridge.settings.tables import ApproverSettings
 from bridge.system.http import Answer, KeptConnection, Peer, context
@@ -44,19 +44,6 @@ class DoorError(BridgeError):
     hint = "is `approver.url` the door's own (`ca-bridge serve`), of the same version?"
 
 
-class DoorRefusedError(BridgeError):
-    """The door does not take it from this person."""
-
-    exit_code = Exit.REFUSED
-
-
-class DoorBusyError(BridgeError):
-    """The door can't answer now."""
-
-    exit_code = Exit.UNAVAILABLE
-    hint = "try again later"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Review:
     """A request as the door sent it, its bundle read and its digest computed here."""
@@ -65,10 +52,6 @@ class Review:
     digest: str
     document: Mapping[str, Any]  #: The door's words; printed with `printable` alone.
     cas: Mapping[str, list[x509.Certificate]]  #: As the door says.
-
-    def text(self, now: datetime) -> str:
-        """All that a person must know."""
-        return describe(self.bundle, now, self.cas)
 
 
 class Reviewer:
@@ -113,7 +96,7 @@ class Reviewer:
         return self._verified(self._ask("GET", f"/v1/approvals/{wanted}"), wanted)
 
     def decide(self, review: Review, verdict: Verdict, reason: str) -> Review:
-        """Sign a decision about what was shown, and send it (DoorRefusedError: it does not count)."""
+        """Sign a decision about what was shown, and send it."""
         decision = Decision(
             approver="", verdict=verdict, reason=reason.strip(), decided=self._now, certificate=self._leaf,
             evidence="signature", proof=b"",
@@ -161,10 +144,12 @@ class Reviewer:
 
 
 def _error(answer: Answer, document: Mapping[str, Any]) -> BridgeError:
-    kind = DoorBusyError if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR else DoorRefusedError
-    hint = document.get("hint")
+    is_busy, hint = answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR, document.get("hint")
+    if not isinstance(hint, str):
+        hint = "try again later" if is_busy else ""
     text = f"the door: {one_line(document.get('error', f'HTTP {answer.status}'), 2000)}"
-    return kind(text, hint=one_line(hint, 500) if isinstance(hint, str) else None)
+    code = Exit.UNAVAILABLE if is_busy else Exit.REFUSED
+    return BridgeError(text, hint=one_line(hint, 500), exit_code=code)
 
 
 def _read(path: Path, key: str) -> bytes:
