@@ -304,8 +304,7 @@ class Door:
 
         A request that could not be judged gets a tenth of the room, so that strangers take no node's place, and no memory.
         """
-        found = self._memory.unanswered(peer)
-        every, theirs, self.to_sign = found.every, found.theirs, found.to_sign
+        every, theirs, self.to_sign = self._memory.unanswered(peer)
         later = {"retry_after": str(_PAUSE_SECONDS)}
         kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)
         most, most_theirs = -(-self._settings.waiting // part), -(-self._settings.waiting_per_peer // part)

@@ -219,15 +219,6 @@ class DecisionRow:
     decided: datetime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unanswered:
-    """The numbers of requests without an answer."""
-
-    every: int
-    theirs: int  #: Of one address.
-    to_sign: int  #: For the next rounds of signing; the others are for people.
-
-
 #: Statements that are asked for each request, made once: to make one takes longer than to have it answered.
 _REQUEST_BY = {
     one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
@@ -369,10 +360,10 @@ class Memory:
             connection.execute(REQUESTS.update().where(old).values(bundle=b"", answer=None))
             connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < before))
 
-    def unanswered(self, peer: str) -> Unanswered:
-        """The numbers of requests without an answer."""
+    def unanswered(self, peer: str) -> tuple[int, int, int]:
+        """The numbers of requests without an answer: of all, of this address, and for the next rounds of signing."""
         [row] = self.select(_UNANSWERED, {"peer": peer})
-        return Unanswered(**row)
+        return row["every"], row["theirs"], row["to_sign"]
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from bridge.door.app import Awaited, Door
 from bridge.door.doors import Doors
 from bridge.door.service import Service
 from bridge.door.signing import Signing
-from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, Unanswered, sqlite_url
+from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer, loads_request
@@ -163,8 +163,8 @@ def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path)
     assert kept is not None
     assert (kept.state, kept.answer, kept.note) == ("answered", b"answer", "")
     assert memory.counts() == {"answered": 1, "waiting": 1}
-    assert memory.unanswered("192.0.2.1") == Unanswered(every=1, theirs=1, to_sign=1)
-    assert memory.unanswered("192.0.2.2") == Unanswered(every=1, theirs=0, to_sign=1)
+    assert memory.unanswered("192.0.2.1") == (1, 1, 1)
+    assert memory.unanswered("192.0.2.2") == (1, 0, 1)
     assert memory.issued_among(["cc"]) == {("cc", "apiserver"): b"pem"}
 
 
