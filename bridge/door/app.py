@@ -72,13 +72,12 @@ class Reply:
     status: HTTPStatus
     body: bytes
     kind: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)  #: `retry_after` is the header Retry-After.
 
     @classmethod
     def of(cls, status: HTTPStatus, document: Mapping[str, Any], **headers: str) -> Reply:
-        """A JSON document; `retry_after="1"` is the header Retry-After."""
-        named = {name.replace("_", "-").title(): value for name, value in headers.items()}
-        return cls(status=status, body=json.dumps(document).encode() + b"\n", headers=named)
+        """A JSON document."""
+        return cls(status=status, body=json.dumps(document).encode() + b"\n", headers=headers)
 
     @classmethod
     def error(cls, status: HTTPStatus, error: BridgeError | str, **headers: str) -> Reply:
@@ -209,7 +208,7 @@ class Door:
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
             "X-Request-Id": request_id,
-            **reply.headers,
+            **{name.replace("_", "-").title(): value for name, value in reply.headers.items()},
         }
         start(f"{int(reply.status)} {reply.status.phrase}", list(headers.items()))
         return [body]

@@ -258,9 +258,8 @@ def _encoded(body: bytes, kind: str) -> Reply:
 
 def _text(status: HTTPStatus, text: str, **headers: str) -> Reply:
     """A sentence for people, as RFC 7030 §4.2.3 has it."""
-    named = {name.replace("_", "-").title(): value for name, value in headers.items()}
     body = one_line(text, 2000).encode() + b"\n"
-    return Reply(status=status, body=body, kind="text/plain; charset=utf-8", headers=named)
+    return Reply(status=status, body=body, kind="text/plain; charset=utf-8", headers=headers)
 
 
 def _away(status: HTTPStatus, text: str, **headers: str) -> TurnedAwayError:
