@@ -45,6 +45,7 @@ from bridge.pki.certificates import csr_fingerprint, fingerprint, is_signed_by, 
 from bridge.settings.tables import Settings
 from bridge.specs import USER
 from bridge.state import Store, audit
+from bridge.system.codec import from_json, to_json
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.waiting import Places
 
@@ -490,15 +491,11 @@ _Cas = Mapping[str, Sequence[x509.Certificate]]
 
 def asker_json(asker: Asker) -> bytes:
     """For the database, which has the time of receipt in a column of its own."""
-    certificate_pem = pem(asker.certificate).decode() if asker.certificate is not None else None
-    return json.dumps({"label": asker.label, "renews": asker.renews, "certificate": certificate_pem}).encode()
+    return json.dumps({name: value for name, value in to_json(asker).items() if name != "received"}).encode()
 
 
 def _asker(kept: Kept) -> Asker:
-    found = json.loads(kept.origin or b"{}")
-    certificate_pem = found["certificate"]
-    certificate = None if certificate_pem is None else x509.load_pem_x509_certificate(certificate_pem.encode())
-    return Asker(label=found["label"], renews=found["renews"], certificate=certificate, received=kept.received)
+    return from_json(Asker, {**json.loads(kept.origin or b"{}"), "received": to_json(kept.received)})
 
 
 def origin_problem(asker: Asker, request: BundledRequest, node: str, policy: Policy, cas: _Cas) -> str:
