@@ -13,13 +13,13 @@ what an operator does with the database: a copy of SQLite's file, its restore, a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -282,9 +282,9 @@ class UpkeepError(BridgeError):
 def identity(store: Store) -> str:
     """The name of the state directory among doors, which is made when it is first asked for."""
     store.prepare()
-    what, afterwards = "which door this is", "then the door counts as a new one"
-    file = coded(str, store.door, what, OnDamage.REFUSE, key="id", afterwards=afterwards)
-    file = dataclasses.replace(file, by_command=False)
+    afterwards = "then the door counts as a new one"
+    file = coded(str, store.door, "which door this is", OnDamage.REFUSE, key="id", afterwards=afterwards)
+    file = replace(file, by_command=False)
     found = file.read()
     if found is None:
         found = secrets.token_hex(8)
