@@ -335,9 +335,8 @@ class Composer:
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
         """A kubeconfig in kubeadm's form."""
         [user] = common_names(leaf.subject)
-        named = self.desired.config.cluster.get("clusterName")
-        cluster = named if isinstance(named, str) and named else "kubernetes"
         ca_pem = pem(*self.settings.embedded("ca", self.authorities["ca"]))
+        cluster = self.desired.config.cluster_name
         return FreshKubeconfig(server=self.servers[name], cluster=cluster, user=user, ca_pem=ca_pem)
 
 
@@ -494,11 +493,15 @@ def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str
 
 def _gather_answers(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
-) -> tuple[list[Answered], list[Outcome], Sequence[BridgeError]]:
+) -> tuple[list[Answered], list[Outcome], list[BridgeError]]:
     """Take kept and carried answers, ask for the rest or write a bundle: answers, waiting requests, answers to something else."""
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
-    carried, strange = _carried(run, desired, _rest(prepared, answered), expected)
-    answered += carried
+    strange: list[BridgeError] = []
+    if desired.inputs.answers:
+        found = airgap.answers_in(run, desired.inputs.answers)
+        taken = [one for one in _rest(prepared, answered) if one.name in found.candidates]
+        answered += [airgap.answered_by(run, one, found, expected[one.authority]) for one in taken]
+        strange = found.strange
     rest = _rest(prepared, answered)
     if desired.inputs.request is not None and rest:
         assert_free(desired.inputs.request, RequestBundle, run.settings.node.node_name, run.settings.node.cluster)
@@ -514,18 +517,6 @@ def _gather_answers(
 def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Prepared]:
     had = {one.prepared.name for one in answered}
     return [one for one in prepared if one.name not in had]
-
-
-def _carried(
-    run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
-) -> tuple[list[Answered], Sequence[BridgeError]]:
-    if not desired.inputs.answers:
-        return [], ()
-    found = airgap.answers_in(run, desired.inputs.answers)
-    answered = [
-        airgap.answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name in found.candidates
-    ]
-    return answered, tuple(found.strange)
 
 
 def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
