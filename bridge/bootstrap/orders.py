@@ -41,7 +41,6 @@ from bridge.node.pairs import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
 from bridge.pki.certificates import load_pem_certificates, pem
-from bridge.pki.csr import fingerprint_text
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import named, to_json
@@ -241,12 +240,6 @@ _PUBLIC = 0o644
 _IN_ORDERS = ("apiVersion", "kind", "nodeRegistration.name", "localAPIEndpoint.advertiseAddress")
 
 
-class SharingError(BridgeError):
-    """Something that is to be shared is missing."""
-
-    exit_code = Exit.USAGE
-
-
 def share(settings: Settings, places: Places, config: Path, now: datetime, *, worker: bool) -> bytes:
     """An order (its bytes) with all that a further node needs from this one."""
     cluster = read_configuration(config)[0]
@@ -256,7 +249,7 @@ def share(settings: Settings, places: Places, config: Path, now: datetime, *, wo
         return dumps(Order(cluster=shared(cluster), authorities=found))
     key, public = live(places.sa_key), live(places.sa_public)
     if key is None or public is None or not is_sa_pair(key, public):
-        raise SharingError(
+        raise OrderError(
             f"{places.sa_key}: wanted the service account key and {places.sa_public.name}, found no such pair",
             hint="run it on a control-plane node; for a worker there is --worker",
         )
@@ -296,15 +289,6 @@ def read_signed_order(settings: Settings, path: Path) -> Order:
     return order
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """An order on its way."""
-
-    node: NewNode
-    path: Path
-    fingerprint: str  #: To be compared on the node by another way.
-
-
 def write_orders(
     settings: Settings,
     places: Places,
@@ -314,8 +298,8 @@ def write_orders(
     directory: Path,
     sign_with: Path | None,
     now: datetime,
-) -> list[Written]:
-    """Write an order for each node of a list, on an administrator's machine, never over a different order."""
+) -> dict[NewNode, tuple[Path, Order]]:
+    """Write an order for each node of a list, on an administrator's machine, never over a different order; each order's file."""
     key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
     listed = _listed(nodes)
     cluster = read_configuration(config)[0]
@@ -339,10 +323,7 @@ def write_orders(
         for path, order in made.values():
             signature = signatures.sign(key, message(order)) if key is not None else None
             write_atomically(held / path.name, dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
-    return [
-        Written(node=node, path=path, fingerprint=fingerprint_text(digest(order)))
-        for node, (path, order) in made.items()
-    ]
+    return made
 
 
 def _left_out(config: KubeadmConfig) -> Iterator[str]:

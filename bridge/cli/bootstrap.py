@@ -189,7 +189,7 @@ def share(
     data = orders.share(settings, places, kubeadm_config or places.kubeadm_config, utc_now(), worker=worker)
     found = None if worker else _open_output()
     if found is not None:
-        raise orders.SharingError(
+        raise orders.OrderError(
             f"wanted a pipe or a file of your own for the service account key, found {found}",
             hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …; "
             "or `umask 077` before it",
@@ -230,15 +230,20 @@ def write_orders(
     settings = common.settings()
     places = desired.places_of(settings)
     made = orders.write_orders(settings, places, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
-    say_table([(one.node.name, one.node.role, str(one.path), one.fingerprint) for one in made])
-    first = next((one.node.name for one in made if one.node.role == "init"), "a control-plane node")
+    say_table(
+        [
+            (node.name, node.role, str(path), fingerprint_text(orders.digest(order)))
+            for node, (path, order) in made.items()
+        ]
+    )
+    first = next((node.name for node in made if node.role == "init"), "a control-plane node")
     say("\ncarry each to its node, and run there (its keys are made there, and stay):")
     commands = {
         "init": "ca-bridge bootstrap init --order NAME.order.json",
         "control-plane": f"ca-bridge bootstrap join --order NAME.order.json --shared - (from {first}: `ca-bridge bootstrap share`)",
         "worker": "ca-bridge bootstrap join --order NAME.order.json",
     }
-    for role in dict.fromkeys(one.node.role for one in made):
+    for role in dict.fromkeys(node.role for node in made):
         say_sentence(f"{role}: {commands[role]}", "  ")
     if sign_with is None:
         say("\n")
