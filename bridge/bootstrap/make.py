@@ -76,7 +76,7 @@ def make(
 def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     result = partial(Bootstrapped, role=desired.role, node=desired.node)
     whole.assert_no_cluster(desired)
-    look = look_at(run.settings, desired, live, run.now())
+    look = look_at(run.settings, desired.places, desired.role, desired.config, live, run.now())
     whole.assert_keys_closed(look)
     if not look.missing():
         whole.assert_as_desired(desired, look)
@@ -130,7 +130,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     def overlay(path: Path) -> bytes | None:
         return new[path] if path in new else live(path)
 
-    look = look_at(run.settings, desired, overlay, run.now())
+    look = look_at(run.settings, desired.places, desired.role, desired.config, overlay, run.now())
     if problems := look.problems():
         raise NotWholeError("\n".join(problems))
     complete = {path: data for path in look.files() if (data := overlay(path)) is not None}
@@ -173,7 +173,8 @@ def put_back(run: Run, desired: DesiredNode) -> int:
 def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
     """Make sure that the copies are this node's files; return the target of the kubelet's link."""
     places = desired.places
-    ours = {*look_at(run.settings, desired, live, run.now()).files(), *desired.files} - {places.kubelet_current}
+    look = look_at(run.settings, places, desired.role, desired.config, live, run.now())
+    ours = {*look.files(), *desired.files} - {places.kubelet_current}
     others = [path for path in paths if path not in ours]
     if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
         wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"

@@ -236,18 +236,14 @@ def check(
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
-    look = _look(settings, places, role, config, live, now)
+    look = look_at(settings, places, role, config, live, now)
     return [*found, *map(str, _open_keys(look)), *look.problems()]
 
 
-def look_at(settings: Settings, desired: DesiredNode, read: Read, now: datetime) -> NodeLook:
-    """Look at a node as it is to become; `read` may tell files that are not in place yet."""
-    return _look(settings, desired.places, desired.role, desired.config, read, now)
-
-
-def _look(
+def look_at(
     settings: Settings, places: Places, role: Role, config: KubeadmConfig | None, read: Read, now: datetime
 ) -> NodeLook:
+    """Look at a node as it is to become; `read` may tell files that are not in place yet."""
     return NodeLook(
         places=places,
         role=role,
