@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -71,6 +70,19 @@ class Places:
     etcd: Path = ETCD_DIRECTORY
     external_etcd: ExternalEtcd | None = None  #: Whose CA and client pair are where kubeadm's configuration has them.
     servers: tuple[CertificateSpec, ...] = ()  #: Serving certificates that kubeadm's configuration has manifests name.
+
+    @classmethod
+    def of(cls, settings: Settings, config: KubeadmConfig | None = None) -> Places:
+        """The places that the settings name, with what kubeadm's configuration says of them."""
+        node, config = settings.node, config or KubeadmConfig()
+        return cls(
+            pki=node.pki_dir,
+            kubeconfigs=node.kubeconfig_dir,
+            kubelet=node.kubelet_dir,
+            etcd=Path(config.etcd_directory or ETCD_DIRECTORY),
+            external_etcd=config.external_etcd,
+            servers=servers_of(config, node.pki_dir),
+        )
 
     @property
     def kubelet_pki(self) -> Path:
@@ -133,10 +145,6 @@ class Places:
     def specs(self, role: Role) -> list[CertificateSpec]:
         """The certificates that a new node of this kind needs."""
         return specs_of(role, self.external_etcd, self.servers)
-
-    def with_config(self, config: KubeadmConfig) -> Places:
-        """The places with what kubeadm's configuration says of them."""
-        return replace(self, external_etcd=config.external_etcd, servers=servers_of(config, self.pki))
 
     def authorities(self, role: Role) -> list[Authority]:
         """The CAs whose certificates it needs."""

@@ -10,7 +10,6 @@ from cryptography import x509
 
 from bridge import dataclass
 from bridge.bootstrap import (
-    ETCD_DIRECTORY,
     Certificates,
     ConfigurationFacts,
     Places,
@@ -104,7 +103,6 @@ class DesiredNode:
 class Bootstrapped:
     """The result of `bootstrap init` or `bootstrap join`."""
 
-    role: Role
     node: str
     outcomes: tuple[Outcome, ...] = ()
     files: int = 0  #: How many were put in place.
@@ -135,7 +133,7 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
     else:
         config = from_facts(said.facts)
         data = config.text().encode()
-    places = places_in(settings, config)
+    places = Places.of(settings, config)
     is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address, *config.node_ips)
@@ -163,7 +161,7 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
             "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
             hint="it is in the ClusterConfiguration of the first node",
         )
-    places = places_in(settings, config)
+    places = Places.of(settings, config)
     is_worker = node.role == "worker"
     discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
     joining = join_configuration(config, str(discovery), _IGNORED, control_plane=not is_worker, base=base)
@@ -237,14 +235,3 @@ def _carried(said: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
                     hint="one of the two belongs to another cluster",
                 )
     return found
-
-
-def places_in(settings: Settings, config: KubeadmConfig) -> Places:
-    """The places that the settings name; etcd's data, or an external one's files, are where kubeadm's has them."""
-    return places_of(settings, Path(config.etcd_directory or ETCD_DIRECTORY)).with_config(config)
-
-
-def places_of(settings: Settings, etcd: Path = ETCD_DIRECTORY) -> Places:
-    """The places that the settings name."""
-    node = settings.node
-    return Places(pki=node.pki_dir, kubeconfigs=node.kubeconfig_dir, kubelet=node.kubelet_dir, etcd=etcd)

@@ -74,7 +74,7 @@ def make(
 
 
 def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
-    result = partial(Bootstrapped, role=desired.role, node=desired.node)
+    result = partial(Bootstrapped, node=desired.node)
     whole.assert_no_cluster(desired)
     look = look_at(run.settings, desired.places, desired.role, desired.config, live, run.now())
     whole.assert_keys_closed(look)

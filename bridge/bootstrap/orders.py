@@ -240,10 +240,10 @@ _PUBLIC = 0o644
 _IN_ORDERS = ("apiVersion", "kind", "nodeRegistration.name", "localAPIEndpoint.advertiseAddress")
 
 
-def share(settings: Settings, places: Places, config: Path, now: datetime, *, worker: bool) -> bytes:
+def share(settings: Settings, config: Path | None, now: datetime, *, worker: bool) -> bytes:
     """An order (its bytes) with all that a further node needs from this one."""
-    cluster = read_configuration(config)[0]
-    places = places.with_config(cluster)
+    cluster = read_configuration(config or Places.of(settings).kubeadm_config)[0]
+    places = Places.of(settings, cluster)
     found = gather_authorities(settings, places, "worker" if worker else "control-plane", None, {}, now)
     if worker:
         return dumps(Order(cluster=shared(cluster), authorities=found))
@@ -291,7 +291,6 @@ def read_signed_order(settings: Settings, path: Path) -> Order:
 
 def write_orders(
     settings: Settings,
-    places: Places,
     nodes: Path,
     config: Path,
     ca_dir: Path | None,
@@ -313,8 +312,7 @@ def write_orders(
         if node.role != "worker":
             config_of_node = for_node(cluster, node.name, node.addresses[0])
             assert_usable(config_of_node, str(settings.node.pki_dir), further=node.role != "init")
-    places = places.with_config(cluster)
-    found = gather_authorities(settings, places, "control-plane", ca_dir, {}, now)
+    found = gather_authorities(settings, Places.of(settings, cluster), "control-plane", ca_dir, {}, now)
     made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}
     for path, order in made.values():
         if not _is_older(path, order):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bridge import dataclass
-from bridge.bootstrap import ConfigurationFacts, Role, desired, keys, orders, together, whole
+from bridge.bootstrap import ConfigurationFacts, Places, Role, desired, keys, orders, together, whole
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, NodeInputs, NotWholeError
 from bridge.bootstrap.make import make
 from bridge.bootstrap.orders import read_order, read_signed_order
@@ -184,9 +184,7 @@ def share(
     For a pipe: `ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …`.
     The key is as powerful as a CA: its holder can act as any service account.
     """
-    settings = common.settings()
-    places = desired.places_of(settings)
-    data = orders.share(settings, places, kubeadm_config or places.kubeadm_config, utc_now(), worker=worker)
+    data = orders.share(common.settings(), kubeadm_config, utc_now(), worker=worker)
     found = None if worker else _open_output()
     if found is not None:
         raise orders.OrderError(
@@ -228,8 +226,7 @@ def write_orders(
     ROLE is init, control-plane or worker; the first ADDRESS is the node's own. Keys are made on the nodes.
     """
     settings = common.settings()
-    places = desired.places_of(settings)
-    made = orders.write_orders(settings, places, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
+    made = orders.write_orders(settings, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
     say_table(
         [
             (node.name, node.role, str(path), fingerprint_text(orders.digest(order)))
@@ -286,12 +283,11 @@ def check(
     Changes nothing. Exits with 5 if something is missing or wrong.
     """
     settings, role = common.settings(), _role(control_plane, worker) or "init"
-    places = desired.places_of(settings)
+    places = Places.of(settings)
     files = [places.kubeadm_config] if role == "init" else [places.join_config]
     files += [places.kubeadm_config] if role == "control-plane" else []
-    if (config := together(files)) is not None:
-        places = desired.places_in(settings, config)
-    problems = whole.check(settings, places, role, files, config, utc_now())
+    config = together(files)
+    problems = whole.check(settings, Places.of(settings, config), role, files, config, utc_now())
     program = "init" if role == "init" else "join"
     if problems:
         hint = "`ca-bridge bootstrap join` makes the missing files"
