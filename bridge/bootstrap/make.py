@@ -157,8 +157,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
         )
     pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
-    paths = [(one, Path(one.path)) for one in found.files]
-    files = [_replacement(one.certificate, path, _mode(desired.places, path), one.data) for one, path in paths]
+    files = [_replacement(desired.places, one.certificate, Path(one.path), one.data) for one in found.files]
     _assert_free(files, desired.places)
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
@@ -193,8 +192,8 @@ def _assert_free(files: Sequence[Replacement], places: Places) -> None:
         raise LeftoversError(f"wanted to put copies back, found another file in the place of {some(others)}")
 
 
-def _replacement(name: str, path: Path, mode: int, data: bytes) -> Replacement:
-    there, own = live(path), Attributes.private()
+def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacement:
+    there, own, mode = live(path), Attributes.private(), _mode(places, path)
     return Replacement(
         certificate=name,
         path=path,
@@ -227,7 +226,7 @@ def _keep(desired: DesiredNode, look: NodeLook, complete: Mapping[Path, bytes]) 
 
 
 def _mode(places: Places, path: Path) -> int:
-    """The mode that `Composer` gives a file; an external etcd's have names of the operator's."""
+    """The mode of a file; an external etcd's have names of the operator's."""
     key, certificate = places.pair(ETCD_CLIENT)
     is_public = path in (certificate, places.authority(ETCD_CA)) or path.suffix == ".crt"
     return _PUBLIC if is_public and path != key else _PRIVATE
@@ -300,17 +299,17 @@ class Composer:
         chain = pem(*verified.chain)
         spec, places = one.item.spec, self.desired.places
         if spec.name == KUBELET_CONF:
-            yield _replacement(spec.name, self.kubelet_pem, _PRIVATE, chain + one.key_pem)
+            yield _replacement(places, spec.name, self.kubelet_pem, chain + one.key_pem)
             # by reference: one place to renew, and a kubelet that starts makes no copy
             data = self._kubeconfig(spec.name, verified.leaf).referring_text(str(places.kubelet_current))
-            yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
+            yield _replacement(places, spec.name, places.kubeconfigs / spec.base, data)
         elif spec.kubeconfig:
             data = self._kubeconfig(spec.name, verified.leaf).text(chain, one.key_pem)
-            yield _replacement(spec.name, places.kubeconfigs / spec.base, _PRIVATE, data)
+            yield _replacement(places, spec.name, places.kubeconfigs / spec.base, data)
         else:
             key, certificate = places.pair(spec)
-            yield _replacement(spec.name, key, _PRIVATE, one.key_pem)
-            yield _replacement(spec.name, certificate, _PUBLIC, chain)
+            yield _replacement(places, spec.name, key, one.key_pem)
+            yield _replacement(places, spec.name, certificate, chain)
 
     @property
     def kubelet_pem(self) -> Path:
@@ -322,16 +321,15 @@ class Composer:
         desired, places = self.desired, self.desired.places
         if desired.role != "worker":  # whose CA certificate kubeadm writes itself, and refuses an existing file
             for authority in places.authorities(desired.role):
-                if live(places.authority(authority)) is None:
-                    data = pem(*self.authorities[authority.name])
-                    yield _replacement(authority.name, places.authority(authority), _PUBLIC, data)
+                if live(path := places.authority(authority)) is None:
+                    yield _replacement(places, authority.name, path, pem(*self.authorities[authority.name]))
             pair = keys.sa_in_place(desired) or desired.sa or made
             for path, data in zip((places.sa_key, places.sa_public), pair, strict=True):
                 if live(path) != data:
-                    yield _replacement("sa", path, _PRIVATE, data)
+                    yield _replacement(places, "sa", path, data)
         for path, data in desired.files.items():
             if live(path) != data:  # an operator's may hold a bootstrap token
-                yield _replacement("kubeadm", path, _PRIVATE, data)
+                yield _replacement(places, "kubeadm", path, data)
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
         """A kubeconfig in kubeadm's form."""
