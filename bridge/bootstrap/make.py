@@ -332,7 +332,6 @@ class Composer:
                 yield _replacement(places, "kubeadm", path, data)
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
-        """A kubeconfig in kubeadm's form."""
         [user] = common_names(leaf.subject)
         ca_pem = pem(*self.settings.embedded("ca", self.authorities["ca"]))
         cluster = self.desired.config.cluster_name
@@ -475,7 +474,6 @@ def unfinished_file(store: Store) -> StateFile[Unfinished]:
 
 
 def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str, verify.Expectation]:
-    """The expectations that answers are checked against, by authority."""
     settings = run.settings
     return {
         name: verify.Expectation(

@@ -244,7 +244,6 @@ class Approvals:
         return self.decide(person, request_digest, *_read_decision(body_of(environ)))
 
     def _listed(self, case: Case) -> dict[str, Any]:
-        """A request in a list, as JSON."""
         return {
             "digest": case.kept.digest,
             "node": case.bundle.node,

@@ -231,7 +231,6 @@ class Est:
 
 
 def _csr(environ: Environ) -> x509.CertificateSigningRequest:
-    """The CSR of a request's body."""
     if kind_of(environ).lower() != "application/pkcs10":
         raise _away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/pkcs10, found another one")
     if environ.get("HTTP_CONTENT_ENCODING", "identity") != "identity":

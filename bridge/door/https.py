@@ -85,15 +85,12 @@ class _Tls(Adapter):
         wrapped = self.context.wrap_socket(
             sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
         )
-        return wrapped, self.get_environ(wrapped)
+        return wrapped, self.get_environ()
 
-    def get_environ(self, sock: ssl.SSLSocket | None = None) -> dict[str, str]:
-        """The facts about the connection that each request gets."""
-        del sock
+    def get_environ(self) -> dict[str, str]:
         return {"wsgi.url_scheme": "https", "HTTPS": "on"}
 
     def makefile(self, sock: Any, mode: str = "r", bufsize: int = -1) -> Any:
-        """As cheroot's own."""
         return MakeFile(sock, mode, bufsize)
 
     def _read_again(self) -> None:

@@ -431,7 +431,6 @@ class _Left:
         self.has_answered = False
 
     def answered(self, job: Job, where: str) -> None:
-        """One bundle went through the desk."""
         node, counts = job.bundle.node, Counter[str]()
         if not where:
             text = self.notes[job.digest] = job.trouble_text or "it waits for its turn"

@@ -60,20 +60,16 @@ _FORM_LOCK = 0x0CAB_0001
 _DIGEST, _NAME, _TEXT = sa.String(64), sa.String(253), sa.String(2000)
 
 
-class Moment(sa.TypeDecorator[datetime]):
+class _Moment(sa.TypeDecorator[datetime]):
     """A time in UTC, also where the database keeps no zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Convert a value for the database."""
-        del dialect
+    def process_bind_param(self, value: datetime | None, _: sa.Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC)
 
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        """Convert a value from the database."""
-        del dialect
+    def process_result_value(self, value: datetime | None, _: sa.Dialect) -> datetime | None:
         return None if value is None else value.replace(tzinfo=value.tzinfo or UTC)
 
 
@@ -87,11 +83,11 @@ REQUESTS = sa.Table(
     sa.Column("node", _NAME, nullable=False),  # the bundle's word; the proofs in it say whether that is true
     sa.Column("cluster", _NAME, nullable=False),
     sa.Column("peer", sa.String(64), nullable=False),  # the address that it came from
-    sa.Column("received", Moment, nullable=False),
+    sa.Column("received", _Moment, nullable=False),
     sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("begun", Moment),  # when it was last judged and signed
+    sa.Column("begun", _Moment),  # when it was last judged and signed
     sa.Column("note", _TEXT, nullable=False, default=""),  # why there is no answer yet; what was refused
-    sa.Column("answered", Moment),
+    sa.Column("answered", _Moment),
     sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
     sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: people say that none has
@@ -107,7 +103,7 @@ DECISIONS = sa.Table(
     sa.Column("verdict", sa.String(16), nullable=False),  # approved, refused; asked: this person brought the request
     sa.Column("reason", _TEXT, nullable=False, default=""),
     sa.Column("signature", sa.LargeBinary),  # the evidence: bridge.desk.approval.Decision.evidence_bytes
-    sa.Column("decided", Moment, nullable=False),
+    sa.Column("decided", _Moment, nullable=False),
     sa.UniqueConstraint("request", "approver"),
 )
 CERTIFICATES = sa.Table(
@@ -121,8 +117,8 @@ CERTIFICATES = sa.Table(
     sa.Column("node", _NAME, nullable=False, index=True),
     sa.Column("cluster", _NAME, nullable=False),
     sa.Column("serial", sa.String(64), nullable=False),
-    sa.Column("begins", Moment, nullable=False),
-    sa.Column("ends", Moment, nullable=False, index=True),
+    sa.Column("begins", _Moment, nullable=False),
+    sa.Column("ends", _Moment, nullable=False, index=True),
     sa.Column("chain", sa.LargeBinary, nullable=False),  # PEM: the leaf, then its intermediates
 )
 ENROLMENTS = sa.Table(
@@ -132,27 +128,27 @@ ENROLMENTS = sa.Table(
     sa.Column("node", _NAME, nullable=False, index=True),
     sa.Column("cluster", _NAME, nullable=False),
     sa.Column("secret_hash", _DIGEST, nullable=False, unique=True),  # of the one-time secret, which is kept nowhere
-    sa.Column("created", Moment, nullable=False),
+    sa.Column("created", _Moment, nullable=False),
     sa.Column("created_by", _NAME, nullable=False),
-    sa.Column("ends", Moment, nullable=False),
-    sa.Column("used", Moment),
+    sa.Column("ends", _Moment, nullable=False),
+    sa.Column("used", _Moment),
     sa.Column("request", sa.String(64), sa.ForeignKey("requests.id")),  # for which it was used
     sa.Column("certificates", _TEXT, nullable=False, server_default=""),  # names with commas; empty: all that may be
-    sa.Column("withdrawn", Moment),
+    sa.Column("withdrawn", _Moment),
 )
 DOORS = sa.Table(
     "doors",
     METADATA,
     sa.Column("id", sa.String(64), primary_key=True),  # its state directory's
     sa.Column("host", _NAME, nullable=False),
-    sa.Column("seen", Moment, nullable=False),  # when it last said that it lives
+    sa.Column("seen", _Moment, nullable=False),  # when it last said that it lives
     sa.Column("round", sa.Integer, nullable=False),  # of signing; the audit log has it, too
 )
 RESTORES = sa.Table(
     "restores",
     METADATA,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("restored", Moment, nullable=False),  # what was made before may have been signed already
+    sa.Column("restored", _Moment, nullable=False),  # what was made before may have been signed already
     sa.Column("by", _NAME, nullable=False),
 )
 
