@@ -133,15 +133,6 @@ class Places:
             return Path(self.external_etcd.key_file), Path(self.external_etcd.certificate_file)
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
 
-    def directories(self, role: Role) -> list[Path]:
-        """Directories that hold the files, parents first."""
-        ours = [self.kubeconfigs, self.kubelet_pki]
-        if role == "worker":
-            return ours
-        of_etcd = [path.parent for path in (self.authority(ETCD_CA), *self.pair(ETCD_CLIENT))]
-        of_servers = [self.pair(spec)[0].parent for spec in self.servers]
-        return list(dict.fromkeys([*ours, self.pki, *of_etcd, *of_servers]))
-
     def specs(self, role: Role) -> list[CertificateSpec]:
         """The certificates that a new node of this kind needs."""
         return specs_of(role, self.external_etcd, self.servers)

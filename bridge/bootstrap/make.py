@@ -137,7 +137,9 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     complete.update(desired.files)
     complete[kubelet_pem] = complete.pop(places.kubelet_current)
     _keep(desired, look, complete)
-    _make_directories(desired)
+    for directory in sorted({path.parent for path in (*look.files(), *desired.files)}):  # parents first
+        directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+        assert_holds_keys(directory)
     files = [*files, _link(places.kubelet_current, kubelet_pem)]
     about = audit.about() | {"command": f"bootstrap {desired.role}"}
     install(run.store, files, run.record.run_id, about)
@@ -243,13 +245,6 @@ def _link(link: Path, target: Path) -> Replacement:
         is_link=True,
         leads_to=str(target),
     )
-
-
-def _make_directories(desired: DesiredNode) -> None:
-    """Make kubeadm's directories and the kubelet's; other users may not write to them."""
-    for path in desired.places.directories(desired.role):
-        path.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
-        assert_holds_keys(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
 from bridge.bootstrap import ETCD_CLIENT, Places, specs_of
+from bridge.bootstrap.whole import NodeLook
 from bridge.node.kubeadm_config import ExternalEtcd
 from tests.kit.new_node import CONFIG, NewNode
 
@@ -139,4 +141,5 @@ def test_which_certificates_there_are() -> None:
     assert specs_of("worker", tls) == specs_of("worker")
     places = Places(pki=Path("/p"), kubeconfigs=Path("/k"), external_etcd=tls)
     assert places.pair(ETCD_CLIENT) == (Path("/c"), Path("/b"))
-    assert Path("/p/etcd") not in places.directories("init")
+    files = NodeLook(places=places, role="init", read=lambda _: None, now=datetime.now(UTC)).files()
+    assert Path("/p/etcd") not in {path.parent for path in files}
