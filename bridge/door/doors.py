@@ -360,16 +360,14 @@ def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
     return withdrawn
 
 
-def again(settings: Settings, digest: str) -> int:
-    """Have requests signed that were left to people (UpkeepError: there is none); their number."""
+def again(settings: Settings, digest: str) -> None:
+    """Have requests signed that were left to people (UpkeepError: there is none)."""
     if len(digest) < _LEAST_DIGITS:
         raise UpkeepError(f"wanted at least {_LEAST_DIGITS} digits of a request's digest, found {len(digest)}")
     with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
-        count = doors.again(digest)
-        if not count:
+        if not doors.again(digest):
             raise UpkeepError(f"wanted a request {digest} that was left to people, found none")
         record.add(audit.AGAIN, result=f"request {digest[:16]}: a person says that no CA has signed it")
-    return count
 
 
 def _assert_file(settings: Settings) -> None:

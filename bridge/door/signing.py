@@ -485,9 +485,6 @@ def assert_elsewhere(
                 )
 
 
-_Cas = Mapping[str, Sequence[x509.Certificate]]
-
-
 def asker_json(asker: Asker) -> bytes:
     """For the database, which has the time of receipt in a column of its own."""
     return json.dumps({name: value for name, value in to_json(asker).items() if name != "received"}).encode()
@@ -497,7 +494,9 @@ def _asker(kept: Kept) -> Asker:
     return from_json(Asker, {**json.loads(kept.origin or b"{}"), "received": to_json(kept.received)})
 
 
-def origin_problem(asker: Asker, request: BundledRequest, node: str, policy: Policy, cas: _Cas) -> str:
+def origin_problem(
+    asker: Asker, request: BundledRequest, node: str, policy: Policy, cas: Mapping[str, Sequence[x509.Certificate]]
+) -> str:
     """Why the policy of now does not let this client ask for this node; see `asker_problem`."""
     ours = cas.get(request.authority, ())  # by which the one that is replaced always is
     known = ours if asker.renews else policy.est_cas.get(asker.label) or ours
