@@ -151,10 +151,10 @@ class Door:
         """`pages` are those for monitors, by path."""
         ours = settings.serve
         self._settings = ours
-        self._memory = memory
+        self.memory = memory
         self.awaited = Awaited(memory, longest=ours.exchange_for / 2, places=max(1, ours.threads // _PART_AWAITING))
-        self._signing = signing
-        self._now = now
+        self.signing = signing
+        self.now = now
         self._rate = Rate(ours.requests_per_minute)
         self._authorities = sorted(settings.authorities)
         self._pages = pages
@@ -235,7 +235,7 @@ class Door:
         return Reply.error(HTTPStatus.NOT_FOUND, "wanted a page of the door, found another path")
 
     def _issuers(self, authority: str) -> Reply:
-        if not (found := self._signing.chains.get(authority, ())):
+        if not (found := self.signing.chains.get(authority, ())):
             text = f"wanted the CA of {authority}, found that it was not reached yet"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
         return Reply(status=HTTPStatus.OK, body=pem(*found), kind=_CHAIN)
@@ -248,12 +248,12 @@ class Door:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
         data = json_body(environ)
         try:
-            one = self._signing.read(data, environ["REMOTE_ADDR"])
+            one = self.signing.read(data, environ["REMOTE_ADDR"])
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         except BusyError as e:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
-        kept = self._memory.find(one.digest, "digest")
+        kept = self.memory.find(one.digest, "digest")
         request_id = kept.id if kept else self._receive(environ, data, one)
         self.arrived.set()
         document = {"id": request_id, "digest": one.digest, "state": "waiting" if kept is None else kept.state}
@@ -267,17 +267,17 @@ class Door:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), one)
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
             if one.by is None or vouched:
-                one = self._signing.judged(one, vouched)
-            if reason := self._signing.refused(one):
+                one = self.signing.judged(one, vouched)
+            if reason := self.signing.refused(one):
                 raise _refused(one, peer, reason)
-            self.assert_room(peer, is_judged=self._signing.judges(bundle), size=len(data))
+            self.assert_room(peer, is_judged=self.signing.judges(bundle), size=len(data))
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
-            request_id = self._memory.receive(data, digest=one.digest, now=self._now(), enrolment=number, **who)
+            request_id = self.memory.receive(data, digest=one.digest, now=self.now(), enrolment=number, **who)
             with self._mutex:
                 remember(self._turns, one.digest, self._answered + self.to_sign, self._settings.waiting)
             if not vouched:  # a round judges those anew
-                self._signing.expect(data, one)
+                self.signing.expect(data, one)
             self.brought(environ, request_id)
         except EnrolmentError as e:
             raise _refused(one, peer, e) from None
@@ -290,7 +290,7 @@ class Door:
         if not authorization:
             return None
         try:
-            return enrolments.proven_by(self._memory, authorization, one.bundle, one.digest, self._now())
+            return enrolments.proven_by(self.memory, authorization, one.bundle, one.digest, self.now())
         except EnrolmentError as e:
             if any(request.proof is not None for request in one.bundle.requests):  # the policy refuses those without
                 log.warning("request %s of %s: %s", one.digest[:16], one.bundle.node, e)
@@ -303,7 +303,7 @@ class Door:
 
         A request that could not be judged gets a tenth of the room, so that strangers take no node's place, and no memory.
         """
-        every, theirs, self.to_sign = self._memory.unanswered(peer)
+        every, theirs, self.to_sign = self.memory.unanswered(peer)
         later = {"retry_after": str(_PAUSE_SECONDS)}
         kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)
         most, most_theirs = -(-self._settings.waiting // part), -(-self._settings.waiting_per_peer // part)
@@ -318,7 +318,7 @@ class Door:
             raise away(HTTPStatus.SERVICE_UNAVAILABLE, text, **later)
 
     def _answer(self, request_id: str) -> Reply:
-        kept = self._memory.find(request_id)
+        kept = self.memory.find(request_id)
         if kept is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted the id of a request, found another text")
         if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node would be back
@@ -340,7 +340,7 @@ class Door:
 
     def _pause_seconds(self, kept: Kept) -> int:
         """Until a node should look again."""
-        is_new = kept.begun is None or self._now() - kept.received < _SOON_FOR
+        is_new = kept.begun is None or self.now() - kept.received < _SOON_FOR
         return self._soon_seconds(kept.digest) if is_new else _LATER_SECONDS
 
     def _soon_seconds(self, request_digest: str) -> int:
@@ -351,7 +351,7 @@ class Door:
         return min(max(_SOON_SECONDS, ahead // _PACE), _LATER_SECONDS)
 
     def _certificate(self, name: str, csr: str) -> Reply:
-        chain = self._memory.issued_among([csr]).get((csr, name))
+        chain = self.memory.issued_among([csr]).get((csr, name))
         if chain is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
         return Reply(status=HTTPStatus.OK, body=chain, kind=_CHAIN)

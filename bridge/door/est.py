@@ -17,8 +17,8 @@ import binascii
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import timedelta
 from hashlib import sha256
 from http import HTTPStatus
 from typing import Any
@@ -33,8 +33,8 @@ from bridge.door import enrolments
 from bridge.door.app import Door, Environ, Reply, TurnedAwayError, body_of, kind_of
 from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
-from bridge.door.signing import Signing, asker_json, origin_problem
-from bridge.door.store import EnrolmentError, Kept, Memory
+from bridge.door.signing import asker_json, origin_problem
+from bridge.door.store import EnrolmentError, Kept
 from bridge.pki import der, node_proofs
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import dumps, loads_answer, loads_digested
@@ -65,11 +65,8 @@ class _Label:
 class Est:
     """The operations; called from many threads."""
 
-    def __init__(self, door: Door, memory: Memory, signing: Signing, now: Callable[[], datetime]) -> None:
+    def __init__(self, door: Door) -> None:
         self._door = door
-        self._memory = memory
-        self._signing = signing
-        self._now = now
 
     def __call__(self, environ: Environ) -> Reply:
         """The answer to a request below `ROOT`."""
@@ -83,11 +80,11 @@ class Est:
         if operation == "cacerts":
             return _encoded(certs_only(self._chain(label)), _CERTIFICATES)
         if operation == "csrattrs":
-            return _encoded(csr_attributes(self._signing.policy.keys(label.spec.name)), "application/csrattrs")
+            return _encoded(csr_attributes(self._door.signing.policy.keys(label.spec.name)), "application/csrattrs")
         return self._enrol(environ, label, renews=operation == "simplereenroll")
 
     def _label(self, name: str) -> _Label:
-        policy = self._signing.policy
+        policy = self._door.signing.policy
         rules = policy.est.get(name)
         spec = policy.spec_of(rules.certificate or name) if rules is not None else None
         if rules is None or spec is None:
@@ -96,7 +93,7 @@ class Est:
 
     def _chain(self, label: _Label) -> tuple[x509.Certificate, ...]:
         authority = label.spec.authority.name
-        if not (found := self._signing.chains.get(authority, ())):
+        if not (found := self._door.signing.chains.get(authority, ())):
             raise _later(f"wanted the certificates of {authority}, found that its CA was not reached yet")
         return found
 
@@ -109,7 +106,7 @@ class Est:
         used, shown = None, environ.get(PEER)
         if not renews and label.rules.secrets and (shown is None or "HTTP_AUTHORIZATION" in environ):
             used = self._enrolment(environ)
-            asker = Asker(label=label.name, certificate=None, renews=False, received=self._now())
+            asker = Asker(label=label.name, certificate=None, renews=False, received=self._door.now())
             node = used.node
         elif shown is not None:
             asker, node = self._client(shown, label, renews=renews)
@@ -118,7 +115,7 @@ class Est:
             raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
         csr = _csr(environ)
         again = _again(asker, used, csr)
-        kept = self._memory.find(again, "again")
+        kept = self._door.memory.find(again, "again")
         if kept is None:
             kept = self._receive(self._bundle(label, asker, node, csr, again), asker, used, again, environ)
         return self._answered(kept)
@@ -132,7 +129,7 @@ class Est:
         except ValueError:
             scheme = user = secret = ""
         secret_hash = node_proofs.secret_hash(secret) if scheme.lower() == "basic" else None
-        found = enrolments.find(self._memory, secret_hash) if secret_hash is not None else None
+        found = enrolments.find(self._door.memory, secret_hash) if secret_hash is not None else None
         if found is None or found.node != user:
             wanted = "a node's name and the secret that `ca-bridge enroll` printed for it"
             raise _away(HTTPStatus.UNAUTHORIZED, f"wanted {wanted}, found neither", www_authenticate=challenge)
@@ -145,7 +142,7 @@ class Est:
             node = node_of(certificate.subject, label.rules.clients)
         except UNREADABLE:
             raise _away(HTTPStatus.FORBIDDEN, "wanted a client certificate that can be read") from None
-        asker = Asker(label=label.name, certificate=certificate, renews=renews, received=self._now())
+        asker = Asker(label=label.name, certificate=certificate, renews=renews, received=self._door.now())
         if not node:
             raise _away(HTTPStatus.FORBIDDEN, "wanted a client that this label is for, found another one")
         return asker, node
@@ -154,7 +151,7 @@ class Est:
         self, label: _Label, asker: Asker, node: str, csr: x509.CertificateSigningRequest, again: str
     ) -> ReadBundle:
         """The request in the form that the desk judges; its names are the policy's and TLS's."""
-        spec, policy = label.spec, self._signing.policy
+        spec, policy = label.spec, self._door.signing.policy
         request = BundledRequest(
             name=spec.name,
             authority=spec.authority.name,
@@ -186,19 +183,19 @@ class Est:
         who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
         who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
-            request_id = self._memory.receive(dumps(bundle), digest=one.digest, now=asker.received, **who)
+            request_id = self._door.memory.receive(dumps(bundle), digest=one.digest, now=asker.received, **who)
         except EnrolmentError as e:  # another request was first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
         self._door.brought(environ, request_id)
         self._door.arrived.set()
-        if (kept := self._memory.find(request_id)) is None:
+        if (kept := self._door.memory.find(request_id)) is None:
             raise _later("wanted the request that was received, found that it was removed")
         return kept
 
     def _reason(self, one: ReadBundle, asker: Asker, used: Enrolment | None) -> str:
         """Why a request is not kept; empty: it is."""
-        bundle, signing = one.bundle, self._signing
+        bundle, signing = one.bundle, self._door.signing
         [request] = bundle.requests
         if used is not None:
             try:
@@ -215,7 +212,7 @@ class Est:
         """The certificate, if it comes soon enough."""
         kept = self._door.awaited.over(kept, _HOLD)
         if kept.state != "answered":
-            is_new = self._now() - kept.received < timedelta(seconds=_LATER_SECONDS)
+            is_new = self._door.now() - kept.received < timedelta(seconds=_LATER_SECONDS)
             text = (
                 f"request {kept.digest[:16]} waits{' for people' if kept.state == 'undecided' else ''}; send it again"
             )
@@ -223,7 +220,7 @@ class Est:
         answer = next(iter(loads_answer(kept.answer).answers.values())) if kept.answer is not None else None
         if isinstance(answer, Refusal):
             return _text(HTTPStatus.FORBIDDEN, answer.reason)
-        if answer is None or answer.leaf.not_valid_after_utc < self._now():
+        if answer is None or answer.leaf.not_valid_after_utc < self._door.now():
             what = "answer is too old (serve.keep)" if answer is None else "certificate has ended"
             text = f"wanted a CSR that was not answered before, found one whose {what}: make a new CSR"
             return _text(HTTPStatus.FORBIDDEN, text)

@@ -88,7 +88,7 @@ class Service:
             log.warning("%s", text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         self._door = Door(settings, self.memory, self._signing, now, pages)
-        self._door.below[ROOT] = Est(self._door, self.memory, self._signing, now)
+        self._door.below[ROOT] = Est(self._door)
         self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
         approvals = Approvals(self.memory, self._signing, self._door.arrived.set)
         self._door.below["/v1/approvals"] = approvals.answer
