@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import glob
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -248,22 +248,22 @@ def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | N
 def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]:
     leaves = [row for row in found.rows if row.authority and not row.left_alone]
     cas = [*found.authorities, *(row for row in found.extra if not row.authority and not row.foreign)]
-    yield _metric(
+    yield metric(
         "ca_bridge_certificate_not_after_seconds",
         "End of a certificate's validity, or of its intermediate's or CA's if that is sooner.",
         ((_labels(row), _timestamp(first_end(row.chain))) for row in leaves if row.certificate),
     )
-    yield _metric(
+    yield metric(
         "ca_bridge_certificate_due_seconds",
         "From when on renew renews a certificate.",
         ((_labels(row), _timestamp(due[row.name])) for row in leaves if row.name in due),
     )
-    yield _metric(
+    yield metric(
         "ca_bridge_authority_not_after_seconds",
         "End of a CA certificate's validity.",
         ((_labels(row), _timestamp(first_end(row.chain))) for row in cas if row.certificate),
     )
-    yield _metric(
+    yield metric(
         "ca_bridge_certificate_usable",
         "Whether the file is there and can be read.",
         (
@@ -276,17 +276,17 @@ def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]
 
 def _of_state(known: Remembered) -> Iterator[str]:
     counts = [(name, known.failures[name].count if name in known.failures else 0) for name in AUTHORITIES]
-    yield _metric(
+    yield metric(
         "ca_bridge_failed_runs",
         "Runs in a row that could not renew at this CA.",
         ((labels(authority=name), count) for name, count in counts),
     )
-    yield _metric(
+    yield metric(
         "ca_bridge_certificate_not_in_use",
         "Whether a component is still to be restarted before it uses an installed certificate.",
         ((labels(name=name, component=component), 1) for name, component in known.late),
     )
-    yield _metric(
+    yield metric(
         "ca_bridge_certificate_pending_since_seconds",
         "When a request was made that a CA has and has not answered.",
         (
@@ -295,7 +295,7 @@ def _of_state(known: Remembered) -> Iterator[str]:
         ),
     )
     yield known.own
-    yield _metric(
+    yield metric(
         "ca_bridge_authority_phase_since_seconds",
         "Since when a CA that is being replaced has been in a phase.",
         ((labels_text, _timestamp(since)) for labels_text, since in known.phases),
@@ -321,11 +321,7 @@ def _of_runs(history: History) -> Iterator[str]:
 
 
 def _value(name: str, help_text: str, value: float) -> str:
-    return _metric(f"ca_bridge_{name}", help_text, [("", value)])
-
-
-def _metric(name: str, help_text: str, samples: Iterable[tuple[str, float]]) -> str:
-    return metric(name, help_text, (f"{name}{labels_text} {value}" for labels_text, value in samples))
+    return metric(f"ca_bridge_{name}", help_text, [("", value)])
 
 
 def _labels(row: Row) -> str:

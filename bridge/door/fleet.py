@@ -7,7 +7,7 @@ that is meant for its renewal, and no request has come since that time began.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Literal, get_args
 
@@ -132,18 +132,13 @@ def _enrolled(memory: Memory, now: datetime) -> list[_Place]:
 def metrics(nodes: Sequence[FleetNode]) -> str:
     """Prometheus' metrics: how many nodes in each state, and each node's next end and last request."""
     counts = {state: sum(one.state == state for one in nodes) for state in STATES}
-    by_state = (f"{PREFIX}_nodes{labels(state=state)} {count}" for state, count in counts.items())
+    by_state = ((labels(state=state), count) for state, count in counts.items())
 
-    def moments(name: str, of: Callable[[FleetNode], datetime | None]) -> list[str]:
-        return [
-            f"{PREFIX}_{name}{labels(cluster=one.cluster, node=one.node)} {moment.timestamp():.0f}"
-            for one in nodes
-            if (moment := of(one)) is not None
-        ]
+    def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
+        known = ((one, time) for one, time in zip(nodes, times, strict=True) if time is not None)
+        samples = ((labels(cluster=one.cluster, node=one.node), f"{time.timestamp():.0f}") for one, time in known)
+        return metric(f"{PREFIX}_node_{name}_timestamp_seconds", text, samples)
 
-    ends, heard = "node_next_end_timestamp_seconds", "node_last_request_timestamp_seconds"
-    return "".join([
-        metric(f"{PREFIX}_nodes", "Nodes by state; expired, silent and failed ones need a person.", by_state),
-        metric(f"{PREFIX}_{ends}", "End of the certificate that ends next.", moments(ends, lambda one: one.ends)),
-        metric(f"{PREFIX}_{heard}", "The node's last request.", moments(heard, lambda one: one.heard)),
-    ])  # fmt: skip
+    states = metric(f"{PREFIX}_nodes", "Nodes by state; expired, silent and failed ones need a person.", by_state)
+    ends = moments("next_end", "End of the certificate that ends next.", (one.ends for one in nodes))
+    return states + ends + moments("last_request", "The node's last request.", (one.heard for one in nodes))

@@ -237,7 +237,7 @@ class Service:
             _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
             _metric("workers", "Processes that read and judge what comes.", "state", workers),
             _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
-            metric(f"{PREFIX}_signing", "Whether rounds succeed.", [f"{PREFIX}_signing {int(not self._trouble)}"]),
+            metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]),
             nodes,
         ]
         return HTTPStatus.OK, "".join(parts)
@@ -281,4 +281,4 @@ def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x5
 
 def _metric(name: str, text: str, label: str, values: Mapping[Any, float], kind: str = "gauge") -> str:
     rows = sorted((labels(**{label: f"{key}"}), value) for key, value in dict(values).items())
-    return metric(f"{PREFIX}_{name}", text, (f"{PREFIX}_{name}{one} {value}" for one, value in rows), kind)
+    return metric(f"{PREFIX}_{name}", text, rows, kind)

@@ -98,15 +98,15 @@ _GAUGES = {
 
 
 def _metric(name: str, text: str, samples: Iterable[tuple[str, object]], kind: str = "gauge") -> str:
-    return metric(f"{PREFIX}_{name}", text, (f"{PREFIX}_{name}{one} {value}" for one, value in sorted(samples)), kind)
+    return metric(f"{PREFIX}_{name}", text, sorted(samples), kind)
 
 
-def _histogram(signer: str, row: Sequence[float]) -> Iterator[str]:
-    name, counts = f"{PREFIX}_sign_seconds", list(accumulate(row[:-1]))
+def _histogram(signer: str, row: Sequence[float]) -> Iterator[tuple[str, str]]:
+    counts = list(accumulate(row[:-1]))
     for limit, count_below in zip((*map(str, _BUCKETS), "+Inf"), counts, strict=True):
-        yield f"{name}_bucket{labels(signer=signer, le=limit)} {count_below:.0f}"
-    yield f"{name}_count{labels(signer=signer)} {counts[-1]:.0f}"
-    yield f"{name}_sum{labels(signer=signer)} {row[-1]:.6f}"
+        yield f"_bucket{labels(signer=signer, le=limit)}", f"{count_below:.0f}"
+    yield f"_count{labels(signer=signer)}", f"{counts[-1]:.0f}"
+    yield f"_sum{labels(signer=signer)}", f"{row[-1]:.6f}"
 
 
 #: Connections at a time, so that clients can't use up the threads; with one more the oldest is closed, so that clients

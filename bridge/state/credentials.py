@@ -255,8 +255,8 @@ def metrics(found: Sequence[Credential], before: Before) -> str:
 
     def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
         known = [(one, time) for one, time in zip(found, times, strict=True) if time is not None]
-        rows = (f"{name}{labels(name=one.name, path=one.path)} {int(time.timestamp())}" for one, time in known)
-        return metric(name, text, rows)
+        samples = ((labels(name=one.name, path=one.path), int(time.timestamp())) for one, time in known)
+        return metric(name, text, samples)
 
     end, near = "End of one of ca-bridge's own credentials.", "From when on ca-bridge warns of a credential's end."
     return moments("ca_bridge_credential_not_after_seconds", end, (one.ends for one in found)) + moments(

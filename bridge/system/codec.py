@@ -179,9 +179,9 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
 # --- Prometheus' text format, version 0.0.4 ----------------------------------------------------------------------------
 
 
-def metric(name: str, help_text: str, samples: Iterable[str], kind: str = "gauge") -> str:
-    """One metric with its samples; empty without any."""
-    lines = [f"{sample}\n" for sample in samples]
+def metric(name: str, help_text: str, samples: Iterable[tuple[str, object]], kind: str = "gauge") -> str:
+    """One metric with its samples, each with what follows the name, such as labels, and its value; empty without any."""
+    lines = [f"{name}{rest} {value}\n" for rest, value in samples]
     return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n" + "".join(lines) if lines else ""
 
 
