@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from http import HTTPStatus
 
 from cryptography import x509
@@ -12,9 +11,7 @@ from cryptography import x509
 from bridge.contract import Revocation
 from bridge.desk import revocations
 from bridge.desk.revocations import NotRevokedError, Signed
-from bridge.door.app import Environ, Reply, assert_method, json_body
-from bridge.door.signing import Signing
-from bridge.door.store import Memory
+from bridge.door.app import Door, Environ, Reply, assert_method, json_body
 from bridge.errors import BackendRefusedError, BridgeError
 from bridge.pki.bundle import BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import loads_request
@@ -40,12 +37,9 @@ _LONGEST_SERIAL = 100
 class Revocations:
     """The address; from any thread."""
 
-    def __init__(self, settings: Settings, memory: Memory, signing: Signing, now: Callable[[], datetime]) -> None:
-        """`signing` has the policy and the CAs' certificates of now."""
+    def __init__(self, settings: Settings, door: Door) -> None:
         self._settings = settings
-        self._memory = memory
-        self._signing = signing
-        self._now = now
+        self._door = door
 
     def __call__(self, environ: Environ) -> Reply:
         """The answer."""
@@ -64,9 +58,8 @@ class Revocations:
     def _revoke(self, revocation: Revocation, peer: str) -> Reply:
         serial, whose = one_line(serial_hex(revocation.certificate), _LONGEST_SERIAL), "an unknown node"
         try:
-            known = revocations.assert_may(
-                revocation, self._known, self._signing.policy, self._signing.cas, self._now()
-            )
+            signing = self._door.signing
+            known = revocations.assert_may(revocation, self._known, signing.policy, signing.cas, self._door.now())
             whose = known.node
             revocations.revoke(self._settings, known.authority, revocation)
             self._record(revocation, known)
@@ -94,7 +87,7 @@ class Revocations:
             )
 
     def _known(self, certificate: x509.Certificate) -> Signed | None:
-        found = self._memory.signed_for(fingerprint(certificate))
+        found = self._door.memory.signed_for(fingerprint(certificate))
         if found is None:
             return None
         row, data = found

@@ -89,7 +89,7 @@ class Service:
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         self._door = Door(settings, self.memory, self._signing, now, pages)
         self._door.below[ROOT] = Est(self._door)
-        self._door.below[REVOCATIONS] = Revocations(settings, self.memory, self._signing, now)
+        self._door.below[REVOCATIONS] = Revocations(settings, self._door)
         approvals = Approvals(self.memory, self._signing, self._door.arrived.set)
         self._door.below["/v1/approvals"] = approvals.answer
         self._door.below["/approvals"] = Pages(approvals, self._secret, now)
