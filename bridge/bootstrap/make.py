@@ -140,9 +140,18 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     for directory in sorted({path.parent for path in (*look.files(), *desired.files)}):  # parents first
         directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         assert_holds_keys(directory)
-    files = [*files, _link(places.kubelet_current, kubelet_pem)]
+    # the kubelet's link, absolute as a kubelet makes it, comes with the files, so that it never leads to nothing
+    link = Replacement(
+        certificate=KUBELET_CONF,
+        path=places.kubelet_current,
+        data=None,
+        mode_mask=KEY_MASK,
+        was=fingerprint(places.kubelet_current),
+        is_link=True,
+        leads_to=str(kubelet_pem),
+    )
     about = audit.about() | {"command": f"bootstrap {desired.role}"}
-    install(run.store, files, run.record.run_id, about)
+    install(run.store, [*files, link], run.record.run_id, about)
     _forget(run)
 
 
@@ -232,19 +241,6 @@ def _mode(places: Places, path: Path) -> int:
     key, certificate = places.pair(ETCD_CLIENT)
     is_public = path in (certificate, places.authority(ETCD_CA)) or path.suffix == ".crt"
     return _PUBLIC if is_public and path != key else _PRIVATE
-
-
-def _link(link: Path, target: Path) -> Replacement:
-    """The kubelet's link, absolute as a kubelet makes it; it comes with the files, so that it never leads to nothing."""
-    return Replacement(
-        certificate=KUBELET_CONF,
-        path=link,
-        data=None,
-        mode_mask=KEY_MASK,
-        was=fingerprint(link),
-        is_link=True,
-        leads_to=str(target),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
