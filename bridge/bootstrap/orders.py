@@ -211,22 +211,26 @@ _LINE = "a line is `ROLE NAME ADDRESS …`, with each name and address once"
 _FIRST = "further nodes with a control plane have the role control-plane"
 
 
-def parse_nodes(text: str) -> list[NewNode]:
-    """A list of nodes: `ROLE NAME ADDRESS …` a line, and one `init` at most."""
+def read_nodes(path: Path) -> list[NewNode]:
+    """The nodes of a list: `ROLE NAME ADDRESS …` a line, and one `init` at most."""
     try:
-        listed = kubeadm_names.parse_nodes(text, with_roles=True)
+        listed = kubeadm_names.parse_nodes((read(path) or b"").decode(), with_roles=True)
+    except (UnreadableError, UnicodeDecodeError) as e:
+        hint = "a line is `ROLE NAME ADDRESS …`"
+        raise OrderError(f"{path}: wanted a list of nodes, found: {e}", hint=hint) from None
     except ValueError as e:
-        raise OrderError(str(e), hint=_LINE) from None
+        raise OrderError(f"{path}: {e}", hint=_LINE) from None
     found: list[NewNode] = []
     for node in listed:
+        where = f"{path}: line {node.line}"
         try:
             found.append(new_node(node.role, node.name, node.addresses))
         except OrderError as e:
-            raise OrderError(f"line {node.line}: {e}", hint=_LINE) from None
+            raise OrderError(f"{where}: {e}", hint=_LINE) from None
         if [one.role for one in found].count("init") > 1:
-            raise OrderError(f"line {node.line}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
+            raise OrderError(f"{where}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
     if not found:
-        raise OrderError("wanted a list of nodes, found none", hint=_LINE)
+        raise OrderError(f"{path}: wanted a list of nodes, found none", hint=_LINE)
     return found
 
 
@@ -300,7 +304,7 @@ def write_orders(
 ) -> dict[NewNode, tuple[Path, Order]]:
     """Write an order for each node of a list, on an administrator's machine, never over a different order; each order's file."""
     key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
-    listed = _listed(nodes)
+    listed = read_nodes(nodes)
     cluster = read_configuration(config)[0]
     if not cluster.cluster:
         raise KubeadmConfigError(f"{config}: wanted a ClusterConfiguration, found none")
@@ -338,17 +342,3 @@ def _is_older(path: Path, order: Order) -> bool:
         return data is None or digest(loads(data)) == digest(order)
     except OrderError:
         return False
-
-
-def _listed(path: Path) -> Sequence[NewNode]:
-    try:
-        data = read(path)
-        text = (data or b"").decode()
-    except (UnreadableError, UnicodeDecodeError) as e:
-        raise OrderError(
-            f"{path}: wanted a list of nodes, found: {e}", hint="a line is `ROLE NAME ADDRESS …`"
-        ) from None
-    try:
-        return parse_nodes(text)
-    except OrderError as e:
-        raise OrderError(f"{path}: {e}", hint=e.hint) from None

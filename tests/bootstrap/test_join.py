@@ -587,10 +587,12 @@ BAD_LISTS = {
 
 
 @pytest.mark.parametrize("case", BAD_LISTS)
-def test_a_list_that_is_none(case: str) -> None:
+def test_a_list_that_is_none(case: str, tmp_path: Path) -> None:
     """The line is named."""
+    file = tmp_path / "nodes"
+    file.write_text(BAD_LISTS[case])
     with pytest.raises(OrderError) as caught:
-        orders.parse_nodes(BAD_LISTS[case])
+        orders.read_nodes(file)
     assert "line" in str(caught.value) or case == "nothing"
 
 
