@@ -242,7 +242,7 @@ def gather_authorities(
         found[authority.name] = ours
     if (twice := shared_key(found)) is not None:
         raise AuthorityError(
-            f"{' and '.join(twice)}: wanted a CA each, found the same key for both",
+            twice,
             hint="a certificate of one CA would be valid for the other: with front-proxy-ca it can act as any user, "
             "with etcd-ca it can read and write everything",
         )
@@ -284,13 +284,13 @@ def authority_trouble(certificates: tuple[x509.Certificate, ...], now: datetime)
     return None
 
 
-def shared_key(found: Certificates) -> tuple[str, str] | None:
-    """The names of two authorities with the same key; None: there are no such two."""
+def shared_key(found: Certificates) -> str | None:
+    """Why two authorities can't be told apart; None: each has a key of its own."""
     keys: dict[bytes, str] = {}
     for name, certificates in found.items():
         other = keys.setdefault(spki(certificates[0].public_key()), name)
         if other != name:
-            return other, name
+            return f"{other} and {name}: wanted a CA each, found the same key for both"
     return None
 
 
