@@ -25,7 +25,6 @@ from functools import cached_property
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from bridge.door.store import (
@@ -102,8 +101,7 @@ class Doors:
         began = time.monotonic()
         with asking(), self._engine.begin() as connection:
             moment = _now(connection)
-            insert = (postgresql if self._is_shared else sqlite).insert(DOORS)
-            row = insert.values(id=self.door, host=os.uname().nodename, seen=moment, round=0)
+            row = self._memory.insert(DOORS).values(id=self.door, host=os.uname().nodename, seen=moment, round=0)
             connection.execute(row.on_conflict_do_update(index_elements=["id"], set_={"seen": moment}))
         self._heard = began
 

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -220,12 +221,9 @@ _REQUEST_BY = {
     one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
     for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
 }
-_ADD, _ADD_ISSUED = REQUESTS.insert(), CERTIFICATES.insert()
+_ADD = REQUESTS.insert()
 _CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
 _CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
-_KNOWN = sa.select(CERTIFICATES.c.fingerprint).where(
-    CERTIFICATES.c.fingerprint.in_(sa.bindparam("prints", expanding=True))
-)
 _ISSUED = sa.select(*(CERTIFICATES.c[name] for name in IssuedRow.__slots__))
 _ISSUED_AMONG = (
     sa.select(CERTIFICATES.c.csr, CERTIFICATES.c.name, CERTIFICATES.c.chain)
@@ -254,7 +252,10 @@ class Memory:
             self.engine = _engine(url)
         except (SQLAlchemyError, ImportError) as e:
             raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint=_NO_DRIVER) from None
-        if self.engine.dialect.name == "sqlite":
+        is_file = self.engine.dialect.name == "sqlite"
+        self.insert = sqlite.insert if is_file else postgresql.insert
+        self._add_issued = self.insert(CERTIFICATES).on_conflict_do_nothing()
+        if is_file:
             sa.event.listen(self.engine, "connect", _careful)
         if password is not None:
             sa.event.listen(self.engine, "do_connect", _with_password(password))
@@ -337,12 +338,10 @@ class Memory:
         """Write down the answer, what was issued, and what was refused, in one step; what is known already stays as it is."""
         values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
         rows = [asdict(one) | {"request": request_id} for one in issued]
-        prints = [one.fingerprint for one in issued]
         with asking(), self.engine.begin() as connection:
             connection.execute(_CONCLUDE, {"which": request_id, **values})  # the first answer stays
-            known = set(connection.execute(_KNOWN, {"prints": prints}).scalars())
-            if new := [row for row in rows if row["fingerprint"] not in known]:
-                connection.execute(_ADD_ISSUED, new)
+            if rows:
+                connection.execute(self._add_issued, rows)
 
     def counts(self) -> dict[str, int]:
         """The number of requests in each state."""
