@@ -24,7 +24,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from bridge import dataclass
@@ -221,7 +221,6 @@ _REQUEST_BY = {
     one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
     for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
 }
-_ADD = REQUESTS.insert()
 _CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
 _CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
 _ISSUED = sa.select(*(CERTIFICATES.c[name] for name in IssuedRow.__slots__))
@@ -254,6 +253,7 @@ class Memory:
             raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint=_NO_DRIVER) from None
         is_file = self.engine.dialect.name == "sqlite"
         self.insert = sqlite.insert if is_file else postgresql.insert
+        self._add = self.insert(REQUESTS).on_conflict_do_nothing().returning(REQUESTS.c.id)
         self._add_issued = self.insert(CERTIFICATES).on_conflict_do_nothing()
         if is_file:
             sa.event.listen(self.engine, "connect", _careful)
@@ -303,18 +303,13 @@ class Memory:
         """
         request_id = secrets.token_urlsafe(32)
         row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
-        with asking():
-            try:
-                with self.engine.begin() as connection:
-                    more = {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "again": again}
-                    connection.execute(_ADD, row | more)
-                    if enrolment is not None:
-                        _use_up(connection, enrolment, request_id, now)
-            except IntegrityError:
+        row |= {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "again": again}
+        with asking(), self.engine.begin() as connection:
+            if connection.execute(self._add, row).first() is None:
                 same = REQUESTS.c.digest == digest if again is None else REQUESTS.c.again == again
-                query = sa.select(REQUESTS.c.id).where(same)
-                with self.engine.connect() as connection:
-                    return str(connection.execute(query).scalar_one())
+                return str(connection.execute(sa.select(REQUESTS.c.id).where(same)).scalar_one())
+            if enrolment is not None:
+                _use_up(connection, enrolment, request_id, now)
         return request_id
 
     def find(self, value: str, column: Literal["id", "digest", "again"] = "id") -> Kept | None:
@@ -381,15 +376,11 @@ class Memory:
         ours = DECISIONS.c
         earlier = (ours.request == request_id) & (ours.approver == approver) & (ours.verdict != "asked")
         row = {"request": request_id, "approver": approver, "verdict": verdict, "reason": reason}
-        with asking():
-            try:
-                with self.engine.begin() as connection:
-                    if again:
-                        connection.execute(DECISIONS.delete().where(earlier))
-                    connection.execute(DECISIONS.insert().values(**row, signature=evidence, decided=now))
-            except IntegrityError:
-                return False
-        return True
+        add = self.insert(DECISIONS).values(**row, signature=evidence, decided=now).on_conflict_do_nothing()
+        with asking(), self.engine.begin() as connection:
+            if again:
+                connection.execute(DECISIONS.delete().where(earlier))
+            return connection.execute(add.returning(DECISIONS.c.id)).first() is not None
 
     def decisions(self, request_id: str) -> list[DecisionRow]:
         """The people's actions on a request, the first one first."""
