@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
@@ -80,12 +79,11 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_keys_closed(look)
     if not look.missing():
         whole.assert_as_desired(desired, look)
-        there = {path: data for path in look.files() if (data := live(path)) is not None}
-        _keep(desired, look, {**there, **desired.files})  # an earlier run may have ended before it did
+        _keep(desired, look, desired.places.kubelet_current.resolve())  # an earlier run may have ended before it did
         _forget(run)
         return result(is_complete=True)
     whole.assert_no_leftovers(desired, look)
-    if (count := put_back(run, desired)) > 0:
+    if (count := put_back(run, desired, look)) > 0:
         return result(files=count, is_complete=True, from_kept=True)
     cas = gather_authorities(
         run.settings, desired.places, desired.role, desired.inputs.ca_dir, desired.carried, run.now()
@@ -133,10 +131,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     look = look_at(run.settings, desired.places, desired.role, desired.config, overlay, run.now())
     if problems := look.problems():
         raise NotWholeError("\n".join(problems))
-    complete = {path: data for path in look.files() if (data := overlay(path)) is not None}
-    complete.update(desired.files)
-    complete[kubelet_pem] = complete.pop(places.kubelet_current)
-    _keep(desired, look, complete)
+    _keep(desired, look, kubelet_pem)
     for directory in sorted({path.parent for path in (*look.files(), *desired.files)}):  # parents first
         directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         assert_holds_keys(directory)
@@ -155,7 +150,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     _forget(run)
 
 
-def put_back(run: Run, desired: DesiredNode) -> int:
+def put_back(run: Run, desired: DesiredNode, look: NodeLook) -> int:
     """Put copies of an earlier run in place, and return the number of files; 0: no copies."""
     keep = desired.inputs.keep
     if keep is None or desired.inputs.anew or not (keep / f"{desired.node}.kept.json").exists():
@@ -166,7 +161,7 @@ def put_back(run: Run, desired: DesiredNode) -> int:
             f"{keep}: wanted copies for this configuration and role, found copies for another",
             hint="name another directory, or use --anew to have all signed again",
         )
-    pem = _assert_own(run, desired, [Path(one.path) for one in found.files])
+    pem = _assert_own(desired, look, [Path(one.path) for one in found.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
     files = [_replacement(desired.places, one.certificate, Path(one.path), one.data) for one in found.files]
     _assert_free(files, desired.places)
@@ -180,10 +175,9 @@ def put_back(run: Run, desired: DesiredNode) -> int:
     return len(files)
 
 
-def _assert_own(run: Run, desired: DesiredNode, paths: Sequence[Path]) -> Path:
+def _assert_own(desired: DesiredNode, look: NodeLook, paths: Sequence[Path]) -> Path:
     """Make sure that the copies are this node's files; return the target of the kubelet's link."""
     places = desired.places
-    look = look_at(run.settings, places, desired.role, desired.config, live, run.now())
     ours = {*look.files(), *desired.files} - {places.kubelet_current}
     others = [path for path in paths if path not in ours]
     if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
@@ -215,20 +209,20 @@ def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacem
     )
 
 
-def _keep(desired: DesiredNode, look: NodeLook, complete: Mapping[Path, bytes]) -> None:
-    """Copy the files of a complete node, if that is desired."""
+def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
+    """Copy the files of a complete node, if that is desired; the kubelet's link leads to `kubelet_pem`."""
     if desired.inputs.keep is None:
         return
-    current = desired.places.kubelet_current
+    there = {path: data for path in look.files() if (data := look.read(path)) is not None}
     names = {path: spec.name for spec in desired.places.specs(desired.role) for path in look.files_of(spec)}
     files = tuple(
         KeptFile(
-            certificate=names.get(path, KUBELET_CONF if path.suffix == ".pem" else "node"),
-            path=os.path.realpath(path) if path == current else str(path),
+            certificate=names.get(path, "node"),
+            path=str(kubelet_pem if path == desired.places.kubelet_current else path),
             mode=_mode(desired.places, path),
             data=data,
         )
-        for path, data in complete.items()
+        for path, data in {**there, **desired.files}.items()
     )
     wanted = f"{desired.inputs.keep}: wanted a directory for copies (--keep)"
     with reasons(BridgeError, wanted, hint="name another one"):
