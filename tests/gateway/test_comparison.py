@@ -38,7 +38,7 @@ def test_the_rules_of_kubelet_csr_approver(names: list[str], user: str, more: di
 def test_the_page_tells_what_was_seen() -> None:
     """The committed page has none signed by ours, and some by each other one; a signed request is shown as signed."""
     text = comparison.PAGE.read_text(encoding="utf-8")
-    [counts] = re.findall(r"^\| \*\*signed of them\*\* \| (.*) \|$", text, re.MULTILINE)
+    [counts] = re.findall(r"^\| \*\*hostile requests signed\*\* \| (.*) \|$", text, re.MULTILINE)
     ours, *others = [int(count.strip("*")) for count in counts.split(" | ")]
     assert ours == 0
     assert min(others) > 0
@@ -47,4 +47,4 @@ def test_the_page_tells_what_was_seen() -> None:
     columns = [comparison.Column(name="one", note="x", states={0: "denied", 2: "signed"}, twins={})]
     lines = comparison.page(cases, columns).splitlines()
     assert [line.split(" | ")[-1] for line in lines[-3:]] == ["no |", "- |", "**signed** |"]
-    assert "| **signed of them** | **1** |" in lines
+    assert "| **hostile requests signed** | **1** |" in lines

@@ -108,7 +108,7 @@ def _subjects(node: str) -> dict[str, x509.Name]:
         "O twice": name(nodes, nodes, (CN, own)),
         "another O": name((ORG, "system:masters"), (CN, own)),
         "no O": name((CN, own)),
-        "O with a blank": name((ORG, "system:nodes "), (CN, own)),
+        "O with a trailing space": name((ORG, "system:nodes "), (CN, own)),
         "O in capitals": name((ORG, "SYSTEM:NODES"), (CN, own)),
         "an OU": name(nodes, (NameOID.ORGANIZATIONAL_UNIT_NAME, "system:masters"), (CN, own)),
         "a serial number": name(nodes, (NameOID.SERIAL_NUMBER, "1"), (CN, own)),
@@ -119,7 +119,7 @@ def _subjects(node: str) -> dict[str, x509.Name]:
         "a multi-valued RDN": x509.Name([
             x509.RelativeDistinguishedName([x509.NameAttribute(ORG, "system:nodes"), x509.NameAttribute(CN, own)])
         ]),
-        "a multi-valued RDN with masters": x509.Name([
+        "a multi-valued RDN with system:masters": x509.Name([
             x509.RelativeDistinguishedName([x509.NameAttribute(ORG, "system:nodes"), x509.NameAttribute(ORG, "system:masters")]),
             x509.RelativeDistinguishedName([x509.NameAttribute(CN, own)]),
         ]),
@@ -157,13 +157,13 @@ def _texts(worker: str, signer: str) -> dict[str, bytes]:
     masters = csr_pem([(ORG, "system:masters"), (CN, "root")])
     head, _, rest = good.partition(b"\n")
     return {
-        "a second block": good + masters,
-        "a second block of the same": good + good,
-        "a certificate behind it": good + b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n",
-        "text before": b"please sign\n" + good,
-        "text behind": good + b"thank you\n",
+        "a second PEM block": good + masters,
+        "the same PEM block twice": good + good,
+        "a certificate after the CSR": good + b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n",
+        "text before the CSR": b"please sign\n" + good,
+        "text after the CSR": good + b"thank you\n",
         "a PEM header": head + b"\nProc-Type: 4,ENCRYPTED\n\n" + rest,
-        "a NUL behind it": good + b"\0",
+        "a NUL after the CSR": good + b"\0",
     }
 
 
@@ -205,8 +205,8 @@ def _odd_keys() -> dict[str, Any]:
 
 _USAGES: dict[str, dict[str, tuple[str, ...]]] = {
     CLIENT_KUBELET: {
-        "server auth too": ("digital signature", "client auth", "server auth"),
-        "no signature": ("client auth",),
+        "also server auth": ("digital signature", "client auth", "server auth"),
+        "no digital signature": ("client auth",),
         "only server auth": ("digital signature", "server auth"),
         "cert sign": ("digital signature", "client auth", "cert sign"),
         "any": ("digital signature", "client auth", "any"),
@@ -214,9 +214,9 @@ _USAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "no client auth": ("digital signature", "key encipherment"),
     },
     SERVING: {
-        "client auth too": ("digital signature", "server auth", "client auth"),
+        "also client auth": ("digital signature", "server auth", "client auth"),
         "only client auth": ("digital signature", "client auth"),
-        "no signature": ("server auth",),
+        "no digital signature": ("server auth",),
         "crl sign": ("digital signature", "server auth", "crl sign"),
         "any": ("digital signature", "server auth", "any"),
     },
@@ -247,13 +247,13 @@ def _sans(worker: str) -> dict[str, tuple[list[x509.GeneralName], Wanted]]:
         "no SAN": ([], "denied"),
         "an e-mail SAN": ([*own, x509.RFC822Name("root@example.com")], "denied"),
         "a URI SAN": ([*own, x509.UniformResourceIdentifier("spiffe://cluster/admin")], "denied"),
-        "a SAN twice": ([*own, own[0]], "denied"),
+        "the same SAN twice": ([*own, own[0]], "denied"),
         "65 SANs": ([x509.DNSName(f"{worker}-{n}.example.com") for n in range(65)], "denied"),
         "3,000 SANs": ([x509.DNSName(f"{worker}-{n}.example.com") for n in range(3000)], "open"),
         "another worker's name": ([*own, x509.DNSName(other)], "open"),
         "another worker's address": ([*own, *addresses(address_of(other))], "open"),
         "only another worker's names": (honest_sans(other), "open"),
-        "a name that no list has": ([*own, x509.DNSName("auth.company.example")], "open"),
+        "a name on no list": ([*own, x509.DNSName("auth.company.example")], "open"),
         "a name that begins with the node's": ([*own, x509.DNSName(f"{worker}.attacker.example")], "open"),
     }
     return found
@@ -272,14 +272,14 @@ def _requesters(worker: str) -> dict[str, Asking]:
         "a service account asks for serving": as_user("system:serviceaccount:a:b", SERVING, serving),
         "a node's name without its group": as_user(f"system:node:{worker}", CLIENT_KUBELET, client),
         "a token asks for serving": as_token(SERVING, serving),
-        "a token of no group of ours": as_user(
+        "a token of another group": as_user(
             "system:bootstrap:zzzzzz", CLIENT_KUBELET, client, "system:bootstrappers:others"
         ),
-        "a token's group without a token": as_user(
+        "a user in the tokens' group, without a token": as_user(
             "mallory", CLIENT_KUBELET, client, "system:bootstrappers:kubeadm:default-node-token"
         ),
         "a token asks for cp1": as_token(CLIENT_KUBELET, csr_pem(node_subject("cp1"))),
-        "a token asks for cp2, which is not there": as_token(CLIENT_KUBELET, csr_pem(node_subject("cp2"))),
+        "a token asks for cp2, which has no Node object": as_token(CLIENT_KUBELET, csr_pem(node_subject("cp2"))),
         "a token asks for a node without a name": as_token(
             CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "system:node:")])
         ),
@@ -290,7 +290,7 @@ def _requesters(worker: str) -> dict[str, Asking]:
             CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "system:node:../../pods")])
         ),
         "a token asks for a user": as_token(CLIENT_KUBELET, csr_pem([(ORG, "system:nodes"), (CN, "kubernetes-admin")])),
-        "a token asks for a node that is there": as_token(CLIENT_KUBELET, client, wanted="open"),
+        "a token asks for a node that exists": as_token(CLIENT_KUBELET, client, wanted="open"),
         "a token asks for an unknown node": as_token(CLIENT_KUBELET, gone, wanted="open"),
         "labels that claim it was approved": as_user("mallory", CLIENT_KUBELET, client, labels=True),
     }
@@ -333,7 +333,7 @@ def _users(worker: str) -> dict[str, Asking]:
         "a username that would add a group": as_user(
             "alice,O=system:masters", CLIENT, subject((ORG, "developers"), (ORG, "root"), (CN, "alice")), "corp:issuers"
         ),
-        "an issuer who is called system:": as_user(
+        "an issuer whose username begins with system:": as_user(
             "system:admin", CLIENT, subject((ORG, "developers"), (CN, "system:admin")), "corp:issuers"
         ),
         "alice with server auth": as_user("alice", CLIENT, good, usages=("client auth", "server auth")),
@@ -354,10 +354,10 @@ def _users(worker: str) -> dict[str, Asking]:
         ),
         "an API server under another name": control_plane(api, csr_pem([(CN, "kubernetes-admin")], own)),
         "an API server as a client": control_plane(api, apiserver, usages=("digital signature", "client auth")),
-        "a worker asks for the controller manager's": node(
+        "a worker asks for the controller manager's certificate": node(
             f"{DOMAIN}/controller-manager.conf", manager, usages=("digital signature", "client auth")
         ),
-        "the controller manager with masters": control_plane(
+        "the controller manager in system:masters": control_plane(
             f"{DOMAIN}/controller-manager.conf",
             csr_pem([(ORG, "system:masters"), (CN, "system:kube-controller-manager")]),
             usages=("digital signature", "client auth"),
@@ -366,11 +366,11 @@ def _users(worker: str) -> dict[str, Asking]:
             "alice", f"{DOMAIN}/super-admin.conf",
             csr_pem([(ORG, "system:masters"), (CN, "kubernetes-super-admin")]), usages=("digital signature", "client auth"),
         ),
-        "a signer without a table": as_user(
+        "a signer without a table in the policy": as_user(
             "kubernetes-super-admin", f"{DOMAIN}/admin.conf", csr_pem([(CN, "kubernetes-admin")]), "system:masters",
             usages=("client auth",), wanted="open",
         ),
-        "a signer of Kubernetes that is none": as_user(
+        "a kubernetes.io signer that does not exist": as_user(
             "alice", "kubernetes.io/whatever", good, usages=("client auth",), wanted="open"
         ),
         "a signer of another domain": as_user(

@@ -1,10 +1,10 @@
 """
-Who lets what through: the same hostile requests before our gateway, kubelet-csr-approver's rules and other signers.
+Which signers sign hostile requests: the same requests to our gateway, kubelet-csr-approver's rules and other signers.
 
 usage: python -m tests.measure.comparison [WHERE]      three minutes; writes docs/evidence/gateway-comparison.md
 and a table of docs/comparison.md, or WHERE alone
 
-Each stands before a real API server and a CA that signs whatever reaches it.
+Each has a real API server, and a CA that signs everything it gets.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read(column: Column, api: ApiServer, numbers: set[int], honest: Mapping[str,
 
 def our_gateway(directory: Path, cases: Sequence[Case]) -> Column:
     """With a CA that signs verbatim."""
-    column = Column(name="ca-bridge gateway", note="its example policy and an inventory; OpenBao that signs verbatim")
+    column = Column(name="ca-bridge gateway", note="the example policy and an inventory; OpenBao's `sign-verbatim`")
     with kube_api.serving(directory) as api, openbao.dev_server() as bao:
         prepared(api, cases)
         gateways.grant_rights(api.cluster)
@@ -122,12 +122,12 @@ def controller_manager(directory: Path, cases: Sequence[Case]) -> tuple[Column, 
     """Its approver and signer for kubelets' clients, and its signer behind kubelet-csr-approver's rules."""
     approver = Column(
         name="kube-controller-manager",
-        note="its own approver, with kubeadm's two bindings, and its signer with a CA's key",
+        note="its own approver with kubeadm's two bindings, and its own signer with a CA's key",
     )
     rules = Column(
         name="kubelet-csr-approver's rules",
-        note="version 1.2's rules in Python (its module is not on the module proxy), its defaults, and "
-        "kube-controller-manager's signer; it looks at serving certificates alone",
+        note="the rules of version 1.2 with its defaults, written again in Python (the Go module proxy does not have the "
+        "original), and kube-controller-manager's signer; it judges only serving certificates",
     )
     with kube_api.serving(directory) as api:
         prepared(api, cases)
@@ -161,7 +161,8 @@ def certmanager(directory: Path, cases: Sequence[Case]) -> Column:
     """Its signer, once a person has approved: it never approves by itself."""
     column = Column(
         name="cert-manager's signer",
-        note="1.21, a CA ClusterIssuer, by its own signer name; all approved beforehand, since it leaves that to others",
+        note="version 1.21 with a CA ClusterIssuer, under its own signer name; the test approves every request first, "
+        "since cert-manager leaves approval to others",
     )
     with kube_api.serving(directory) as api:
         prepared(api, cases)
@@ -209,34 +210,34 @@ def signer_of(case: Case) -> str:
 
 
 _WRITTEN = (
-    "Written by `python -m tests.measure.comparison` on {day:%Y-%m-%d} with Kubernetes 1.37: {count} requests that "
-    "no signer should sign, each made at a real API server, before each of these:"
+    "Written by `python -m tests.measure.comparison` on {day:%Y-%m-%d}, with Kubernetes 1.37.\n"
+    "The test sends {count} requests that no signer should sign to a real API server, for each of these to answer:"
 )
 _TRADES = (
-    "These are not all of the same trade: kube-controller-manager and cert-manager leave to an approver what our policy "
-    "decides, and kubelet-csr-approver looks at one signer."
+    "They do not all have the same task: kube-controller-manager and cert-manager leave to an approver the decisions that "
+    "the gateway's policy makes, and kubelet-csr-approver judges the requests of one signer."
 )
 _WORDS = (
-    "signed: a certificate was written; no: denied, failed, or left without one; -: not its signer, or the API server "
-    "itself refuses the request."
+    "**signed**: the request got a certificate; no: it was denied or failed, or got none; -: it is for another signer, or "
+    "the API server itself refuses it."
 )
 
 
 def page(cases: Sequence[Case], columns: Sequence[Column]) -> str:
     """Two tables: how many, and which."""
     lines = [
-        "# Who lets what through",
+        "# Which signers sign hostile requests",
         "",
         _WRITTEN.format(day=datetime.now(UTC), count=len(cases)),
         "",
         *(f"- {column.name}: {column.note}." for column in columns),
         "",
-        "Each stands before a CA that signs whatever reaches it, so that only its own rules are seen.",
+        "The CA behind each signer signs everything it gets, so the tables show only the signer's own rules.",
         _TRADES,
         "",
         *table(["", *(column.name for column in columns)], summary(columns)),
         "",
-        "## Which",
+        "## Each request",
         "",
         _WORDS,
         "",
@@ -249,11 +250,11 @@ def summary(columns: Sequence[Column]) -> Iterator[list[str]]:
     """Counts."""
     yield ["hostile requests that reached it", *(str(len(column.states)) for column in columns)]
     signed = [sum(state == "signed" for state in column.states.values()) for column in columns]
-    yield ["**signed of them**", *(f"**{count}**" for count in signed)]
+    yield ["**hostile requests signed**", *(f"**{count}**" for count in signed)]
     for signer in (CLIENT_KUBELET, SERVING):
         name = signer.rpartition("/")[2]
         reported = [f"{column.twins[signer]} of 20" if signer in column.twins else "-" for column in columns]
-        yield [f"honest twins signed, {name}", *reported]
+        yield [f"honest requests signed, {name}", *reported]
 
 
 def rows(cases: Sequence[Case], columns: Sequence[Column]) -> Iterator[list[str]]:
