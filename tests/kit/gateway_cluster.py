@@ -31,6 +31,7 @@ from cryptography import x509
 from bridge.gateway.rules import CLIENT_KUBELET, SERVING
 from bridge.node.sample_pki import ThrowawayCA
 from bridge.pki.certificates import san_entries
+from bridge.words import counted
 from tests.kit import est, gateways, openbao
 from tests.kit.api_client import CSRS, ApiClient
 from tests.kit.cluster_api import ClusterApi
@@ -247,18 +248,19 @@ class Figures:
         """For a page."""
         yield f"{self.seconds:.0f} s"
         yield f"rotations: {sum(self.rotations.values())} ({', '.join(f'{k} {v}' for k, v in sorted(self.rotations.items()))})"
-        yield f"least time left in use: {min(self.least_left.values(), default=0):.0f} s"
-        yield f"killed: {', '.join(f'{kind} {count} times' for kind, count in sorted(self.kills.items()))}"
-        yield f"takeovers: {len(self.takeovers)}, longest {max(self.takeovers, default=0):.1f} s"
-        yield f"API server away: {len(self.outages)} times, longest {max(self.outages, default=0):.0f} s"
+        yield f"shortest remaining lifetime of a certificate in use: {min(self.least_left.values(), default=0):.0f} s"
+        kills = [f"{kind} {counted(count, 'time')}" for kind, count in sorted(self.kills.items())]
+        yield f"killed: {', '.join(kills)}"
+        yield f"takeovers by another gateway: {len(self.takeovers)}, longest {max(self.takeovers, default=0):.1f} s"
+        yield f"API server unreachable: {counted(len(self.outages), 'time')}, longest {max(self.outages, default=0):.0f} s"
         yield f"hostile requests: {', '.join(f'{kind} {count}' for kind, count in sorted(self.hostile.items()))}"
         if self.flooded:
-            yield f"large requests of one worker: {self.flooded}, gateways' memory at most {self.most_mb:.0f} MB"
+            yield f"large requests from one worker: {self.flooded}, peak memory of a gateway {self.most_mb:.0f} MB"
         if self.waited:
-            yield f"honest requests of another node: {len(self.waited)}, longest {max(self.waited):.1f} s"
-            upset = f"{len(self.waited_upset)}, longest {max(self.waited_upset, default=0):.1f} s"
-            yield f"honest requests with a kill in the {_UPSET_SECONDS:.0f} s before, or meanwhile: {upset}"
-            yield f"health pages that were not true: {len(self.untrue)}"
+            yield f"honest requests from another node: {len(self.waited)}, longest wait {max(self.waited):.1f} s"
+            upset = f"{len(self.waited_upset)}, longest wait {max(self.waited_upset, default=0):.1f} s"
+            yield f"honest requests with a kill during the wait, or up to {_UPSET_SECONDS:.0f} s before: {upset}"
+            yield f"wrong reports of a gateway's health: {len(self.untrue)}"
         yield f"certificates signed: {self.signed}; wrong: {len(self.wrong)}"
 
 

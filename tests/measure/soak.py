@@ -33,16 +33,16 @@ def page(figures: Figures, seed: int) -> str:
         f"| {line.partition(': ')[0]} | {line.partition(': ')[2]} |\n" for line in figures.lines() if ": " in line
     )
     return f"""\
-# The gateway for {figures.seconds / 60:.0f} minutes, with everything killed at random
+# The gateway under random kills, for {figures.seconds / 60:.0f} minutes
 
 Written by `python -m tests.measure.soak {figures.seconds:.0f} {seed}` on {datetime.now(UTC):%Y-%m-%d}; `tests/e2e/test_gateway_node.py` is its short form.
 
-A real cluster of Kubernetes 1.37 without a CA key: one control plane, two workers that joined by bootstrap token, `serverTLSBootstrap: true`, an API server that verifies kubelets.
-Every certificate of a kubelet comes from OpenBao through two gateways, and lives {VALIDITY.removesuffix("m")} minutes.
-Every {PAUSE_SECONDS:.0f} seconds on average one of them is killed by SIGKILL: the gateway that works, OpenBao, or the API server, whose kubelet starts it again after 5 seconds at most (`crashLoopBackOff.maxContainerRestartPeriod`).
-A worker's kubelet asks every two seconds for what it may not have, and each minute fills the gateways' queue with 1,200 requests of 25 kB.
-Every ten seconds another node, which has no kubelet, asks for a certificate and waits for it.
-Kubelets ask for the next certificate at a moment of their own between 70 and 90 % of the time, so that at the latest about a minute is left.
+The cluster runs Kubernetes 1.37 without a CA key: one control-plane node, two workers that joined with a bootstrap token, `serverTLSBootstrap: true`, and an API server that verifies kubelets.
+OpenBao signs every kubelet certificate, through two gateways, for {VALIDITY.removesuffix("m")} minutes.
+Every {PAUSE_SECONDS:.0f} seconds on average, the test kills one of these with SIGKILL: the gateway that works, OpenBao, or the API server, which the kubelet restarts after at most 5 seconds (`crashLoopBackOff.maxContainerRestartPeriod`).
+With a worker's kubelet certificate, the test makes a forbidden request every two seconds, and fills the gateways' queue with 1,200 requests of 25 kB each minute.
+Every ten seconds another node, which has no kubelet, requests a certificate and waits for it.
+Each kubelet requests its next certificate at a random moment after 70 to 90 % of the lifetime, when at least about a minute is left.
 
 | in {figures.seconds / 60:.0f} minutes | |
 | --- | --- |
