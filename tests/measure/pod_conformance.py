@@ -44,8 +44,8 @@ PAGE = Path(__file__).parents[2] / "docs/evidence/pod-conformance.md"
 #: Tests that no signer but Kubernetes' own can pass, by a part of the name, and why ours does not.
 CANNOT_PASS = {
     "honor UserAnnotations for SPIFFE URI path": (
-        "the test wants a pod's annotation to be the path of its SPIFFE ID, so that each pod chooses its own identity; "
-        "the gateway denies the request, since names come from the policy alone"
+        "the test wants the path of the SPIFFE ID from an annotation of the pod, so each pod would choose its own identity; "
+        "the gateway denies the request, since names come only from the policy"
     ),
 }
 KUBELET = f"clusterDNS: [{IP}]\nclusterDomain: cluster.local\n"
@@ -267,10 +267,11 @@ def page(found: Sequence[Outcome]) -> str:
 
 Written by `python -m tests.measure.pod_conformance --docs` on {datetime.now(UTC):%Y-%m-%d}.
 
-These are all tests of Kubernetes 1.37.2 (`test/e2e/auth`) of PodCertificateRequests and ClusterTrustBundles, unchanged, with agnhost, their image (which is there, and is not pulled), on a kubeadm node with a network of pods.
-Their signer is replaced by `ca-bridge gateway`, with `openssl ca` as the CA: two tests want a life of exactly what the pod asks for, which a CA that backdates by itself does not give.
-The tests of ClusterTrustBundles make bundles of their own: they show the cluster, and not the gateway.
-Left out are those "{SKIP}", whose feature gate is off in 1.37.
+These are Kubernetes 1.37.2's own tests of PodCertificateRequests and ClusterTrustBundles (`test/e2e/auth`), unchanged, on a kubeadm node with a pod network.
+All of them ran except those "{SKIP}", whose feature gate is off in 1.37.
+Their image, agnhost, is imported on the node, not pulled.
+`ca-bridge gateway` takes the place of their signer, with `openssl ca` as the CA: two tests want exactly the lifetime that the pod requests, which a CA that backdates certificates by itself does not give.
+The tests of ClusterTrustBundles create their own bundles: they test the cluster, not the gateway.
 
 {passed} of {len(found)} pass.
 
