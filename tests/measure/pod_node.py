@@ -67,7 +67,9 @@ def many(site: Site, count: int, figures: Figures) -> None:
     begin = time.monotonic()
     site.make(*(pod("shop", name, "web", SOURCE) for name in names))
     site.until_running("shop", *names, seconds=1200)
-    figures.add(f"{count} pods made at once, on one node: all run, each with its certificate, after", _since(begin))
+    figures.add(
+        f"{count} pods created at once on one node: time until all run, each with its certificate", _since(begin)
+    )
     site.remove("shop", *names)
     wait_for("their end", lambda: not set(names) & set(site.phases("shop")), seconds=600)
 
@@ -84,7 +86,8 @@ def without_ca(site: Site, minutes: float, figures: Figures) -> None:
     begin = time.monotonic()
     site.until_running("shop", *names, seconds=600)
     figures.add(
-        f"the CA away for {minutes:g} minutes, {WAITING} pods made meanwhile: they wait, and run after its return",
+        f"the CA does not answer for {minutes:g} minutes, and {WAITING} pods created meanwhile wait: time from its return "
+        "until they run",
         _since(begin),
     )
     denied = site.gateway.metric("requests_total", signer=SIGNER, outcome="denied")
@@ -104,8 +107,8 @@ def renewed(site: Site, holders: Sequence[Holder], before: Sequence[int], ca: Si
     begin = time.monotonic()
     wait_for("renewed certificates", have, seconds=RENEWED_SECONDS)
     ages = [datetime.now(UTC) - one.leaf.not_valid_before_utc - timedelta(seconds=280) for one in holders]
-    figures.add(f"both pods have a new certificate below {ca.certificate.subject.rfc4514_string()} in their files, after a wait of",
-                f"{_since(begin)} (the older was signed {max(ages).total_seconds() / 60:.0f} min before)")  # fmt: skip
+    figures.add(f"time until both pods' files have a new certificate from {ca.certificate.subject.rfc4514_string()}",
+                f"{_since(begin)} (the older of the two was signed {max(ages).total_seconds() / 60:.0f} min earlier)")  # fmt: skip
 
 
 def replaced(site: Site, holders: Sequence[Holder], figures: Figures) -> None:
@@ -115,11 +118,11 @@ def replaced(site: Site, holders: Sequence[Holder], figures: Figures) -> None:
     def have(count: int) -> bool:
         return all(one.roots.read_text().count("BEGIN") == count for one in holders)
 
-    for roots, wanted in (((site.ca, new), "both roots"), ((new,), "the new root alone")):
+    for roots, wanted in (((site.ca, new), "both roots"), ((new,), "only the new root")):
         begin = time.monotonic()
         pods.trust(site.place, *roots)
         wait_for(wanted, lambda: have(len(roots)), seconds=ROOTS_SECONDS)  # noqa: B023
-        figures.add(f"{wanted} in both pods' files, after", _since(begin))
+        figures.add(f"time until both pods' files have {wanted}", _since(begin))
         if wanted == "both roots":
             site.sign_below(new)
             renewed(site, holders, [one.leaf.serial_number for one in holders], new, figures)
@@ -133,15 +136,15 @@ def page(figures: Figures) -> str:
     """What was seen."""
     rows = "".join(f"| {what} | {found} |\n" for what, found in figures.rows)
     return f"""\
-# Pods on a real node, from minute to minute
+# Pods on a real node
 
 Written by `python -m tests.measure.pod_node --docs` on {datetime.now(UTC):%Y-%m-%d}, on two busy cores; `tests/e2e/test_pods_node.py` is its short form.
 
-A kubeadm node of Kubernetes 1.37, the manifests of `ca-bridge setup kubernetes`, and a gateway whose CA for pods is OpenBao.
-Two pods of two namespaces shake hands all the time, in both directions, each with the key, certificate and roots in its volumes at that moment: TLS by OpenSSL, and each reads the other's one SPIFFE ID.
-Certificates live an hour, and the kubelet asks for the next one 8 to 15 minutes after it has got one; neither it nor a pod is restarted.
+The test runs a kubeadm node of Kubernetes 1.37 with the manifests of `ca-bridge setup kubernetes`, and a gateway whose CA for pods is OpenBao.
+Two pods in two namespaces do TLS handshakes (OpenSSL) all the time, in both directions, each with the key, certificate and roots that its volumes have at that moment; each reads the other's SPIFFE ID.
+Certificates are valid for an hour, and the kubelet requests the next one 8 to 15 minutes after it got one; neither the kubelet nor a pod is restarted.
 
-| | |
+| measured | result |
 | --- | --- |
 {rows}"""
 
@@ -172,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures.add("handshakes", f"{talks.done}, of which {len(talks.failed)} failed")
         is_same = containers == [site.containers(*one) for one in PAIR]
         figures.add("restarts of the two pods' containers", "none" if is_same else "some")
-        figures.add("memory of the gateway, at most", f"{site.gateway.peak_mb():.0f} MB")
+        figures.add("peak memory of the gateway", f"{site.gateway.peak_mb():.0f} MB")
     print(*talks.failed, sep="\n")
     if given.docs:
         PAGE.write_text(page(figures), encoding="utf-8")
