@@ -96,12 +96,12 @@ class Measured:
         servers = sum(ms for name, ms in self.api_alone.cpu_ms.items() if name != "client")
         servers += self.ca_alone.cpu_ms.get("OpenBao", 0.0)
         more = sum(ms for name, ms in took.items() if name != "gateway") - servers
-        itself = "the gateway itself" if self.ca == "vault" else "the gateway, with its `openssl ca` processes,"
+        itself = "the gateway itself" if self.ca == "vault" else "the gateway with its `openssl ca` processes"
         return (
-            f"With {self.ca}: {LIMIT} of the slower one is {limit:.1f} ms of processor time for a certificate, where all "
-            f"share the cores.\nThe servers alone take {servers:.1f} ms, which leaves {limit - servers:.1f} ms for a "
-            f"gateway; beside it they took {more:.1f} ms more (the watch, the nodes, the lease, sharing the cores), and "
-            f"{itself} {took['gateway']:.1f} ms.{self._against_limit()}"
+            f"With {self.ca}: since all programs share the cores, {LIMIT} of the slower rate allows {limit:.1f} ms of processor "
+            f"time per certificate.\nThe servers alone take {servers:.1f} ms, which leaves {limit - servers:.1f} ms for the "
+            f"gateway; with the gateway they took {more:z.1f} ms more (the watch, the nodes, the lease, shared cores), and "
+            f"{itself} took {took['gateway']:.1f} ms.{self._against_limit()}"
         )
 
     def _against_limit(self) -> str:
@@ -110,7 +110,7 @@ class Measured:
             return ""
         own, is_met = self.gateway.cpu_ms["gateway"], self.gateway.cpu_ms["gateway"] <= MOST_CPU_MS
         return (
-            f"\nThe limit of its own {own:.2f} ms is {MOST_CPU_MS} ms, which is {'met' if is_met else '**missed**'}; "
+            f"\nThe gateway's limit is {MOST_CPU_MS} ms: with {own:.2f} ms it is {'met' if is_met else '**missed**'}; "
             f"the API server took {self.gateway.cpu_ms['kube-apiserver']:.2f} ms in the same run."
         )
 
@@ -121,12 +121,12 @@ class Measured:
 
 
 HEAD = (
-    "| requests | CA | CA alone, 1/s | API server alone, 1/s | gateway, 1/s | of the slower | memory, MB | audited |\n"
+    "| requests | CA | CA alone, per s | API server alone, per s | gateway, per s | gateway / slower of the two | "
+    "peak memory, MB | fully audited |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 CPU_HEAD = (
-    f"| processor time for one certificate, ms | {' | '.join(PROGRAMS)} | together |\n"
-    f"| --- |{' --- |' * (len(PROGRAMS) + 1)}"
+    f"| processor time per certificate, ms | {' | '.join(PROGRAMS)} | total |\n| --- |{' --- |' * (len(PROGRAMS) + 1)}"
 )
 
 
