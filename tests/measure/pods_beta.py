@@ -72,11 +72,11 @@ def seen(directory: Path) -> dict[str, str]:
         assert f"UniformResourceIdentifier:{uri}" in pods.names(leaf)
         return {
             "kube-apiserver": _version("kube-apiserver"),
-            "version of the objects": found["apiVersion"],
+            "API version of the objects": found["apiVersion"],
             "a request of a pod that the policy allows": f"issued by OpenBao for `{uri}`",
-            "a request of a namespace that the policy does not have": "denied",
-            "a request for a signer that the pod has no volume for, which this API server takes": "denied",
-            "the ClusterTrustBundle of the signer": "published, equal to `pods.crt`",
+            "a request from a namespace that is not in the policy": "denied",
+            "a request for a signer for which the pod has no volume, which this API server accepts": "denied",
+            "the signer's ClusterTrustBundle": "published, equal to `pods.crt`",
         }
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         parser.error(f"wanted Kubernetes {VERSION}: run {programs.COMMAND} --older {VERSION} {' '.join(needed)}")
     with tempfile.TemporaryDirectory() as directory:
         facts = seen(Path(directory))
-    text = "".join(["| what | seen |\n| --- | --- |\n", *(f"| {what} | {one} |\n" for what, one in facts.items())])
+    text = "".join(["| checked | result |\n| --- | --- |\n", *(f"| {what} | {one} |\n" for what, one in facts.items())])
     print(text)
     if given.docs:
         write_between(PAGE, START, text)
