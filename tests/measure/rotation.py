@@ -493,9 +493,9 @@ def _longest(spans: Sequence[tuple[float, float, str]]) -> float:
 def table(steps: Sequence[Step]) -> str:
     """What took how long, and what clients saw, in Markdown."""
     head = (
-        "command", "seconds a control-plane node", "the worker", "requests of valid clients", "refused", "too late",
-        "403 of a new API server", "s without any API server", "turns of a client of all three, failed",
-        "members of etcd down at once",
+        "command", "seconds per control-plane node", "seconds for the worker", "requests of valid clients", "refused", "too late",
+        "403 from a starting API server", "seconds without any API server", "turns of a client of all API servers, failed",
+        "etcd members down at once",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     for step in steps:
@@ -588,17 +588,21 @@ def seen(found: Site, done: Sequence[Step], rows: Sequence[str]) -> str:
     """What was seen in the phases that are over, in Markdown."""
     text = f"{table(done)}\n{by_client(done)}\n{kills(done)}"
     if left := [f"`{verb}` to “{phase}”" for verb, phase, _ in found.steps[len(done) :]]:
-        text += f"Not seen in this run, which ended before: {', '.join(left)}.\n"
+        text += f"The run ended before these steps: {', '.join(left)}.\n"
     seconds = sum(sum(step.seconds.values()) for step in done)
     text += f"All commands together took {seconds / 60:.0f} minutes.\n"
     if found.pod_seconds:
         pods = ", ".join(f"{one:.0f} s" for one in found.pod_seconds)
-        text += f"A pod's file had both CAs {pods} after the last node's `trust`, or `back` to both.\n"
-    text += f"The aggregated API ended {len(found.clients.extension.refused)} handshakes of API servers.\n"
+        text += (
+            f"A pod's CA file had both CAs {pods} after the last node completed the step that adds the second one.\n"
+        )
+    text += f"The aggregated API had {len(found.clients.extension.refused)} failed TLS handshakes with API servers.\n"
     if found.options.older:
         text += _of_an_older_one(found)
     if rows:
-        text += f"After `drop` each of {len(rows)} client certificates of before was refused, with 401 or by TLS.\n"
+        text += (
+            f"After `drop`, {len(rows)} attempts with old client certificates were all refused, with 401 or by TLS.\n"
+        )
     return text
 
 
@@ -607,24 +611,24 @@ def _of_an_older_one(found: Site) -> str:
     node = found.control_planes[0].node
     versions = [node.exec(*command).stdout.split() for command in (("kubelet", "--version"), ("etcd", "--version"))]
     text = (
-        f"The node's programs: Kubernetes {versions[0][-1]}, etcd {versions[1][2]}; its kubeadm took the node in each phase "
+        f"The node ran Kubernetes {versions[0][-1]} and etcd {versions[1][2]}; its kubeadm accepted the node in each phase "
         "(`certs check-expiration`, `init phase kubeconfig all`).\n"
     )
     if found.once:
         text += (
-            f"A program of its client-go that names the CA file was started before `trust`; {found.once_minutes:.0f} minutes "
-            f"later it was answered: `{found.once.strip()}`.\n"
+            "A program with this version's client-go, started before `trust` with a kubeconfig that names the CA file, got this "
+            f"error {found.once_minutes:.0f} minutes later: `{found.once.strip()}`.\n"
         )
     return text
 
 
 def kills(steps: Sequence[Step]) -> str:
     """The phases in which commands were killed, in Markdown; empty: none was."""
-    head = ("killed", "on", "after, s", *AUTHORITIES, "completed by the same command")
+    head = ("killed command", "node", "after, s", *AUTHORITIES, "completed when run again")
     lines = [f"| {' | '.join(head)} |\n", f"|{' --- |' * len(head)}\n"]
     every = [(step, one) for step in steps for one in step.killed]
     for step, one in every:
-        what = f"{step.title}{', had ended' if one.is_over else ''}"
+        what = f"{step.title}{', already ended' if one.is_over else ''}"
         row = (what, one.node, f"{one.seconds:.0f}", *(one.phases.get(name, "") for name in AUTHORITIES), "yes")
         lines.append(f"| {' | '.join(row)} |\n")
     return "".join([*lines, "\n"]) if every else ""

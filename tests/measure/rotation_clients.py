@@ -315,10 +315,14 @@ class Clients:
             os.killpg(process.pid, signal.SIGTERM)
 
 
-NEW, OLD, AS_IT_WAS = "a kubeconfig as it is on the node", "an old certificate, both CAs trusted", "an old kubeconfig"
+NEW, OLD, AS_IT_WAS = (
+    "the node's current kubeconfig",
+    "an old client certificate, both CAs trusted",
+    "an old kubeconfig",
+)
 AGGREGATED, LOGS, EXEC = "an aggregated API", "`kubectl logs`", "`kubectl exec`"
-PULSE, WATCH, FOLLOW = "reads, ten a second, on one connection", "a watch", "`kubectl logs -f`"
-POD_FILE, POD_ONCE = "a pod that reads its CA for each request", "a pod that has read its CA once"
+PULSE, WATCH, FOLLOW = "ten reads a second on one connection", "a watch", "`kubectl logs -f`"
+POD_FILE, POD_ONCE = "a pod that reads its CA for each request", "a pod that read its CA once"
 
 #: Their certificates are right, and the CAs that they trust, until the first node begins with `drop`.
 VALID_UNTIL_DROP = (NEW, OLD, AGGREGATED, LOGS, EXEC, PULSE, WATCH, POD_FILE, POD_ONCE)

@@ -204,6 +204,6 @@ def test_each_kill_is_a_row() -> None:
     step = rotation.Step(verb="issue", phase="issued", valid=[], killed=killed)
     assert rotation.kills([step]).splitlines()[2:4] == [
         "| `issue` | cp1 | 7 | trusted → issued | trusted |  | yes |",
-        "| `issue`, had ended | w1 | 2 | issued |  |  | yes |",
+        "| `issue`, already ended | w1 | 2 | issued |  |  | yes |",
     ]
     assert rotation.kills([rotation.Step(verb="issue", phase="issued", valid=[])]) == ""
