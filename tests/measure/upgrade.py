@@ -58,7 +58,7 @@ class Seen:
     def table(self) -> str:
         """For the document."""
         lines = [f"| {what} | {seen} |\n" for what, seen in self.rows]
-        return "".join(["| what | seen |\n| --- | --- |\n", *lines])
+        return "".join(["| step | result |\n| --- | --- |\n", *lines])
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
     seen = Seen()
     with _site(directory, old, new) as bridge:
         node = bridge.node
-        seen.add("before", ", ".join(f"{name} {tag}" for name, tag in versions_of(node).items()))
+        seen.add("versions before the upgrade", ", ".join(f"{name} {tag}" for name, tag in versions_of(node).items()))
         code, wrong, _ = _doctor(bridge)
         seen.add("`doctor --before-upgrade` on the healthy node", f"exit {code}, {shown(wrong)}")
         assert not any(check == "upgrade-aborts" for check in wrong)
@@ -172,7 +172,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
         _expire(bridge, EXPIRED)
         code, wrong, text = _doctor(bridge)
         seen.add(
-            f"the same, with {EXPIRED} expired, the auto-approve bindings removed, a local edit of the kubelet's",
+            f"the same with {EXPIRED} expired, the auto-approve bindings deleted, and a local edit of the kubelet's config.yaml",
             f"exit {code}, {shown(wrong)}",
         )
         assert wrong["upgrade-aborts"] == [EXPIRED]
@@ -185,7 +185,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
         seen.add("`kubeadm upgrade apply` after that", f"exit {run.returncode}, {seconds:.0f} s")
         assert run.returncode == 0, run.stderr
         external = len(re.findall(r"External CA detected", run.stdout))
-        seen.add("… certificates of which it says `External CA detected, … can't be renewed`", external)
+        seen.add("… certificates for which it prints `External CA detected, … can't be renewed`", external)
         _afterwards(seen, bridge, before)
     return seen
 
@@ -205,11 +205,11 @@ def _aborted(seen: Seen, bridge: LiveBridge) -> None:
     node = bridge.node
     before, files = versions_of(node), digests_of(node)
     run, seconds = _upgrade(node)
-    seen.add("`kubeadm upgrade apply` then", f"exit {run.returncode} after {seconds:.0f} s: `{words_of(run)}`")
+    seen.add("then `kubeadm upgrade apply`", f"exit {run.returncode} after {seconds:.0f} s: `{words_of(run)}`")
     assert run.returncode == 1
     after = versions_of(node)
     exchanged = [name for name in after if after[name] != before[name]]
-    seen.add("… manifests that were exchanged by then", ", ".join(exchanged) or "none")
+    seen.add("… manifests that it had replaced by then", ", ".join(exchanged) or "none")
     assert exchanged == ["etcd"], exchanged
     changed = [path for path, digest in digests_of(node).items() if files.get(path) != digest]
     seen.add("… certificates, keys and kubeconfigs that changed", len(changed))
@@ -231,20 +231,20 @@ def _renewed(seen: Seen, bridge: LiveBridge, *names: str) -> None:
 
 def _afterwards(seen: Seen, bridge: LiveBridge, before: dict[str, str]) -> None:
     node = bridge.node
-    seen.add("after", ", ".join(f"{name} {tag}" for name, tag in versions_of(node).items()))
+    seen.add("versions after the upgrade", ", ".join(f"{name} {tag}" for name, tag in versions_of(node).items()))
     changed = sorted(Path(path).name for path, digest in digests_of(node).items() if before.get(path) != digest)
     seen.add("… certificates, keys and kubeconfigs that changed", ", ".join(changed) or "none")
     server = parse_kubeconfig((node.kubeconfig_dir / "kubelet.conf").read_bytes()).server
-    seen.add("… kubelet.conf leads to", server.replace(IP, "the node's own address"))
+    seen.add("… API server in kubelet.conf", server.replace(IP, "the node's own address"))
     edited = "maxPods: 77" in (node.root / "var/lib/kubelet/config.yaml").read_text()
-    seen.add("… the local edit of the kubelet's config.yaml", "kept" if edited else "lost")
+    seen.add("… local edit of the kubelet's config.yaml", "kept" if edited else "lost")
     bindings = [
         name for name in APPROVE if node.kubectl("get", "clusterrolebinding", name, check=False).returncode == 0
     ]
-    seen.add("… auto-approve bindings that are back", f"{len(bindings)} of {len(APPROVE)}")
+    seen.add("… auto-approve bindings that kubeadm created again", f"{len(bindings)} of {len(APPROVE)}")
     assert (edited, len(bindings)) == (False, len(APPROVE))
     bound = node.kubectl("get", "clusterrolebinding", "kubeadm:apiserver-kubelet-client", check=False).returncode == 0
-    seen.add("… ClusterRoleBinding kubeadm:apiserver-kubelet-client", "there" if bound else "not there")
+    seen.add("… ClusterRoleBinding kubeadm:apiserver-kubelet-client", "exists" if bound else "missing")
     nodes.restart_kubelet(node)
     names = [item.spec.name for item in inventory.read(node.pki_dir, node.kubeconfig_dir).items if item.certificates]
     wait_for(
@@ -252,7 +252,7 @@ def _afterwards(seen: Seen, bridge: LiveBridge, before: dict[str, str]) -> None:
         lambda: TO in node.kubectl("get", "nodes", "-o", "wide", check=False).stdout,
         seconds=120,
     )
-    seen.add("kubelet restarted with the new program", TO)
+    seen.add("version of the kubelet after its restart", TO)
     _renewed(seen, bridge, *names)
     proof = bridge.run("prove", "--wait", "90s")
     print(proof.stdout, proof.stderr, flush=True)

@@ -155,7 +155,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
     """
     with ExitStack() as stack:
         site = _site(stack, directory, old, new)
-        site.seen.add("before", _versions(site))
+        site.seen.add("versions before the upgrade", _versions(site))
         for name in site.machines:
             assert site.doctor(name, "--before-upgrade") == {}
             assert site.plan(name) == []
@@ -165,7 +165,7 @@ def walk(directory: Path, old: Path, new: Path) -> Seen:
         assert run.returncode == 0, run.stderr
         _second(site)
         _worker(site)
-        site.seen.add("after", _versions(site))
+        site.seen.add("versions after the upgrade", _versions(site))
         after = site.digests()
         changed = [f"{name}: {Path(path).name}" for name in before for path in _differing(before[name], after[name])]
         site.seen.add("… certificates, keys and kubeconfigs that changed", ", ".join(changed) or "none")
@@ -179,7 +179,7 @@ def _worker_without_access(site: Site) -> None:
     """Its kubelet's certificate has expired, and kubeadm has no other there."""
     there = site.machines[WORKER].node.root
     site.expire("ca", there / str((there / _CURRENT).readlink()).lstrip("/"))
-    site.seen.add(f"{WORKER}: {KUBELET_CONF} is made to have expired", "5 minutes ago")
+    site.seen.add(f"{WORKER}: the test makes {KUBELET_CONF} expire", "5 minutes ago")
     assert site.doctor(WORKER, "--before-upgrade") == {"upgrade-no-access": [KUBELET_CONF]}
     assert site.plan(WORKER) == [KUBELET_CONF]
     assert site.kubeadm(WORKER, "node", NO_RENEWAL).returncode == 1
@@ -193,17 +193,17 @@ def _second(site: Site) -> None:
     node = site.machines[SECOND].node
     spec = SPECS[EXPIRED]
     site.expire(spec.authority.name, node.pki_dir / f"{spec.base}.crt")
-    site.seen.add(f"{SECOND}: {EXPIRED} is made to have expired", "5 minutes ago")
+    site.seen.add(f"{SECOND}: the test makes {EXPIRED} expire", "5 minutes ago")
     assert site.doctor(SECOND, "--before-upgrade") == {"upgrade-aborts": [EXPIRED]}
     assert site.plan(SECOND) == [EXPIRED]
     before = upgrade.versions_of(node)
     assert site.kubeadm(SECOND, "node", "--dry-run").returncode == 0, "the dry run looks at certificates now"
     aborted = site.kubeadm(SECOND, "node")
     assert (aborted.returncode, "failed to renew certificates" in aborted.stderr) == (1, True), aborted.stderr
-    site.seen.add("… manifests that were exchanged by then", _exchanged(before, node))
+    site.seen.add("… manifests that it had replaced by then", _exchanged(before, node))
     run = site.kubeadm(SECOND, "node", NO_RENEWAL)
     assert run.returncode == 0, run.stderr
-    site.seen.add("… manifests that are exchanged now", _exchanged(before, node))
+    site.seen.add("… manifests that are replaced now", _exchanged(before, node))
     _run(site, SECOND, "renew")
     assert site.plan(SECOND) == []
 
@@ -230,7 +230,7 @@ def _afterwards(site: Site, new: Path) -> None:
         lambda: set(first.kubectl("get", "nodes", "-o", f"jsonpath={line}", check=False).stdout.split()) == {TO},
         seconds=180,
     )
-    site.seen.add("kubelets restarted with the new program", TO)
+    site.seen.add("version of the kubelets after their restart", TO)
     for name in site.machines:
         assert site.doctor(name) == {}
         assert site.plan(name) == []
