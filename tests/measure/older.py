@@ -61,15 +61,15 @@ class Seen:
             ("certificates renewed through OpenBao", self.renewed),
             ("restarted", "; ".join(self.restarted)),
             ("containers of API server and etcd", "the same before and after"),
-            ("checks of the proof that held", self.proven),
-            ("turns of the client during the renewal", self.during.turns),
+            ("checks of the proof that passed", self.proven),
+            ("turns of the client (one write, one read) during the renewal", self.during.turns),
             ("… that failed", len(self.during.errors)),
-            ("turns of the client after the old certificates' end", self.after.turns),
+            ("turns of the client after the old certificates expired", self.after.turns),
             ("… that failed", len(self.after.errors)),
-            ("a kubelet that starts after their end", "the same API server process reads its logs"),
-            ("an etcd that starts after their end", "the same API server process writes to it"),
+            ("a kubelet started after they expired", "the same API server process reads its logs"),
+            ("an etcd started after they expired", "the same API server process writes to it"),
         )
-        return "".join(["| what | seen |\n| --- | --- |\n", *(f"| {what} | {seen} |\n" for what, seen in rows)])
+        return "".join(["| measured | result |\n| --- | --- |\n", *(f"| {what} | {seen} |\n" for what, seen in rows)])
 
 
 def _version(program: str, *args: str) -> str:

@@ -142,7 +142,7 @@ class Walk:
         self.asked = {name: names_of(one) for name, one in requests.items()}
         differing = [name for name in self.asked if self.asked[name] != names_of(ours[name])]
         self.seen.add("CSRs of `certs generate-csr`", len(list(place.rglob("*.csr"))))
-        self.seen.add("… whose subject and SANs are not those that `bootstrap setup` tells", len(differing))
+        self.seen.add("… whose subject or SANs differ from those that `bootstrap setup` prints", len(differing))
         self.seen.add(f"… groups (O) of {KUBELET_CLIENT}", groups_of(requests[KUBELET_CLIENT]))
         assert not differing, differing
 
@@ -181,7 +181,7 @@ class Walk:
             "`certs renew all`",
             f"exit {run.returncode}, `… can't be renewed` {refused} times, {len(changed)} files changed",
         )
-        self.seen.add("… and its last words", f"`{run.stdout.strip().splitlines()[-1].partition('.')[0]}`")
+        self.seen.add("… and its last message", f"`{run.stdout.strip().splitlines()[-1].partition('.')[0]}`")
         assert (refused, changed) == (len(LISTED), []), run.stdout
 
     def _made_anew(self, node: NewNode) -> None:
@@ -197,8 +197,8 @@ class Walk:
         run = node.bridge.run("renew", *LISTED, "--kubeadm-config", str(node.places.kubeadm_config))
         assert run.returncode == 0, run.stderr
         differing = [name for name in LISTED if names_of(_live(node, name)) != self.asked[name]]
-        self.seen.add("missing certificates that `renew NAME` has made", len(LISTED))
-        self.seen.add("… with other names than this kubeadm's", len(differing))
+        self.seen.add("missing certificates that `renew NAME` made", len(LISTED))
+        self.seen.add("… whose names differ from this kubeadm's", len(differing))
         assert not differing, differing
         assert texts == {name: _without_data(node, name) for name in texts}
         shutil.rmtree(node.places.kubeconfigs / "manifests")
@@ -278,7 +278,7 @@ def table(columns: Sequence[Seen]) -> str:
     what = list(dict.fromkeys(key for one in columns for key in one.cells))
     return "".join(
         [
-            f"| what | {' | '.join(one.kubeadm for one in columns)} |\n",
+            f"| checked | {' | '.join(one.kubeadm for one in columns)} |\n",
             f"| --- |{' --- |' * len(columns)}\n",
             *(f"| {row} | {' | '.join(one.cells.get(row, '-') for one in columns)} |\n" for row in what),
         ]
