@@ -62,13 +62,15 @@ def table(done: Walk) -> str:
             "control-plane nodes, all nodes",
             f"{sum('control-plane' in one for one in done.nodes.values())}, {len(done.nodes)}",
         ),
-        ("members of etcd", done.members),
+        ("etcd members", done.members),
         ("CertificateSigningRequests", done.requests),
-        ("files on the nodes that the kernel reported to the watch", done.seen),
-        ("… that held a CA's key or had its name", 0),  # or `walk` had failed
+        ("files on the nodes that the kernel reported to the test", done.seen),
+        ("… that held a CA key or had its file name", 0),  # or `walk` had failed
     ]
     lines = ["| step | seconds |\n| --- | --- |\n", *(f"| {what} | {text} |\n" for what, text in rows)]
-    return "".join([*lines, "\n| what | seen |\n| --- | --- |\n", *(f"| {what} | {text} |\n" for what, text in seen)])
+    return "".join(
+        [*lines, "\n| counted | result |\n| --- | --- |\n", *(f"| {what} | {text} |\n" for what, text in seen)]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
