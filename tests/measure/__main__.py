@@ -32,8 +32,8 @@ from tests.measure import desk_profile, fleet, start_up
 from tests.measure.fleet import seconds
 
 _RATIO = (
-    "A ratio is the median of the rounds' own ratios, so that it is not exactly one median divided by the other; "
-    "**missed** stands behind a limit that it is above."
+    "A ratio is the median of the rounds' own ratios, so it can differ from the quotient of the two medians; "
+    "**missed** marks a limit that the ratio exceeds."
 )
 _MEMORY_LIMIT = 400.0  # MB
 _LIBRARIES = "import dataclasses, tomllib, yaml, cryptography.x509"
@@ -99,7 +99,7 @@ def measure(directory: Path, rounds: int) -> Iterator[Row]:
         for name in AUTHORITIES:
             add_vault(bridge, bao, name, "bench")
         yield paired(
-            "`renew all`, 11 certificates RSA-2048, through OpenBao",
+            "`renew all` of 11 RSA-2048 certificates through OpenBao",
             "`kubeadm certs renew all` with the CA keys on disk",
             lambda: succeed(bridge, "renew", "all"),
             lambda: local.run_kubeadm("certs", "renew", "all"),
@@ -123,7 +123,7 @@ def measure(directory: Path, rounds: int) -> Iterator[Row]:
         7.0,
     )
     yield paired(
-        f"the libraries alone that it reads certificates, kubeconfigs and settings with: `python -c '{_LIBRARIES}'`",
+        f"only the libraries that read certificates, kubeconfigs and settings: `python -c '{_LIBRARIES}'`",
         "`python -c pass`",
         lambda: python(_LIBRARIES),
         lambda: python("pass"),
@@ -152,7 +152,7 @@ def measure_desk(directory: Path, rounds: int, nodes: int) -> Iterator[Row]:
     ]
     ours = [many.seconds for many, _, _ in runs]
     yield Row(
-        work=f"`sign` of an inbox, {nodes:,} bundles, {count} CSRs P-256, three CAs RSA-2048 of `openssl ca`",
+        work=f"`sign` of an inbox: {nodes:,} bundles, {count} P-256 CSRs, three RSA-2048 CAs with `openssl ca`",
         against="one bare `openssl ca -infiles` over the same CSRs",
         ours=ours,
         theirs=[bare.seconds for _, bare, _ in runs],
@@ -166,7 +166,7 @@ def measure_desk(directory: Path, rounds: int, nodes: int) -> Iterator[Row]:
         limit=11.0,
     )
     yield Row(
-        work="its memory, all processes together",
+        work="the desk's memory, all processes together",
         against="a limit",
         ours=[many.megabytes for many, _, _ in runs],
         theirs=[_MEMORY_LIMIT] * len(runs),
@@ -182,10 +182,10 @@ def machine() -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    head = ("work", "against", "ours", "theirs", "ratio", "at most")
+    head = ("work", "compared with", "ca-bridge", "the other", "ratio", "limit")
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *(row.cells() for row in rows))]
     fewest = min(len(row.ours) for row in rows)
-    said = f"Times are medians of {fewest} rounds or more, both by turns, on {machine()}."
+    said = f"Times are medians of at least {fewest} rounds, both sides in turn, on {machine()}."
     return "\n".join([*lines, "", said, _RATIO, ""])
 
 

@@ -69,8 +69,8 @@ def measure_est(directory: Path, count: int, rounds: int) -> Row:
                 for request in wanted:
                     _post(session, url, request)
 
-        against = "`requests` in a loop, one connection"
-        return paired(f"{count} certificates P-256 through `est`", against, ours, bare, rounds, LIMIT)
+        against = "`requests` in a loop over one connection"
+        return paired(f"{count} P-256 certificates through `est`", against, ours, bare, rounds, LIMIT)
 
 
 def _post(session: requests.Session, url: str, request: SignRequest) -> x509.Certificate:
@@ -99,8 +99,8 @@ def measure_exec(directory: Path, count: int, rounds: int) -> Row:
             run = subprocess.run(command, env=reported, stdin=subprocess.DEVNULL, capture_output=True, check=True)
             x509.load_pem_x509_certificate(run.stdout)
 
-    against = "the program in a loop, by `subprocess.run`"
-    return paired(f"{count} certificates P-256 through `exec` and `local-submit`", against, ours, bare, rounds, LIMIT)
+    against = "the program in a loop of `subprocess.run`"
+    return paired(f"{count} P-256 certificates through `exec` and `local-submit`", against, ours, bare, rounds, LIMIT)
 
 
 #: What a script does beside `openssl cmp`: nothing.
@@ -126,8 +126,8 @@ def measure_cmp(directory: Path, count: int, rounds: int) -> Row:
         )
         words = ["sh", "-c", _LOOP, "sh", str(directory), url, cmp.REFERENCE, str(secret), recipient]
         return paired(
-            f"{count} certificates P-256 through `cmp`",
-            "`openssl cmp` in a shell's loop",
+            f"{count} P-256 certificates through `cmp`",
+            "`openssl cmp` in a shell loop",
             lambda: signed_by(CmpBackend.from_settings(settings), wanted),
             lambda: subprocess.run(words, check=True),
             rounds,

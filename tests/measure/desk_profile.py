@@ -32,7 +32,7 @@ from bridge.settings.tables import AuditSettings
 from bridge.state import Store, audit
 from tests.measure import fleet
 
-_HEAD = ("step", "process", "ms a request")
+_HEAD = ("step", "process", "ms per request")
 _T = TypeVar("_T")
 
 
@@ -56,9 +56,7 @@ class _Steps:
         """What no row explains, and the sum."""
         total = 1000 * total_seconds / self._requests
         rest = total - sum(milliseconds for _, _, milliseconds in self.rows)
-        self.rows.append(
-            ("looking CSRs through for `openssl ca`, reading its certificates, and what else there is", "desk", rest)
-        )
+        self.rows.append(("checking CSRs for `openssl ca`, reading its certificates, and all other work", "desk", rest))
         self.rows.append(("a whole run", "all", total))
 
 
@@ -86,7 +84,7 @@ def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
     steps = _Steps(len(made.csrs))
     total = _of_children(lambda: fleet.sign_inbox(directory / "desk", made, nodes))
     bare = _of_children(lambda: fleet.sign_bare(directory / "bare", made.cas["ca"], made.live, made.csrs, 0))
-    steps.add("`openssl ca` over the same CSRs, bare", "openssl", bare)
+    steps.add("bare `openssl ca` over the same CSRs", "openssl", bare)
     steps.add("starting the desk and two workers", "all", _of_children(_start))
     threshold = gc.get_threshold()
     gc.freeze()
@@ -110,12 +108,12 @@ def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]
     whole = [one for one in read if isinstance(one, ReadBundle)]
     judged = Judgement(policy=policy, cas=cas, now=now, without_proof=frozenset())
     steps.measure(
-        "judging: both signatures, the origin, the policy",
+        "judging requests: both signatures, the origin, the policy",
         "worker",
         lambda: [workers.verdicts(one.bundle, judged) for one in whole],
     )
-    sent = steps.measure("sending what was read", "worker", lambda: list(map(ForkingPickler.dumps, whole)))
-    steps.measure("taking it", "desk", lambda: [_loaded(one) for one in sent])
+    sent = steps.measure("sending the bundles to the desk", "worker", lambda: list(map(ForkingPickler.dumps, whole)))
+    steps.measure("receiving the bundles", "desk", lambda: [_loaded(one) for one in sent])
     expected = {
         name: Expectation(anchors=some, anchor_name=name, now=datetime.now(UTC), min_validity=timedelta(days=7))
         for name, some in cas.items()

@@ -354,13 +354,13 @@ class Speed:
 
 
 ROWS = (
-    "until the last node had its answer",
-    "certificates a second through the door",
-    f"OpenBao alone, the same CSRs by {_CA_THREADS} connections",
-    "the door's share of that",
-    "HTTPS exchanges a second",
-    "an exchange, half of them and 99 of 100",
-    "memory of the door at most",
+    "time until the last node had its answer",
+    "certificates per second through the door",
+    f"OpenBao alone, the same CSRs over {_CA_THREADS} connections",
+    "the door's rate, divided by OpenBao's",
+    "HTTPS exchanges per second",
+    "time of an exchange, median and 99th percentile",
+    "peak memory of the door",
 )
 
 
@@ -548,7 +548,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head = (
         "database and CA",
         "killed by SIGKILL meanwhile",
-        "until the last node had its answer",
+        "time until the last node had its answer",
         "certificates",
         "signed by the CA",
     )

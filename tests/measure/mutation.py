@@ -133,7 +133,10 @@ def _counts(file: str) -> Path:
 def table(files: Iterable[str]) -> str:
     """Markdown, from the counts that are kept; in the last line each file has the weight of all its mutants."""
     rows = [(file, json.loads(_counts(file).read_text(encoding="utf-8"))) for file in files if _counts(file).exists()]
-    lines = ["| file | mutants | tried | noticed | of these by time | score |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| file | mutants | tried | noticed | of these by timeout | score |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     expected = 0.0
     for file, row in rows:
         noticed = row["killed"] + row["timed_out"]

@@ -46,6 +46,6 @@ def bridge_with_nothing_due(directory: Path) -> Bridge:
 def table(directory: Path, commands: Sequence[str] = COMMANDS) -> str:
     """Markdown."""
     bridge = bridge_with_nothing_due(directory)
-    head = ("command, nothing due", "our modules", "their lines", "modules of others")
+    head = ("command with nothing due", "ca-bridge's modules", "their lines", "other modules")
     rows = [(f"`{one}`", *map("{:,}".format, loaded(bridge, one))) for one in commands]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))

@@ -132,7 +132,7 @@ def test_the_backends(tmp_path: Path) -> None:
         backends.main([name, "--requests", "2", "--rounds", "1", "--docs"], page)
     head, *written = page.read_text().split("<!-- numbers: written by `python -m tests.measure.backends")
     assert before.startswith(head)
-    assert [(part.count("\n| 2 certificates"), bench.END in part) for part in written] == [(1, True)] * 3
+    assert [(part.count("\n| 2 P-256 certificates"), bench.END in part) for part in written] == [(1, True)] * 3
 
 
 @pytest.mark.kube("kube-apiserver", "etcd")
