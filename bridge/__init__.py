@@ -1,31 +1,33 @@
 """
 ca-bridge: renews a kubeadm control plane's certificates through a CA that lives elsewhere.
 
-The map, from the ground up; each floor imports only what is below it (`tests/test_walls.py` keeps the table):
+The map: each package imports only packages above it in this list; `tests/test_walls.py` has the table.
 
-- the doors, public and stable: `contract`, `errors`, `secret`, `specs`, `words`; on top of all floors `entry` and `testing`
+- `contract`, `errors`, `secret`, `specs`, `words`: the doors, which are the public and stable modules; so are `entry` and
+  `testing`, which may import every package
 - `pki`: certificates, CSRs, bundles and the checks on them; no I/O, no clock
-- `system`: files, processes, HTTPS, waiting, what goes to standard error
+- `system`: files, processes, HTTPS, waiting, messages on standard error
 - `settings`: the settings file
-- `node`: what is on this machine
-- `state`: what we remember and replace
-- `ca`: asking CAs through backends
+- `node`: this machine's certificates, kubeconfigs, manifests and processes, read only
+- `state`: the audit log, backups, open requests and other records, and the replacement of files
+- `ca`: requests to CAs through their backends
 - `users`: kubeconfigs for people and machines, signed through the same backends
 - `desk`: the CA desk, which signs request bundles by a policy
-- `cluster`: the cluster's Kubernetes API, and the one client for it
-- `control_plane`: looking at components and restarting them
-- `renewal`: the main job
-- `rotation`: the replacement of a CA while the cluster runs
-- `monitoring`: what monitors show, and how the last runs ended
-- `diagnosis`: whether the next renewal, and a restart, would succeed (`doctor`)
-- `gateway`: signing for the cluster's certificates API
-- `door`: one door for all nodes over HTTPS, by the desk's functions (`serve`)
-- `bootstrap`: day 0, what a new node needs before kubeadm makes it one
-- `cli`: commands, and all that is printed
+- `cluster`: the client for the cluster's Kubernetes API, kubeadm's ConfigMaps, leases
+- `control_plane`: checks components and restarts them
+- `renewal`: the main job: renews certificates, online and by air gap
+- `rotation`: replaces a CA while the cluster runs
+- `monitoring`: metrics, and the results of the last runs
+- `diagnosis`: the checks of `doctor`: would the next renewal, and a restart, succeed?
+- `gateway`: signs requests to the cluster's certificates API
+- `door`: `serve`, one door for all nodes: takes their requests over HTTPS, with the desk's functions
+- `bootstrap`: day 0: everything that a new node needs before kubeadm adds it
+- `cli`: the commands, and everything that they print
 
-`dataclass`, below, is for all of them.
+All packages use `dataclass`, below.
 
-Backends are no part of it: they are found by entry point, and see the doors and a few mechanisms that the table names.
+Backends are not part of `bridge`, which finds them by entry point.
+A backend imports the doors and the few other modules that the table names.
 """
 
 from __future__ import annotations
