@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_met = used["gateway"] <= MOST_CPU_MS and memory <= MOST_MEMORY_MB
     cells = " | ".join(f"{one:.2f} ms" for one in used.values())
     text = (
-        f"| requests | objects | peak memory, MB | {' | '.join(used)} |\n| --- | --- | --- |{' --- |' * len(used)}\n"
+        f"| new requests | all requests | peak memory, MB | {' | '.join(used)} |\n| --- | --- | --- |{' --- |' * len(used)}\n"
         f"| {count} | {count + given.answered} | {memory:.0f} | {cells} |\n\nThe gateway's limits are {MOST_MEMORY_MB} MB and "
         f"{MOST_CPU_MS} ms: {'both met' if is_met else '**missed**'}.\nTo read the other {given.answered} requests once, the "
         f"gateway takes {read_ms:.2f} ms of processor time for each of the {count}."
