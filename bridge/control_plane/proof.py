@@ -12,7 +12,7 @@ from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import Check, ProofState
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
-from bridge.node.inventory import Node
+from bridge.node.inventory import Item, Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.system.console import doing
@@ -76,6 +76,12 @@ def by_files(node: Node, settings: Settings, now: datetime) -> ProofReport:
     """Compare the ages of processes and files only, without a connection or a key."""
     given = checks.Look(node=node, settings=settings, now=now, machine=Machine())
     return ProofReport(findings=tuple(map(_finding, checks.by_files(given))))
+
+
+def of_pair(item: Item, now: datetime) -> ProofFinding | None:
+    """Whether a further pair is in use; None: the settings name no server to look at."""
+    check = checks.of_pair(item, now)
+    return None if check is None else _finding(check)
 
 
 def _finding(check: Check) -> ProofFinding:

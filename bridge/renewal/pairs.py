@@ -16,8 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from bridge import dataclass
-from bridge.control_plane import checks
-from bridge.control_plane.probes import Verdict
+from bridge.control_plane import proof
 from bridge.control_plane.proof import ProofFinding
 from bridge.errors import BridgeError
 from bridge.node import processes
@@ -86,13 +85,8 @@ def _works(item: Item, now: datetime) -> bool:
     """Whether the server shows the pair on disk; a pair without a server counts as working, a missing pair does not."""
     if item.state != "present":
         return False
-    verdict = _look(item, now)
-    return verdict is None or verdict.state == "current"
-
-
-def _look(item: Item, now: datetime) -> Verdict | None:
-    check = checks.of_pair(item, now)
-    return None if check is None else check.run()
+    found = proof.of_pair(item, now)
+    return found is None or found.state == "current"
 
 
 def finish(run: Run) -> Finished:
@@ -134,11 +128,11 @@ def _finish_one(run: Run, one: UnprovenPair, done: Finished) -> UnprovenPair | N
 
 
 def _left_to_people(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
-    verdict = _look(item, run.now())
-    if verdict is None or verdict.state == "current":
+    found = proof.of_pair(item, run.now())
+    if found is None or found.state == "current":
         return None
     if one.unproven.certificates[0].newest_run != run.record.run_id:
-        text = f"{one.name}: installed by an earlier run, and not seen in use: {verdict.detail}"
+        text = f"{one.name}: installed by an earlier run, and not seen in use: {found.detail}"
         done.errors.append(NotLiveError(text, hint=how(item)))
     return one
 
@@ -150,14 +144,14 @@ def _take_up(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
             done.read.append(one.name)
             one = dataclasses.replace(one, is_read=True)
             _keep(run, one, one)  # a later run only looks
-        verdict = _until_current(run, item)
-        if verdict is None or verdict.state == "current":
-            done.proven += verdict is not None
+        found = _until_current(run, item)
+        if found is None or found.state == "current":
+            done.proven += found is not None
             return None
-        if verdict.state == "unknown":
-            done.errors.append(UnprovenError(f"installed, and not proven: {one.name}: {verdict.detail}"))
+        if found.state == "unknown":
+            done.errors.append(UnprovenError(f"installed, and not proven: {one.name}: {found.detail}"))
             return one
-        why = f"{verdict.state}: {verdict.detail}"
+        why = f"{found.state}: {found.detail}"
     stays = _why_it_stays(run, one, item)
     if stays:
         done.errors.append(NotLiveError(f"{one.name}: installed, and not in use: {why}; {stays}", hint=how(item)))
@@ -217,11 +211,11 @@ def _restart(run: Run, manifest: Path) -> str | None:
     return None
 
 
-def _until_current(run: Run, item: Item) -> Verdict | None:
+def _until_current(run: Run, item: Item) -> ProofFinding | None:
     """Look until the server shows the new pair, or the time is over; None: the settings name no server."""
     with doing(f"proving that {item.spec.name} is in use"):
         return wait_until(
-            lambda: _look(item, run.now()),
+            lambda: proof.of_pair(item, run.now()),
             lambda found: found is None or found.state == "current",
             run.settings.restart.prove_for,
             pause_seconds=_PAUSE_SECONDS,
@@ -248,8 +242,8 @@ def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
         return one
     item = own(run.read_node()).get(one.name, item)
     failure = _have_read(run, item)
-    if failure is None and (verdict := _until_current(run, item)) is not None and verdict.state != "current":
-        failure = verdict.detail
+    if failure is None and (found := _until_current(run, item)) is not None and found.state != "current":
+        failure = found.detail
     after = "the old pair is in use again" if failure is None else f"the old one does not work, either: {failure}"
     done.back[one.name] = RolledBackError(f"{one.name}: rolled back, since {why}; {after}")
     return None
@@ -280,9 +274,7 @@ def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding
         item = own(node).get(one.name)
         if item is None or not one.unproven.live_on(node).certificates:
             continue
-        verdict = _look(item, now) or Verdict("unknown", "no server is named to look at")
-        if verdict.state != "current":
-            place = item.pair.prove if item.pair is not None else ""
-            what = f"serves {place}" if place else "is read"
-            state, detail = verdict.state, verdict.detail
-            yield ProofFinding(component=None, certificate=one.name, what=what, state=state, detail=detail)
+        unseen = ProofFinding(None, one.name, "is read", "unknown", "no server is named to look at")
+        found = proof.of_pair(item, now) or unseen
+        if found.state != "current":
+            yield found
