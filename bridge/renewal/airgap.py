@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -204,8 +204,9 @@ class Candidate:
 
 @dataclass(kw_only=True)
 class Found:
-    """The answers in carried files to requests that are open."""
+    """The answers in carried files to requests that are open, and the keys beside them in a directory."""
 
+    keys: dict[str, tuple[Path, PrivateKey]] = field(default_factory=dict)  #: By certificate name.
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)  #: By certificate name.
     strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
     loose: list[tuple[Path, x509.Certificate]] = field(default_factory=list)
@@ -392,13 +393,6 @@ class DirectoryError(BridgeError):
     exit_code: ClassVar[int] = Exit.USAGE
 
 
-class _Contents(NamedTuple):
-    """What was found in a directory, each file read once."""
-
-    keys: dict[str, tuple[Path, PrivateKey]]  #: By certificate name.
-    found: Found  #: The certificates.
-
-
 def install_directory(
     settings: Settings, directory: Path, options: RunOptions, now: Now, progress: Progress
 ) -> tuple[Result, Node, Selection]:
@@ -422,7 +416,7 @@ def install_directory(
 
 
 def _install(
-    run: Run, transaction: Transaction, selection: Selection, node: Node, contents: _Contents, options: RunOptions
+    run: Run, transaction: Transaction, selection: Selection, node: Node, contents: Found, options: RunOptions
 ) -> Result:
     with transaction.about(selection):
         selection = with_room(run.settings, selection)
@@ -435,7 +429,7 @@ def _install(
                 except BridgeError as e:
                     failed.append(outcome_of(item, e))
                 else:
-                    answered.append(answered_by(run, made, contents.found, expected[made.authority], "install"))
+                    answered.append(answered_by(run, made, contents, expected[made.authority], "install"))
         proven, failed = verify_all(run, answered, failed)
         proven = _without_those_in_place(run, node, proven)
         if not (failed and options.all_or_nothing):
@@ -457,7 +451,7 @@ def _without_those_in_place(run: Run, node: Node, proven: Sequence[Proven]) -> l
     return [one for one in proven if one.name not in there]
 
 
-def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
+def _prepared(item: Item, settings: Settings, contents: Found) -> Prepared:
     path, key = contents.keys[item.spec.name]
     own = item.key_path or item.certificate_path
     if item.certificates and item.key_trouble is None and os.path.realpath(path) == os.path.realpath(own):
@@ -468,7 +462,7 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
     naming, replaced = prepare.serving_names(item, settings), prepare.replaced_by_next(item, live)
     pem = csr.build_for(naming, key) if naming is not None else csr.build(prepare.present(item, live), key)
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
-    if not contents.found.take_loose(request):
+    if not contents.take_loose(request):
         raise WaitingError(
             f"wanted a certificate for its key in {path.parent}, found none there",
             hint="have its CSR signed, put the certificate there under any name, then run this again",
@@ -476,9 +470,8 @@ def _prepared(item: Item, settings: Settings, contents: _Contents) -> Prepared:
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
 
 
-def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
+def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> Found:
     """Read every file once: keys by kubeadm's names, certificates under any name."""
-    keys: dict[str, tuple[Path, PrivateKey]] = {}
     found = Found()
     for path in _files(directory):
         relative = path.relative_to(directory)
@@ -493,10 +486,10 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
         if spec is not None and key_pem is not None:
             _assert_ours(path, status)
             key = _private_key(path, key_pem)
-            if spec.name in keys:
-                other, _ = keys[spec.name]
+            if spec.name in found.keys:
+                other, _ = found.keys[spec.name]
                 raise DirectoryError(f"{path}: wanted one key for {spec.name}, found {other} too", hint="move one away")
-            keys[spec.name] = path, key
+            found.keys[spec.name] = path, key
         elif b"PRIVATE KEY-----" not in data:
             try:
                 found.keep(path, certificates_in(data))
@@ -504,12 +497,12 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> _Contents:
                 log.info("%s: passed over: %s", path, e)
     for error in found.strange:
         log.warning("%s", error)
-    if not keys:
+    if not found.keys:
         raise DirectoryError(
             f"{directory}: wanted private keys named as kubeadm names them (apiserver.key, etcd/server.key), found none",
             hint="`ca-bridge renew --csr-only --csr-dir DIR` writes them; `ca-bridge import` takes certificates alone",
         )
-    return _Contents(keys, found)
+    return found
 
 
 def _files(directory: Path) -> list[Path]:
