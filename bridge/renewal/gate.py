@@ -36,8 +36,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
         return timedelta()
     node = inventory.of(settings.node)
     due = hold(select(node, settings, RunOptions(), now), settings, Attempts(Store(settings.node.state_dir)), now)
-    share = secrets.SystemRandom().random()
-    return jitter(due, settings.renewal, now, is_terminal=is_terminal, share=share)
+    return jitter(due, settings.renewal, now, share=secrets.SystemRandom().random())
 
 
 def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
@@ -71,11 +70,9 @@ def hold_for_window(selection: Selection, settings: RenewalSettings, now: dateti
     return selection.without({item.spec.name: error for item in selection.items})
 
 
-def jitter(
-    selection: Selection, settings: RenewalSettings, now: datetime, *, is_terminal: bool, share: float
-) -> timedelta:
+def jitter(selection: Selection, settings: RenewalSettings, now: datetime, *, share: float) -> timedelta:
     """The time to wait before a run takes the lock, within the open window; `share` is random, from 0 to below 1."""
-    if is_terminal or not selection.items or not settings.jitter.most:
+    if not selection.items:
         return timedelta()
     limits = [settings.jitter.most, (_first_end(selection) - now) / 2]
     until = decide(selection, settings, now).until

@@ -344,9 +344,9 @@ def test_nothing_due_waits_for_nothing() -> None:
     assert hold_for_window(nothing, SATURDAYS, WEDNESDAY) == nothing
 
 
-def jittered(end: datetime, now: datetime, *, window: Windows | None = None, is_terminal: bool = False) -> timedelta:
+def jittered(end: datetime, now: datetime, *, window: Windows | None = None) -> timedelta:
     settings = RenewalSettings(jitter=Jitter(2 * HOUR), window=window or Windows(), window_zone=Zone("Europe/Berlin"))
-    return jitter(due(apiserver=end), settings, now, is_terminal=is_terminal, share=0.5)
+    return jitter(due(apiserver=end), settings, now, share=0.5)
 
 
 @pytest.mark.parametrize(
@@ -364,14 +364,11 @@ def test_the_delay_ends_before_the_window() -> None:
     assert jittered(WEDNESDAY + 30 * DAY, WEDNESDAY, window=windows("Wed 12:00-13:10")) == 5 * MINUTE
 
 
-def test_a_person_at_a_terminal_does_not_wait_for_the_jitter() -> None:
-    """A run that has nothing to do, or no jitter set, does not wait either."""
-    assert jittered(WEDNESDAY + 30 * DAY, WEDNESDAY, is_terminal=True) == timedelta()
+def test_a_run_that_has_nothing_to_do_or_no_jitter_set_does_not_wait() -> None:
+    """Half of no certificate's time, and half of no jitter, is none."""
     settings = RenewalSettings(jitter=Jitter(HOUR))
-    assert jitter(due(), settings, WEDNESDAY, is_terminal=False, share=0.5) == timedelta()
-    assert jitter(due(apiserver=WEDNESDAY + 9 * DAY), RenewalSettings(), WEDNESDAY, is_terminal=False, share=0.5) == (
-        timedelta()
-    )
+    assert jitter(due(), settings, WEDNESDAY, share=0.5) == timedelta()
+    assert jitter(due(apiserver=WEDNESDAY + 9 * DAY), RenewalSettings(), WEDNESDAY, share=0.5) == timedelta()
 
 
 # --- unit files and cron ---------------------------------------------------------------------------------------------
