@@ -37,7 +37,7 @@ _TURNS = 5  # each one that fails means that another host was faster
 
 InstanceState = Literal["healthy", "unhealthy", "unknown"]
 
-_CONTROL_PLANE_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io/control-plane"
+CONTROL_PLANE_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io/control-plane"
 _ENDPOINTS = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes"
 
 
@@ -218,7 +218,7 @@ def _api_server(name: str, url: str, *, own: bool) -> Instance:
 
 def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     """The names and URLs of the API servers that are up, and this node's (NoAnswerError: no server answers)."""
-    nodes = api.get(_CONTROL_PLANE_NODES)
+    nodes = api.get(CONTROL_PLANE_NODES)
     reply = api.ask("GET", _ENDPOINTS)
     # Not before 1.21, where nodes must do.
     slices = {} if reply.status == HTTPStatus.NOT_FOUND else reply.found(_ENDPOINTS)
@@ -466,9 +466,8 @@ def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
     name, rules = settings.node.node_name, settings.cluster
     if node.is_etcd_host and Component.ETCD in node.manifests:
         urls = [one.url for one in _look_at_etcd(node).instances if one.url]
-        owner = f"{name}_{urlsplit(endpoints.etcd_url(node.manifests[Component.ETCD].flags)).netloc}"
-        holder, lasting = f"{owner}_{run_id}", rules.lease_duration
-        return EtcdClaim(Etcd.of(node), urls, rules.lease_name, holder, duration=lasting, owner=owner)
+        place = urlsplit(endpoints.etcd_url(node.manifests[Component.ETCD].flags)).netloc
+        return EtcdClaim(Etcd.of(node), urls, f"{name}_{place}_{run_id}", rules)
     api = connect(node, settings)
     with contextlib.suppress(NoAnswerError):  # the lease says so
         api.add([Server(url) for _, url in api_servers(api, node)])
@@ -502,17 +501,14 @@ def turn(
 class EtcdClaim:
     """A claim to one key, as `cluster.lease.Lease` is one to an object of Kubernetes."""
 
-    def __init__(
-        self, etcd: Etcd, urls: Sequence[str], name: str, holder: str, *, duration: timedelta, owner: str
-    ) -> None:
-        """Claim the key `name` for a unique `holder`; `OWNER_…` is an earlier claim of ours, which is not waited for."""
-        self.name = name
+    def __init__(self, etcd: Etcd, urls: Sequence[str], holder: str, rules: ClusterSettings) -> None:
+        """Claim the lease for the holder `NODE_RUN`; an earlier claim of `NODE_…` is not waited for."""
+        self.name = rules.lease_name
         self._etcd = etcd
         self._urls = tuple(dict.fromkeys(urls))
-        self._key = _text(f"{_PREFIX}{name}")
+        self._key = _text(f"{_PREFIX}{self.name}")
         self._holder = holder
-        self._seconds = math.ceil(duration.total_seconds())
-        self._owner = owner
+        self._seconds = math.ceil(rules.lease_duration.total_seconds())
         self._id = ""  # of etcd's lease
 
     def take(self) -> str:
@@ -522,7 +518,7 @@ class EtcdClaim:
             holder = self._put_if({"target": "CREATE", "createRevision": "0"})
             if holder in {"", self._holder}:
                 return ""
-            if holder.rpartition("_")[0] != self._owner:
+            if holder.rpartition("_")[0] != self._holder.rpartition("_")[0]:
                 return holder
             if not self._put_if({"target": "VALUE", "value": _text(holder)}):
                 return ""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from bridge.cluster import kubeadm
-from bridge.cluster.api import Api, NoAnswerError
+from bridge.cluster import items, kubeadm, text_of
+from bridge.cluster.api import Api
+from bridge.control_plane.neighbours import CONTROL_PLANE_NODES
 from bridge.control_plane.restarts import Restarted, RestartReport, Restarts
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, pairs
@@ -28,7 +28,6 @@ from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, finger
 
 _Cluster = Mapping[str, Any]  #: kubeadm's ClusterConfiguration.
 
-_NODES = "/api/v1/nodes?labelSelector=node-role.kubernetes.io%2Fcontrol-plane"
 _PODS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3D"
 
 
@@ -103,21 +102,13 @@ def _changed(
 
 def _lacking(api: Api, component: Component) -> set[str]:
     """Control-plane nodes where the component's mirror pod has no flag for a pair."""
-    nodes = {str(one["metadata"]["name"]) for one in _listed(api, _NODES)}
+    nodes = {text_of(one, "metadata", "name") for one in items(api.get(CONTROL_PLANE_NODES), "items")}
     having = {
-        str(one["spec"].get("nodeName"))
-        for one in _listed(api, f"{_PODS}{component.value}")
-        if f"{TLS_CERTIFICATE}=" in str(one["spec"])
+        text_of(pod, "spec", "nodeName")
+        for pod in items(api.get(f"{_PODS}{component.value}"), "items")
+        if f"{TLS_CERTIFICATE}=" in str(pod.get("spec"))
     }
     return nodes - having
-
-
-def _listed(api: Api, path: str) -> list[dict[str, Any]]:
-    reply = api.ask("GET", path)
-    items = reply.document.get("items")
-    if reply.status != HTTPStatus.OK or not isinstance(items, list):
-        raise NoAnswerError(f"wanted the list {path}, found HTTP {reply.status} {reply.message}".rstrip())
-    return items
 
 
 def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:

@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -412,6 +412,10 @@ class Cluster:
             self.writes, self.text = self.writes + 1, (body or {})["data"]["ClusterConfiguration"]
         data = {"metadata": {"resourceVersion": "1"}, "data": {"ClusterConfiguration": self.text}}
         return Reply(status=200, body=json.dumps(data).encode())
+
+    def get(self, path: str) -> Mapping[str, Any]:
+        """As `Api.get`."""
+        return self.ask("GET", path).found(path)
 
 
 def test_kubeadm_config_names_the_pairs_when_every_node_has_them(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
