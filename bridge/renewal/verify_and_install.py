@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -116,7 +117,7 @@ def expectations(
 def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
     """Find kubeconfigs that accept the API server's live certificate, and would refuse its next one."""
     serving = next((item.certificates for item in node.items if item.spec.name == "apiserver"), ())
-    anchors = next((one.certificates for one in node.authorities if one.authority.name == "ca"), ())
+    anchors = node.bundles.get(CA.name, ())
     if not serving or not anchors or (len(anchors) == 1 and leads_to(serving, anchors)):
         return None
     new = anchors[0]  # kubeadm and our own checks take the first for the root
@@ -127,7 +128,7 @@ def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
             behind.append(str(kubeconfig_dir / spec.base))
     if not behind:
         return None
-    ca = next(one.path for one in node.authorities if one.authority.name == "ca")
+    ca = next(one.path for one in node.authorities if one.authority == CA)
     return NotReadyError(
         f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
         f"found only the old one in {', '.join(behind)}",
@@ -167,14 +168,13 @@ def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replaceme
     elif item.in_one_file:
         yield _replacing(one, path, KEY_MASK, chain + one.key_pem)
     else:
-        key = _replacing(one, item.key_path, KEY_MASK, one.key_pem)
-        yield dataclasses.replace(key, makes_directory=item.spec.by_flag)
+        yield _replacing(one, item.key_path, KEY_MASK, one.key_pem, makes_directory=item.spec.by_flag)
         new = dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE)
-        yield dataclasses.replace(_replacing(one, path, CERTIFICATE_MASK, chain), attributes=new)
+        yield _replacing(one, path, CERTIFICATE_MASK, chain, attributes=new)
 
 
-def _replacing(one: Prepared, path: Path, mode_mask: int, data: bytes | None) -> Replacement:
-    return Replacement(certificate=one.name, path=path, data=data, mode_mask=mode_mask, was=one.was.get(path))
+def _replacing(one: Prepared, path: Path, mask: int, data: bytes | None, **more: Any) -> Replacement:
+    return Replacement(certificate=one.name, path=path, data=data, mode_mask=mask, was=one.was.get(path), **more)
 
 
 def _pairs(
@@ -189,8 +189,7 @@ def _pairs(
     for path, data in contents.items():
         attributes = pairs.attributes_for(files, path)
         mask = pairs.KEY_MASK if path == files.key_file else CERTIFICATE_MASK
-        replacing = _replacing(one, path, mask, data)
-        yield dataclasses.replace(replacing, attributes=attributes, is_imposed=True)
+        yield _replacing(one, path, mask, data, attributes=attributes, is_imposed=True)
 
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
@@ -205,8 +204,8 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
     except OSError as e:
         raise MissingCertificateError(f"{e.filename}: wanted to read it, found: {e.strerror}") from e
     pair = kubelet.OURS + chain + one.key_pem
-    yield dataclasses.replace(_replacing(one, dated, KEY_MASK, pair), attributes=attributes)
-    yield dataclasses.replace(_replacing(one, current, KEY_MASK, None), is_link=True, leads_to=str(dated))
+    yield _replacing(one, dated, KEY_MASK, pair, attributes=attributes)
+    yield _replacing(one, current, KEY_MASK, None, is_link=True, leads_to=str(dated))
     if conf is not None:  # an embedded copy, once expired, keeps the kubelet from starting (measured on 1.37)
         try:
             data = kubeconfig.with_references(conf, str(current))
