@@ -372,12 +372,15 @@ def _hook_events(
 ) -> dict[str, HookEvent]:
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
+    serials = {
+        (id_, one.get("name")): one.get("old_serial") for id_, made in replaced.items() for one in made.certificates
+    }
     found = {}
     for run_id in dict.fromkeys(one.newest_run for one in unproven.certificates):
         ours = [one for one in unproven.certificates if one.newest_run == run_id]
         live = [] if is_back else [one.name for one in ours if one.name in items and items[one.name].certificates]
         new = {name: serial_hex(items[name].certificates[0]) for name in live}
-        old = {one.name: _old_serial(replaced.get(one.backup_of), one.name) for one in ours if one.name in new}
+        old = {one.name: serials.get((one.backup_of, one.name)) for one in ours if one.name in new}
         paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
         found[run_id] = HookEvent(
             names=tuple(one.name for one in ours),
@@ -389,11 +392,6 @@ def _hook_events(
             errors=tuple(map(str, errors)),
         )
     return found
-
-
-def _old_serial(backup: backups.Backup | None, name: str) -> str:
-    entries = backup.certificates if backup is not None else ()
-    return next((entry["old_serial"] or "" for entry in entries if entry["name"] == name), "")
 
 
 # --- rollback --------------------------------------------------------------------------------------------------------
