@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
@@ -194,13 +194,6 @@ class Candidate:
     answer: Issued | BridgeError
     source: str  #: The file.
 
-    @property
-    def begin(self) -> datetime:
-        """The time from which the certificate is valid; for a refusal the earliest possible time."""
-        if isinstance(self.answer, Issued):
-            return self.answer.leaf.not_valid_before_utc
-        return datetime.min.replace(tzinfo=UTC)
-
 
 @dataclass(kw_only=True)
 class Found:
@@ -239,10 +232,11 @@ class Found:
 
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
         """The latest certificate that passes, so that no decoy hides it; else the latest one; else a refusal."""
-        latest = sorted(self.candidates[one.name], key=lambda candidate: candidate.begin, reverse=True)
-        certificates = ((each, each.answer) for each in latest if isinstance(each.answer, Issued))
+        candidates = self.candidates[one.name]
+        certificates = [(each, each.answer) for each in candidates if isinstance(each.answer, Issued)]
+        certificates.sort(key=lambda pair: pair[1].leaf.not_valid_before_utc, reverse=True)
         good = (each for each, issued in certificates if verify.error_of(issued, one.request, expected) is None)
-        return next(good, latest[0])
+        return next(good, certificates[0][0] if certificates else candidates[0])
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
