@@ -59,12 +59,6 @@ class NoSourceError(BridgeError):
     )
 
 
-class NotBoundError(BridgeError):
-    """The new subject would have no rights."""
-
-    exit_code = Exit.REFUSED
-
-
 def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName:
     """Decide the names of the next certificates where they differ from the live ones (SettingsError: a wrong name)."""
     names, changes = options.names, options.changes
@@ -290,7 +284,7 @@ class _Decision:
             raise NoSourceError(str(e)) from None
 
     def _rights(self, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
-        """A sentence about the binding that gives the rights (NotBoundError: it is missing, or `strictly` not seen)."""
+        """A sentence about the binding that gives the rights (BridgeError: it is missing, or `strictly` not seen)."""
         needed = _needed_by(naming, spec)
         if needed is None:
             return []
@@ -300,15 +294,17 @@ class _Decision:
         except NoAnswerError as e:
             if not strictly:
                 return [f"{rights}, which was not looked at: {e}"]
-            raise NotBoundError(
+            raise BridgeError(
                 f"{rights}; wanted to see it, found {e}",
                 hint="run it while the API server answers; until then leave the subject as it is",
+                exit_code=Exit.REFUSED,
             ) from None
         if found:
-            raise NotBoundError(
+            raise BridgeError(
                 f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {found}",
                 hint=f"`kubeadm upgrade apply` makes it; or: kubectl create clusterrolebinding {needed.name} "
                 f"--clusterrole={needed.role} --{needed.kind.lower()}={needed.who}",
+                exit_code=Exit.REFUSED,
             )
         return [f"{rights}, which is there"]
 

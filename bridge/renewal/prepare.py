@@ -433,8 +433,7 @@ class NotAllowedError(BridgeError):
 
     exit_code = Exit.REFUSED
 
-    def __init__(self, item: Item, file: Path, problems: tuple[str, ...], *, is_asked: bool) -> None:
-        self.problems = problems
+    def __init__(self, item: Item, file: Path | None, problems: tuple[str, ...], *, is_asked: bool) -> None:
         key = f'"{item.spec.name}"' if "." in item.spec.name else item.spec.name
         hint = f"if it is meant, allow it in the policy ([allow] or [certificate.{key}])"
         if is_asked:
@@ -486,8 +485,6 @@ class Allowed:
             )
         except BridgeError as e:  # the renewal would fail for it, too
             return e
-        problems = planned_problems(planned, self.policy)
-        file = settings.policy.file
-        if not problems or file is None:
-            return None
-        return NotAllowedError(item, file, problems, is_asked=asked is not None)
+        if problems := planned_problems(planned, self.policy):
+            return NotAllowedError(item, settings.policy.file, problems, is_asked=asked is not None)
+        return None
