@@ -403,12 +403,6 @@ class RestartReport:
         return Exit.worst(codes)
 
 
-class UnknownError(BridgeError):
-    """The certificates that a component uses can't be seen."""
-
-    hint = "`ca-bridge prove` shows each check; `ca-bridge restart COMPONENT` restarts without a check"
-
-
 def restart_stale(
     settings: Settings, names: Sequence[str], now: Callable[[], datetime], *, force: bool, wait: timedelta
 ) -> RestartReport:
@@ -444,13 +438,14 @@ def _components(names: Sequence[str]) -> list[Component]:
     return [known[name] for name in names]
 
 
-def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Component], UnknownError | None]:
+def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Component], BridgeError | None]:
     """The components to restart, and why that may not be all of them."""
     wanted = settings.restart.components
+    hint = "`ca-bridge prove` shows each check; `ca-bridge restart COMPONENT` restarts without a check"
     if not node.manifests and not node.is_worker:
         place = settings.node.kubeconfig_dir / "manifests"
         text = f"nothing is known of what runs here: wanted static-pod manifests in {place}, found none"
-        return [], UnknownError(text)
+        return [], BridgeError(text, hint=hint)
     if wanted.which != "needed":
         every = control_plane.ORDER if node.is_worker else manifests.COMPONENTS
         return [one for one in wanted.listed or every if one in _present(node)], None
@@ -459,4 +454,4 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
     unseen = [one for one in found.findings if one.state in ("unknown", "no-answer") and one.certificate not in pairs]
     names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
     text = f"wanted to see on which certificates all components run, found no answer from {', '.join(names)}"
-    return found.stale, UnknownError(text, exit_code=found.exit_code) if unseen else None
+    return found.stale, BridgeError(text, hint=hint, exit_code=found.exit_code) if unseen else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -109,21 +110,16 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
 
     reloads = control_plane.reloading(node, settings.node)
-    users = control_plane.stale([item.spec for item in items], reloads, settings.restart.components)
-    obstacles = {c: _no_way(e) for c in users if (e := restarts.obstacle(c, node, settings)) is not None}
-    return [
-        outcome_of(item, obstacles[component])
-        for item in items
-        if (component := item.spec.component) in obstacles
-        and not (item.certificates and first_end(item.renewable) <= now)
-        and component in control_plane.stale([item.spec], reloads, settings.restart.components)
-    ]
-
-
-def _no_way(error: BridgeError) -> NotReadyError:
-    hint = f"{error.hint}; or `ca-bridge renew --no-restart` installs it, and says what to restart"
-    text = f"not asked for, since its component could not be restarted: {error}"
-    return NotReadyError(text, hint=hint, exit_code=Exit.USAGE)
+    obstacle = functools.cache(lambda component: restarts.obstacle(component, node, settings))
+    outcomes = []
+    for item in items:
+        is_expired = bool(item.certificates) and first_end(item.renewable) <= now
+        for component in control_plane.stale([item.spec], reloads, settings.restart.components):
+            if not is_expired and (error := obstacle(component)) is not None:
+                text = f"not asked for, since its component could not be restarted: {error}"
+                hint = f"{error.hint}; or `ca-bridge renew --no-restart` installs it, and says what to restart"
+                outcomes.append(outcome_of(item, NotReadyError(text, hint=hint, exit_code=Exit.USAGE)))
+    return outcomes
 
 
 def _prepare_and_issue(
@@ -186,15 +182,6 @@ def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[
         else:
             rest.append(item)
     return rest, carried
-
-
-class NoRehearsalError(BridgeError):
-    """A CA that must not be asked for a certificate that is thrown away."""
-
-    exit_code = Exit.USAGE
-    hint = (
-        "name another backend or role for it in [authority.NAME.rehearsal], or rehearse the other certificates by name"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,15 +289,20 @@ def _expected(one: verify.Expectation, settings: Settings, authority: str) -> ve
 def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
     """By authority, why its CA must not be asked; this asks no CA."""
     known = [name for name in authorities if name in settings.authorities]
+    hint = (
+        "name another backend or role for it in [authority.NAME.rehearsal], or rehearse the other certificates by name"
+    )
     for name, configured in registry.configured(settings, known).items():
         with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
+            why = ""
             if isinstance(ca.backend, Carries):
                 why = "nothing revokes what it signs"
                 if isinstance(ca.backend, CollectsAll):
                     why = "people carry its requests, and would carry this one for nothing"
-                yield name, NoRehearsalError(f"{ca.label}: {why}")
             elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
-                yield name, NoRehearsalError(f"{ca.label}: a rehearsal would use up {spent}")
+                why = f"a rehearsal would use up {spent}"
+            if why:
+                yield name, BridgeError(f"{ca.label}: {why}", hint=hint, exit_code=Exit.USAGE)
 
 
 def _reworded(outcome: Outcome) -> Outcome:
