@@ -480,8 +480,8 @@ def _kubelet(look: Look) -> Iterator[Check]:
 def _kubelet_has_read(look: Look) -> Iterator[Check]:
     item = look.item(KUBELET_CONF)
     if item is not None:
-        judge = functools.partial(_kubelet_pair, look, item)
-        yield Check(Component.KUBELET, item.spec.name, f"has read {item.certificate_path}", judge)
+        what = f"has read {item.certificate_path}"
+        yield Check(Component.KUBELET, item.spec.name, what, lambda: _kubelet_pair(look, item))
 
 
 def _kubelet_serving(look: Look) -> Iterator[Check]:
@@ -543,8 +543,7 @@ def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
     """A check of a kubeconfig's client certificate, by requests that its owner depends on."""
     item = look.item(name)
     if item is not None and (look.node.flags(Component.APISERVER) or look.node.is_worker):
-        judge = functools.partial(_ask_api, look, item)
-        yield Check(item.spec.component, name, "is accepted by the API server", judge)
+        yield Check(item.spec.component, name, "is accepted by the API server", lambda: _ask_api(look, item))
 
 
 def _ask_api(look: Look, item: Item) -> Verdict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -101,8 +100,7 @@ class Serving:
 
     def at(self, place: Address, now: datetime) -> Check:
         """A check of the certificate that is shown at one address."""
-        judge = functools.partial(self._judge, place, now)
-        return Check(self.component, self.certificate, f"serves {place}", judge)
+        return Check(self.component, self.certificate, f"serves {place}", lambda: self._judge(place, now))
 
     def as_client(self) -> Client:
         """The same pair in a client's hand."""
