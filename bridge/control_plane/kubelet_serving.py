@@ -283,7 +283,6 @@ class _Switch:
             raise NotHereError(text, hint=hint)
 
     def _restarted(self, *, back: bool = False) -> BridgeError | None:
-        """Restart the kubelet; returns why it is not well."""
         return _first_error(replace(self.restarts, going_back=back).all([Component.KUBELET]))
 
     def _await_certificate(self) -> Served:
@@ -331,7 +330,6 @@ def _first_error(done: Sequence[Restarted]) -> BridgeError | None:
 
 
 def _write(path: Path, trial: Trial, content: bytes) -> None:
-    """Write the configuration, if the kubelet's own validation accepts it."""
     with doing("asking the kubelet whether it accepts its configuration"):
         refused = trial(content)
     if refused:
@@ -391,7 +389,6 @@ def refusal(program: Path, arguments: Sequence[str], content: bytes) -> str:
 
 
 def _with_config(arguments: Sequence[str], path: str) -> Iterator[str]:
-    """The arguments with another configuration file."""
     follows = False
     for word in arguments:
         yield path if follows else f"--config={path}" if word.startswith("--config=") else word

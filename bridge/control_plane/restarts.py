@@ -183,7 +183,6 @@ class Restarts:
         return {component: text for component, text in found.items() if text is not None}
 
     def _wait_until_healthy(self, components: Sequence[Component]) -> dict[Component, str]:
-        """Wait until all are healthy or the time is over; returns those that are still not healthy."""
         return wait_until(
             lambda: self._unhealthy(components),
             lambda found: not found,

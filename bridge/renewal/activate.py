@@ -211,7 +211,6 @@ def _look(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> tupl
 
 
 def _look_until(run: Run, counts: Callable[[ProofFinding], bool]) -> ProofReport:
-    """Look until none of the findings that count is wrong, or the time is over."""
     return proof.within(run.read_node, run.settings, run.now, run.settings.restart.prove_for, counts=counts)
 
 
@@ -315,7 +314,6 @@ def _meanings(
     impossible: Collection[Component | None],
     report: ProofReport,
 ) -> dict[Meaning, list[ProofFinding]]:
-    """The wrong findings about these certificates, by their meaning for the installation."""
     listed = run.settings.restart.components.listed
     seen: dict[Meaning, list[ProofFinding]] = {}
     for finding in report.wrong:

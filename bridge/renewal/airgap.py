@@ -20,7 +20,6 @@ from typing import ClassVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge import dataclass
@@ -539,6 +538,6 @@ def _private_key(path: Path, pem: bytes) -> PrivateKey:
         key = load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # broken, encrypted, of an odd type
         key = None  # outside of `except`, since a traceback could lead to the key
-    if not isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey):
+    if not isinstance(key, PrivateKey):
         raise DirectoryError(f"{path}: wanted an RSA or ECDSA key in PEM without a passphrase, found something else")
     return key

@@ -174,7 +174,6 @@ def _why_it_stays(run: Run, one: UnprovenPair, item: Item) -> str:
 
 
 def _have_read(run: Run, item: Item) -> str | None:
-    """Have the program read the pair again; returns why that failed, or None."""
     pair = item.pair
     if pair is None or not pair.is_read_again:
         return None

@@ -236,7 +236,6 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 
 
 def _without_open(selection: Selection, run: Run) -> Selection:
-    """The selection without certificates that have a pending request."""
     waiting = {one.name for one in run.requests if one.is_waiting}
     names = [item.spec.name for item in selection.items if item.spec.name in waiting]
     notes = (f"{name} is not rehearsed: a CA has a request for it already" for name in names)

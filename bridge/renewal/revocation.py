@@ -75,7 +75,6 @@ def _names(every: Iterable[Superseded]) -> str:
 
 
 def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]:
-    """Certificates whose successors are seen in use."""
     if not due:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)

@@ -209,7 +209,6 @@ class Transaction:
         return self._ended(selection, self._with_revocations(result))
 
     def _with_revocations(self, result: Result) -> Result:
-        """Revoke the certificates that this run or earlier ones superseded, when it is time."""
         if not self._run.store.revocations.exists():
             return result
         errors = revocation.finish(self._run, self._run.read_node())
