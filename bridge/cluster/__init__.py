@@ -180,7 +180,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
             data = paths.read(kubeconfig_dir / name)
             if data is None:
                 continue
-            client, server = _of_kubeconfig(kubeconfig_dir / name, data)
+            client, server = of_kubeconfig(kubeconfig_dir / name, data)
         except (UnreadableError, KubeconfigError, ValueError) as e:
             troubles.append(f"{name}: {e}")
             continue
@@ -195,7 +195,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
 def of_gateway(config: Path | None) -> Access:
     """Read a kubeconfig, or else the pod's service account; an AccessError where they can't be used."""
     try:
-        client, server = _of_pod() if config is None else _of_kubeconfig(config, _bytes(config, "a kubeconfig"))
+        client, server = _of_pod() if config is None else of_kubeconfig(config, _bytes(config, "a kubeconfig"))
         _ = client.tls
     except (UnreadableError, KubeconfigError, ValueError, HttpsError) as e:
         where = config or SERVICE_ACCOUNT
@@ -212,7 +212,8 @@ def _of_pod() -> tuple[Client, Server]:
     return client, Server(url_of(host, int(os.environ.get("KUBERNETES_SERVICE_PORT", "443"))))
 
 
-def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
+def of_kubeconfig(path: Path, data: bytes, usual_trust: Path | None = None) -> tuple[Client, Server]:
+    """The client and the server of a kubeconfig, which may name no CA where there is a usual one (ValueError)."""
     parsed = kubeconfig.parse(data)
     parts = urlsplit(parsed.server)
     if parts.scheme != "https" or not parts.hostname:
@@ -223,7 +224,8 @@ def _of_kubeconfig(path: Path, data: bytes) -> tuple[Client, Server]:
             raise ValueError(f"wanted {what}, found none")
         return embedded or _bytes(path.parent / (file or ""), what)
 
-    trust, token, certificate, key = part(parsed.ca_data, parsed.ca_file, "a CA certificate"), None, None, None
+    trust_file = parsed.ca_file or (str(usual_trust) if usual_trust is not None else None)
+    trust, token, certificate, key = part(parsed.ca_data, trust_file, "a CA certificate"), None, None, None
     if parsed.token_file:
         token = _token(path.parent / parsed.token_file)
     else:

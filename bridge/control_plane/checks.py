@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from cryptography import x509
 
 from bridge import dataclass
-from bridge.cluster import ANONYMOUS, Client
+from bridge.cluster import ANONYMOUS, Client, of_kubeconfig
 from bridge.control_plane import KUBELET_COPY, readers, reloading
 from bridge.control_plane.probes import (
     Check,
@@ -31,7 +31,7 @@ from bridge.control_plane.probes import (
     first,
     text_of,
 )
-from bridge.node import endpoints, kubeconfig, kubelet, manifests, processes
+from bridge.node import endpoints, kubelet, manifests, processes
 from bridge.node.endpoints import Address, Flags, Server
 from bridge.node.inventory import Item, Node
 from bridge.node.kubelet import KUBELET_CONFIG
@@ -549,18 +549,9 @@ def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
 def _ask_api(look: Look, item: Item) -> Verdict:
     """Ask this node's API server, whose certificate must be valid for the server's name in the kubeconfig."""
     path = look.settings.node.kubeconfig_dir / item.spec.base
-    data = file_contents(path)
-    parsed = kubeconfig.parse(data)
-    name = parsed.tls_server_name or urlsplit(parsed.server).hostname
-    certificate = parsed.certificate_data or file_contents(item.certificate_path)
-    client = Client(
-        name=path.name,
-        certificate_pem=certificate,
-        key_pem=kubeconfig.key_data(data) or file_contents(path.parent / (parsed.key_file or "")),
-        trust_pem=parsed.ca_data or file_contents(path.parent / parsed.ca_file if parsed.ca_file else item.anchor_path),
-    )
-    end = first(path, certificate).not_valid_after_utc
-    servers = [Server(parsed.server, parsed.tls_server_name)] if look.node.is_worker else _api(look, name)
+    client, server = of_kubeconfig(path, file_contents(path), item.anchor_path)
+    end = first(path, client.certificate_pem or b"").not_valid_after_utc
+    servers = [server] if look.node.is_worker else _api(look, server.name or server.place.host)
     by = [accepted(ask_all(client, servers, need)) for need in _needs(look, item)]
     return Verdict("current", f"{by[0]}, until {processes.moment_text(end)}")
 
