@@ -506,7 +506,7 @@ def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, veri
         return []
     items = [one.item for one in prepared]
     _assert_asks(run, [item.spec for item in items])
-    with reaching(run.settings, items, expected, run.progress) as reached:
+    with reaching(run, items, expected) as reached:
         return issue(run, prepared, reached(), expected)
 
 

@@ -69,10 +69,9 @@ def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime)
 
 
 @contextlib.contextmanager
-def reaching(
-    settings: Settings, items: Sequence[Item], expected: Expected, progress: Progress
-) -> Iterator[Callable[[], Reached]]:
+def reaching(run: Run, items: Sequence[Item], expected: Expected) -> Iterator[Callable[[], Reached]]:
     """Log in to all CAs concurrently, and run their checks; yields a function that waits for them, closes them at the end."""
+    settings, progress = run.settings, run.progress
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 
     def reach_lot(names: Sequence[str]) -> dict[str, CA]:

@@ -35,7 +35,7 @@ from bridge.settings.tables import Settings, for_rehearsal
 from bridge.specs import AUTHORITIES
 from bridge.state import Outcome, audit, credentials, remember_checked
 from bridge.state.credentials import Credential
-from bridge.state.open_requests import OpenRequest, Unkept
+from bridge.state.open_requests import Unkept
 from bridge.state.session import Now, Run, begun
 from bridge.system.console import Progress, is_attended, log
 
@@ -134,7 +134,7 @@ def _prepare_and_issue(
     earlier = [*selection.failed, *stuck, *(o for o in unproved if o.name not in without), *carried]
     with (
         preparing(to_ask, run.settings, run.requests.by_name(), selection.desired) as making,
-        reaching(run.settings, to_ask, expected, run.progress) as reached,
+        reaching(run, to_ask, expected) as reached,
     ):
         if options.all_or_nothing:
             made = [one.result() for one in making]
@@ -152,20 +152,15 @@ def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expec
     earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
     for one in earlier:
-        made, wanted = one.open if isinstance(one, Prepared) else None, expected[one.authority]
-        if isinstance(one, Prepared) and made and made.answer and _is_still_good(made.answer, made, run, wanted):
-            run.record.describe(one.name, one.request, made.backend, None)
-            kept.append(Answered(prepared=one, expected=wanted, label=made.backend, answer=made.answer))
+        if isinstance(one, Outcome) or (made := one.open) is None or made.answer is None:
+            continue
+        wanted, renewal = expected[one.authority], run.settings.renewal
+        with contextlib.suppress(VerificationError):  # then it is asked for again
+            chain = verify.check(made.answer, one.request, wanted).chain
+            if not expiry.is_due(chain, renewal.before, renewal.validity, run.now()):
+                run.record.describe(one.name, one.request, made.backend, None)
+                kept.append(Answered(prepared=one, expected=wanted, label=made.backend, answer=made.answer))
     return kept
-
-
-def _is_still_good(answer: Issued, kept: OpenRequest, run: Run, expected: verify.Expectation) -> bool:
-    try:
-        proven = verify.check(answer, kept.request, expected)
-    except VerificationError:
-        return False
-    renewal = run.settings.renewal
-    return not expiry.is_due(proven.chain, renewal.before, renewal.validity, run.now())
 
 
 def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[list[Item], list[Outcome]]:
@@ -256,7 +251,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
     items = [item for item in selection.items if item.spec.name not in without]
     with (
         preparing(items, run.settings, {}, selection.desired) as making,
-        reaching(run.settings, items, expected, run.progress) as reached,
+        reaching(run, items, expected) as reached,
     ):
         cas = reached()
         answered, unmade = issue_all(run, making, cas, expected)
