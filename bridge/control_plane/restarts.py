@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -70,7 +69,7 @@ class Restarts:
     record: audit.Record
     force: bool = False  #: Also beside an unhealthy neighbour, on this node or another, and shortly after a restart.
     going_back: bool = False  #: The same, but never while another node is unhealthy.
-    contents: Mapping[Component, bytes] = field(default_factory=dict)  #: New texts of manifests.
+    content: bytes | None = None  #: The manifest's new text, where one component is restarted for it.
 
     def all(self, components: Sequence[Component]) -> list[Restarted]:
         """Restart these until one fails; a result for each in their order, then for each other component that is not healthy."""
@@ -92,13 +91,13 @@ class Restarts:
     def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
         """Restart it with a new manifest (None: with its serving pair), or else with the old one; the restarts with each."""
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
-        old, contents = path.read_bytes(), {} if content is None else {component: content}
-        done = dataclasses.replace(self, contents=contents).all([component])
+        old = path.read_bytes()
+        done = dataclasses.replace(self, content=content).all([component])
         error = done[0].error
         if error is None or isinstance(error, PostponedError) or path.read_bytes() == old:
             return done, []
         log.warning("%s", error)
-        return done, dataclasses.replace(self, going_back=True, contents={component: old}).all([component])
+        return done, dataclasses.replace(self, going_back=True, content=old).all([component])
 
     @property
     def _at_once(self) -> bool:
@@ -157,7 +156,11 @@ class Restarts:
         now = datetime.now(UTC)
         if restarted is None or not (last := restarted.at) <= now < last + interval:
             return None
-        at_once = "with --force" if self.contents else f"`ca-bridge restart {component.value} --force` does it at once"
+        at_once = (
+            "with --force"
+            if self.content is not None
+            else f"`ca-bridge restart {component.value} --force` does it at once"
+        )
         return RestartPostponedError(
             f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
             f"{int((now - last).total_seconds())} s",
@@ -242,8 +245,8 @@ class Restarts:
 
     def _content(self, component: Component) -> bytes | None:
         """The manifest's next text, which names a serving pair that is there; None: it stays as it is."""
-        if component in self.contents or component not in self.node.manifests:
-            return self.contents.get(component)
+        if self.content is not None or component not in self.node.manifests:
+            return self.content
         try:
             return pairs.manifest_with_pair(self.node, component, self.settings.node.kubeconfig_dir)
         except ValueError as e:

@@ -112,8 +112,8 @@ def _finish_one(run: Run, one: UnprovenPair, done: Finished) -> UnprovenPair | N
     node = run.read_node(one.name)
     item = own(node).get(one.name)
     if item is None:
-        text = f"[certificate.{one.name}] is gone from the settings; whether it is in use was not seen"
-        run.progress.note(f"{one.name}: {text}")
+        where = f"[certificate.{one.name}] is gone from the settings"
+        run.progress.note(f"{one.name}: {where}; whether it is in use was not seen")
         return None
     if item.state in ("broken", "unreadable"):
         done.errors.append(UnprovenError(f"installed, and not proven: {item.spec.name}: {item.trouble}"))

@@ -156,9 +156,8 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
                     f"{component.value}: {e}", hint="take the flags out by hand, then run again"
                 ) from None
             if text is not None:
-                texts = {component: text}
                 restarts = Restarts(
-                    node=node, settings=settings, store=store, record=record, going_back=True, contents=texts
+                    node=node, settings=settings, store=store, record=record, going_back=True, content=text
                 )
                 done += restarts.all([component])
                 if any(one.component is component and one.error is not None for one in done):
