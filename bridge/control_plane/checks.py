@@ -54,22 +54,15 @@ _SOMEBODY = "ca-bridge-prove"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Paths that are the same on every node; other ones in tests."""
-
-    proc: Path = processes.PROC
-    kubelet_config: Path = KUBELET_CONFIG
-    kubelet_copy: Path = KUBELET_COPY
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """The state that all checks of one look share."""
 
     node: Node
     settings: Settings
     now: datetime
-    machine: Machine
+    proc: Path = processes.PROC  #: As the next two the same on every node; other ones in tests.
+    kubelet_config: Path = KUBELET_CONFIG
+    kubelet_copy: Path = KUBELET_COPY
 
     def item(self, name: str) -> Item | None:
         """A certificate that is there and can be read."""
@@ -89,7 +82,7 @@ class Look:
     @property
     def reloads(self) -> frozenset[Component]:
         """Components that are known to read their certificates again by themselves."""
-        return reloading(self.node, self.settings.node, self.machine.proc)
+        return reloading(self.node, self.settings.node, self.proc)
 
 
 def of(look: Look) -> Iterator[Check]:
@@ -182,7 +175,7 @@ def by_files(look: Look) -> Iterator[Check]:
     for component in (Component.CONTROLLER_MANAGER, Component.SCHEDULER):
         if component in look.node.manifests:
             yield from _has_read(look, component)
-    if processes.running(Component.KUBELET.value, look.machine.proc):  # never in a container
+    if processes.running(Component.KUBELET.value, look.proc):  # never in a container
         yield from _kubelet_has_read(look)
     yield from _have_read_cas(look)
     for component in _READ_PAIRS:
@@ -220,7 +213,7 @@ def _have_read_cas(look: Look) -> Iterator[Check]:
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:
     """Judge a file that a component reads at its start only; `by` are files that refer to it."""
-    age = processes.compare_age(component, path, look.machine.proc, look.written, by=by)
+    age = processes.compare_age(component, path, look.proc, look.written, by=by)
     if age.older is None:
         return Verdict("unknown", age.detail)
     return Verdict("stale" if age.older else "current", age.detail)
@@ -380,7 +373,7 @@ def _ask_kubelet(look: Look, client: Client) -> str:
 
 def _kubelet_place(look: Look) -> Address:
     """The kubelet's address and port by its configuration, without which it has its defaults."""
-    root = kubelet.configuration(look.machine.kubelet_config)
+    root = kubelet.configuration(look.kubelet_config)
     found = {} if root is None else kubelet.values(root, ("address", "port"))
     address, port = found.get("address", ""), int(found.get("port") or endpoints.PORTS[Component.KUBELET])
     own = look.node.flags(Component.APISERVER).get("--advertise-address", "127.0.0.1")
@@ -498,7 +491,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     """Judge the pair that a kubelet uses: with `rotateCertificates` its own copy of kubelet.conf's pair, or a younger one."""
     if not item.managed or (item.rotates and _was_written_by_a_kubelet(item.certificate_path)):
         return Verdict("not-ours", f"{item.certificate_path} is rotated by the kubelet itself")
-    ours, copy = item.certificates[0], look.machine.kubelet_copy
+    ours, copy = item.certificates[0], look.kubelet_copy
     if item.embedded and (data := paths.read(copy)) is not None and (used := first(copy, data)) != ours:
         if is_rotated(copy, used, item.certificate_path, ours):
             return Verdict("not-ours", f"uses {copy}, which is younger, and rotated by the kubelet itself")
@@ -509,7 +502,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     if verdict.state != "stale" or item.embedded or item.rotates:
         return verdict
     # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one
-    if processes.compare_age(Component.KUBELET, conf, look.machine.proc, look.written).older:
+    if processes.compare_age(Component.KUBELET, conf, look.proc, look.written).older:
         return verdict
     return Verdict("next-connection", verdict.detail)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from bridge import dataclass
 from bridge.control_plane import ORDER, checks
-from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import Check, ProofState
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
@@ -64,9 +64,9 @@ _CODES: Mapping[ProofState, int] = {
 }
 
 
-def look(node: Node, settings: Settings, now: datetime, machine: Machine | None = None) -> ProofReport:
+def look(node: Node, settings: Settings, now: datetime, **paths: Path) -> ProofReport:
     """Look at all components of a node concurrently; a fault is a finding, and no error."""
-    given = checks.Look(node=node, settings=settings, now=now, machine=machine or Machine())
+    given = checks.Look(node=node, settings=settings, now=now, **paths)
     made = list(checks.of(given) if node.manifests or node.is_worker else checks.of_pairs(node, now))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         return ProofReport(findings=tuple(pool.map(_finding, made)))
@@ -74,7 +74,7 @@ def look(node: Node, settings: Settings, now: datetime, machine: Machine | None 
 
 def by_files(node: Node, settings: Settings, now: datetime) -> ProofReport:
     """Compare the ages of processes and files only, without a connection or a key."""
-    given = checks.Look(node=node, settings=settings, now=now, machine=Machine())
+    given = checks.Look(node=node, settings=settings, now=now)
     return ProofReport(findings=tuple(map(_finding, checks.by_files(given))))
 
 

@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 from bridge.cli.app import app
 from bridge.contract import SignRequest
 from bridge.control_plane import proof
-from bridge.control_plane.checks import Machine
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.node import inventory, sample_pki
@@ -98,12 +97,14 @@ class Site:
                 pki_dir=self.pki, kubeconfig_dir=self.directory, kubernetes_version=self.kubernetes_version
             )
             settings = Settings(source=settings.source, node=node)
-        machine = Machine(
+        return proof.look(
+            inventory.read(self.pki, self.directory),
+            settings,
+            self.now,
             proc=self.directory / "proc",
             kubelet_config=self.directory / "config.yaml",
             kubelet_copy=self.directory / "kubelet-client-current.pem",
         )
-        return proof.look(inventory.read(self.pki, self.directory), settings, self.now, machine)
 
     def finding(self, certificate: str, what: str = "") -> ProofFinding:
         """The one finding about a certificate."""
@@ -530,10 +531,10 @@ def test_a_kubelets_configuration_that_can_not_be_read_is_a_finding(site: Site) 
         shutil.copy(site.pki / f"apiserver.{suffix}", kubelet / f"pki/kubelet.{suffix}")
     site.write(Component.APISERVER, site.api_flags(), site.version)
     settings = overridden(parse(""), site.pki, site.directory, site.directory / "state")
-    machine = Machine(proc=site.directory / "proc", kubelet_config=config)
+    proc, files = site.directory / "proc", (site.pki, site.directory, kubelet)
 
     def look() -> dict[str, ProofFinding]:
-        found = proof.look(inventory.read(site.pki, site.directory, kubelet), settings, site.now, machine)
+        found = proof.look(inventory.read(*files), settings, site.now, proc=proc, kubelet_config=config)
         return {one.what: one for one in found.findings}
 
     config.symlink_to(config.name)
