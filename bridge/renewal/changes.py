@@ -14,7 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.cluster import kubeadm, url_of
+from bridge.cluster import items, kubeadm, mapping, url_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeadm_config, kubeconfig
@@ -351,9 +351,7 @@ def _missing(api: Api, needed: _Binding) -> str:
 
 
 def _binds(document: Mapping[str, Any], needed: _Binding) -> bool:
-    ref, subjects = document.get("roleRef"), document.get("subjects")
-    if not isinstance(ref, dict) or not isinstance(subjects, list):
-        return False
+    ref = mapping(document, "roleRef")
+    subjects = [(one.get("kind"), one.get("name")) for one in items(document, "subjects")]
     is_role = (ref.get("kind"), ref.get("name")) == ("ClusterRole", needed.role)
-    return is_role and any((one["kind"], one["name"]) == (needed.kind, needed.who)
-                           for one in subjects if isinstance(one, dict) and {"kind", "name"} <= one.keys())  # fmt: skip
+    return is_role and (needed.kind, needed.who) in subjects
