@@ -61,9 +61,8 @@ def restart(
 
 def print_restarts(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
     """Print what was restarted, or what the operator has to restart."""
-    directory = settings.node.kubeconfig_dir / "manifests"
     advised = report.components if report.advised else ()
-    advice = {one.value: control_plane.how_to_restart(one, directory) for one in advised}
+    advice = {one.value: control_plane.how_to_restart(one, settings.node) for one in advised}
     if output is Output.JSON:
         what = {"advice": advice} if report.advised else {"restarted": [_entry(one) for one in report.done]}
         unknown = None if report.unknown is None else report.unknown.reason

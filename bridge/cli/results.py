@@ -128,7 +128,7 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
         say("\n")
         say_sentence(f"{why}, one at a time:")
     for component in components:
-        say_sentence(control_plane.how_to_restart(component, settings.node.kubeconfig_dir / "manifests"), "  ")
+        say_sentence(control_plane.how_to_restart(component, settings.node), "  ")
 
 
 def print_pairs(node: Node, names: Sequence[str]) -> None:

@@ -103,11 +103,11 @@ def stale(
     return [component for component in ORDER if component in users and component in (components.listed or ORDER)]
 
 
-def how_to_restart(component: Component, manifests: Path) -> str:
+def how_to_restart(component: Component, settings: NodeSettings) -> str:
     """A sentence for the operator on how to restart a component; a manifest moved back too early costs 10 to 25 s."""
     if component is Component.KUBELET:
         return "kubelet: systemctl restart kubelet (running containers stay)"
-    manifest = manifests / f"{component.value}.yaml"
+    manifest = path_of(component, settings.kubeconfig_dir)
     advice = (
         f"{component.value}: move {manifest} out of its directory, wait until the pod is gone and 3 s more "
         f"(crictl pods --state ready --name {component.value}), move it back"

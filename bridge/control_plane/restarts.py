@@ -336,7 +336,7 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
     if words := _command(component, settings):
         unsafe = unsafe_program(words)
         return None if unsafe is None else ImpossibleError(f"{component.value}: {unsafe}", hint=unsafe.hint)
-    advice = control_plane.how_to_restart(component, settings.node.kubeconfig_dir / "manifests")
+    advice = control_plane.how_to_restart(component, settings.node)
     text = f"{component.value}: wanted its command in [restart.commands], found none"
     return ImpossibleError(text, hint=f"name one, or by hand: {advice}")
 

@@ -124,7 +124,7 @@ def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Findi
     for one in in_use.late(settings, node, now):
         if one.component is not None:
             text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
-            hint = control_plane.how_to_restart(one.component, settings.node.kubeconfig_dir / "manifests")
+            hint = control_plane.how_to_restart(one.component, settings.node)
             yield Finding.warning("not-in-use", one.certificate, text, hint)
 
 

@@ -74,8 +74,7 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
     components = [c for c in control_plane.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:
         return left, []
-    manifests = run.settings.node.kubeconfig_dir / "manifests"
-    hint = "; ".join(control_plane.how_to_restart(component, manifests) for component in components)
+    hint = "; ".join(control_plane.how_to_restart(component, run.settings.node) for component in components)
     names = ", ".join(component.value for component in components)
     seen = f": {sentence(late)}" if late else ""
     return left, [
