@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field
 from enum import Enum
 from typing import ClassVar
@@ -157,8 +157,12 @@ def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
 
 def _has_read(report: ProofReport) -> bool:
     """Whether the kubelet is seen to use its new client certificate, or to reload it."""
-    found = [f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read")]
-    return bool(found) and all(f.state in ("current", "next-connection") for f in found)
+    return _all_in_use(f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read"))
+
+
+def _all_in_use(findings: Iterable[ProofFinding]) -> bool:
+    states = {finding.state for finding in findings}
+    return bool(states) and states <= {"current", "next-connection"}
 
 
 def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup | None:
@@ -171,8 +175,6 @@ def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup
 def _restart(
     run: Run, node: Node, components: Sequence[Component], *, force: bool = False, going_back: bool = False
 ) -> list[Restarted]:
-    if not components:
-        return []
     restarts = Restarts(
         node=node, settings=run.settings, store=run.store, record=run.record, force=force, going_back=going_back
     )
@@ -295,15 +297,12 @@ def _impossible(
     unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport
 ) -> dict[Component | None, ImpossibleError]:
     """Components that can't be restarted from here, unless they are seen to have been restarted by hand."""
-    states: dict[Component | None, set[str]] = {}
-    for finding in report.findings:
-        if finding.certificate in unproven.names:
-            states.setdefault(finding.component, set()).add(finding.state)
+    ours = [finding for finding in report.findings if finding.certificate in unproven.names]
     return {
         one.component: one.error
         for one in restarted
         if isinstance(one.error, ImpossibleError)
-        and not states.get(one.component, {"unknown"}) <= {"current", "next-connection"}
+        and not _all_in_use(finding for finding in ours if finding.component is one.component)
     }
 
 
@@ -411,10 +410,9 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
-            done_back = backups.put_back(
+            late = backups.put_back(
                 backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
-            )
-            late = done_back.late
+            ).late
     except BridgeError as e:
         text = f"installed, and not in use: {unproven.going_back}; it was not rolled back: {e}"
         return _result(run, unproven, [NotLiveError(text)], may_go_on=not has_begun)
