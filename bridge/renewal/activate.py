@@ -410,9 +410,7 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
         has_begun = True
         if backup is not None:
             # all of it was in use a minute ago, whatever a new certificate would have to be
-            late = backups.put_back(
-                backup, run.settings, run.store, run.record, run.read_node(), run.now(), lambda one: not one.is_damage
-            ).late
+            late = backups.put_back(run, backup, run.read_node(), lambda one: not one.is_damage).late
     except BridgeError as e:
         text = f"installed, and not in use: {unproven.going_back}; it was not rolled back: {e}"
         return _result(run, unproven, [NotLiveError(text)], may_go_on=not has_begun)

@@ -232,9 +232,7 @@ def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
             backup = backup_of(run, one.unproven)
             if not any(file.was_there for file in backup.files):
                 raise BridgeError("there was no pair before it")  # noqa: TRY301
-            backups.put_back(
-                backup, run.settings, run.store, run.record, node, run.now(), lambda one: not one.is_damage
-            )
+            backups.put_back(run, backup, node, lambda one: not one.is_damage)
     except BridgeError as e:
         text = f"{one.name}: installed, and not in use: {why}; it was not rolled back: {e}"
         done.errors.append(NotLiveError(text, hint=how(item)))

@@ -327,9 +327,7 @@ def put_back_and_retire(
         node = run.read_node()
         found, stays = backups.with_pairs(backups.find(store, backup_id), node)
         owe = Transaction(run, RunOptions(restarts=False)).owe_use
-        done = backups.put_back(
-            found, settings, store, record, node, now(), lambda one: force and one.can_be_forced, owe=owe
-        )
+        done = backups.put_back(run, found, node, lambda one: force and one.can_be_forced, owe=owe)
         backups.retire(store, settings, node, now())
         return dataclasses.replace(done, stays=stays, late=(*done.late, *record.end())), node
 

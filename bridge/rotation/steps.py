@@ -565,9 +565,7 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
     _record(run, steps)
     transaction.owe_use(backups.outcomes_of(backup, node))
     edit = functools.partial(_as_target, steps=steps)
-    done = backups.put_back(
-        backup, run.settings, run.store, run.record, node, run.now(), lambda one: one.subject == backups.PHASE, edit
-    )
+    done = backups.put_back(run, backup, node, lambda one: one.subject == backups.PHASE, edit)
     errors = [*done.late]
     if left := sorted({name for step in steps for name in _leaves_to_issue(step)} - {*backup.names}):
         text = f"{', '.join(left)}: wanted certificates of the CA before, found that they were made after `issue`"

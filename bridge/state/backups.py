@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
@@ -40,6 +40,9 @@ from bridge.system.files import Attributes, digest, sync_directory
 from bridge.system.paths import UnreadableError, read, read_ca_file, real_path
 from bridge.system.state_file import StateError
 from bridge.words import counted
+
+if TYPE_CHECKING:
+    from bridge.state.session import Run
 
 #: An ID begins with the time at which it was made, in whole seconds.
 _STAMP = len("20260101T000000Z")
@@ -459,22 +462,16 @@ def with_pairs(backup: Backup, node: Node) -> tuple[Backup, tuple[str, ...]]:
 
 
 def put_back(
+    run: Run,
     backup: Backup,
-    settings: Settings,
-    store: Store,
-    record: audit.Record,
     node: Node,
-    now: datetime,
     may_pass: Callable[[Problem], bool],
     edit: Callable[[Replacement], Replacement] = lambda one: one,
     owe: Callable[[Sequence[Outcome]], None] = lambda _: None,
 ) -> Rollback:
-    """
-    Put back a backup in a run that holds the store's lock, in spite of the problems that `may_pass` accepts.
-
-    `owe` records, before the installation, what has to follow it.
-    """
-    problems = problems_of(backup, settings, node, now)
+    """Put back a backup in spite of the problems that `may_pass` accepts; `owe` records before what has to follow it."""
+    settings, store, record = run.settings, run.store, run.record
+    problems = problems_of(backup, settings, node, run.now())
     if not all(map(may_pass, problems)):
         error = RollbackRefusedError(backup.backup_id, problems)
         record.add(audit.REFUSED, error=error)
