@@ -60,7 +60,8 @@ class Look:
     node: Node
     settings: Settings
     now: datetime
-    proc: Path = processes.PROC  #: As the next two the same on every node; other ones in tests.
+    #: Paths that are the same on every node; tests have other ones.
+    proc: Path = processes.PROC
     kubelet_config: Path = KUBELET_CONFIG
     kubelet_copy: Path = KUBELET_COPY
 

@@ -156,11 +156,7 @@ class Restarts:
         now = datetime.now(UTC)
         if restarted is None or not (last := restarted.at) <= now < last + interval:
             return None
-        at_once = (
-            "with --force"
-            if self.content is not None
-            else f"`ca-bridge restart {component.value} --force` does it at once"
-        )
+        at_once = "with --force" if self.content else f"`ca-bridge restart {component.value} --force` does it at once"
         return RestartPostponedError(
             f"{component.value}: wanted {duration_text(interval)} since its last restart (restart.min_interval), found "
             f"{int((now - last).total_seconds())} s",
