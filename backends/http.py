@@ -78,13 +78,14 @@ class Http:
 
     def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
         """
-        `timeout` is for one request with its whole answer; `tls` is called now and for each connection, and reads files
-        again. A SettingsError: a file can't be used.
+        `timeout` is for one request with its whole answer. If the URL is `https:`, `tls` is called now and for each
+        connection, and reads its files again. A SettingsError: a file can't be used.
         """
         self._wording = wording
         self._seconds = timeout.total_seconds()
         self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
-        tls()  # trouble is found now, not in the middle of a renewal
+        if self._peer.tls:
+            tls()  # trouble is found now, not in the middle of a renewal
         self._idle: deque[KeptConnection] = deque()
         self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
         self._session = requests.Session()
