@@ -390,7 +390,7 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
 def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[str, str]]) -> None:
     """Record, before an installation or a cancellation, what (authority and reference) its backend puts away after it."""
     ours = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
-    configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours))
+    configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours)) if ours else {}
     new = [one for one in ours if hasattr(configured[one.authority].backend_type, "put_away")]
     if new:
         file = collected_file(store)

@@ -58,7 +58,7 @@ def installed() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         other = found.setdefault(entry.name, entry)
-        if _distribution(other) != _distribution(entry) or other.value != entry.value:
+        if other is not entry and (_distribution(other) != _distribution(entry) or other.value != entry.value):
             raise DuplicatePluginError(
                 f"backend type {entry.name}: wanted it from one distribution, "
                 f"found it in {_distribution(other)} and {_distribution(entry)}",

@@ -56,7 +56,7 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
         selection = select(node, settings, options, now(), requests=ours.requests, waiting=waiting, desired=desired)
         for sentence in selection.notes:
             progress.note(sentence)
-        selection = gate.hold_for_next_ca(selection, ours)
+        selection = gate.hold_for_next_ca(selection, ours, node)
         if not options.names:
             due = {one.spec.authority.name for one in selection.items} | {one.authority for one in selection.failed}
             attempts = transaction.attempts
