@@ -394,7 +394,7 @@ def test_every_script_says_whether_it_was_tried() -> None:
     assert len(scripts) == 4
     assert "Tried with" in scripts.pop("step-ca")
     for text in scripts.values():
-        assert "Checked against a stand-in" in text
+        assert "Tested with a stand-in" in text
         assert "was not tried" in text
 
 
