@@ -93,7 +93,7 @@ _STATE_LINES = re.compile(r"^StateDirectory(Mode)?=.*\n", re.MULTILINE)
 _WRITABLE = re.compile(r"^ReadWritePaths=.*$", re.MULTILINE)
 _USER = re.compile(r"^User=.*$", re.MULTILINE)
 #: For an administrator who copies the shipped file by hand.
-_WHERE = "# Where it was installed: `command -v ca-bridge` tells.\n"
+_WHERE = "# The path of the installed program: see `command -v ca-bridge`.\n"
 _CRON_LINE = re.compile(r"^((?:\S+\s+){5})(\S+)(\s+)(?=/)", re.MULTILINE)
 
 
