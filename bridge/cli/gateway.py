@@ -164,7 +164,7 @@ spec:
     message: this signer is not granted to you
     reason: Forbidden
   - expression: '!has(object.metadata.finalizers) && !has(object.metadata.ownerReferences)'
-    message: a request has no finalizers and no owners
+    message: a request must not have finalizers or owners
     reason: Invalid
 ---
 apiVersion: admissionregistration.k8s.io/v1

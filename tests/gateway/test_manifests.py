@@ -271,16 +271,16 @@ def test_who_may_ask(guarded: ApiServer) -> None:
     assert ask(node, CLIENT, client) == (201, "")
     assert ask(node, SERVING, server, expirationSeconds=month) == (201, "")
     assert ask(bootstrap, CLIENT, client) == (201, "")
-    assert ask(bootstrap, SERVING, server) == (403, "only nodes may ask for kubelets' serving certificates")
-    assert ask(boss, SERVING, server) == (403, "only nodes may ask for kubelets' serving certificates")
+    assert ask(bootstrap, SERVING, server) == (403, "only nodes may request kubelets' serving certificates")
+    assert ask(boss, SERVING, server) == (403, "only nodes may request kubelets' serving certificates")
     assert ask(boss, CLIENT, client) == (
         403,
-        "only nodes and bootstrap tokens may ask for kubelets' client certificates",
+        "only nodes and bootstrap tokens may request kubelets' client certificates",
     )
     masked = guarded.client("system:node:w1", "system:nodes", "system:masters")
-    assert ask(masked, CLIENT, client) == (403, "members of system:masters are no nodes")
+    assert ask(masked, CLIENT, client) == (403, "members of system:masters are not nodes")
     assert ask(boss, USER, client, csr_pem(user_name("bob", []))) == (201, "")
-    assert ask(node, CLIENT, client, expirationSeconds=month + 1)[1] == "the request is for longer than 30 days"
+    assert ask(node, CLIENT, client, expirationSeconds=month + 1)[1] == "the request asks for more than 30 days"
     assert ask(boss, USER, client, large)[1] == "the request is larger than 16 KiB"
     assert ask(boss, "example.com/other", client, large, expirationSeconds=month + 1) == (201, "")
 
@@ -297,7 +297,7 @@ def test_what_may_stand_round_a_request(guarded: ApiServer) -> None:
         reply = node.ask("POST", CSRS, made)
         return reply.status, reply.message.rpartition("denied request: ")[2] if reply.status >= 400 else ""
 
-    kept = (422, "a request has no finalizers and no owners")
+    kept = (422, "a request must not have finalizers or owners")
     assert ask(finalizers=["example.com/mine"]) == kept
     assert ask(ownerReferences=[owner]) == kept
     assert ask(annotations={"x": "x" * 24_600})[1] == "the annotations are larger than 24 KiB"
