@@ -271,23 +271,23 @@ _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and b
 _TEXT = """\
 # openssl.cnf for signing by hand with the key of {authority}.
 #
-# The directory, once:
+# Make the directory, once:
 #   mkdir -p -m 0700 {directory} {directory}/newcerts
 #   touch {directory}/index.txt
 #   echo 'unique_subject = no' > {directory}/index.txt.attr
-# and into it this file as openssl.cnf, the CA's certificate as ca.crt and its key as ca.key (mode 0600).
+# and put into it this file as openssl.cnf, the CA's certificate as ca.crt and its key as ca.key (mode 0600).
 #
-# Each CSR, before it is signed: "verify OK", the subject, and no requested extension but Subject Alternative Name.
+# Check each CSR before you sign it: "verify OK", the right subject, and no extension but Subject Alternative Name.
 #   openssl req -in NAME.csr -noout -verify -text
 #
-# Signing:
+# Sign it:
 {commands}
 #
-# openssl ca exits with 0 even if it issued nothing, for instance for a CSR with a bad signature: then NAME.crt is
-# empty. It takes no lock, and two runs at a time lose rows of the database; so flock uses the file that ca-bridge
-# locks. Never let -out name a certificate in use: openssl empties it before it has issued the new one.
+# openssl ca exits with 0 even if it issued no certificate, for instance for a CSR with a bad signature: then NAME.crt is
+# empty. It takes no lock, and two concurrent runs lose rows of the database; so flock uses the file that ca-bridge
+# locks. Never use -out with a certificate in use: openssl empties the file before it issues the new certificate.
 #
-# ca-bridge can sign with the same directory; in its settings:
+# ca-bridge can sign with the same directory. In its settings:
 #   [authority.{authority}]
 #   backend = "desk"
 #   dir = "{directory}"
@@ -297,7 +297,7 @@ _TEXT = """\
 
 [ca]
 default_ca = desk
-# openssl reads this only here; without it, it drops and reorders parts of the subject.
+# openssl reads `preserve` only here; without it, openssl drops and reorders parts of the subject.
 preserve = yes
 
 [desk]
@@ -306,15 +306,15 @@ new_certs_dir = {directory}/newcerts
 certificate = {directory}/ca.crt
 private_key = {directory}/ca.key
 rand_serial = yes
-# With yes no certificate could be renewed while the old one is valid; index.txt.attr must have no as well.
+# With `yes`, no certificate could be renewed while the old one is valid; index.txt.attr must also say `no`.
 unique_subject = no
 default_md = sha256
 default_days = {days}
 policy = policy
 email_in_dn = yes
-# Takes the SANs from the CSR; the sections below set everything else, so that a CSR can't.
+# Copies the SANs from the CSR; the sections below set all other extensions, so that a CSR can't.
 copy_extensions = copy
-# This section does not exist, so that a command without -extensions fails; else a CSR could become a CA.
+# This section does not exist, so that a command without -extensions fails; otherwise a CSR could become a CA.
 x509_extensions = extensions_must_be_given
 
 [policy]

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Roles and policy for ca-bridge, made from the certificates in use. It needs an administrator's token (BAO_ADDR and
+# Writes roles and a policy for ca-bridge, made from the certificates in use. Needs an administrator's token (BAO_ADDR and
 # BAO_TOKEN, or VAULT_ADDR and VAULT_TOKEN). Vault warns that it does not know allowed_ip_sans_cidr, not_after_bound
-# and not_before_bound; with Vault, any IP address passes.
+# and not_before_bound; with Vault, a role allows any IP address.
 set -eu
 cli=$(command -v bao || command -v vault) || { echo "error: neither bao nor vault is in PATH" >&2; exit 1; }
-# Also where what reads the lines ends early (`| head`), all is written.
+# Write everything, even if the reader of the output stops early (`| head`).
 trap '' PIPE
 say() { echo "$*" 2>/dev/null || :; }
 
@@ -185,7 +185,7 @@ path "pki-etcd/roles/kubeadm-cp-1-etcd-server" {
   capabilities = ["read"]
 }
 
-# The node may end its session, and ask for its own rights.
+# The node may revoke its own token, and ask what the token may do.
 path "auth/token/revoke-self" {
   capabilities = ["update"]
 }
@@ -194,17 +194,17 @@ path "sys/capabilities-self" {
   capabilities = ["update"]
 }
 
-# A desk or a door sees in one look which certificates are revoked. The CRL is public and says the same.
+# A desk or a door lists all revoked certificates at once. The CRL is public and contains the same.
 path "pki-etcd/certs/revoked" {
   capabilities = ["list"]
 }
 
-# Only for a desk or a door: after a crash it finds what was signed for it, and has nothing signed twice.
+# Only for a desk or a door: after a crash it finds the certificates already signed for it, and requests none twice.
 # path "pki-etcd/certs" {
 #   capabilities = ["list"]
 # }
 
-# Only for `[renewal] revoke = "superseded"`. It can't be limited: it allows the node to revoke any certificate of the mount.
+# Only for `[renewal] revoke = "superseded"`. Can't be limited: the node may then revoke any certificate of the mount.
 # path "pki-etcd/revoke" {
 #   capabilities = ["update"]
 # }
