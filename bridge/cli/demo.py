@@ -1,4 +1,4 @@
-"""`demo`: the main job on a throwaway PKI, in a minute and 80 columns; each command of it is run for real."""
+"""`demo`: show the main job on a throwaway PKI, in a minute and 80 columns, with real commands."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ commands = typer.Typer()
 _RUN = "from bridge.cli.demo import run_program; run_program()"
 _WIDTH = 80
 _INDENT = "  "
-_RENAMED = 7  # of some twenty files, when the run is killed
+_RENAMED = 7  # of about twenty files, before the run is killed
 
 _NEXT = (
-    ("ca-bridge settings init vault", "on a control-plane node: the settings, with comments"),
-    ("ca-bridge setup vault", "what the CA's administrator needs; or cfssl, openssl, cmp, est, exec"),
-    ("ca-bridge doctor", "is everything ready? has nothing signed"),
+    ("ca-bridge settings init vault", "on a control-plane node: writes a settings file with comments"),
+    ("ca-bridge setup vault", "prints what the CA's administrator needs; also for cfssl, openssl, cmp, est, exec"),
+    ("ca-bridge doctor", "is everything ready? requests no certificate"),
     ("ca-bridge renew", "the command for cron; `ca-bridge setup systemd --enable` makes a timer"),
 )
 
@@ -48,14 +48,14 @@ _NEXT = (
 def demo(
     _: Common,
     directory: Annotated[
-        Path | None, typer.Option(help="Keep everything in this directory. [default: a temporary one]")
+        Path | None, typer.Option(help="Keep all files in this directory. [default: a temporary directory]")
     ] = None,
 ) -> int:
     """
     Show the main job on a throwaway PKI: no root, no cluster, no network.
 
-    A plan, a renewal, a bad certificate that is refused, a run that is killed and the next one that ends what it
-    began, a rollback, and the record of all of it, with an `openssl ca` directory as the company's CA.
+    A plan, a renewal, a bad certificate that is refused, a killed run that the next run finishes, a rollback, and the
+    audit log of all of this. An `openssl ca` directory is the company's CA.
     """
     with _directory_for(directory) as base:
         with doing("making a control plane and a CA", is_plain=False):
@@ -85,51 +85,51 @@ class _Story:
         self._next()
 
     def _plan(self) -> None:
-        self._headline(f"The certificates end in {_DAYS_LEFT} days, and no CA key is on the node.")
+        self._headline(f"The certificates expire in {_DAYS_LEFT} days, and the node has no CA key.")
         self._expect(self._command("ca-bridge plan", 4, 0) == Exit.DUE, "12 certificates are due")
 
     def _renewal(self) -> None:
-        self._headline("New keys, signed by the company's CA; verified, then installed in one step.")
+        self._headline("New certificates from the company's CA: verified, then installed in one step.")
         before = self._contents()
         code = self._command("ca-bridge renew", 3, 2, until="These still run")
         count = sum(before[path] != content for path, content in self._contents().items())
         items = self._items()
         self._expect(code == Exit.DONE and count > len(items), f"{count} files were replaced")
         good = sum(map(_is_good, items))
-        self._expect(good == len(items), f"`openssl verify -purpose` agrees: {good} have their usages")
+        self._expect(good == len(items), f"`openssl verify -purpose` agrees: {good} certificates have the right usages")
 
     def _refusal(self) -> None:
-        self._headline("A careless CA gives the API server a client's certificate: refused.")
+        self._headline("A careless CA issues the API server a client certificate: refused.")
         before = self._contents()
         code = self._command("ca-bridge renew apiserver --config careless.toml", 4, 0)
         same = self._contents() == before
         self._expect(code == Exit.REFUSED and same, f"exit code {code}; no file was changed")
 
     def _crash(self) -> None:
-        self._headline("A run is killed while it replaces files; the next one ends what it began.")
+        self._headline("A run is killed while it replaces files; the next run finishes its work.")
         code = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
-        self._expect(code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old and new ones")
+        self._expect(code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old files and new ones")
         code, items = self._command("ca-bridge recover", 2, 0), self._items()
         paired = sum(not any(key_of(item)) for item in items)
         text = f"every key belongs to its certificate: {paired} of {len(items)}"
         self._expect(code == Exit.DONE and paired == len(items), text)
 
     def _rollback(self, before: dict[Path, bytes]) -> None:
-        self._headline("Going back is one command, and is itself backed up.")
+        self._headline("A rollback is one command, and is itself backed up.")
         code = self._command("ca-bridge rollback", 2, 2, until="These still run")
         same = self._contents() == before
-        self._expect(code == Exit.DONE and same, "every file is as it was before that run")
+        self._expect(code == Exit.DONE and same, "every file is as it was before the killed run")
 
     def _record(self) -> None:
-        self._headline("The record has all of it, and shows any later change to it.")
+        self._headline("The audit log records every step, and reveals any later change to the log.")
         self._command("ca-bridge audit show --name apiserver", 3, 2)
         code = self._command("ca-bridge audit verify", 1, 0)
-        self._expect(code == Exit.DONE, "the chain of the record holds")
+        self._expect(code == Exit.DONE, "the hash chain of the audit log is intact")
 
     def _next(self) -> None:
         _say(_styled("\nNext", "heading"))
         if self._is_temporary:
-            _say(f"{_INDENT}This place is removed now; `ca-bridge demo --directory DIR` keeps it.")
+            _say(f"{_INDENT}The directory is removed now; `ca-bridge demo --directory DIR` keeps it.")
         for line, text in _NEXT:
             _say(f"{_INDENT}{_styled(f'$ {line}', 'hint')}")
             say_sentence(text, f"{_INDENT}    ")
@@ -145,7 +145,7 @@ class _Story:
         _say(f"\n{_styled(str(self._step), 'number')} {_styled(text, 'heading')}")
 
     def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> int:
-        """Run it, kill it after it has `renamed` files, show its first and last lines, and return its exit code."""
+        """Run a command, kill it after `renamed` files, show its first and last lines, and return its exit code."""
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         ours = {"CA_BRIDGE_CONFIG": str(self._base / "config.toml"), "COLUMNS": str(_WIDTH - len(_INDENT))}
         with doing(f"running {typed}", is_plain=False):
@@ -175,7 +175,7 @@ class _Story:
     def _expect(self, is_so: bool, text: str) -> None:
         if not is_so:
             self.wrong.append(text)
-        _say(f"{_INDENT}{_styled('✓', 'good') if is_so else _styled('✗ NOT SO:', 'error')} {text}")
+        _say(f"{_INDENT}{_styled('✓', 'good') if is_so else _styled('✗ FAILED:', 'error')} {text}")
 
 
 def _say(text: str) -> None:
@@ -195,7 +195,7 @@ def _say_printed(line: str) -> None:
 
 
 def _is_good(item: Item) -> bool:
-    """Whether `openssl verify` says that it is good for the usages of its spec, and for no other."""
+    """Whether `openssl verify` accepts it for exactly the usages of its spec."""
     purposes, good = {EKU.SERVER_AUTH: "sslserver", EKU.CLIENT_AUTH: "sslclient"}, set()
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:
         file.write(pem(item.certificates[0]))
@@ -207,7 +207,7 @@ def _is_good(item: Item) -> bool:
     return good == item.spec.ekus
 
 
-# --- where it plays: a control plane in kubeadm's shape, the company's CA, and a careless one -----------------------------
+# --- the scene: a control plane as kubeadm makes it, the company's CA, and a careless CA ---------------------------------
 
 _DAYS_LEFT = 20  # less than renewal.before, so that everything is due
 _PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of a CA that lives for a minute)
@@ -240,7 +240,7 @@ command = ["{base}/careless-ca"]
 backend = "careless"
 """
 
-#: It signs with the right key, and gives every certificate the usage of a client and no name of a host.
+#: It signs with the right key, but gives every certificate clientAuth and no SAN.
 _CARELESS_CA = """\
 #!/bin/sh
 case ${{CERTMONGER_OPERATION:-}} in
@@ -259,19 +259,19 @@ openssl x509 -req -in "$work/csr" -CA {ca}/ca.crt -CAkey {ca}/ca.key -passin fil
 
 @contextlib.contextmanager
 def _directory_for(wanted: Path | None) -> Iterator[Path]:
-    """The named directory, which stays and must be empty, or a temporary one."""
+    """Yield the named directory, which must be empty and is kept, or a temporary one."""
     if wanted is None:
         with tempfile.TemporaryDirectory(prefix="ca-bridge-demo-") as temporary:
             yield Path(temporary)
         return
     if wanted.exists() and any(wanted.iterdir()):
-        raise BridgeError(f"{wanted}: wanted an empty directory, found files in it", hint="name a new one")
+        raise BridgeError(f"{wanted}: wanted an empty directory, found files in it", hint="name a new directory")
     make_directories(wanted)
     yield wanted.absolute()
 
 
 def _make(base: Path, now: datetime) -> None:
-    """Everything, as it is 345 days after `kubeadm init`."""
+    """Make all files, as they are 345 days after `kubeadm init`."""
     made, not_after = now - timedelta(days=365 - _DAYS_LEFT), now + timedelta(days=_DAYS_LEFT)
     cas = sample_pki.make(base / "kubernetes", now=made, not_after=not_after)
     for name, ca in cas.items():
@@ -292,7 +292,7 @@ def _write(path: Path, text: str, mode: int) -> None:
 
 def run_program() -> None:
     """Run the program with the arguments COUNT (`all`, or how many renames until SIGKILL) DIRECTORY ARGUMENT…."""
-    from bridge.cli.app import app  # noqa: PLC0415 (only in that process)
+    from bridge.cli.app import app  # noqa: PLC0415 (only in this process)
 
     may_rename, below, *arguments = sys.argv[1:]
     if may_rename != "all":

@@ -713,10 +713,10 @@ def test_the_demo_shows_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\N{CHECK MARK}") == 8
-    assert "NOT SO" not in result.stdout
+    assert "FAILED" not in result.stdout
     again = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "demo")])
     assert again.exit_code == 1
     monkeypatch.setattr(demo, "_is_good", lambda _: False)
     result = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path / "other")])
     assert result.exit_code == 1
-    assert "NOT SO: `openssl verify -purpose` agrees: 0" in result.stdout
+    assert "FAILED: `openssl verify -purpose` agrees: 0" in result.stdout
