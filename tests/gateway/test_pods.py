@@ -184,7 +184,8 @@ def test_it_works_with_what_setup_kubernetes_prints(ca: Signer, tmp_path: Path) 
         owned = pod.body()
         owned["metadata"]["ownerReferences"] = [{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "x"}]
         wait_for(
-            "a policy in force", lambda: "only nodes may request" in admin.ask("POST", pods.collection("shop"), pod.body()).text
+            "a policy in force",
+            lambda: "only nodes may request" in admin.ask("POST", pods.collection("shop"), pod.body()).text,
         )
         for body, what in ((kept, "no finalizers"), (owned, "no owner but its pod")):
             wait_for(what, lambda: what in node.ask("POST", pods.collection("shop"), body).text)  # noqa: B023
