@@ -1,7 +1,7 @@
 """
-From the project and its lock file to what a node without a network installs.
+Builds, from the project and its lock file, the files that a node without a network installs.
 
-`wheels` reads wheels, `tree` lays them out, `bill` lists what is in them (CycloneDX), `offline`, `debian` and `rpm` each
-wrap that one tree. `installer` is what runs on the node. Nothing here needs more than Python's own library, and nothing
-of it is in the wheel.
+`wheels` reads wheels, `tree` lays them out, `bill` lists their contents (CycloneDX), and `offline`, `debian` and `rpm`
+each wrap this tree. `installer` runs on the node. All of this needs only Python's own library, and none of it is in the
+wheel.
 """

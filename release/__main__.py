@@ -1,4 +1,4 @@
-"""`python -m release`: builds what is asked for, for one platform; `scripts/offline` and `scripts/release` call it."""
+"""`python -m release`: build files of a release for one platform, for `scripts/offline` and `scripts/release`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("run", "deb", "rpm", "bom")
 
 
 def build(given: argparse.Namespace) -> list[Path]:
-    """Build each kind that is asked for, from one tree."""
+    """Build each requested kind from one tree."""
     project, platform, epoch = Wheel.read(given.project), given.platform, given.epoch
     wheels = proven(given.wheels, given.lock.read_text(encoding="utf-8"))
     base = tree.build(project, wheels, platform, epoch)
@@ -38,15 +38,15 @@ def build(given: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, build, and print digest and name of each file."""
+    """Parse, build, and print each file's digest and name."""
     parser = argparse.ArgumentParser(prog="python -m release", description=__doc__)
     parser.add_argument("kind", choices=KINDS, nargs="+")
     parser.add_argument("--project", type=Path, required=True, help="the project's wheel")
-    parser.add_argument("--wheels", type=Path, required=True, help="a directory with all others")
+    parser.add_argument("--wheels", type=Path, required=True, help="a directory with all other wheels")
     parser.add_argument("--lock", type=Path, required=True)
     parser.add_argument("--platform", choices=PLATFORMS, required=True)
     parser.add_argument("--epoch", type=int, required=True, help="the commit's time, in seconds")
-    parser.add_argument("--output", type=Path, required=True, help="a directory")
+    parser.add_argument("--output", type=Path, required=True, help="the directory for the files")
     try:
         built = build(parser.parse_args(arguments))
     except BuildError as e:

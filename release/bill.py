@@ -1,4 +1,4 @@
-"""What is in the tree, as a bill of materials: CycloneDX 1.6, JSON (https://cyclonedx.org/docs/1.6/json/)."""
+"""The tree's bill of materials: CycloneDX 1.6, JSON (https://cyclonedx.org/docs/1.6/json/)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from release.wheels import Wheel, normal
 
-#: For the serial number: every build of one content has the same number.
+#: For the serial number: builds with the same content have the same number.
 _NAMESPACE = uuid.UUID("1f0bb5a3-1d59-5c0c-9a38-2b6a2e6f6a0e")
-_LICENCE_WORDS = 60  # longer ones are the whole text of a licence
+_LICENCE_WORDS = 60  # a longer text is a whole licence
 _CLASSIFIER = "License :: OSI Approved :: "
 
 
 def of(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) -> bytes:
-    """The bill: each distribution with version, licence, and name and digest of each of its wheels, and which distribution needs which."""
+    """The bill: each distribution's version, licence, dependencies, and the name and digest of each of its wheels."""
     grouped: dict[str, list[Wheel]] = {}
     for wheel in wheels:
         if wheel.name != project.name:
@@ -69,7 +69,7 @@ def _component(group: Sequence[Wheel]) -> dict[str, Any]:
 
 
 def _licences(wheel: Wheel) -> list[dict[str, Any]]:
-    """As the wheel names it: an SPDX expression (PEP 639), else words, else its classifiers."""
+    """The wheel's licence: an SPDX expression (PEP 639), else its words, else its classifiers."""
     if expression := wheel.metadata["License-Expression"]:
         return [{"expression": str(expression)}]
     words = str(wheel.metadata["License"] or "").strip()
@@ -81,6 +81,6 @@ def _licences(wheel: Wheel) -> list[dict[str, Any]]:
 
 
 def _needs(wheel: Wheel) -> set[str]:
-    """The distributions that it needs without any extra."""
+    """The distributions that the wheel needs without extras."""
     needs = map(str, wheel.metadata.get_all("Requires-Dist", []))
     return {normal(match[0]) for one in needs if "extra ==" not in one and (match := re.match(r"[\w.-]+", one))}

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Starts ca-bridge by the system's Python, with nothing of that but its own library: no packages that were added to it, no
-# variables ($PYTHONPATH and the like), no user's directory.
+# Starts ca-bridge with the system's Python and only that Python's own library: no added packages, no variables
+# ($PYTHONPATH and the like), no user's directory.
 set -eu
 tree=$(PATH=/usr/bin:/bin readlink -f -- "$0")
 tree=${tree%/bin/ca-bridge}
-# The one by which the installer has proven this tree.
+# The Python with which the installer tested this tree.
 python=
 [ ! -f "$tree/python" ] || read -r python <"$tree/python"
 [ -x "$python" ] || python=

@@ -18,22 +18,22 @@ from release.wheels import PYTHONS, BuildError
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 MAINTAINER = "The ca-bridge authors <release@ca-bridge.invalid>"
 
-#: What lintian says of what is as it should be: whole programs that bring their own modules are for /opt or, as here, for
-#: a directory of their own in /usr/lib.
+#: Tags of lintian for things that are right here: a program that brings its own modules belongs into /opt or, as here,
+#: into its own directory in /usr/lib.
 _OVERRIDES = """\
-# The wheels' own modules, as their authors compiled and stripped them, or not; their digests are those of the lock file.
+# The wheels' modules, unchanged, as their authors compiled them: their digests are in the lock file.
 ca-bridge: unstripped-binary-or-object [usr/lib/ca-bridge/lib/*]
 ca-bridge: hardening-no-fortify-functions [usr/lib/ca-bridge/lib/*]
 ca-bridge: embedded-library *usr/lib/ca-bridge/lib/*
-# Licences stay beside what they are of; debian/copyright has them all.
+# Each licence stays beside its package; debian/copyright lists all of them.
 ca-bridge: extra-license-file [usr/lib/ca-bridge/lib/*]
 ca-bridge: unusual-interpreter *usr/lib/ca-bridge/lib/*
 ca-bridge: executable-not-elf-or-script [usr/lib/ca-bridge/lib/*]
-# A Vault's administrator reads them first.
+# Vault's administrator reads them before running them.
 ca-bridge: script-not-executable [usr/lib/ca-bridge/share/kubeadm-ca-bridge/vault/*]
-# The environment of an administrator names no program that root runs.
+# An absolute path, so that the administrator's environment can't choose a program that root runs.
 ca-bridge: command-with-path-in-maintainer-script /usr/bin/ca-bridge *
-# The administrator who has written the settings enables the timers.
+# Timers stay disabled until an administrator has written the settings and enables them.
 ca-bridge: maintainer-script-calls-systemctl *
 """
 
@@ -50,7 +50,7 @@ set -e
 if [ "$1" = configure ]; then
   for version in {" ".join(PYTHONS)}; do
     [ -x "/usr/bin/python$version" ] || continue
-    # The modules for other Pythons are not this one's syntax to judge.
+    # Only this Python's modules: others may have syntax that it does not know.
     "/usr/bin/python$version" -I -S -m compileall -q -x '/pygments/(lexers|styles|formatters)/' \\
       /{HOME}/lib/any "/{HOME}/lib/cp$(echo "$version" | tr -d .)"
     break
@@ -80,7 +80,7 @@ set -e
 [ ! -d /run/systemd/system ] || systemctl daemon-reload
 if [ "$1" = purge ]; then
   for kept in /etc/ca-bridge /var/lib/ca-bridge; do
-    [ ! -e "$kept" ] || echo "ca-bridge: $kept is kept: settings, audit log and backups with keys are yours to remove" >&2
+    [ ! -e "$kept" ] || echo "ca-bridge: $kept is kept: remove settings, audit log and backups with keys yourself" >&2
   done
 fi
 """
@@ -154,13 +154,13 @@ def _documents(layout: Layout, epoch: int) -> dict[str, File]:
 
 
 def _copyright(layout: Layout) -> str:
-    """That of the program, and where those of the packages are that it brings."""
+    """The program's copyright, and the places of the licences of the packages in it."""
     licences = sorted(path for path in layout.files if ".dist-info/" in path and "licen" in path.lower())
     return (
         "Upstream-Name: ca-bridge\n\n"
         "Copyright: 2026 the ca-bridge authors\n\n"
         "ca-bridge is licensed under the Apache License, Version 2.0;\n"
         "on Debian systems its text is in /usr/share/common-licenses/Apache-2.0.\n\n"
-        f"The Python packages that it brings, and their licences, are listed in /{HOME}/bom.cdx.json;\n"
-        "the texts are in\n" + "".join(f"  /{path}\n" for path in licences)
+        f"The Python packages in it, and their licences, are listed in /{HOME}/bom.cdx.json;\n"
+        "the licence texts are in\n" + "".join(f"  /{path}\n" for path in licences)
     )

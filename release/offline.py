@@ -1,7 +1,7 @@
 """
-The file that installs ca-bridge where there is no network.
+The file that installs ca-bridge without a network.
 
-It is a shell script that finds a Python, with a zip archive behind it, which Python runs as it is.
+It is a shell script that finds a Python, followed by a zip archive that Python runs directly.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from release import tree
 
-#: What Python runs of the archive.
+#: The part of the archive that Python runs.
 _MAIN = b"""import sys
 sys.path.insert(0, sys.argv[0] + "/tree/libexec")
 from release.installer import command
 command.main()
 """
-_ZIP_BEGINS = 315532800  # 1980, in seconds: a zip archive knows no earlier time
+_ZIP_BEGINS = 315532800  # 1980, in seconds: the earliest time in a zip archive
 
 
 def build(files: tree.Tree, names: dict[str, str], epoch: int, output: Path) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file completely or not at all."""
     buffer = io.BytesIO()
     when = time.gmtime(max(epoch, _ZIP_BEGINS))[:6]
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
@@ -42,6 +42,6 @@ def build(files: tree.Tree, names: dict[str, str], epoch: int, output: Path) -> 
 
 def _add(archive: zipfile.ZipFile, path: str, file: tree.File, when: tuple[int, ...]) -> None:
     info = zipfile.ZipInfo(path, when)  # type: ignore[arg-type]  # six numbers
-    info.create_system = 3  # Unix, wherever it is built
+    info.create_system = 3  # Unix, on any build machine
     info.external_attr = (0o100000 | file.mode) << 16
     archive.writestr(info, file.data, zipfile.ZIP_DEFLATED)

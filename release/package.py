@@ -1,7 +1,7 @@
 """
-What a `.deb` and an `.rpm` have in common: the tree in /usr/lib/ca-bridge, and around it what a distribution wants.
+The common part of a `.deb` and an `.rpm`: the tree in /usr/lib/ca-bridge, and the files that distributions expect.
 
-The tree is that of the offline file without its installer, whose work is the package manager's.
+The tree is the offline file's without the installer, because the package manager installs it.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from release.tree import File, Tree
 from release.wheels import Wheel
 
 HOME = "usr/lib/ca-bridge"
-SUMMARY = "renews a kubeadm control plane's certificates by a CA that is elsewhere"
+SUMMARY = "renews the certificates of a kubeadm control plane with an external CA"
 DESCRIPTION = (
     "ca-bridge renews the certificates of a kubeadm control plane whose CA keys are",
-    "not on its disks: keys and CSRs are made on the node, signed by the company's",
-    "CA (Vault, OpenBao, cfssl, openssl ca, CMP, EST or a program), proven, and",
-    "installed in one step that survives a crash.",
-    "It brings every Python package that it needs, and uses none of the system's.",
+    "not on its nodes: it makes keys and CSRs on the node, has the company's CA",
+    "(Vault, OpenBao, cfssl, openssl ca, CMP, EST or a program) sign them, verifies",
+    "the certificates, and installs them in one step that survives a crash.",
+    "It contains every Python package that it needs, and uses none of the system's.",
 )
 #: The scripts' error on a machine that has the offline file's installation.
 OFFLINE_IS_THERE = (
     "wanted no other installation, found one in /opt/ca-bridge: run /opt/ca-bridge/uninstall (settings and state stay)"
 )
-#: Shell of its upgrade and removal, wherever the settings have its state: a run that is at work would lose its modules in
-#: the middle, and only the program can finish or undo what was cut off, in the journals that are named.
+#: Shell for upgrade and removal; it looks in each state directory that the settings name. A run at work would lose its
+#: modules, and only the program can finish or undo an interrupted run, whose journals are the arguments.
 ASSERT_AT_REST = r"""assert_at_rest() {
   IFS='
 '
   for state in /var/lib/ca-bridge $(/usr/bin/ca-bridge settings show 2>/dev/null | sed -n '/^\[node\]/,/^\[/s/^state_dir = "\(.*\)"$/\1/p'); do
     if [ -f "$state/lock" ] && ! flock -w 5 "$state/lock" true; then
       echo "error: $state: wanted no run at work, found one" >&2
-      echo "hint: wait until it has ended (ca-bridge doctor names it), then do this again" >&2
+      echo "hint: wait until it ends (ca-bridge doctor names it), then try again" >&2
       exit 1
     fi
     for left in "$@"; do
@@ -50,7 +50,7 @@ ASSERT_AT_REST = r"""assert_at_rest() {
   unset IFS
 }
 """
-#: Shell of its removal.
+#: Shell for removal.
 STOP_AND_DISABLE = """\
   if command -v systemctl >/dev/null; then
     timers="ca-bridge.timer ca-bridge-desk.timer"
@@ -58,20 +58,20 @@ STOP_AND_DISABLE = """\
     systemctl disable --quiet $timers ca-bridge-recover.service ca-bridge-gateway.service || :
   fi
 """
-#: Shell of its upgrade: the services that run have the modules of the version before.
+#: Shell for an upgrade: running services still use the modules of the previous version.
 RESTART_SERVICES = "systemctl try-restart 'ca-bridge-gateway*.service' 'ca-bridge-serve*.service' || :"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A root file system's part: files and links by path, without a slash before it."""
+    """Files and links of a root file system, by path without a leading slash."""
 
     files: Tree
     links: Mapping[str, str]
     release: Wheel = field(repr=False)
 
     def write(self, root: Path, epoch: int) -> None:
-        """Write it into an empty directory, each file and directory with the same time and a mode that is no accident."""
+        """Write it into an empty directory, all files and directories with the same time and with fixed modes."""
         root.mkdir(parents=True)
         for path, file in self.files.items():
             target = root / path
@@ -96,7 +96,7 @@ def layout(tree: Tree, project: Wheel) -> Layout:
         data = gzip.compress(file.data, 9, mtime=0) if place.endswith(".gz") else file.data
         files[place] = File(data, file.executable)
         if unit := _unit(path):
-            files[f"usr/lib/systemd/system/{unit}"] = file  # and in its place, since `setup systemd` reads it there
+            files[f"usr/lib/systemd/system/{unit}"] = file  # also in its own place, where `setup systemd` reads it
     links = {
         "usr/bin/ca-bridge": "../lib/ca-bridge/bin/ca-bridge",
         "usr/share/doc/kubeadm-ca-bridge": "../../lib/ca-bridge/share/doc/kubeadm-ca-bridge",
@@ -114,7 +114,7 @@ def _place(path: str) -> str:
 
 
 def _unit(path: str) -> str:
-    """The name of one of the units that the offline file's installer writes, too; others are examples."""
+    """The name of a unit that the offline file's installer also writes; other units are examples."""
     place, _, name = path.rpartition("/")
     is_installed = place in {f"share/kubeadm-ca-bridge/{kind}" for kind in ("systemd", "desk")}
     return name if is_installed and name.endswith((".service", ".timer")) else ""

@@ -29,7 +29,7 @@ AutoReqProv: no
 Requires: ({pythons})
 Requires: libc.so.6(GLIBC_2.28)(64bit)
 Recommends: openssl
-# Nothing of the wheels is changed: no stripping, no bytecode, no other first lines.
+# The wheels stay unchanged: no stripping, no bytecode, no changed first lines.
 %global __os_install_post %{{nil}}
 %global debug_package %{{nil}}
 %global _build_id_links none

@@ -1,12 +1,12 @@
 """
-The tree that is installed, whatever brings it: below /opt/ca-bridge by the offline file, in /usr/lib by the packages.
+The tree that the offline file installs below /opt/ca-bridge, and the packages in /usr/lib.
 
     bin/ca-bridge            finds a Python and starts the program
-    lib/any                  what is good for each Python
-    lib/cp311 …              what was compiled for one
+    lib/any                  modules for every Python
+    lib/cp311 …              modules compiled for one Python
     share                    example settings, roles, units; manual pages, completion
-    bom.cdx.json             what is in it (CycloneDX)
-    allowed_signers          whose signature the next version must have
+    bom.cdx.json             bill of materials (CycloneDX)
+    allowed_signers          the keys that may sign the next version
     manifest.json            version, platform, and the digest of each other file
 """
 
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """Content, and whether it can be executed; nothing else of a file is ours to keep."""
+    """A file's content, and whether it is executable; the tree keeps no other attributes."""
 
     data: bytes
     executable: bool = False
@@ -41,7 +41,7 @@ Tree = dict[str, File]
 
 
 def build(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) -> Tree:
-    """Everything but the manifest, by path."""
+    """All files but the manifest, by path."""
     wheels = sorted([project, *wheels], key=lambda wheel: wheel.path.name)
     tree: Tree = {}
     for wheel in wheels:
@@ -55,14 +55,14 @@ def build(project: Wheel, wheels: Iterable[Wheel], platform: str, epoch: int) ->
 
 
 def with_installer(tree: Tree) -> Tree:
-    """With what the offline file installs and removes it by; packages leave that to their package manager."""
+    """Add the offline file's installer and uninstaller; packages need neither."""
     modules = [HERE / "__init__.py", *(HERE / "installer").glob("*.py")]
     added = {f"libexec/release/{path.relative_to(HERE)}": File(path.read_bytes()) for path in modules}
     return {**tree, **added, "bin/uninstall": File(_shell("uninstall.sh"), executable=True)}
 
 
 def with_manifest(tree: Tree, project: Wheel, wheels: Iterable[Wheel], platform: str) -> Tree:
-    """With `manifest.json`, by which the installer proves each file."""
+    """Add `manifest.json`, with which the installer verifies each file."""
     glibc = max(wheel.glibc for wheel in wheels)
     manifest = {
         "version": project.version,
@@ -76,14 +76,14 @@ def with_manifest(tree: Tree, project: Wheel, wheels: Iterable[Wheel], platform:
 
 
 def _shell(name: str) -> bytes:
-    """One of the shell scripts, with how a Python is found in it."""
+    """A shell script, with the code that finds a Python filled in."""
     text = (HERE / name).read_text(encoding="utf-8")
     found = (HERE / "find-python.sh").read_text(encoding="utf-8").replace("@PYTHONS@", " ".join(PYTHONS))
     return text.replace("@FIND_PYTHON@\n", found).encode()
 
 
 def head(names: Mapping[str, str]) -> bytes:
-    """What the offline file begins with, the placeholders filled in."""
+    """The beginning of the offline file, with its placeholders filled in."""
     text = _shell("head.sh").decode()
     for name, value in names.items():
         text = text.replace(f"@{name}@", value)

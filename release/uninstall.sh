@@ -1,7 +1,7 @@
 #!/bin/sh
-# Takes ca-bridge away again, and leaves settings, state and whatever else is yours: `uninstall --help`.
+# Removes ca-bridge, and keeps settings, state and all files that you added: `uninstall --help`.
 set -eu
-PATH=/usr/sbin:/usr/bin:/sbin:/bin # whatever was given: what is found in it runs as root
+PATH=/usr/sbin:/usr/bin:/sbin:/bin # fixed, whatever the caller's is: programs found in it run as root
 export PATH
 python=
 @FIND_PYTHON@

@@ -1,4 +1,4 @@
-"""Wheels as they are downloaded: names, tags, contents. Nothing is run or imported."""
+"""Downloaded wheels: names, tags, contents. Nothing runs or imports them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from email.parser import Parser
 from functools import cached_property
 from pathlib import Path
 
-#: One file holds what each of them needs; the launcher takes the one that the machine has.
+#: One file has the modules for all of them; the launcher uses the Python that the machine has.
 PYTHONS = ("3.13", "3.12", "3.11")
 PLATFORMS = ("x86_64", "aarch64")
 
@@ -55,7 +55,7 @@ class Wheel:
 
     @property
     def place(self) -> str:
-        """`any`: good for each Python; else the one that it is for, such as `cp311`."""
+        """`any` for every Python, or the single Python that it is for, such as `cp311`."""
         if self.abis & {"none", "abi3"}:
             return "any"
         (python,) = self.pythons
@@ -63,24 +63,24 @@ class Wheel:
 
     @property
     def glibc(self) -> tuple[int, int]:
-        """The oldest glibc that it runs on; (0, 0) where it needs none (PEP 600)."""
+        """The oldest glibc that it runs on; (0, 0) if it needs none (PEP 600)."""
         found = [match for platform in self.platforms if (match := _GLIBC.fullmatch(platform))]
         return min(((int(one[1]), int(one[2])) for one in found), default=(0, 0))
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file, as the lock has it."""
+        """The file's digest, in the lock file's form."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     @cached_property
     def metadata(self) -> Message:
-        """Its METADATA."""
+        """The wheel's METADATA."""
         with zipfile.ZipFile(self.path) as file:
             (name,) = [one for one in file.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", one)]
             return Parser().parsestr(file.read(name).decode())
 
     def files(self) -> Iterator[tuple[str, bytes, bool]]:
-        """Path, content and whether it is executable, of each file; each proven by RECORD."""
+        """Each file's path, content and whether it is executable, verified against RECORD."""
         with zipfile.ZipFile(self.path) as file:
             (record,) = [one for one in file.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", one)]
             wanted = {row[0]: row[1] for row in csv.reader(io.StringIO(file.read(record).decode())) if row}
@@ -89,7 +89,7 @@ class Wheel:
                     continue
                 data = file.read(info)
                 if info.filename != record and wanted.get(info.filename) != _digest(data):
-                    raise BuildError(f"{self.path.name}: wanted {info.filename} as RECORD has it, found another")
+                    raise BuildError(f"{self.path.name}: wanted {info.filename} as in RECORD, found another content")
                 if ".." in info.filename.split("/") or info.filename.startswith("/"):
                     raise BuildError(f"{self.path.name}: wanted paths inside the wheel, found {info.filename}")
                 yield info.filename, data, bool(info.external_attr >> 16 & 0o111)
@@ -106,7 +106,7 @@ def normal(name: str) -> str:
 
 
 def locked(text: str) -> dict[str, tuple[str, frozenset[str]]]:
-    """Version and allowed SHA-256 digests of each distribution in a lock file, without those for Windows alone."""
+    """Version and allowed SHA-256 digests of each distribution in a lock file, except those for Windows only."""
     found: dict[str, tuple[str, frozenset[str]]] = {}
     text = re.sub(r"^[^ #\n]+ ; sys_platform == 'win32'.*?(?=^[\w#]|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     for name, version, rest in re.findall(r"^([\w.-]+)==(\S+)(.*?)(?=^[\w#]|\Z)", text, re.MULTILINE | re.DOTALL):
@@ -115,7 +115,7 @@ def locked(text: str) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def proven(directory: Path, lock: str) -> list[Wheel]:
-    """The wheels in a directory, each named by the lock and with one of its digests; sorted."""
+    """Return a directory's wheels, sorted; each must be in the lock file with one of its digests."""
     wanted = locked(lock)
     wheels = sorted((Wheel.read(path) for path in directory.glob("*.whl")), key=lambda wheel: wheel.path.name)
     for wheel in wheels:
@@ -126,5 +126,5 @@ def proven(directory: Path, lock: str) -> list[Wheel]:
         tag = f"cp{python.replace('.', '')}"
         there = {wheel.name for wheel in wheels if wheel.place in {"any", tag}}
         if missing := sorted(wanted.keys() - there):
-            raise BuildError(f"wanted wheels for Python {python} of all that the lock names, found none of {missing}")
+            raise BuildError(f"wanted wheels for Python {python} of all that the lock names, found none for {missing}")
     return wheels

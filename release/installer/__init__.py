@@ -1,5 +1,5 @@
 """
-What the offline file does on a node: look, install or upgrade, and remove again.
+The offline file's program on a node: it checks, installs or upgrades, and uninstalls.
 
-It has nothing but Python's own library, asks no network, and runs no package manager.
+It needs only Python's own library, no network and no package manager.
 """

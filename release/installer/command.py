@@ -11,17 +11,17 @@ from pathlib import Path
 from release.installer import installation, machine, payload, places, removal
 from release.installer.places import InstallError
 
-_ABOUT = "Installs, upgrades and removes ca-bridge on this machine, with no network and no package index."
+_ABOUT = "Installs, upgrades and removes ca-bridge on this machine, without a network or a package index."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse, do it, and say what is wrong in words: 0 done, 1 not done or not said, 2 usage."""
+    """Run the command; exit with 0 (done), 1 (not done, or output not written) or 2 (usage)."""
     try:
         _run(arguments)
     finally:
         try:
             print(end="", flush=True)
-        except OSError as e:  # Python would say it in words of its own, and end with 120
+        except OSError as e:  # Python would print its own message, and exit with 120
             os.write(2, f"error: standard output: {e.strerror}\n".encode())
             os._exit(1)
 
@@ -37,7 +37,7 @@ def _run(arguments: Sequence[str] | None) -> None:
         sys.exit(1)
     except OSError as e:
         print(f"error: {e.filename or 'system'}: {e.strerror or e}", file=sys.stderr)
-        print("hint: what was installed before is still in force", file=sys.stderr)
+        print("hint: the version that was installed before is still in use", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -46,14 +46,14 @@ def _run(arguments: Sequence[str] | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"sh {Path(sys.argv[0]).name}", description=_ABOUT)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser("check", help="would it run here? changes nothing")
+    check = commands.add_parser("check", help="check whether it runs on this machine; changes nothing")
     check.set_defaults(do=lambda _: _check())
     install = commands.add_parser("install", help="install, or upgrade: settings and state stay as they are")
-    install.add_argument("--enable", action="store_true", help="have the nightly timer, and recovery at boot, run")
-    install.add_argument("--despite-settings", action="store_true", help="also if the new version refuses the settings")
+    install.add_argument("--enable", action="store_true", help="enable the nightly timer, and recovery at boot")
+    install.add_argument("--despite-settings", action="store_true", help="even if the new version refuses the settings")
     install.set_defaults(do=_install)
-    uninstall = commands.add_parser("uninstall", help="remove the program; what is yours stays")
-    uninstall.add_argument("--purge", action="store_true", help="ask for settings, state and plug-ins, one by one")
+    uninstall = commands.add_parser("uninstall", help="remove the program; settings, state and plug-ins stay")
+    uninstall.add_argument("--purge", action="store_true", help="remove settings, state and plug-ins, too; asks first")
     uninstall.set_defaults(do=lambda given: removal.uninstall(purge=given.purge))
     return parser
 

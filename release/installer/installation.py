@@ -1,8 +1,8 @@
 """
-Installing, which is also upgrading: a new tree beside the old one, proven, and then one link replaced.
+Install or upgrade: unpack a new tree beside the old one, verify it, then replace one link.
 
-A process of the old program goes on with the old tree, which stays until the next upgrade. The new program reads settings
-and state before it takes over, and never writes them.
+A process of the old program continues with the old tree, which stays until the next upgrade. The new program checks the
+settings before the switch; an installation writes neither settings nor state.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from release.installer import machine, places, units
 from release.installer.payload import Manifest, Payload, changed, version
 from release.installer.places import InstallError
 
-#: Imports all that the program may ever import, so that what a machine lacks is found now, and not at night.
+#: Imports every module that the program may ever import, so that a missing one is noticed now and not at night.
 _PROOF = """
 import importlib, pkgutil, sys
 sys.path[:0] = sys.argv[1:]
 import backends, bridge, cryptography, hvac, requests, rich, tenacity, typer, yaml
 for package in (bridge, backends):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if module.name in ("bridge.testing", "bridge.__main__"):  # which need pytest, and would run
+        if module.name in ("bridge.testing", "bridge.__main__"):  # the first needs pytest, the second would start the program
             continue
         try:
             importlib.import_module(module.name)
-        except ModuleNotFoundError as e:  # what `ca-bridge serve` alone needs is not in this file
+        except ModuleNotFoundError as e:  # this file does not have the packages that only `ca-bridge serve` needs
             if not module.name.startswith("bridge.door.") or e.name not in ("alembic", "cheroot", "jinja2", "sqlalchemy"):
                 raise
 """
-#: Their hundreds of modules are for colouring source code, which nothing here does.
+#: Hundreds of modules that colour source code, which ca-bridge does not do.
 _NOT_COMPILED = r"/pygments/(lexers|styles|formatters)/"
 
 
@@ -46,12 +46,12 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
     Install or upgrade.
 
     Args:
-        payload: What.
-        enable: Have the nightly timer run.
-        despite_settings: Also where the new program says that the settings are wrong.
+        payload: The archive with the tree.
+        enable: Enable the nightly timer.
+        despite_settings: Install even if the new program refuses the settings.
 
     Raises:
-        InstallError: It can't be done; the program that was there is still in force.
+        InstallError: The installation failed; the program that was there is still in use.
     """
     machine.assert_fits(payload.manifest)
     machine.assert_root()
@@ -71,7 +71,7 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
             raise
         _install_units(tree, payload.manifest)
         _adopt_environment()
-        if tree != before:  # else the version before is still the one to go back to
+        if tree != before:  # otherwise the previous version stays, to go back to
             units.restart_services()
             remove_trees({tree, before})
     if enable:
@@ -80,19 +80,19 @@ def install(payload: Payload, *, enable: bool, despite_settings: bool) -> None:
 
 
 def current() -> Path | None:
-    """The tree that is in force."""
+    """The tree that is in use."""
     return places.CURRENT.resolve() if places.CURRENT.exists() else None
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Keep every other installer from installing and removing meanwhile."""
+    """Keep other installers from installing or removing at the same time."""
     descriptor = os.open(places.VERSIONS, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as e:
-        raise InstallError("wanted to be the only installer at work, found another", "wait until it has ended") from e
+        raise InstallError("wanted to be the only installer at work, found another", "wait until it ends") from e
     finally:
         os.close(descriptor)
 
@@ -104,12 +104,12 @@ def _assert_command_is_free() -> None:
     found = f"a link to {command.readlink()}" if command.is_symlink() else "another program"
     raise InstallError(
         f"{command}: wanted nothing or our own link, found {found}",
-        "where a package brought it, remove that first (apt remove ca-bridge, dnf remove ca-bridge): settings and state stay",
+        "if it is from a package, remove the package first (apt remove ca-bridge, dnf remove ca-bridge): settings and state stay",
     )
 
 
 def _unpacked(payload: Payload) -> Path:
-    """The new tree, whole and proven; what was begun and not ended earlier is removed."""
+    """Unpack and test the new tree; remove trees that an interrupted installation left."""
     target = places.VERSIONS / payload.manifest.directory
     for left in places.VERSIONS.glob(".new-*"):
         shutil.rmtree(left)
@@ -122,8 +122,8 @@ def _unpacked(payload: Payload) -> Path:
         (made / "python").write_text(f"{sys.executable}\n", encoding="utf-8")
         _prove(made)
         made.chmod(0o755)
-        os.sync()  # before it gets its name, which a power cut could keep without the content
-        if target.exists():  # and damaged: a process that runs it keeps what it has loaded
+        os.sync()  # before the rename: a power cut could keep the name and lose the content
+        if target.exists():  # it is damaged; a process that runs it keeps the modules that it has loaded
             shutil.rmtree(target)
         made.rename(target)
     except BaseException:
@@ -133,7 +133,7 @@ def _unpacked(payload: Payload) -> Path:
 
 
 def _is_proven(tree: Path) -> bool:
-    """Whether it starts by this Python; one that does not is made anew, as its bytecode may be damaged."""
+    """Whether the tree starts with this Python; otherwise it is made again, since its bytecode may be damaged."""
     try:
         _prove(tree)
         return (tree / "python").read_text(encoding="utf-8") == f"{sys.executable}\n"
@@ -146,7 +146,7 @@ def _libraries(tree: Path) -> list[str]:
 
 
 def _compile(made: Path, target: Path) -> None:
-    """Bytecode for this Python, with the paths that it will have: without it each run takes seconds."""
+    """Compile bytecode for this Python, with the final paths: without it each run takes seconds."""
     options = ["-q", "-j", "0", "-x", _NOT_COMPILED, "-s", str(made), "-p", str(target)]
     command = [sys.executable, "-I", "-S", "-m", "compileall", *options, *_libraries(made)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -155,13 +155,13 @@ def _compile(made: Path, target: Path) -> None:
 
 
 def _prove(tree: Path) -> None:
-    """The program starts here, and finds all that it may need of Python's own library."""
+    """Assert that the program starts, and finds every module of Python's own library that it may need."""
     command = [sys.executable, "-I", "-S", "-c", _PROOF, *_libraries(tree)]
     imported = subprocess.run(command, check=False, capture_output=True, text=True)
     for done in (imported, run(tree, "--version")):
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            hint = "" if "Module" not in said else "Python's own library is not whole; Debian: apt install python3"
+            hint = "" if "Module" not in said else "Python's own library is incomplete; on Debian: apt install python3"
             raise InstallError(f"wanted the new program to start, found: {said}", hint)
 
 
@@ -176,7 +176,7 @@ def _assert_settings_load(tree: Path, *, despite_settings: bool) -> None:
                 f"{places.SETTINGS}: wanted settings that the new version accepts, found:\n{said}",
                 "correct them (plug-ins go into /opt/ca-bridge/plugins), or use --despite-settings",
             )
-        print(f"warning: the new version says of the settings:\n{said}", file=sys.stderr)
+        print(f"warning: the new version refuses the settings:\n{said}", file=sys.stderr)
 
 
 def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -189,7 +189,7 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def _switch(tree: Path) -> None:
     places.replace_link(places.COMMAND, str(places.CURRENT / "bin/ca-bridge"))  # first: /usr may be read-only
     places.replace_link(places.UNINSTALL, "current/bin/uninstall")
-    places.replace_link(places.CURRENT, f"versions/{tree.name}")  # from here on the new one is in force
+    places.replace_link(places.CURRENT, f"versions/{tree.name}")  # from here on the new version is in use
 
 
 def _install_units(tree: Path, manifest: Manifest) -> None:
@@ -198,22 +198,22 @@ def _install_units(tree: Path, manifest: Manifest) -> None:
     except OSError as e:
         raise InstallError(
             f"{places.UNITS}: wanted to write the units, found: {e.strerror or e}",
-            f"ca-bridge {manifest.version} is in force already; install it again for its units",
+            f"ca-bridge {manifest.version} is in use already; install it again to get its units",
         ) from e
 
 
 def _adopt_environment() -> None:
     """
-    A virtual environment in our place, as earlier versions were installed: jobs that name its program get the new one.
+    Link the program of an earlier version's virtual environment to the new one, for jobs that name it.
 
-    The rest of it stays: it may hold what the operator has added.
+    The rest of the environment stays, because the operator may have added packages.
     """
     if (places.TOP / "pyvenv.cfg").is_file():
         places.replace_link(places.TOP / "bin/ca-bridge", "../current/bin/ca-bridge")
 
 
 def remove_trees(keep: AbstractSet[Path | None]) -> None:
-    """The trees that this installer made, and no other directory."""
+    """Remove trees that this installer made, and no other directory."""
     for tree in places.VERSIONS.iterdir():
         if tree not in keep and not tree.is_symlink() and (tree / "bin/ca-bridge").is_file():
             shutil.rmtree(tree)
@@ -226,7 +226,7 @@ def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
     elif before == current():
         done = f"ca-bridge {manifest.version} is installed already"
     elif was == manifest.version:
-        done = f"replaced ca-bridge {was} by another build of it"
+        done = f"replaced ca-bridge {was} with another build of it"
     else:
         done = f"upgraded ca-bridge from {was} to {manifest.version}"
     print(done, f"in {places.TOP}")
@@ -234,10 +234,10 @@ def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
     print(f"units:    {places.UNITS}/ca-bridge*")
     if (places.TOP / "pyvenv.cfg").is_file():
         print(
-            f"kept:     the virtual environment in {places.TOP}; {places.TOP}/bin/ca-bridge leads to the new program now"
+            f"kept:     the virtual environment in {places.TOP}; {places.TOP}/bin/ca-bridge now leads to the new program"
         )
     for path, program in units.hidden():
-        print(f"note:     {path} is used in place of ours; it starts {program}")
+        print(f"note:     systemd uses {path} instead of the installed unit; it starts {program}")
     _tell_others()
     if not places.SETTINGS.exists():
         print("pages:    ca-bridge help; ca-bridge help first-renewal")
@@ -247,7 +247,7 @@ def _tell(manifest: Manifest, before: Path | None, *, enabled: bool) -> None:
 
 
 def _tell_others() -> None:
-    """Programs of this name that some paths find before ours."""
+    """Name other programs called ca-bridge that a shell may find first."""
     for directory in ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/root/.local/bin"):
         other = Path(directory, "ca-bridge")
         if other.exists() and not places.is_ours(other) and not places.COMMAND.samefile(other):

@@ -1,4 +1,4 @@
-"""Whether the program would run on this machine, and whether we may install here."""
+"""Whether the program runs on this machine, and whether the installer may write to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def glibc() -> tuple[int, int] | None:
-    """The system's; None where there is another C library, as on Alpine."""
+    """The system's version of glibc; None with another C library, as on Alpine."""
     try:
         text = os.confstr("CS_GNU_LIBC_VERSION") or ""
     except (ValueError, OSError):
@@ -26,16 +26,16 @@ def glibc() -> tuple[int, int] | None:
 
 
 def architecture() -> str:
-    """As wheels name it."""
+    """The machine's architecture, with the name that wheels use."""
     machine = platform.machine().lower()
     return _NAMES.get(machine, machine)
 
 
 def assert_fits(manifest: Manifest) -> None:
-    """The processor, the C library and Python are such as the program was compiled for."""
+    """Assert the architecture, C library and Python that the program was compiled for."""
     if architecture() != manifest.platform:
         raise InstallError(
-            f"wanted a machine with {manifest.platform}, for which this file is, found {architecture()}",
+            f"wanted a machine with {manifest.platform}, which this file is for, found {architecture()}",
             f"take the file whose name ends in {architecture()}.run",
         )
     found, wanted = glibc(), ".".join(map(str, manifest.glibc))
@@ -43,7 +43,7 @@ def assert_fits(manifest: Manifest) -> None:
         name = "another C library" if found is None else "glibc " + ".".join(map(str, found))
         raise InstallError(
             f"wanted glibc {wanted} or newer, found {name}",
-            "Debian 12, Ubuntu 24.04 and RHEL 8, and what is newer, have it",
+            "Debian 12, Ubuntu 24.04, RHEL 8 and newer releases have it",
         )
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if version not in manifest.pythons:
@@ -51,7 +51,7 @@ def assert_fits(manifest: Manifest) -> None:
 
 
 def assert_root() -> None:
-    """We may write where the program goes."""
+    """Assert that the installer may write the program's files."""
     if os.geteuid() != 0:
         raise InstallError(f"wanted root, found user {os.geteuid()}", "run it with sudo")
 
@@ -67,7 +67,7 @@ def assert_roots_own(path: Path) -> None:
         mode = stat.S_IMODE(status.st_mode)
         if status.st_uid or mode & 0o022:
             raise InstallError(
-                f"{one}: wanted a directory of root's that only root can write to, "
+                f"{one}: wanted a directory that belongs to root and that only root can write to, "
                 f"found user {status.st_uid} and mode {mode:04o}",
-                f"a user who can write there would decide what root runs: chown root {one}; chmod go-w {one}",
+                f"a user who can write there could change programs that root runs: chown root {one}; chmod go-w {one}",
             )

@@ -1,4 +1,4 @@
-"""The tree inside the offline file, each file proven by the manifest's digest before it is written."""
+"""The tree inside the offline file; each file is verified with the manifest's digest before it is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Manifest:
 
     version: str
     platform: str  #: Such as `x86_64`.
-    glibc: tuple[int, int]  #: The oldest that will do.
+    glibc: tuple[int, int]  #: The oldest that is enough.
     pythons: list[str]  #: Such as `3.11`.
     executable: frozenset[str]
     files: dict[str, str]  #: SHA-256 digest by path.
@@ -29,12 +29,12 @@ class Manifest:
 
     @property
     def directory(self) -> str:
-        """The tree's name below `versions`: other bytes have another name."""
+        """The tree's name below `versions`: different content has a different name."""
         return f"{self.version}-{self.digest[:8]}"
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
-        """The manifest from its bytes."""
+        """Parse a manifest."""
         raw = json.loads(data)
         return cls(
             version=raw["version"],
@@ -55,7 +55,9 @@ class Payload:
             self._archive = zipfile.ZipFile(path)
             self._manifest = self._archive.read("tree/manifest.json")
         except (OSError, KeyError, zipfile.BadZipFile) as e:
-            raise InstallError(f"{path}: wanted a whole file, found: {e}", "copy it again, and check its digest") from e
+            raise InstallError(
+                f"{path}: wanted all of the file, found: {e}", "copy it again, and check its digest"
+            ) from e
         self.manifest = Manifest.parse(self._manifest)
 
     def unpack(self, directory: Path) -> None:
@@ -78,11 +80,11 @@ class Payload:
 
 def _damaged(path: str, found: str) -> InstallError:
     hint = "copy it again, and check its digest and signature"
-    return InstallError(f"{sys.argv[0]}: wanted {path} as the manifest has it, found: {found}", hint)
+    return InstallError(f"{sys.argv[0]}: wanted {path} as in the manifest, found: {found}", hint)
 
 
 def version(tree: Path) -> str:
-    """An installed tree's, as far as its manifest tells."""
+    """The version of an installed tree, if its manifest can be read."""
     try:
         return Manifest.parse((tree / "manifest.json").read_bytes()).version
     except (OSError, ValueError, LookupError, TypeError):
@@ -90,7 +92,7 @@ def version(tree: Path) -> str:
 
 
 def changed(tree: Path, wanted: Manifest | None = None) -> list[str]:
-    """What of an installed tree is missing, not as its manifest has it, not its, or not root's alone to write."""
+    """The files of an installed tree that are missing, changed, not in the manifest, or writable by others than root."""
     try:
         manifest = Manifest.parse((tree / "manifest.json").read_bytes())
     except (OSError, ValueError, LookupError, TypeError):
@@ -104,7 +106,7 @@ def changed(tree: Path, wanted: Manifest | None = None) -> list[str]:
 
 
 def _is_as_written(path: str, status: os.stat_result, manifest: Manifest) -> bool:
-    """But for the content: a directory, or a file that is the manifest's or compiled from one of them."""
+    """Whether it is a directory, or a file of the manifest or compiled from one; the content is not checked."""
     if status.st_uid or status.st_mode & 0o022:
         return False
     if stat.S_ISDIR(status.st_mode):

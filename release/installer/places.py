@@ -1,4 +1,4 @@
-"""Where everything goes, what is the operator's, and the error that ends an installation."""
+"""The installed paths, the paths that belong to the operator, and the error that ends an installation."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 
 TOP = Path("/opt/ca-bridge")
 VERSIONS = TOP / "versions"
-CURRENT = TOP / "current"  #: A link to one of the versions; replacing it is the upgrade.
+CURRENT = TOP / "current"  #: A link to one of the versions; an upgrade replaces it.
 UNINSTALL = TOP / "uninstall"
 
 #: In $PATH for cron (/usr/bin:/bin), for sudo on Debian, and for sudo on RHEL, which leaves /usr/local out.
 COMMAND = Path("/usr/bin/ca-bridge")
 
-#: For units that an administrator installs (systemd.unit(5)): /etc/systemd/system comes before, packages after it.
+#: For units that an administrator installs (systemd.unit(5)): after /etc/systemd/system, before those of packages.
 UNITS = Path("/usr/local/lib/systemd/system")
 OWN_UNITS = Path("/etc/systemd/system")
 
 SETTINGS = Path("/etc/ca-bridge/config.toml")
 
-#: The operator's, or made by the program for the operator; only `--purge` removes it, and asks before.
+#: Files that belong to the operator, or that the program made; only `--purge` removes them, after it has asked.
 KEPT = {
-    Path("/etc/ca-bridge"): "settings, and what they name",
-    Path("/var/lib/ca-bridge"): "state: audit log, backups with keys, requests that wait",
-    TOP / "plugins": "plug-ins that were added",
+    Path("/etc/ca-bridge"): "settings, and files that they name",
+    Path("/var/lib/ca-bridge"): "state: audit log, backups with keys, waiting requests",
+    TOP / "plugins": "plug-ins that you added",
 }
 
 
-#: Where docs/install.md has links made by hand, to manual pages and completion.
+#: Links to manual pages and completion that docs/install.md tells the operator to make.
 _BY_HAND = (
     *("usr/local/share/man/man1/ca-bridge*", "etc/bash_completion.d/ca-bridge"),
     *("usr/local/share/zsh/site-functions/_ca-bridge", "etc/fish/completions/ca-bridge.fish"),
@@ -35,7 +35,7 @@ _BY_HAND = (
 
 
 class InstallError(Exception):
-    """Nothing more is done. The text says what was wanted and what was found, the hint what to do next."""
+    """Ends the installation. The text says what was wanted and what was found, the hint what to do next."""
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
@@ -43,10 +43,10 @@ class InstallError(Exception):
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Make a link, or have one lead elsewhere, in one step."""
+    """Create a link, or change its target, in one step."""
     if link.is_symlink() and str(link.readlink()) == target:
         return
-    temporary = link.with_name(f".{link.name}.new")  # always the same: what a killed installer has left is used up
+    temporary = link.with_name(f".{link.name}.new")  # fixed, to remove the link of a killed installer
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
@@ -69,14 +69,14 @@ def write(path: Path, data: bytes) -> bool:
 
 
 def is_ours(link: Path) -> bool:
-    """Whether a link leads into our tree, also to something that is gone."""
+    """Whether a link leads into our tree, even if its target is gone."""
     if not link.is_symlink():
         return False
-    named = Path(os.path.normpath(link.parent / link.readlink()))  # the versions may be on another disk, by a link
+    named = Path(os.path.normpath(link.parent / link.readlink()))  # a link may lead to versions on another disk
     return named.is_relative_to(TOP) or Path(os.path.realpath(link)).is_relative_to(os.path.realpath(TOP))
 
 
 def by_hand(root: Path = Path("/")) -> list[Path]:
-    """Those of these links that lead into the version that is in force."""
+    """The links made by hand that lead into the version in use."""
     found = (path for pattern in _BY_HAND for path in root.glob(pattern) if path.is_symlink())
     return [path for path in found if path.readlink().is_relative_to(CURRENT)]

@@ -1,4 +1,4 @@
-"""Taking the program away again: what it brought goes, what is the operator's stays."""
+"""Uninstall: remove the program's files, and keep the operator's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from release.installer import installation, machine, places, units
 from release.installer.places import InstallError
 
-#: Left by a run that was cut off: only the program knows how to go on.
+#: An interrupted run left these; only the program knows how to continue.
 _INTERRUPTED = ("journal.json", "restart.json", "staging.json")
 _STATE = Path("/var/lib/ca-bridge")
 
@@ -24,7 +24,7 @@ def uninstall(*, purge: bool) -> None:
     machine.assert_root()
     if purge and not sys.stdin.isatty():
         raise InstallError(
-            "--purge: wanted a terminal to ask on, found none", "uninstall without it, and remove the rest"
+            "--purge: wanted a terminal to ask on, found none", "uninstall without --purge, and remove the rest by hand"
         )
     if not places.VERSIONS.is_dir():
         raise InstallError(f"wanted an installation in {places.TOP}, found none")
@@ -44,7 +44,7 @@ def uninstall(*, purge: bool) -> None:
 
 @contextmanager
 def _at_rest() -> Iterator[None]:
-    """Let no run begin meanwhile (InstallError: one is at work, and would lose its modules, or was cut off)."""
+    """Keep runs from starting (InstallError: a run is at work and would lose its modules, or was interrupted)."""
     with ExitStack() as held:
         for state in dict.fromkeys([_STATE, *_named_states()]):
             _hold(state, held)
@@ -58,7 +58,7 @@ def _at_rest() -> Iterator[None]:
 
 
 def _hold(state: Path, held: ExitStack) -> None:
-    """Take the lock by which the program's runs keep each other away (`bridge/system/locks.py`)."""
+    """Take the lock that keeps two runs from working at the same time (`bridge/system/locks.py`)."""
     try:
         descriptor = os.open(state / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -67,12 +67,12 @@ def _hold(state: Path, held: ExitStack) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        hint = "wait until it has ended (`ca-bridge doctor` names it), then uninstall again"
+        hint = "wait until it ends (`ca-bridge doctor` names it), then uninstall again"
         raise InstallError(f"{state}: wanted no run at work, found one", hint) from e
 
 
 def _named_states() -> list[Path]:
-    """The nodes' and desks' state directory that the settings name, as far as the program can still read them."""
+    """The state directory of a node or desk that the settings name, if the program can still read them."""
     tree = installation.current()
     shown = installation.run(tree, "settings", "show").stdout if tree is not None else ""
     node = shown.partition("[node]\n")[2].partition("\n[")[0]
@@ -80,7 +80,7 @@ def _named_states() -> list[Path]:
 
 
 def _remove_versions() -> None:
-    """The trees that the installer made; what else is beside them stays."""
+    """Remove the trees that the installer made; other files beside them stay."""
     for left in places.VERSIONS.glob(".new-*"):
         shutil.rmtree(left)
     installation.remove_trees(set())
@@ -99,14 +99,14 @@ def _purge() -> None:
 def _is_wanted(question: str) -> bool:
     try:
         return input(question).strip().lower() in {"y", "yes"}
-    except EOFError:  # Ctrl-D is no yes
+    except EOFError:  # Ctrl-D is not a yes
         print()
         return False
 
 
 def _tell() -> None:
     if places.VERSIONS.is_dir():
-        print(f"kept:     {places.VERSIONS} (the installer's own is gone)")
+        print(f"kept:     {places.VERSIONS}, without the installer's files")
     for path, what in places.KEPT.items():
         if os.path.lexists(path):
             print(f"kept:     {path} ({what})")
@@ -114,4 +114,4 @@ def _tell() -> None:
         print(f"kept:     the virtual environment in {places.TOP}")
     own = [*places.OWN_UNITS.glob("ca-bridge*"), *Path("/etc/cron.d").glob("ca-bridge*")]
     for path in sorted(own):
-        print(f"kept:     {path}; it may still start the program that is gone")
+        print(f"kept:     {path}; it may still start the removed program")

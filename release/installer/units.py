@@ -1,4 +1,4 @@
-"""systemd units: written, made known, enabled, and taken away again. Without a running systemd only the files change."""
+"""Install, enable and remove systemd units. Without a running systemd only the files change."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from release.installer import places
 from release.installer.places import InstallError
 
-#: By which renewals run; `--enable` enables them.
+#: The units that run renewals; `--enable` enables them.
 NIGHTLY = ("ca-bridge.timer", "ca-bridge-recover.service")
-#: Those that do not end by themselves, if they run; the second is the operator's own.
+#: The units that run all the time, if they run; the operator installs the second.
 _LASTING = ("ca-bridge-gateway*.service", "ca-bridge-serve*.service")
 
 
 def shipped(tree: Path) -> dict[str, bytes]:
-    """Content of each unit of the tree, by name."""
+    """Return the content of each unit of the tree, by name."""
     share = tree / "share/kubeadm-ca-bridge"
     found = sorted(path for name in ("systemd", "desk") for path in (share / name).glob("ca-bridge*.*"))
     return {path.name: path.read_bytes() for path in found if path.suffix in {".service", ".timer"}}
 
 
 def install(tree: Path) -> None:
-    """Write the tree's units, and take away those of an earlier version that are no more."""
+    """Write the tree's units, and remove units of an earlier version that it no longer has."""
     wanted = shipped(tree)
     for name, data in wanted.items():
         places.write(places.UNITS / name, data)
@@ -36,20 +36,20 @@ def install(tree: Path) -> None:
 
 
 def enable() -> None:
-    """Have them run: from the next boot on, and now where there is a systemd."""
+    """Enable them from the next boot, and start the timer now if systemd runs."""
     _systemctl("enable", *NIGHTLY)
     if is_running():
         _systemctl("start", "ca-bridge.timer")
 
 
 def restart_services() -> None:
-    """Have the services that run be of the version in force: the next upgrade removes the one that they were started from."""
+    """Restart running services with the version in use: the next upgrade removes the version that they were started from."""
     if is_running():
         _systemctl("try-restart", *_LASTING)
 
 
 def remove() -> None:
-    """Stop, disable and remove all of ours; the caller has looked that no renewal is at work."""
+    """Stop, disable and remove all our units; the caller has made sure that no renewal is at work."""
     found = installed()
     if found and shutil.which("systemctl"):
         names = [path.name for path in found]
@@ -59,7 +59,7 @@ def remove() -> None:
         _systemctl("disable", "--quiet", *names)
     for path in found:
         path.unlink()
-    for directory in (places.UNITS, places.UNITS.parent):  # made for them, as a rule
+    for directory in (places.UNITS, places.UNITS.parent):  # usually made for these units
         if directory.is_dir() and not any(directory.iterdir()):
             directory.rmdir()
     if found and is_running():
@@ -67,14 +67,14 @@ def remove() -> None:
 
 
 def installed() -> list[Path]:
-    """The unit files that we have written."""
+    """The unit files that the installer has written."""
     return sorted(path for path in places.UNITS.glob("ca-bridge*.*") if path.suffix in {".service", ".timer"})
 
 
 def hidden() -> Iterator[tuple[Path, str]]:
-    """The operator's own unit files, which systemd takes in place of ours, and the program that each starts."""
+    """The operator's unit files that systemd uses instead of ours, and the program that each starts."""
     for path in sorted(places.OWN_UNITS.glob("ca-bridge*.service")):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""  # a link to nothing, a mask
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""  # a broken link, or a mask
         starts = [line.partition("=")[2].split() for line in text.splitlines() if line.startswith("ExecStart=")]
         yield path, next((words[0] for words in starts if words), "nothing")
 
@@ -86,7 +86,7 @@ def is_running() -> bool:
 
 def _systemctl(*arguments: str) -> None:
     if not shutil.which("systemctl"):
-        raise InstallError("wanted systemctl, found none", "`ca-bridge setup cron --enable` has cron run it")
+        raise InstallError("wanted systemctl, found none", "use cron instead: `ca-bridge setup cron --enable`")
     done = subprocess.run(["systemctl", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip() or f"exit code {done.returncode}"

@@ -76,7 +76,10 @@ def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offl
     assert "corp" in bookworm.run("ca-bridge settings check", check=False).stderr
     bookworm.run("chown 1000 /opt/ca-bridge/plugins/corp-1.dist-info")
     refused = bookworm.run("ca-bridge settings check", check=False)
-    assert (refused.returncode, "corp-1.dist-info: wanted what only root can write to" in refused.stderr) == (1, True)
+    assert (
+        refused.returncode,
+        "corp-1.dist-info: wanted a file or directory that only root can write to" in refused.stderr,
+    ) == (1, True)
     bookworm.run("chown root /opt/ca-bridge/plugins/corp-1.dist-info; chmod o+w /opt/ca-bridge/plugins")
     refused = bookworm.run("ca-bridge settings check", check=False)
     assert (refused.returncode, "only root can write to" in refused.stderr) == (1, True)
@@ -124,7 +127,10 @@ def test_a_plug_in_that_others_can_change_is_not_loaded(bookworm: Tree, offline:
         bookworm.run(f"rm -rf {plugins}; cp -a /srv/good {plugins}; cd {plugins}; {spoil}")
         refused = bookworm.run("ca-bridge settings check", check=False)
         assert refused.returncode == 1, (spoil, refused)
-        assert f"error: {plugins}/{named}: wanted what only root can write to, and no link" in refused.stderr, spoil
+        assert (
+            f"error: {plugins}/{named}: wanted a file or directory that only root can write to, and no link"
+            in refused.stderr
+        ), spoil
         bookworm.run(f"rm -rf {plugins} /srv/corp /srv/module.py; cp -a /srv/good {plugins}")
 
 
@@ -154,7 +160,7 @@ def test_an_upgrade_keeps_settings_state_and_the_version_before(bookworm: Tree, 
     digests = bookworm.run("sha256sum /etc/ca-bridge/* /var/lib/ca-bridge/*; stat -c '%a %Y %n' /var/lib/ca-bridge/*")
 
     bring(bookworm, releases.offline(shared / "release-later", SOURCE_DATE_EPOCH="2000000000"))
-    assert " by another build of it in /opt/ca-bridge" in bookworm.run(INSTALL).stdout
+    assert " with another build of it in /opt/ca-bridge" in bookworm.run(INSTALL).stdout
     assert " is installed already in /opt/ca-bridge" in bookworm.run(INSTALL).stdout
     assert bookworm.run("readlink /opt/ca-bridge/current").stdout != first
     assert len(bookworm.run("ls /opt/ca-bridge/versions").stdout.split()) == 2
@@ -193,7 +199,7 @@ def test_takes_over_from_a_virtual_environment(bookworm: Tree, offline: Path, tm
 
     said = bookworm.run(INSTALL).stdout
     assert "kept:     the virtual environment" in said
-    assert "/etc/systemd/system/ca-bridge.service is used in place of ours" in said
+    assert "systemd uses /etc/systemd/system/ca-bridge.service instead of the installed unit" in said
     old_name = "/opt/ca-bridge/bin/ca-bridge"
     assert "/versions/" in bookworm.run(f"readlink -f {old_name}").stdout
     assert bookworm.run(f"{old_name} --version && ca-bridge --version").stdout.count("ca-bridge ") == 2
@@ -209,7 +215,7 @@ def test_takes_over_from_a_virtual_environment(bookworm: Tree, offline: Path, tm
             "found: /usr/bin/python3 (Python 3.9.2)",
         ),
         ("rm -r /usr/lib/python3.11/ssl.py /usr/lib/python3.11/xml", "wanted the new program to start"),
-        (f"truncate -s -100 {FILE}", "wanted a whole and unchanged file"),
+        (f"truncate -s -100 {FILE}", "wanted a complete and unchanged file"),
         ("chmod o+w /opt", "only root can write to, found user 0 and mode 0757"),
         ("chown 1000 /usr/local", "found user 1000 and mode"),
         ("mkdir -p /opt/ca-bridge/versions; chmod 777 /opt/ca-bridge/versions", "found user 0 and mode 0777"),
@@ -249,7 +255,7 @@ def test_refuses_another_processor(bookworm: Tree, offline: Path) -> None:
     """The file refuses another processor, and says which file is the right one."""
     bring(bookworm, offline)
     refused = bookworm.run(f"setarch i686 {INSTALL}", check=False)
-    assert "wanted a machine with x86_64, for which this file is, found i686" in refused.stderr
+    assert "wanted a machine with x86_64, which this file is for, found i686" in refused.stderr
     assert refused.returncode == 1
 
 
@@ -262,7 +268,7 @@ def test_refuses_a_changed_byte(bookworm: Tree, offline: Path) -> None:
     data[largest.header_offset + 30 + name_bytes + extra_bytes + largest.compress_size // 2] ^= 1
     bookworm.put(FILE, bytes(data))
     refused = bookworm.run(INSTALL, check=False)
-    assert "wanted a whole and unchanged file, found another digest\nhint: copy it again" in refused.stderr
+    assert "wanted a complete and unchanged file, found another digest\nhint: copy it again" in refused.stderr
     assert ours(bookworm) == set()
 
     head, end, archive = bytes(data).partition(b"\nexit 1\nPK")
@@ -270,7 +276,7 @@ def test_refuses_a_changed_byte(bookworm: Tree, offline: Path) -> None:
     now = hashlib.sha256(b"PK" + archive).hexdigest()
     bookworm.put(FILE, head.replace(was.encode(), now.encode()) + end + archive)
     refused = bookworm.run(INSTALL, check=False)
-    assert "as the manifest has it, found" in refused.stderr
+    assert "as in the manifest, found" in refused.stderr
     assert "check its digest and signature" in refused.stderr
     assert not any("/usr/bin" in path or "/lib/" in path for path in ours(bookworm))
 
@@ -380,12 +386,12 @@ def test_other_files_beside_the_versions_stay(bookworm: Tree, offline: Path) -> 
     )
     bookworm.run(f"{INSTALL} && {INSTALL} && ca-bridge --version && ls -d /srv/big/theirs /srv/big/file")
     said = bookworm.run("/opt/ca-bridge/uninstall").stdout
-    assert "kept:     /opt/ca-bridge/versions (" in said
+    assert "kept:     /opt/ca-bridge/versions, without" in said
     assert bookworm.run("ls -A /srv/big; ls /usr/bin/ca-bridge", check=False).stdout.split() == ["file", "theirs"]
 
     bookworm.run("rm /opt/ca-bridge/versions; mkdir -p /opt/ca-bridge/versions/theirs /etc/systemd/system")
     said = bookworm.run(f"ln -s /gone /etc/systemd/system/ca-bridge.service; {INSTALL}").stdout
-    assert "/etc/systemd/system/ca-bridge.service is used in place of ours; it starts nothing" in said
+    assert "/etc/systemd/system/ca-bridge.service instead of the installed unit; it starts nothing" in said
     bookworm.run("/opt/ca-bridge/uninstall && ls -d /opt/ca-bridge/versions/theirs")
 
 
@@ -404,7 +410,7 @@ def test_units_that_can_not_be_written_are_reported(bookworm: Tree, offline: Pat
     units = "/usr/local/lib/systemd"
     full = f"mkdir -p {units} && mount -t tmpfs -o mode=755,size=8k none {units} && ! {INSTALL} && ls -A {units}/system"
     refused = bookworm.run(full)
-    assert "is in force already; install it again for its units" in refused.stderr
+    assert "is in use already; install it again to get its units" in refused.stderr
     assert ".new" not in refused.stdout
     assert "installed" not in bookworm.run(INSTALL).stderr
     assert "ca-bridge.timer" in bookworm.run(f"ls {units}/system").stdout
@@ -448,7 +454,7 @@ def test_purge_asks_for_each(bookworm: Tree, offline: Path, no: bytes) -> None:
         "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(['/opt/ca-bridge/uninstall', '--purge'])))"
     )
     said = bookworm.run(f'mount -t devpts devpts /dev/pts; python3 -c "{terminal}"', stdin=answers).stdout
-    assert "remove /etc/ca-bridge (settings, and what they name)? [y/N]" in said
+    assert "remove /etc/ca-bridge (settings, and files that they name)? [y/N]" in said
     assert (
         bookworm.run("ls -d /etc/ca-bridge /var/lib/ca-bridge /opt/ca-bridge", check=False).stdout == "/etc/ca-bridge\n"
     )
