@@ -1,28 +1,28 @@
-# Sourced by the project's shell scripts: what they need of the system, installed where we may, else named.
+# Sourced by the project's shell scripts: installs what they need from the system if it may, otherwise names it.
 # shellcheck shell=bash
 
 die() { printf 'error: %s\n' "$1" >&2; [ $# -lt 2 ] || printf 'hint: %s\n' "$2" >&2; exit 1; }
 
-# install_packages PACKAGE...: Debian packages. Says so, since it changes the machine.
+# install_packages PACKAGE...: installs Debian packages, and says so, because that changes the machine.
 install_packages() {
   local apt=(apt-get -o DPkg::Lock::Timeout=300)
-  command -v apt-get >/dev/null || die "wanted the Debian packages $*, found no apt-get" "install what they hold by this system's own means"
+  command -v apt-get >/dev/null || die "wanted the Debian packages $*, found no apt-get" "install their programs with this system's package manager"
   [ "$(id -u)" = 0 ] || die "wanted the Debian packages $*, found them missing" "run: sudo apt-get install $*"
   echo "installing Debian packages: $*" >&2
-  # A fresh machine has no package lists, and one that has them needs no new ones.
+  # Update the package lists only if this fails: a fresh machine has none, and other machines need no newer ones.
   DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y -qq --no-install-recommends "$@" >/dev/null 2>&1 && return
   "${apt[@]}" update -qq
   DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-# need PROGRAM=PACKAGE...: the packages of the programs that are not in $PATH.
+# need PROGRAM=PACKAGE...: installs the packages of the programs that are not in $PATH.
 need() {
   local item missing=()
   for item in "$@"; do command -v "${item%%=*}" >/dev/null || missing+=("${item#*=}"); done
   [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 }
 
-# find_python: prints the path of a Python that is 3.11 or newer and can make virtual environments.
+# find_python: prints the path of a Python 3.11 or newer that can make virtual environments.
 find_python() {
   local name found=
   for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
@@ -34,13 +34,13 @@ find_python() {
     found=$(command -v python3)
   fi
   if ! "$found" -c 'import ensurepip, venv' 2>/dev/null; then
-    # Debian and Ubuntu keep it in a package of its own, one for each Python.
+    # Debian and Ubuntu have them in a separate package for each Python.
     install_packages "${found##*/}-venv"
   fi
   echo "$found"
 }
 
-# make_venv DIR LOCK...: a virtual environment with exactly what the lock files name, made anew when they change.
+# make_venv DIR LOCK...: makes a virtual environment with exactly the packages of the lock files, again when they change.
 make_venv() {
   local directory=$1 python stamp; shift
   python=$(find_python)
@@ -53,7 +53,7 @@ make_venv() {
   echo "$stamp" >"$directory/stamp"
 }
 
-# install_project VENV: this project, as the wheel that users get, in place of the one that was there.
+# install_project VENV: installs this project's wheel, as users get it, in place of an earlier one.
 install_project() {
   local pip=("$1/bin/python" -m pip --quiet --disable-pip-version-check)
   rm -rf "$1/wheel"
@@ -61,8 +61,8 @@ install_project() {
   "${pip[@]}" install --no-deps --force-reinstall "$1"/wheel/*.whl
 }
 
-# progress TOTAL: reads what pip says, and tells which package of how many it is at: on one line of a terminal, or every
-# fifth package on a line of its own.
+# progress TOTAL: reads pip's output and shows its progress: on one line of a terminal, otherwise a line for every fifth
+# package.
 progress() {
   local total=$1 line count=0
   while read -r line; do
@@ -80,7 +80,7 @@ progress() {
   if [ -t 2 ] && [ "${TERM:-dumb}" != dumb ]; then printf '\r\033[K' >&2; fi
 }
 
-# pip_of PYTHON: prints the path of the pip that its venv module would copy into each environment; nothing if there is none.
+# pip_of PYTHON: prints the path of the pip that its venv module copies into environments; nothing if there is none.
 pip_of() {
   "$1" -c '
 import ensurepip, pathlib
@@ -88,8 +88,8 @@ places = [pathlib.Path(ensurepip.__file__).parent / "_bundled", pathlib.Path("/u
 print(next((wheel / "pip" for place in places for wheel in sorted(place.glob("pip-*.whl"))), ""))'
 }
 
-# make_lean_venv DIR LOCK...: the project, and what the lock files name for this platform, in an environment without pip
-# of its own and without compiled bytecode, told step by step; made anew when the lock files or the project change.
+# make_lean_venv DIR LOCK...: installs the project and the lock files' packages for this platform into an environment
+# without pip and without compiled bytecode, and shows each step; again when the lock files or the project change.
 make_lean_venv() {
   local directory=$1 python pip stamp total begin=$SECONDS; shift
   python=$(find_python)

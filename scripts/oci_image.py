@@ -3,7 +3,7 @@ Write a directory as an OCI image in one file: an OCI layout in a tar (`oci-arch
 
 usage: oci_image.py ROOT OUT REFERENCE EPOCH VERSION
 
-One layer; every file belongs to root and has the same time, so that the same content makes the same bytes.
+One layer; every file belongs to root and has the same time, so that the same content gives the same bytes.
 Standard library only: `scripts/image` runs it with the system's Python.
 https://github.com/opencontainers/image-spec
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # Go's names, as container runtimes compare them
 _USER = 65532
-#: Whatever else is in ROOT belongs to root.
+#: Everything else in ROOT belongs to root.
 _OWN = {"var/lib/ca-bridge": 0o700}
 _MODES = {"tmp": 0o1777}
 
@@ -36,7 +36,7 @@ def layer(root: Path, epoch: int) -> bytes:
         for path in sorted(root.rglob("*"), key=lambda one: str(one.relative_to(root)).encode()):
             name = str(path.relative_to(root))
             member = tar.gettarinfo(path, name)
-            if member.islnk():  # a hard link depends on what came first
+            if member.islnk():  # a hard link would depend on the order
                 member.type, member.linkname = tarfile.REGTYPE, ""
                 member.size = path.stat().st_size
             member.uid = member.gid = _USER if name in _OWN else 0
@@ -52,14 +52,14 @@ def layer(root: Path, epoch: int) -> bytes:
 
 
 def _mode(member: tarfile.TarInfo) -> int:
-    """Read by all and written by none but its owner, whatever the umask was."""
+    """A mode that all can read and only the owner can write, whatever the umask was."""
     if member.issym():
         return 0o777
     return 0o755 if member.isdir() or member.mode & 0o100 else 0o644
 
 
 def documents(blob: bytes, packed: bytes, reference: str, epoch: int, version: str) -> dict[str, bytes]:
-    """All files of the layout, by name."""
+    """Return all files of the layout, by name."""
     time = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     labels = {
         "org.opencontainers.image.title": "ca-bridge",
@@ -100,7 +100,7 @@ def documents(blob: bytes, packed: bytes, reference: str, epoch: int, version: s
 
 
 def _whole(reference: str) -> str:
-    """As container runtimes complete a name without a registry."""
+    """Complete a name without a registry, as container runtimes do."""
     first, slash, _ = reference.partition("/")
     if not slash:
         return f"docker.io/library/{reference}"
@@ -116,7 +116,7 @@ def _json(value: object) -> bytes:
 
 
 def write(root: Path, out: Path, reference: str, epoch: int, version: str) -> str:
-    """Write the image; returns the layer's digest."""
+    """Write the image; return the layer's digest."""
     blob = layer(root, epoch)
     packed = gzip.compress(blob, compresslevel=6, mtime=0)
     part = out.with_name(f".{out.name}.part")

@@ -1,21 +1,21 @@
-# Sourced after need.sh by what builds releases: the wheels that they are made of.
+# Sourced after need.sh by scripts that build releases: gets the wheels for them.
 # shellcheck shell=bash
 
 venv=$PWD/.cache/venv-release
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 export SOURCE_DATE_EPOCH
 
-# project_wheel: builds the project's wheel and names it in $project.
+# project_wheel: builds the project's wheel and sets $project to its path.
 project_wheel() {
   local made=.cache/wheels/project
   make_venv "$venv" requirements-build.lock
   rm -rf "$made"
-  # No bytecode or other file that lies about in the tree: the wheel's own rules say what belongs into it.
+  # The wheel's own rules decide which files it contains: no bytecode, and no stray files of the tree.
   "$venv/bin/python" -m pip --quiet --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir "$made" .
   project=$(echo "$made"/*.whl)
 }
 
-# wheels_for PLATFORM: downloads what is not there yet, checked by the lock's digests, and names the directory in $wheels.
+# wheels_for PLATFORM: downloads missing wheels, checks them with the lock's digests, and sets $wheels to the directory.
 wheels_for() {
   local version tag stamp name
   case $1 in x86_64 | aarch64) ;; *) die "--platform: wanted x86_64 or aarch64, found $1" ;; esac
