@@ -1,8 +1,8 @@
 #!/bin/sh
-# A network plug-in for the pods of one node (https://www.cni.dev/docs/spec/): each has a link to its node, and nothing else.
+# A network plug-in for the pods of one node (https://www.cni.dev/docs/spec/): each pod has only a link to its node.
 set -eu
 gateway=169.254.1.1
-number() { # the next address of this node: 10.244.77.2 to .251, and again
+number() { # the next address of this node: 10.244.77.2 to .251, then from the start again
   exec 9>>/etc/cni/numbers
   flock 9
   echo "$CNI_CONTAINERID" >&9
@@ -25,5 +25,5 @@ ADD)
   printf ' "ips": [{"address": "10.244.77.%s/32", "gateway": "%s", "interface": 0}]}\n' "$n" "$gateway"
   ;;
 VERSION) printf '{"cniVersion": "1.0.0", "supportedVersions": ["1.0.0"]}\n' ;;
-*) cat >/dev/null ;; # a link ends with its pod
+*) cat >/dev/null ;; # a link disappears with its pod
 esac

@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# A real kubeadm 1.37 control-plane node on this machine: kubelet and containerd, which run etcd, kube-apiserver,
-# kube-controller-manager and kube-scheduler as static pods, in a network and a mount namespace of their own.
-# Inside the node every path is the usual one (/etc/kubernetes, /var/lib/kubelet, /var/lib/etcd).
+# Runs a real kubeadm 1.37 control-plane node on this machine: kubelet and containerd, which run etcd, kube-apiserver,
+# kube-controller-manager and kube-scheduler as static pods, in a separate network and mount namespace.
+# Inside the node all paths are the usual ones (/etc/kubernetes, /var/lib/kubelet, /var/lib/etcd).
 #
-#   node.sh up NAME IP [CA_DIR]    start it; with CA_DIR the three CA keys are moved there, with copies of the CA
-#                                  certificates, before the control plane is made: external-CA mode
-#   node.sh join NAME IP OTHER     one more control-plane node, an etcd member too, beside node OTHER, with its CA
-#                                  certificates; its own certificates are signed with the keys of OTHER's CA_DIR
-#   node.sh host NAME IP           a machine before kubeadm: container runtime, network, and a service that starts the
-#                                  kubelet as systemd does (systemctl.sh, which kubeadm finds)
+#   node.sh up NAME IP [CA_DIR]    start a node; with CA_DIR, move the three CA keys there, and copy the CA certificates,
+#                                  before the control plane is made: external-CA mode
+#   node.sh join NAME IP OTHER     start another control-plane node, also an etcd member, in the cluster of node OTHER;
+#                                  the keys in OTHER's CA_DIR sign its certificates
+#   node.sh host NAME IP           start a machine before kubeadm: container runtime, network, and a service that starts
+#                                  the kubelet as systemd does (systemctl.sh, which kubeadm finds)
 #   node.sh worker NAME IP OTHER [FORM]
-#                                  a worker of node OTHER's cluster, by `kubeadm join`. FORM tells how it gets its name:
+#                                  start a worker in node OTHER's cluster, with `kubeadm join`. FORM is its identity:
 #                                    reference  a kubelet.conf that refers to a pre-signed .pem (the default)
-#                                    data       a kubelet.conf that holds the pre-signed certificate
+#                                    data       a kubelet.conf that contains the pre-signed certificate
 #                                    token      a bootstrap token; a signer has to sign within 5 minutes
 #   node.sh etcd_host NAME IP CA_DIR NAME=IP...
-#                                  a host of etcd alone, as kubeadm's "Set up a High Availability etcd Cluster" leaves it;
-#                                  NAME=IP are all of them. Etcd's CA is CA_DIR's, and is made there if there is none
+#                                  start a host with etcd only, as in kubeadm's "Set up a High Availability etcd
+#                                  Cluster"; NAME=IP lists all of them. CA_DIR has etcd's CA, or gets a new one
 #   node.sh exec NAME CMD...       run CMD as on the node
-#   node.sh down NAME              stop it and remove all of it, also when it never came up or is not there
+#   node.sh down NAME              stop the node and remove all of it, even if it never came up or does not exist
 #
 # Environment:
 #   KUBE_BIN_DIR      the kit's programs (binaries.sh), default /opt/k8s
-#   KUBE_NODE_DIR     what nodes keep on disk, default /var/lib/kube-nodes; NAME/*.log tells what went wrong
+#   KUBE_NODE_DIR     the nodes' files, default /var/lib/kube-nodes; for errors see NAME/*.log
 #   KUBEADM_CLUSTER   more lines for kubeadm's ClusterConfiguration (certificateValidityPeriod: 1h, …)
 #   KUBEADM_KUBELET   more lines for the cluster's KubeletConfiguration (serverTLSBootstrap: true, …)
 #   KUBELET_MINUTES   lifetime of a worker's pre-signed certificate, default 525600 (a year)
 #
-# Run as root. Addresses are of 198.18.77.0/24 (a range for benchmarks, RFC 2544) on a bridge that exists only here;
-# .1 is the bridge. Nodes may come and go at the same time: each has its own name and its own address.
-# The container images stay in KUBE_NODE_DIR for the next node; everything else goes with the node.
-# A host with cgroup v1 will do. While a node is up, leave the host's own (empty) /etc/kubernetes, /var/lib/kubelet
-# and the like in place: they are mount points, and removing one detaches it in the node, too.
+# Run it as root. Addresses are from 198.18.77.0/24 (a range for benchmarks, RFC 2544) on a bridge that exists only on this
+# machine; .1 is the bridge. Nodes may start and stop at the same time: each has its own name and address.
+# The container images stay in KUBE_NODE_DIR for the next node; `down` removes everything else.
+# A host with cgroup v1 is enough. While a node is up, leave the host's own (empty) /etc/kubernetes, /var/lib/kubelet
+# and the like in place: they are mount points, and removing one also detaches it in the node.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../../scripts/need.sh"
@@ -39,9 +39,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=${KUBE_BIN_DIR:-/opt/k8s}
 base=${KUBE_NODE_DIR:-/var/lib/kube-nodes}
 bridge=kube-nodes
-made=/run/kube-nodes.made # those of the mount points that were not there before
+made=/run/kube-nodes.made # mount points that did not exist before
 watches=/proc/sys/fs/inotify/max_user_instances watches_before=/run/kube-nodes.watches
-# All that kubeadm, kubelet and containerd write to; on the host these stay empty.
+# All directories that kubeadm, kubelet and containerd write to; on the host they stay empty.
 mount_points=(/etc/kubernetes /var/lib/kubelet /var/lib/etcd /var/log/pods /var/log/containers
   /run/containerd /run/nri /etc/cni /usr/libexec/kubernetes)
 export PATH="$bin:$PATH"
@@ -50,10 +50,10 @@ usage() { sed -n '/^#   node.sh/,/^#$/s/^# \{0,3\}//p' "${BASH_SOURCE[0]}" >&2; 
 
 enter() { PATH="$node/bin:$PATH" nsenter -t "$(cat "$node/pid")" -m -n -- "$@"; }
 
-# daemon PROGRAM ARG...: started on the node, in a session of its own, so that a Ctrl-C at the terminal passes it by.
+# daemon PROGRAM ARG...: starts it on the node, in a separate session, so that Ctrl-C at the terminal does not reach it.
 daemon() { setsid nsenter -t "$(cat "$node/pid")" -m -n -- "$@" >"$node/$1.log" 2>&1 </dev/null & }
 
-# within SECONDS WHAT COMMAND...: wait until it succeeds; no longer than the process lives that was started last.
+# within SECONDS WHAT COMMAND...: waits until the command succeeds, while the process that was started last lives.
 within() {
   local seconds=$1 what=$2 end; shift 2
   end=$((SECONDS + seconds))
@@ -71,10 +71,10 @@ phase() {
   die "$name: kubeadm init phase $* failed" "see $node/kubeadm.log"
 }
 
-# locked COMMAND...: one node at a time, for what all of them share.
+# locked COMMAND...: runs it for one node at a time, because nodes share its files.
 locked() { (flock 9; "$@") 9>/run/kube-nodes.lock; }
 
-# --- what the container runtime would pull from a registry ---
+# --- the images that a container runtime would pull from a registry ---
 
 make_pause() {
   cat >"$images/pause.c" <<'C'
@@ -110,18 +110,18 @@ make_images() {
   touch "$images/done"
 }
 
-# A container runtime's directory with all images, which nodes copy: to import and unpack them takes 4 s of a processor.
-unpack_images() { # within `locked`, whose process has the trap
+# Makes a container runtime's directory with all images, for nodes to copy: importing and unpacking takes 4 s of CPU time.
+unpack_images() { # call it in `locked`, whose process gets the trap
   local state=$images/run runtime archive
   rm -rf "$images/containerd" "$state"
   mkdir -p "$state"
   write_containerd_config "$images/containerd" "$state" >"$images/containerd.toml"
-  # With a /run of its own, since it leaves directories there.
+  # With a separate /run, because containerd leaves directories there.
   # shellcheck disable=SC2016  # expanded inside
   unshare --mount --propagation private -- bash -ec 'mount -t tmpfs none /run; exec containerd -c "$1"' - "$images/containerd.toml" \
     >"$images/containerd.log" 2>&1 </dev/null 9>&- &
   runtime=$!
-  # shellcheck disable=SC2064  # this very process
+  # shellcheck disable=SC2064  # expanded now: this process
   trap "kill -9 $runtime 2>/dev/null || true" EXIT
   within 120 "a container runtime for its images" ctr -a "$state/containerd.sock" version
   for archive in "$images"/*.tar; do
@@ -134,7 +134,7 @@ unpack_images() { # within `locked`, whose process has the trap
   rm -rf "$state"
 }
 
-# Layers and blobs never change, and are linked; everything else is the node's own.
+# Links layers and blobs, which never change, and copies everything else.
 copy_images() { # copy_images CONTAINERD
   local file
   cp -a --link "$images/containerd" "$1"
@@ -143,7 +143,7 @@ copy_images() { # copy_images CONTAINERD
   done < <(cd "$1" && find . -type f -not -path '*/blobs/*' -not -path '*/snapshots/*')
 }
 
-write_containerd_config() { # write_containerd_config ROOT STATE; it would ask each container for its use of the machine every second
+write_containerd_config() { # write_containerd_config ROOT STATE; by default containerd collects statistics every second
   containerd config default | sed -E \
     -e "s#sandbox = '.*pause.*'#sandbox = '$(cat "$images/pause.reference")'#" \
     -e 's#restrict_oom_score_adj = false#restrict_oom_score_adj = true#' -e "s#'/opt/cni/bin'#'/etc/cni/bin'#;s#use_internal_loopback = false#use_internal_loopback = true#" \
@@ -154,7 +154,7 @@ write_containerd_config() { # write_containerd_config ROOT STATE; it would ask e
 
 # --- the machine that kubeadm finds ---
 
-cgroup_roots() { # each controller's directory (cgroup v1), or the one of all (v2)
+cgroup_roots() { # prints each controller's directory (cgroup v1), or the single one (v2)
   local directory
   for directory in /sys/fs/cgroup /sys/fs/cgroup/*; do
     [ ! -L "$directory" ] && [ -e "$directory/cgroup.procs" ] && [ "$(stat -f -c %T "$directory")" != tmpfs ] && echo "$directory"
@@ -167,13 +167,13 @@ make_mount_points() {
   for point in "${mount_points[@]}"; do [ -d "$point" ] || { mkdir -p "$point"; echo "$point" >>"$made"; }; done
 }
 
-make_room() { # a node's processes watch files with 20 inotify instances, and a machine allows 128 to all of root's
+make_room() { # a node's processes need 20 inotify instances, and root's limit on a machine is 128
   [ "$(cat $watches)" -lt 1024 ] || return 0
   cat $watches >$watches_before
   echo 1024 >$watches
 }
 
-make_network() { # make_network IP; the link gets the address, so that a second node does not take it
+make_network() { # make_network IP; stores the address in the link, so that no second node takes it
   if ! ip link show $bridge >/dev/null 2>&1; then
     ip link add $bridge type bridge
     ip addr add 198.18.77.1/24 dev $bridge
@@ -189,20 +189,20 @@ make_network() { # make_network IP; the link gets the address, so that a second 
   ip -n "$name" route add default via 198.18.77.1
 }
 
-make_namespaces() { # a process that holds the mount namespace, and all mounts of it
+make_namespaces() { # starts a process that holds the mount namespace, and makes all mounts in it
   local point
   for point in "${mount_points[@]}"; do mkdir -p "$node/root$point"; done
-  # In memory is what waits for each write, and so for seconds where a machine writes much besides: etcd, and containerd.
+  # etcd and containerd wait for each write, for seconds on a machine with a busy disk: so keep their files in memory.
   mkdir "$node/memory"
   mount -t tmpfs -o mode=700 memory "$node/memory"
   mkdir -m 700 "$node/memory/etcd" "$node/memory/grpc.v1.cri"
   mount --bind "$node/memory/etcd" "$node/root/var/lib/etcd"
-  # nsenter and not `ip netns exec`, which would lay a new /sys without cgroups over the old one
+  # nsenter, because `ip netns exec` would mount a new /sys without cgroups over the old one
   # shellcheck disable=SC2016  # expanded inside
   setsid nsenter --net="/run/netns/$name" unshare --mount --propagation private -- bash -ec '
     node=$1; shift
     for point; do mount --bind "$node/root$point" "$point"; done
-    mount --make-rshared /var/lib/kubelet  # kubelet shares the mounts of volumes with its pods
+    mount --make-rshared /var/lib/kubelet  # the kubelet shares volume mounts with its pods
     echo $$ >"$node/pid.part"
     mv "$node/pid.part" "$node/pid"
     exec sleep infinity
@@ -214,23 +214,23 @@ start_containerd() {
   local socket=$node/run/containerd.sock waiting
   mkdir -p "$node/run"
   copy_images "$node/containerd"
-  for waiting in metadata.v1.bolt/meta.db snapshotter.v1.overlayfs/metadata.db grpc.v1.cri; do # databases, states of pods
+  for waiting in metadata.v1.bolt/meta.db snapshotter.v1.overlayfs/metadata.db grpc.v1.cri; do # databases, and states of pods
     [ ! -e "$node/containerd/io.containerd.$waiting" ] || mv "$node/containerd/io.containerd.$waiting" "$node/memory/"
     ln -s "$node/memory/${waiting##*/}" "$node/containerd/io.containerd.$waiting"
   done
   write_containerd_config "$node/containerd" "$node/run" >"$node/containerd.toml"
   daemon containerd -c "$node/containerd.toml"
   within 120 "its container runtime" ctr -a "$socket" version
-  # crictl -c /etc/kubernetes/crictl.yaml; by default it gives up after 2 s
+  # for `crictl -c /etc/kubernetes/crictl.yaml`; crictl's default timeout is 2 s
   printf '%s\n' "runtime-endpoint: unix://$socket" "timeout: 120" >"$kubernetes/crictl.yaml"
 }
 
-make_host() { # make_host IP: the node before kubeadm
+make_host() { # make_host IP: makes the node before kubeadm
   local root ip=$1
   [[ ! -e "$node" && ! -e "/run/netns/$name" ]] || die "$name: wanted a new name, found a node of that name" "node.sh down $name"
   locked make_images
   mkdir -p "$node"
-  # A node has its own cgroup root, since a kubelet removes what it does not know from its root.
+  # Each node has its own cgroup root, because a kubelet removes unknown cgroups from its root.
   for root in $(cgroup_roots); do mkdir -p "$root/$name"; done
   locked make_network "$ip"
   locked make_room
@@ -241,7 +241,7 @@ make_host() { # make_host IP: the node before kubeadm
 
 # --- kubeadm ---
 
-kubelet_here() { # what any kubelet needs on a machine that it shares
+kubelet_here() { # settings that every kubelet needs on a shared machine
   cat <<YAML
 cgroupDriver: cgroupfs
 cgroupRoot: /$name
@@ -272,7 +272,7 @@ ${KUBEADM_KUBELET:-}
 YAML
 }
 
-kubectl_as() { # kubectl_as KUBECONFIG ARG...: on the node, as admin or super-admin
+kubectl_as() { # kubectl_as KUBECONFIG ARG...: runs kubectl on the node as admin or super-admin
   local kubeconfig=$1; shift
   enter kubectl --kubeconfig "/etc/kubernetes/$kubeconfig.conf" "$@"
 }
@@ -280,7 +280,7 @@ kubectl_as() { # kubectl_as KUBECONFIG ARG...: on the node, as admin or super-ad
 start_kubelet() { # start_kubelet IP
   daemon kubelet --config=/var/lib/kubelet/config.yaml --kubeconfig=/etc/kubernetes/kubelet.conf \
     --hostname-override="$name" --node-ip="$1"
-  local pki=/etc/kubernetes/pki # with curl, since kubectl takes a tenth of a second of a processor, and this asks often
+  local pki=/etc/kubernetes/pki # curl, because this asks often, and each kubectl takes 0.1 s of CPU time
   within 300 "an API server that is ready" enter curl --silent --fail --max-time 10 --cacert $pki/ca.crt \
     --cert $pki/apiserver-kubelet-client.crt --key $pki/apiserver-kubelet-client.key "https://$1:6443/readyz"
 }
@@ -295,7 +295,7 @@ move_ca_keys() { # move_ca_keys CA_DIR
   done
 }
 
-bind_admins() { # a write whose answer was lost has been carried out
+bind_admins() { # `get`, because a write may succeed although its answer was lost
   kubectl_as super-admin create clusterrolebinding kubeadm:cluster-admins \
     --clusterrole=cluster-admin --group=kubeadm:cluster-admins ||
     kubectl_as super-admin get clusterrolebinding kubeadm:cluster-admins
@@ -313,7 +313,7 @@ up() { # up IP [CA_DIR]
   phase control-plane all
   phase etcd local
   start_kubelet "$ip"
-  # what `kubeadm init` does next: the rights of its groups and users, and its configuration in the cluster
+  # the next steps of `kubeadm init`: rights of its groups and users, and its configuration in the cluster
   within 120 "the rights of admin.conf" bind_admins
   phase upload-config all
   within 300 "a Node object" kubectl_as admin get node "$name"
@@ -322,13 +322,13 @@ up() { # up IP [CA_DIR]
   echo "$name is up at https://$ip:6443"
 }
 
-etcd_member() { # etcd_member IP FIRST; refused until the member that was added before is well
+etcd_member() { # etcd_member IP FIRST; fails until the member that was added before is healthy
   local pki=/etc/kubernetes/pki/etcd
   enter etcdctl --command-timeout=100s --endpoints "https://$2:2379" --cacert $pki/ca.crt --cert $pki/healthcheck-client.crt \
     --key $pki/healthcheck-client.key member add "$name" --peer-urls="https://$1:2380" >"$node/member.log" 2>&1
 }
 
-add_etcd_member() { # add_etcd_member IP FIRST: this node, to the etcd cluster that FIRST belongs to
+add_etcd_member() { # add_etcd_member IP FIRST: adds this node to the etcd cluster of FIRST
   local members
   within 120 "a new etcd member" etcd_member "$1" "$2"
   members=$(sed -n 's/^ETCD_INITIAL_CLUSTER="\(.*\)"/\1/p' "$node/member.log")
@@ -365,7 +365,7 @@ join() { # join IP OTHER
   echo "$name is up at https://$ip:6443"
 }
 
-# --- hosts of etcd alone ---
+# --- hosts with etcd only ---
 
 write_etcd_config() { # write_etcd_config IP NAME=IP...
   local ip=$1 cluster; shift
@@ -395,7 +395,7 @@ ${KUBEADM_CLUSTER:-}
 YAML
 }
 
-write_stand_alone_kubelet() { # its configuration is not where kubeadm has it, and no kubeconfig is there
+write_stand_alone_kubelet() { # not at kubeadm's path, and without a kubeconfig
   cat >"$node/root/var/lib/kubelet/stand-alone.yaml" <<YAML
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -422,7 +422,7 @@ etcd_host() { # etcd_host IP CA_DIR NAME=IP...
   phase etcd local
   write_stand_alone_kubelet
   daemon kubelet --config=/var/lib/kubelet/stand-alone.yaml --hostname-override="$name" --node-ip="$ip"
-  within 300 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # others answer at 2379 once they are enough
+  within 300 "a member of etcd" enter bash -c "exec 3<>/dev/tcp/$ip/2380" # port 2379 answers only when enough members are up
   echo "$name is an etcd host at $ip"
 }
 
@@ -436,11 +436,11 @@ host() { # host IP
   setsid nsenter -t "$(cat "$node/pid")" -m -n -- "$node/bin/systemctl" keep >"$node/service.log" 2>&1 </dev/null &
 }
 
-sign_kubelet() { # sign_kubelet CA_DIR: made/kubelet.crt and .key, in the name of this node
+sign_kubelet() { # sign_kubelet CA_DIR: makes made/kubelet.crt and .key for this node
   local made=$node/made
   mkdir -p "$made"
   openssl ecparam -name prime256v1 -genkey -noout -out "$made/kubelet.key" 2>>"$node/openssl.log"
-  # `openssl ca` and not `x509 -req`, which knows no shorter lifetime than a day
+  # `openssl ca`, because the shortest lifetime of `x509 -req` is a day
   printf '%s\n' '[ca]' 'default_ca = d' '[d]' "new_certs_dir = $made" "database = $made/index" "rand_serial = yes" \
     'default_md = sha256' 'policy = p' 'x509_extensions = e' '[p]' 'organizationName = supplied' 'commonName = supplied' \
     '[e]' 'basicConstraints = critical,CA:FALSE' 'keyUsage = critical,digitalSignature' 'extendedKeyUsage = clientAuth' \
@@ -450,7 +450,7 @@ sign_kubelet() { # sign_kubelet CA_DIR: made/kubelet.crt and .key, in the name o
   openssl ca -batch -notext -config "$made/ca.cnf" -cert "$1/ca.crt" -keyfile "$1/ca.key" -in "$made/kubelet.csr" \
     -startdate "$(date -u -d '-1 minute' +%Y%m%d%H%M%SZ)" \
     -enddate "$(date -u -d "+${KUBELET_MINUTES:-525600} minutes" +%Y%m%d%H%M%SZ)" \
-    -out "$made/kubelet.crt" >>"$node/openssl.log" 2>&1 || die "$name: no certificate for its kubelet" "see $node/openssl.log"
+    -out "$made/kubelet.crt" >>"$node/openssl.log" 2>&1 || die "$name: openssl did not sign its kubelet's certificate" "see $node/openssl.log"
 }
 
 write_kubelet_conf() { # write_kubelet_conf SERVER CA_CRT data|reference
@@ -480,7 +480,7 @@ users:
 YAML
 }
 
-write_join() { # write_join IP DISCOVERY: the patch, since the cluster's configuration names the first node's cgroup
+write_join() { # write_join IP DISCOVERY; with a patch, because the cluster's configuration has the first node's cgroup
   mkdir -p "$node/patches"
   echo "{cgroupRoot: /$name}" >"$node/patches/kubeletconfiguration+merge.yaml"
   cat >"$kubernetes/join.yaml" <<YAML
@@ -512,7 +512,7 @@ worker() { # worker IP OTHER [FORM]
     write_kubelet_conf "https://$first:6443" "$ca_dir/ca.crt" "$form"
     write_join "$ip" "file: {kubeConfigPath: /etc/kubernetes/kubelet.conf}"
   fi
-  # All errors of preflight: the file that is there on purpose, and whatever this machine lacks beside a real one.
+  # Ignore all preflight errors: one file exists on purpose, and this machine is no full node.
   enter kubeadm join --config /etc/kubernetes/join.yaml --ignore-preflight-errors=all >>"$node/kubeadm.log" 2>&1 || {
     tail -n 3 "$node/kubeadm.log" >&2
     die "$name: kubeadm join failed" "see $node/kubeadm.log and $node/kubelet.log"
@@ -521,9 +521,9 @@ worker() { # worker IP OTHER [FORM]
   echo "$name is a worker at $ip"
 }
 
-# --- the end ---
+# --- stopping a node ---
 
-pids() { # all processes of the node: those in its network, and those in its cgroups
+pids() { # prints all processes of the node: in its network namespace, and in its cgroups
   ip netns pids "$name" 2>/dev/null || true
   local root
   for root in $(cgroup_roots); do
@@ -533,7 +533,7 @@ pids() { # all processes of the node: those in its network, and those in its cgr
 
 kill_all() {
   local pid tries
-  # Whatever is left may start another process meanwhile (kubelet a pod, containerd a shim), so until none is left.
+  # Repeat until no process is left: a remaining one may start another (kubelet a pod, containerd a shim).
   for tries in $(seq 1800); do
     mapfile -t found < <(pids | sort -un)
     [ ${#found[@]} -gt 0 ] || return 0
@@ -555,12 +555,12 @@ remove_cgroups() {
 }
 
 remove_network() {
-  # Link first: the kernel removes it some time after the namespace of its other end, just between a look and `link del`.
+  # Remove the link first. After its peer's namespace the kernel would remove it at any time, even right before `link del`.
   ! ip link show "v-$name" >/dev/null 2>&1 || ip link del "v-$name"
   ! ip netns list | grep -qE "^$name( |\$)" || ip netns del "$name"
 }
 
-# The last node of the machine, wherever the others are on disk, takes what all of them share.
+# The last node of the machine, in any KUBE_NODE_DIR, removes the shared files.
 remove_shared() {
   local point
   [ -z "$(ip -oneline link show master $bridge 2>/dev/null)" ] || return 0
@@ -574,7 +574,8 @@ remove_shared() {
 down() {
   kill_all
   remove_network
-  # In the host's namespace a node has two mounts, of its memory; one that was made by hand would send rm -rf into foreign files.
+  # In the host's namespace a node has two mounts in memory. Unmount all: through one made by hand, rm -rf would delete
+  # other files.
   awk -v node="$node/" 'index($2, node) == 1 { print $2 }' /proc/mounts | sort -r | while read -r point; do umount -l "$point"; done
   remove_cgroups
   rm -rf "$node"
@@ -586,11 +587,11 @@ main() {
   local verb=$1
   name=$2
   shift 2
-  [[ $name =~ ^[a-z][a-z0-9-]{0,12}$ ]] || die "wanted a name of 1 to 13 small letters, digits and hyphens (a network link is named after it), found $name"
+  [[ $name =~ ^[a-z][a-z0-9-]{0,12}$ ]] || die "wanted a name of 1 to 13 lower-case letters, digits and hyphens (a network link is named after it), found $name"
   node=$base/$name
   kubernetes=$node/root/etc/kubernetes
   export KUBECACHEDIR=$node/kubectl-cache
-  [ "$(id -u)" = 0 ] || die "wanted root, which may make namespaces, found uid $(id -u)"
+  [ "$(id -u)" = 0 ] || die "wanted root, to make namespaces, found uid $(id -u)"
   case $verb in
     up | join | host | worker | etcd_host)
       [ -x "$bin/kubeadm" ] || die "wanted the kit's programs, found no $bin/kubeadm" "run tests/kit/binaries.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# OpenSSL's PKCS#11 provider for a system that has no package of it, such as Debian 12: Debian 13's, unpacked into
-# $KUBE_BIN_DIR/ossl-modules (default /opt/k8s). apt fetches it and checks where it is from; nothing is installed, and
-# the system's lists of packages stay as they are.
+# Gets OpenSSL's PKCS#11 provider for a system without a package of it, such as Debian 12: unpacks Debian 13's into
+# $KUBE_BIN_DIR/ossl-modules (default /opt/k8s). apt downloads it and checks its signature; nothing is installed, and
+# the system's package lists do not change.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/need.sh
@@ -26,4 +26,4 @@ apt=(apt-get -qq -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::Sourc
 dpkg-deb -x "$work"/pkcs11-provider_*.deb "$work/unpacked"
 mkdir -p "$target"
 install -m 0644 "$work"/unpacked/usr/lib/*/ossl-modules/pkcs11.so "$target/pkcs11.so.new"
-mv "$target/pkcs11.so.new" "$target/pkcs11.so" # a half-copied one is never found
+mv "$target/pkcs11.so.new" "$target/pkcs11.so" # so that nothing finds a half-copied file

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What systemd does for a kubelet, on a node of the kit, which has none: a unit with kubeadm's drop-in, started when
-# asked and again 2 s after each end. It is named `systemctl` in the node's directory, and stands first in its PATH.
+# Stands in for systemd on a node of the kit, which has none: runs the kubelet like a unit with kubeadm's drop-in, and
+# restarts it 2 s after it ends. Its name is `systemctl` in the node's directory, which is first in the node's PATH.
 #
 #   systemctl start|stop|restart|is-active|is-enabled|status|cat kubelet
-#   systemctl keep          the service itself, for ever
+#   systemctl keep          runs the service, without end
 #
-# A kubelet that is beside it is started instead of the kit's: so a node gets a newer one.
-# The unit's state is beside it: `kubelet.wanted` while it is to run, `kubelet.pid` while it does.
+# A kubelet beside this file is started instead of the kit's, so that a node can get a newer one.
+# The unit's state is in the node's directory: `kubelet.wanted` while it should run, `kubelet.pid` while it runs.
 set -euo pipefail
 node=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -17,7 +17,7 @@ keep() {
   while sleep 0.2; do
     if ! [ -e "$node/kubelet.wanted" ] || ! [ -e /var/lib/kubelet/config.yaml ]; then continue; fi
     args=$(sed -n 's/^KUBELET_KUBEADM_ARGS="\(.*\)"/\1/p' /var/lib/kubelet/kubeadm-flags.env 2>/dev/null || true)
-    # shellcheck disable=SC2086  # kubeadm's words
+    # shellcheck disable=SC2086  # kubeadm's arguments, split into words
     PATH="$node/bin:$PATH" kubelet --bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf --kubeconfig=/etc/kubernetes/kubelet.conf \
       --config=/var/lib/kubelet/config.yaml $args >>"$node/kubelet.log" 2>&1 </dev/null &
     echo $! >"$node/kubelet.pid"
@@ -35,7 +35,7 @@ start() {
     ! running && [ -e /var/lib/kubelet/config.yaml ] || return 0
     sleep 0.1
   done
-  echo "systemctl: wanted the kubelet to start, found none after $tries looks" >&2
+  echo "systemctl: wanted the kubelet to start, found none after $tries checks" >&2
   return 1
 }
 
@@ -53,7 +53,7 @@ restart() {
 unit=
 for word in "${@:2}"; do [[ $word == -* ]] || unit=${word%.service}; done
 [ "${1:-}" = keep ] || [ "${1:-}" = daemon-reload ] || [ "$unit" = kubelet ] || {
-  echo "systemctl: wanted kubelet, the one unit there is here, found ${unit:-none}" >&2
+  echo "systemctl: wanted kubelet, the only unit here, found ${unit:-none}" >&2
   exit 4
 }
 case ${1:-} in

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Root file systems of bare Debians, in which releases are tried: as debootstrap makes them, with python3 and systemd.
+# Makes root file systems of bare Debians for tests of releases, with debootstrap, python3 and systemd.
 #
 #   tests/kit/trees.sh [SUITE...]        bookworm (12) and trixie (13)
 #
-# They go to $CA_BRIDGE_TREES (default /var/lib/ca-bridge-trees), once on a machine; tests see them through an overlay.
+# They go to $CA_BRIDGE_TREES (default /var/lib/ca-bridge-trees), once for a machine; tests use them through an overlay.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . scripts/need.sh
 
 trees=${CA_BRIDGE_TREES:-/var/lib/ca-bridge-trees}
-# No pip, no venv, no compiler; openssl for the CA that the tests renew by, and cron as every Debian that an installer made has it.
+# No pip, venv or compiler; openssl for the tests' CA, and cron because Debian's installer installs it.
 packages=python3,openssl,systemd,systemd-sysv,dbus,cron
 need debootstrap=debootstrap systemd-nspawn=systemd-container tar=tar
 mirror=${CA_BRIDGE_DEBIAN:-http://deb.debian.org/debian}
