@@ -1,5 +1,5 @@
 # By name, since running each for its version would take as long as the program's own start. /usr/bin comes first, with all
-# versions: somebody may install a Python into /usr/local/bin at any time.
+# versions: /usr/local/bin may get another Python at any time.
 for directory in /usr/bin /usr/local/bin; do
   for version in @PYTHONS@; do
     [ -n "$python" ] || [ ! -x "$directory/python$version" ] || python=$directory/python$version
