@@ -1,6 +1,6 @@
 """
-Memory, and the replacement of files: the audit log, installation, backups, static pods, and the state directory, which is
-described here: where things are in it, which settings were checked, what became of each certificate.
+The state directory: its paths, which settings were checked, and the outcome for each certificate. The modules of this
+package are the audit log, installation, backups and static pods.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
     from bridge.settings.tables import Settings
 
-#: Where distributions are installed: a backend may be added or removed there.
+#: Where distributions are installed; a backend is added or removed there.
 _INSTALLED = Path(__file__).parents[2]
-#: The ends of further directories with distributions; the last one is the offline installation's.
+#: The ends of further paths with distributions; the last is the offline installation's.
 _PLUG_INS = ("/site-packages", "/dist-packages", "/plugins")
 
-#: Files with names of their own: the cut end of an audit log, and a manifest that was replaced while it was away.
+#: Files whose names vary: the torn end of an audit log, and a manifest that was replaced while it was away.
 _NUMBERED = r"audit\.torn-\d+-[0-9a-f]{8}|[a-z-]+-[0-9a-f]{8}\.yaml"
 _BACKUP = r"\d{8}T\d{6}Z-[0-9a-z]+(-[0-9a-z]+)?"
 
 
-#: IDs of the backups that this process has made, the newest last; an interrupted run names them.
+#: IDs of the backups that this process has made, newest last; the message of an interrupted run names them.
 replaced_here: list[str] = []
-#: Files without a backup that this process has given another text: a manifest, a kubelet's configuration.
+#: Files that this process has changed without a backup: a manifest, a kubelet's configuration.
 changed_here: list[Path] = []
 
 
@@ -45,31 +45,31 @@ class Store:
         self.staging = state_dir / "staging.json"
         self.backups = state_dir / "backups"
         self.lock = state_dir / "lock"
-        self.tree = state_dir / "tree.json"  #: Whose state it is: where the certificates and kubeconfigs are.
+        self.tree = state_dir / "tree.json"  #: This state's cluster: its PKI and kubeconfig directories.
         self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
         self.written = state_dir / "written.json"  #: When files were installed, by a clock that is never set.
-        self.restart = state_dir / "restart.json"  #: Which manifest is out of its directory.
+        self.restart = state_dir / "restart.json"  #: The manifest that is out of its directory.
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
-        self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last one that was taken from the kubelet.
-        self.unproven = state_dir / "unproven.json"  #: What was installed, and not yet seen in use.
+        self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last client pair taken from the kubelet.
+        self.unproven = state_dir / "unproven.json"  #: Certificates that were installed, and not yet seen in use.
         self.postponed = state_dir / "postponed.json"  #: Installed with --no-restart, or put back; not yet seen in use.
         self.pairs = state_dir / "pairs.json"  #: Further pairs that were installed, and not yet seen in use.
-        self.hooks = state_dir / "hooks.json"  #: Hooks that did not succeed yet.
+        self.hooks = state_dir / "hooks.json"  #: Hooks that have not succeeded yet.
         self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
-        self.checked_settings = state_dir / "settings.checked"  #: Which settings file needs no further check.
+        self.checked_settings = state_dir / "settings.checked"  #: The settings file that needs no further check.
         self.collected = state_dir / "collected.json"  #: Installed answers that backends have to put away.
-        self.copies = state_dir / "copies.json"  #: What copies of kubeconfigs may still hold.
-        self.next_ca = state_dir / "next-ca.json"  #: Authorities whose next CA has been asked for certificates.
+        self.copies = state_dir / "copies.json"  #: The certificates that copies of kubeconfigs may still hold.
+        self.next_ca = state_dir / "next-ca.json"  #: Authorities whose next CA was already asked for certificates.
         self.going_back = state_dir / "going-back.json"  #: The phases to which CAs of this node go back.
-        self.credentials = state_dir / "credentials.json"  #: When our own tokens end, as CAs have said.
-        self.attempts = state_dir / "attempts.json"  #: How often in a row a CA's renewals failed.
-        self.history = state_dir / "history.json"  #: How the last runs ended, for monitors.
+        self.credentials = state_dir / "credentials.json"  #: When our own tokens end, according to their CAs.
+        self.attempts = state_dir / "attempts.json"  #: How many renewals in a row failed at each CA.
+        self.history = state_dir / "history.json"  #: The results of the last runs, for monitors.
         self.history_lock = state_dir / "history.lock"
-        self.pending_at_ca = state_dir / "tickets.json"  #: What the gateway's CA answers later.
-        self.desk_answers = state_dir / "desk-answers.jsonl"  #: What the desk's CAs were asked and answered.
-        self.door = state_dir / "door.json"  #: Which door this is among those of one database.
+        self.pending_at_ca = state_dir / "tickets.json"  #: Requests of the gateway that its CA answers later.
+        self.desk_answers = state_dir / "desk-answers.jsonl"  #: The desk's requests to CAs, and their answers.
+        self.door = state_dir / "door.json"  #: The ID of this door among the doors that share its database.
         self.door_lock = state_dir / "door.lock"
-        self.bootstrap = state_dir / "bootstrap.json"  #: What a new node's requests are for.
+        self.bootstrap = state_dir / "bootstrap.json"  #: The purpose of a new node's requests.
         self.users = state_dir / "users.json"  #: Users' requests that a CA has not answered yet.
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
@@ -82,7 +82,7 @@ class Store:
         private_directory(self.backups)
 
     def half_written(self) -> list[Path]:
-        """Files that a killed `write_atomically` has left; none of the history's, which has a lock of its own."""
+        """Files that a killed `write_atomically` left; not the history's, which has a lock of its own."""
         beside = [path for path in vars(self).values() if path.parent == self.directory and path != self.history]
         names = [re.escape(path.name) for path in beside]
         ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
@@ -95,7 +95,7 @@ class Store:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether a run was cut off while it installed or restarted, so that `recover` has something to do."""
+        """Whether a run was killed while it installed or restarted, so that `recover` has work to do."""
         return any(path.exists() for path in (self.journal, self.staging, self.restart))
 
 
@@ -106,7 +106,7 @@ class Outcome:
     name: str
     authority: str
     old: x509.Certificate | None = None
-    new: x509.Certificate | None = None  #: Installed.
+    new: x509.Certificate | None = None  #: The installed certificate.
     backend: str = ""
     error: BridgeError | None = None
 
@@ -116,20 +116,20 @@ class Outcome:
         return self.error.exit_code if self.error is not None else Exit.DONE
 
 
-# --- settings that were checked whole, so that a run with nothing due loads no backend for that ----------------------
+# --- settings that were checked completely, so that a run with nothing due loads no backend --------------------------
 
 
-#: The file's version; an earlier one has no credentials in it, so that its settings count as not checked.
+#: The file's version; an earlier version lists no credentials, so its settings count as not checked.
 _FORM = 2
 
 
 def is_checked(settings: Settings, store: Store) -> bool:
-    """Whether this very file was checked by this very installation; without a file there is nothing to check."""
+    """Whether this installation has checked this very file; without a file there is nothing to check."""
     return checked_credentials(settings, store) is not None
 
 
 def checked_credentials(settings: Settings, store: Store) -> list[tuple[str, Path]] | None:
-    """The files of our own credentials, by their settings, that were found when these were checked; None: they were not."""
+    """Our own credentials in settings that were checked, as key and file; None: the settings were not checked."""
     if settings.source.file is None:
         return []
     try:
@@ -141,7 +141,7 @@ def checked_credentials(settings: Settings, store: Store) -> list[tuple[str, Pat
 
 
 def remember_checked(settings: Settings, store: Store, credentials: Iterable[tuple[str, Path]] = ()) -> None:
-    """Remember settings that were checked whole, and the credentials in them; if that fails, the next run checks them again."""
+    """Remember that settings were checked completely, and their credentials; if that fails, the next run checks them again."""
     from bridge.system.files import write_atomically  # noqa: PLC0415 (a look needs none of it)
 
     if settings.source.file is None or is_checked(settings, store):

@@ -1,9 +1,9 @@
 """
-The audit log: one line of JSON for each event in `state_dir/audit.jsonl`, each with the SHA-256 of the line before it.
+The audit log: `state_dir/audit.jsonl`, one line of JSON for each event, each with the SHA-256 of the line before it.
 
 A line's digest covers its exact bytes, newline included: `sed -n 5p audit.jsonl | sha256sum` prints the digest that line
-6 must hold. `audit.head` has the newest number and digest, so that a cut end is noticed. A user who may write to the
-state directory can write the whole chain anew; only copies that leave the machine (syslog) show that.
+6 must hold. `audit.head` has the newest number and digest, so that a missing end shows. A user who may write to the
+state directory can rewrite the whole chain; only copies that leave the machine (syslog) reveal that.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ SYSLOG = Path("/dev/log")
 ASKED, ISSUED, VERIFIED, INSTALLED = "asked", "issued", "verified", "installed"
 REFUSED, UNAVAILABLE, FAILED = "refused", "unavailable", "failed"
 RECOVERED, ROLLED_BACK, RESTARTED = "recovered", "rolled-back", "restarted"
-#: kubeadm's or a component's configuration has another content, which `result` names.
+#: The content of a kubeadm configuration or a component's configuration changed; `result` names the file.
 CONFIGURED = "configured"
-#: Asked for, signed and proven, and not installed.
+#: Requested, signed and proven, but not installed.
 REHEARSED = "rehearsed"
-#: A copy of a kubeconfig, `result`, has got the new certificate.
+#: A copy of a kubeconfig, named in `result`, received the new certificate.
 COPIED = "copied"
-#: The CAs that the node trusts were changed; `result` has them.
+#: The CAs that the node trusts were changed; `result` lists them.
 TRUSTED = "trusted"
-#: A CA has the request and answers later; a request was given up.
+#: A CA took the request and answers later; a request was given up.
 PENDING, CANCELLED = "pending", "cancelled"
 #: A CA's renewals fail again and again.
 NEEDS_A_PERSON = "needs-a-person"
-#: Its `previousSerialNumber` is the one that was revoked.
+#: The event's `previousSerialNumber` is the revoked certificate's.
 REVOKED = "revoked"
-#: A node may ask for its first certificates with a one-time secret; or may no longer. `result` has which node.
+#: A node may request its first certificates with a one-time secret, or no longer may; `result` names the node.
 ENROLLED, WITHDRAWN = "enrolled", "withdrawn"
-#: The door's database was restored; a person says that no CA has signed a request, whose door has ended.
+#: The door's database was restored; a person confirmed that no CA signed the request of a door that is gone.
 RESTORED, AGAIN = "restored", "again"
-#: A person approved a request, or refused it; the line has the evidence.
+#: A person approved or refused a request; the line has the evidence.
 APPROVED, NOT_APPROVED = "approved", "not-approved"
-#: The log was changed or cut since its last line.
+#: The log was changed or cut after its last line was written.
 DAMAGED = "damaged"
 #: Old files of the log were deleted, by `audit.keep_total`; the line has the last deleted line's number and digest.
 RETIRED = "retired"
 
 _LONGEST_RESULT = 2000
-#: Certificates of the latest lines: the gateway's has two, of which the second may come half a hundred others later.
+#: The latest lines' certificates: a gateway's certificate has two lines, up to fifty lines apart.
 _REMEMBERED = 128
 _SYSLOG_SECONDS = 1.0
 #: Facility authpriv (10), severity notice (5), or critical (2) for events that need an operator: RFC 5424 §6.2.1.
@@ -78,13 +78,13 @@ _REPAIR = "make room, or fix the state directory, and keep this message: the aud
 
 
 class AuditError(BridgeError):
-    """The record could not be written."""
+    """The audit log could not be written."""
 
     hint = "nothing is installed that the audit log can't have; make room, or fix the state directory, then run again"
 
 
 def event_of(error: BridgeError) -> str:
-    """The event to record for a certificate that was not installed, by its error."""
+    """The event to record for an error that kept a certificate from being installed."""
     if isinstance(error, BackendUnavailableError):
         return UNAVAILABLE
     if isinstance(error, WaitingError):
@@ -94,7 +94,7 @@ def event_of(error: BridgeError) -> str:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _facts(certificate: x509.Certificate) -> Mapping[str, str]:
-    """A new certificate's facts; without the issuer if it can't be read: a CA's answer is recorded before it is verified."""
+    """A new certificate's facts; without an unreadable issuer, since a CA's answer is recorded before it is verified."""
     found = {"certificateSha256": fingerprint(certificate), "serialNumber": serial_hex(certificate)}
     with contextlib.suppress(*UNREADABLE):
         found["issuer"] = name_text(certificate.issuer)
@@ -102,16 +102,16 @@ def _facts(certificate: x509.Certificate) -> Mapping[str, str]:
 
 
 class Record:
-    """The lines of one run; they wait until they are written together."""
+    """The lines of one run, buffered until they are written together."""
 
     def __init__(self, store: Store, settings: AuditSettings) -> None:
-        self.run_id = console.begin_run()  #: Each message of the run has it, too.
+        self.run_id = console.begin_run()  #: Each message of the run carries it.
         self._store = store
         self._settings = settings
         self._waiting: list[dict[str, Any]] = []
         self._known: dict[str, dict[str, Any]] = {}
-        self.common: Mapping[str, Any] = {}  #: Facts that each further line repeats.
-        self._end: _End | None = None  #: Of the file, where its head is written later.
+        self.common: Mapping[str, Any] = {}  #: Facts that each later line repeats.
+        self._end: _End | None = None  #: The file's end, if its head is written later.
         self._late: list[AuditError] = []
 
     def describe(self, name: str, request: SignRequest, backend: str, identity: str | None) -> None:
@@ -136,7 +136,7 @@ class Record:
         result: str = "ok",
         more: Mapping[str, str] | None = None,
     ) -> None:
-        """Add a line, to be written later: about a certificate or the run, with an error or another result."""
+        """Buffer a line about a certificate or the run, with an error or another result."""
         line = {
             "run": self.run_id,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -156,7 +156,7 @@ class Record:
         self._waiting.append({key: value for key, value in line.items() if value is not None})
 
     def write(self, *, head_later: bool = False) -> None:
-        """Write the lines, safe on disk when this returns (AuditError); `head_later` leaves the head to the caller."""
+        """Write the lines to disk and sync them (AuditError); with `head_later` the caller writes the head."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -183,29 +183,29 @@ class Record:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for error in self.end():  # whichever way the run ended
+        for error in self.end():  # however the run ended
             print_error(error)
 
     def end(self) -> list[AuditError]:
-        """Write the lines; once each, the errors about lines that the log lacks since it was too late to stop."""
+        """Write the lines, and return once each error about lines that `write_late` could not write."""
         self.write_late()
         late, self._late = self._late, []
         return late
 
     def write_late(self) -> None:
-        """Write the lines; where it is too late to stop, warn, and `end` says which ones the log lacks."""
+        """Write the lines; a failure is only logged, since it is too late to stop, and `end` returns it as an error."""
         lost = [f"{line['event']} {line.get('name', '')}".strip() for line in self._waiting]
         try:
             self.write()
         except AuditError as e:
             text = f"{e}; the audit log lacks of run {self.run_id}: {', '.join(lost)}"
-            log.warning("%s", text)  # a restart may take minutes, and be killed
+            log.warning("%s", text)  # a restart may take minutes, and may be killed
             self._late.append(AuditError(text, hint=_REPAIR))
 
-    # --- the chain's end; the state directory's lock is held meanwhile ---
+    # --- the chain's end; the caller holds the state directory's lock ---
 
     def _add_to_chain(self, events: Sequence[Mapping[str, Any]], *, head_later: bool = False) -> list[bytes]:
-        """Add lines, safe on disk, and return them with those about damage; after an error none was added."""
+        """Append lines, safe on disk, and return them after lines about damage; after an error nothing was added."""
         path, end = self._store.audit, self._end
         self._end = None
         if head_later and end is not None and end.found.st_size < self._settings.rotate_at.count and end.is_of(path):
@@ -219,10 +219,10 @@ class Record:
     def _add_after_a_look(
         self, events: Sequence[Mapping[str, Any]], *, head_later: bool
     ) -> tuple[list[bytes], Link, os.stat_result]:
-        """Add lines behind the last good one, with one write and one fsync."""
+        """Append lines after the last good one, with one write and one fsync."""
         store = self._store
         if not store.audit_head.exists() and not files(store):
-            _head_file(store).put(START)  # before the first line, so that a missing head always means something
+            _head_file(store).put(START)  # before the first line, so that a missing head always means damage
         last, troubles = _set_aside_torn(store)
         last, more = _continued(store, last)
         own = [_damage(events[0], text) for text in (*troubles, *more)]
@@ -233,13 +233,13 @@ class Record:
             own += [_retirement(events[0], old[-1])] if old else []
         lines, last = _chained([*own, *events], last, who())
         found = append(store.audit, b"".join(lines))
-        _delete(old)  # not before the log says so
+        _delete(old)  # not before the log records it
         if not head_later:
             _head_file(store).put(last)
         return lines, last, found
 
     def _outdated(self) -> list[Path]:
-        """The oldest files, to be deleted to make room for one more; never the newest."""
+        """The oldest files that must be deleted to make room for one more; never the newest file."""
         if self._settings.keep_total is None:
             return []
         most = self._settings.keep_total.count - self._settings.rotate_at.count
@@ -282,7 +282,7 @@ def _serial(certificate: x509.Certificate | None) -> str | None:
     return serial_hex(certificate) if certificate is not None else None
 
 
-#: (uid_t) -1: started by cron, systemd or in a container.
+#: (uid_t) -1: the process was started by cron, by systemd or in a container.
 _NO_LOGIN = 0xFFFFFFFF
 
 
@@ -302,9 +302,9 @@ def _tell_syslog(lines: Sequence[bytes]) -> None:
 # --- the chain -------------------------------------------------------------------------------------------------------
 
 SCHEMA_VERSION = 1
-#: What the first line holds in the place of a digest.
+#: The first line holds this instead of a digest.
 ZEROS = "0" * 64
-#: `json.dumps` would make an encoder for each line.
+#: A shared encoder, because `json.dumps` would make one for each line.
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _TAIL_BYTES = 1 << 16
 
@@ -322,14 +322,14 @@ START = Link(0, ZEROS)
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The end of the file as a writer left it; a different end is another writer's."""
+    """The end of the file as this writer left it; if the end differs, another writer added lines."""
 
     found: os.stat_result
     link: Link
     doer: Mapping[str, str]  #: The user and host of this process.
 
     def is_of(self, path: Path) -> bool:
-        """Whether the file ends so now; False, too, if it can't be looked at."""
+        """Whether the file still ends here; False also if it can't be read."""
         try:
             return version(path.lstat()) == version(self.found)
         except OSError:
@@ -342,7 +342,7 @@ def _damage(event: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _retirement(event: Mapping[str, Any], newest: Path) -> dict[str, Any]:
-    """The line that says which lines are deleted."""
+    """The line that records which lines are deleted."""
     _, last = _good_part(_tail(newest))
     text = f"lines 1 to {last.sequence} are deleted (audit.keep_total)"
     about = {"run": event["run"], "time": event["time"], "event": RETIRED, "result": text, "exitCode": Exit.DONE}
@@ -374,19 +374,19 @@ def files(store: Store) -> list[Path]:
 
 
 def _head_file(store: Store) -> StateFile[Link]:
-    # here by a line of the record, which goes on after its last good one
+    # `_continued` records damage in the log, which goes on after its last good line
     return coded(Link, store.audit_head, "the newest line's number and digest", OnDamage.REFUSE)
 
 
 def _rotate(store: Store, last: Link) -> None:
     """Rename the file after the number of its last line; the next file continues the chain."""
-    _head_file(store).put(last)  # or a crash in between could leave it behind the lines that are no longer looked at
+    _head_file(store).put(last)  # or a crash in between could leave the head behind lines that are no longer checked
     store.audit.rename(store.directory / f"audit-{last.sequence:08}.jsonl")
     sync_directory(store.directory)
 
 
 def _set_aside_torn(store: Store) -> tuple[Link, list[str]]:
-    """The last good line; bytes after it, which a crash cut, are moved to a file of their own."""
+    """Return the last good line; bytes after it, the rest of a write that a crash cut, are moved to a separate file."""
     data = _tail(store.audit)
     if data.endswith(b"\n") and (last := _link(data.splitlines(keepends=True)[-1])) is not None:
         return last, []
@@ -404,7 +404,7 @@ def _set_aside_torn(store: Store) -> tuple[Link, list[str]]:
 
 
 def _tail(path: Path) -> bytes:
-    """The last lines; the first of them may be cut."""
+    """The last lines of the file; the first of them may be incomplete."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -426,7 +426,7 @@ def _good_part(data: bytes) -> tuple[int, Link]:
 
 
 def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
-    """The link at which the chain goes on: after the newest line ever written, so that a cut of lines stays visible."""
+    """The link after which the chain continues: the newest line ever written, so that removed lines stay visible."""
     head = head_if_any(store)
     if head is None:
         return last, [f"wanted the newest line's number in {store.audit_head.name}, found none"]
@@ -438,7 +438,7 @@ def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
 
 
 def head_if_any(store: Store) -> Link | None:
-    """The newest line that was ever written, by `audit.head`; None: that is not there, or damaged."""
+    """The newest line that was ever written, by `audit.head`; None: the file is missing or damaged."""
     try:
         return _head_file(store).read()
     except StateDamagedError:
@@ -446,7 +446,7 @@ def head_if_any(store: Store) -> Link | None:
 
 
 def line_of(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of the log; None: it is none, or not whole."""
+    """Parse a line of the log; None: it is no such line, or incomplete."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -468,10 +468,10 @@ _LINE_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """One thing that is wrong with the record."""
+    """One fault of the audit log."""
 
     kind: str  #: changed, missing, out of order, broken, cut, no head
-    first: int  #: Sequence number of the line; of `broken` its number in the file.
+    first: int  #: Sequence number of the line; for `broken` its line number in the file.
     last: int
     place: str  #: File and line where it was noticed.
 
@@ -491,7 +491,7 @@ _SENTENCES = {
 
 
 def verify(store: Store) -> tuple[int, list[Damage]]:
-    """Count the lines of all files and find damage; look again if there is any, since a run may be writing a line."""
+    """Count the lines of all files and find damage; repeat if there is any, since a run may be writing a line."""
     for _ in range(_WALKS):
         count, found = _walk(store)
         if not found:
@@ -504,7 +504,7 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
     head = head_if_any(store)  # first: a run may be adding lines
     if head is None and not files(store):
         return 0, []
-    head = head or head_if_any(store)  # a run that writes the very first lines makes it before them
+    head = head or head_if_any(store)  # a run writes the head before the very first lines
     count, found = 0, []
     first = last = begin(store)
     known, retired = {START.sequence: START.sha256}, {START.sequence: START.sha256}
@@ -521,19 +521,19 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
 
 
 def begin(store: Store) -> Link:
-    """The link that the first line continues: old files may have been deleted, and with them so many lines."""
+    """The link before the first remaining line: old files may have been deleted."""
     first = next((line_of(line) for _, line in _lines(store)), None)
     return Link(first["sequence"] - 1, first["previous"]) if first is not None and first["sequence"] > 1 else START
 
 
 def _retired(line: bytes) -> dict[int, str]:
-    """The last line that was deleted, and its digest, if this line says so."""
+    """The number and digest of the last deleted line, if this line records a deletion."""
     value = line_of(line) if f'"event":"{RETIRED}"'.encode() in line else None
     return {value["lastLine"]: value["lastSha256"]} if value is not None and "lastSha256" in value else {}
 
 
 def _lines(store: Store) -> Iterator[tuple[str, bytes]]:
-    """The lines of all files with their places; all files are opened first, since a run may be renaming one."""
+    """The lines of all files with their places; all files are opened first, since a run may rename one."""
     with contextlib.ExitStack() as stack:
         for name, file in _opened(store, stack):
             for number, line in enumerate(file, start=1):
@@ -578,7 +578,7 @@ def _against_head(head: Link | None, last: Link, known: Mapping[int, str], store
 
 
 def events(store: Store, since: datetime | None, name: str | None) -> Iterator[dict[str, Any]]:
-    """The lines since a time and of a certificate, as they were written; `verify` reports those that can't be read."""
+    """The lines since a time and about a certificate, exactly as written; `verify` reports unreadable lines."""
     for _, line in _lines(store):
         value = line_of(line)
         if value is None or (name is not None and value.get("name") != name):
@@ -591,5 +591,5 @@ def _time(event: Mapping[str, Any]) -> datetime:
     try:
         time = datetime.fromisoformat(str(event.get("time")))
     except ValueError:
-        return datetime.max.replace(tzinfo=UTC)  # a changed line is shown rather than hidden
+        return datetime.max.replace(tzinfo=UTC)  # show a changed line rather than hide it
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

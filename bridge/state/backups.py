@@ -1,4 +1,4 @@
-"""The backups in the state directory: lists them, judges whether one is fit, puts it back, deletes old ones."""
+"""Lists the backups in the state directory, checks whether one can be put back, puts it back, and deletes old ones."""
 
 from __future__ import annotations
 
@@ -44,35 +44,35 @@ from bridge.words import counted
 if TYPE_CHECKING:
     from bridge.state.session import Run
 
-#: An ID begins with the time at which it was made, in whole seconds.
+#: An ID begins with the backup's time, in whole seconds.
 _STAMP = len("20260101T000000Z")
 
 
 class BackupError(BridgeError):
-    """There is no such backup, or it can't be read."""
+    """The backup does not exist or can't be read."""
 
     hint = "`ca-bridge backups` lists what there is"
 
     def __init__(self, message: str, *, hint: str | None = None, backup_id: str = "") -> None:
         super().__init__(message, hint=hint)
-        self.backup_id = backup_id  #: Of one that can't be read.
+        self.backup_id = backup_id  #: The ID of a backup that can't be read.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """One file, or symlink, as it was."""
+    """One file, or symlink, in the state before the installation."""
 
-    certificate: str  #: kubeadm's name of the certificate that it belongs to.
-    path: Path  #: Where it was, symlinks on the way to it resolved.
+    certificate: str  #: kubeadm's name of the file's certificate.
+    path: Path  #: Where the file was, with parent symlinks resolved.
     copy: Path | None  #: None: there was no file.
     sha256: str | None
     attributes: Attributes | None
-    is_link: bool = False  #: A symlink was replaced here, or has replaced this file.
-    leads_to: str | None = None  #: It was a symlink, to there.
+    is_link: bool = False  #: The old or the new file is a symlink.
+    leads_to: str | None = None  #: The target of the symlink that was here.
 
     @property
     def was_there(self) -> bool:
-        """Whether there was anything."""
+        """Whether a file or symlink existed."""
         return self.copy is not None or self.leads_to is not None
 
     @property
@@ -82,7 +82,7 @@ class File:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any], directory: Path) -> File:
-        """Read an entry of a manifest."""
+        """Read a file's entry of a manifest."""
         name, path = entry["certificate"], Path(entry["path"])
         has_copy = entry["backup"] is not None
         return cls(
@@ -103,22 +103,22 @@ class Backup:
     backup_id: str
     directory: Path
     created: datetime
-    number: int  #: In the order in which they were made; 0: an earlier version made it.
+    number: int  #: Backups count up from 1; 0: an earlier version made it.
     run_id: str
-    command: str  #: Empty where the manifest does not tell.
+    command: str  #: Empty if the manifest does not have it.
     user: str
     host: str
-    certificates: tuple[Mapping[str, Any], ...]  #: `name`, `old_serial`, `new_serial` each.
+    certificates: tuple[Mapping[str, Any], ...]  #: Each has `name`, `old_serial` and `new_serial`.
     files: tuple[File, ...]
 
     @property
     def names(self) -> list[str]:
-        """The names of its certificates, each once."""
+        """The distinct names of its certificates."""
         return list(dict.fromkeys(file.certificate for file in self.files))
 
 
 def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
-    """All backups, the newest first; and errors about those that can't be read."""
+    """All backups, newest first, and errors about backups that can't be read."""
     found, broken = [], []
     try:
         directories = store.backup_directories()
@@ -135,7 +135,7 @@ def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
 
 
 def _read(directory: Path) -> Backup | None:
-    """Read one; None: it is not finished, or being deleted."""
+    """Read one backup; None: it is unfinished, or being deleted."""
     manifest_ = manifest_file(directory)
     manifest = manifest_.read()
     if manifest is None:
@@ -158,7 +158,7 @@ def _read(directory: Path) -> Backup | None:
 
 
 def find(store: Store, backup_id: str | None) -> Backup:
-    """Find a backup, or the newest; if the newest can't be read, no older one is taken in its place."""
+    """Find a backup, or the newest; an unreadable newest backup is an error, and no older one replaces it."""
     found, broken = read_all(store)
     newest = found[0].backup_id[:_STAMP] if found else ""
     for error in broken:
@@ -187,16 +187,16 @@ class Problem:
     certificate: str  #: kubeadm's name.
     wanted: str
     found: str
-    subject: str = ""  #: What is wrong with the certificate itself, as `bridge.pki.verify` calls it.
+    subject: str = ""  #: The violated property of the certificate, as `bridge.pki.verify` calls it.
 
     @property
     def is_damage(self) -> bool:
-        """Whether a file is damaged, missing, or apart from its key, whatever the certificate says."""
+        """Whether a file is damaged, missing or does not match its key, regardless of the certificate's content."""
         return not self.subject
 
     @property
     def can_be_forced(self) -> bool:
-        """Whether the node could run on it nevertheless; a kubelet serves with any certificate."""
+        """Whether the node could run with it nevertheless; a kubelet serves with any certificate."""
         return not self.is_damage and (self.certificate == KUBELET_SERVER or self.subject not in _NEVER_FORCED)
 
     def __str__(self) -> str:
@@ -205,14 +205,14 @@ class Problem:
 
 
 _PAIR, _NO_PAIR = "a certificate and its private key", "another key, or none that can be read"
-#: Of a CA file of another phase: `rotate-ca back` puts it back, and the way back of a step that failed.
+#: For a CA file of another phase, which `rotate-ca back` or the rollback of a failed step puts back.
 PHASE = "phase"
-#: No client would trust it: another CA signed it, or the CA was changed.
+#: No client would trust the certificate: another CA signed it, or the CA was replaced.
 _NEVER_FORCED = ("chain", "issuer", "public key", "extensions", "critical extension", PHASE)
 
 
 def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -> list[Problem]:
-    """All reasons against putting it back."""
+    """All reasons against putting the backup back."""
     if backup.command.startswith("bootstrap "):
         none = f"those of `{backup.command}`, which can't be undone: before it there were none"
         return [Problem(certificate="all of it", wanted="files that this node had", found=none)]
@@ -233,7 +233,7 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
 
 
 def _trust_problems(backup: Backup, authority: str, kubeconfig_dir: Path, node: Node) -> Iterator[Problem]:
-    """Problems of a CA file: damage, or CAs of another phase of a replacement, to which no gate leads."""
+    """Problems of a CA file: damage, or CAs of another phase of a replacement, which no gate leads to."""
     files = files_of(backup, authority)
     state = next((one for one in node.authorities if one.authority.name == authority), None)
     places = {real_path(state.path)} if state is not None else set()
@@ -252,14 +252,14 @@ def _trust_problems(backup: Backup, authority: str, kubeconfig_dir: Path, node: 
         wanted = f"the CAs of {state.path}, in their order"
         found = "those of another phase (`ca-bridge rotate-ca back` goes back by one)"
         yield Problem(certificate=authority, wanted=wanted, found=found, subject=PHASE)
-    elif authority != CA.name or not _is_of_this_phase(bundle, kubeconfig_dir, node):  # only `ca` is in kubeconfigs
+    elif authority != CA.name or not _is_of_this_phase(bundle, kubeconfig_dir, node):  # kubeconfigs hold only `ca`
         wanted = f"the CAs of this node's kubeconfigs, of which the first signed its certificates, for {state.path}"
         found = "others, or no kubeconfig that shows the phase (copy the file from a node of the same phase)"
         yield Problem(certificate=authority, wanted=wanted, found=found, subject=PHASE)
 
 
 def _is_of_this_phase(bundle: Sequence[x509.Certificate], kubeconfig_dir: Path, node: Node) -> bool:
-    """Whether all kubeconfigs have these CAs, and the first of them signed all certificates; the CA file can't tell."""
+    """Whether all kubeconfigs hold these CAs, and the first signed all certificates; the CA file can't tell."""
     ours = [item for item in node.items if item.spec.authority == CA and not item.foreign]
     leaves = [item.certificates for item in ours if item.certificates]
     try:
@@ -273,7 +273,7 @@ def _is_of_this_phase(bundle: Sequence[x509.Certificate], kubeconfig_dir: Path, 
 
 
 def cas_of(backup: Backup, authority: str) -> tuple[x509.Certificate, ...]:
-    """The CA file of an authority as it was; empty: the backup has none, or it can't be read."""
+    """The CAs in the backup's copy of a CA file; empty: the backup has none, or it can't be read."""
     for file in files_of(backup, authority):
         with contextlib.suppress(UnreadableError):
             return read_ca_file(file.copy) if file.copy is not None else ()
@@ -288,7 +288,7 @@ def files_of(backup: Backup, name: str) -> list[File]:
 def _problems(
     files: Sequence[File], item: Item, kubeconfig_dir: Path, now: datetime, extra: frozenset[tuple[str, str]]
 ) -> Iterator[Problem]:
-    """Problems of one certificate: with its files, else with its pair, else with its content."""
+    """Problems of one certificate: of its files, else of its pair, else of its content."""
     name = item.spec.name
     found = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
     if found:
@@ -304,7 +304,7 @@ def _problems(
 
 
 def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
-    """Problems of files that do not belong to this node's certificate."""
+    """Problems of files that are not this node's certificate."""
     places = {real_path(path) for path in (item.key_path, item.certificate_path) if path is not None}
     if item.pair is not None:
         places = {real_path(path) for files in item.pair.places for _, path in files.paths()}
@@ -314,7 +314,7 @@ def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Pat
 
 
 def _elsewhere(name: str, files: Sequence[File], places: Collection[Path]) -> Iterator[Problem]:
-    """Problems of files for other places of this node, or of another one."""
+    """Problems of files that belong elsewhere on this node, or to another node."""
     for file in files:
         place = file.path if file.is_link else real_path(file.path)
         if place not in places:
@@ -323,13 +323,13 @@ def _elsewhere(name: str, files: Sequence[File], places: Collection[Path]) -> It
 
 
 def _is_kubelets(file: File, item: Item) -> bool:
-    """Whether it is one of the dated files beside the symlink that leads to the one in use."""
+    """Whether the file is one of the dated files beside the symlink to the current pair."""
     if item.current is None or real_path(file.path).parent != real_path(item.current.parent):
         return False
     return re.fullmatch(DATED.format(item.current.name.removesuffix("-current.pem")), file.path.name) is not None
 
 
-#: The name of a dated pair, the kubelet's or ours; without its beginning.
+#: The end of the name of a dated pair, whether the kubelet or ca-bridge wrote it.
 DATED = r"{}-\d{{4}}(?:-\d\d){{5}}\.pem"
 
 
@@ -350,7 +350,7 @@ def _damaged(name: str, files: Sequence[File]) -> Iterator[Problem]:
 
 
 def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
-    """The content behind a symlink that is put back: of a file in the backup, or of one that stayed; None: neither."""
+    """The content behind a symlink to restore: of a file in the backup, or one still there; None: neither exists."""
     target = link.target
     if target is None:
         return None
@@ -360,7 +360,7 @@ def _content_behind(link: File, files: Sequence[File]) -> bytes | None:
 
 
 def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes]:
-    """Certificates, the leaf first, and key (PEM)."""
+    """The certificates, leaf first, and the key (PEM)."""
     if item.current is not None and (pair := _kubelets_pair(files, item)) is not None:
         return pair
     contents = {real_path(file.path): file.copy.read_bytes() for file in files if file.copy is not None}
@@ -377,7 +377,7 @@ def pair_of(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], 
 
 
 def _kubelets_pair(files: Sequence[File], item: Item) -> tuple[list[x509.Certificate], bytes] | None:
-    """The pair that a kubelet starts with: in its kubeconfig, or else behind the symlink; None: neither file is here."""
+    """The pair that a kubelet starts with: in its kubeconfig, or behind the symlink; None: neither is in the backup."""
     kubeconfigs = [file.copy for file in files if file.copy is not None and file.path.name == item.spec.base]
     for copy in kubeconfigs:
         data = copy.read_bytes()
@@ -401,7 +401,7 @@ def _unproven(
     now: datetime,
     extra: frozenset[tuple[str, str]],
 ) -> Iterator[Problem]:
-    """Problems of a certificate as an answer to a new request, whatever its remaining validity."""
+    """Problems of a certificate, judged as the answer to a new request, whatever its remaining validity."""
     name, leaf = item.spec.name, certificates[0]
     live = item.certificates[0] if item.certificates else leaf
     try:
@@ -427,7 +427,7 @@ def _unproven(
 
 
 class RollbackRefusedError(BridgeError):
-    """The backup is not fit to be put back; all that is wrong, one a line. Nothing was replaced."""
+    """The backup is not fit to be put back, with one reason a line. Nothing was replaced."""
 
     def __init__(self, backup_id: str, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -446,13 +446,13 @@ class Rollback:
     backup: Backup
     replaced_backup_id: str  #: The backup of the files that it replaced.
     outcomes: tuple[Outcome, ...]
-    removed: tuple[Path, ...]  #: Were not there when the backup was made.
+    removed: tuple[Path, ...]  #: Files that did not exist when the backup was made.
     late: tuple[BridgeError, ...] = ()  #: About copies that still hold a replaced certificate, and the audit log.
-    stays: tuple[str, ...] = ()  #: Certificates that were missing before, and were left alone.
+    stays: tuple[str, ...] = ()  #: Certificates of which only the key existed before; they were left alone.
 
 
 def with_pairs(backup: Backup, node: Node) -> tuple[Backup, tuple[str, ...]]:
-    """The backup without certificates that were missing and left their key, and their names; if there are others."""
+    """The backup without certificates of which only the key existed, and their names; whole if it has no others."""
     two = {item.spec.name for item in node.items if item.key_path is not None and item.current is None}
     made = {str(one.get("name")) for one in backup.certificates if one.get("old_serial") is None} & two
     half = [name for name in backup.names if name in made and len({f.was_there for f in files_of(backup, name)}) > 1]
@@ -469,7 +469,7 @@ def put_back(
     edit: Callable[[Replacement], Replacement] = lambda one: one,
     owe: Callable[[Sequence[Outcome]], None] = lambda _: None,
 ) -> Rollback:
-    """Put back a backup in spite of the problems that `may_pass` accepts; `owe` records before what has to follow it."""
+    """Put back a backup in spite of problems that `may_pass` accepts; `owe` first records the work that follows it."""
     settings, store, record = run.settings, run.store, run.record
     problems = problems_of(backup, settings, node, run.now())
     if not all(map(may_pass, problems)):
@@ -485,7 +485,7 @@ def put_back(
     try:
         copies.record_due(settings, store, node, {o.name: o.old for o in outcomes})
         owe(outcomes)
-        # a run may have installed something itself, and put several sets back
+        # a run may have installed files itself, and put several backups back
         run_id = f"{record.run_id}-{backup.run_id.partition('-')[0]}"
         with _left_out(backup, settings.node.kubeconfig_dir, store):
             replaced = install(store, [edit(_replacement(file, node)) for file in backup.files], run_id, about)
@@ -496,7 +496,7 @@ def put_back(
     for o in outcomes:
         record.add(audit.ROLLED_BACK, o.name, authority=o.authority, old=o.old, new=o.new, result=result)
     late = copies.finish(settings, store, record)
-    record.write_late()  # the next steps may take minutes, and be killed
+    record.write_late()  # the next steps may take minutes, and may be killed
     return Rollback(
         backup=backup,
         replaced_backup_id=replaced,
@@ -508,7 +508,7 @@ def put_back(
 
 @contextlib.contextmanager
 def _left_out(backup: Backup, kubeconfig_dir: Path, store: Store) -> Iterator[None]:
-    """Take pairs that go away out of the manifests, or their components would not start; where the pairs stay, put them in again."""
+    """Take pairs that go away out of the manifests, or their components would not start; on failure put them in again."""
     before: dict[Path, bytes] = {}
     try:
         for path, text in _without_pairs(backup, kubeconfig_dir):
@@ -517,7 +517,7 @@ def _left_out(backup: Backup, kubeconfig_dir: Path, store: Store) -> Iterator[No
         yield
     except (InstallError, OSError) as e:
         if not store.journal.exists():  # else `recover` may finish it
-            with contextlib.suppress(OSError):  # what went wrong first is the cause
+            with contextlib.suppress(OSError):  # the first error is the cause
                 for path, text in before.items():
                     static_pods.replace(path, text)
         if isinstance(e, OSError):
@@ -526,7 +526,7 @@ def _left_out(backup: Backup, kubeconfig_dir: Path, store: Store) -> Iterator[No
 
 
 def _without_pairs(backup: Backup, kubeconfig_dir: Path) -> Iterator[tuple[Path, bytes]]:
-    """Manifests, and their texts without the pairs that go away."""
+    """The manifests that name pairs that go away, with their texts without those pairs."""
     components = {spec.name: component for component, spec in SERVERS.items()}
     for file in backup.files:
         component = components.get(file.certificate)
@@ -543,7 +543,7 @@ def _without_pairs(backup: Backup, kubeconfig_dir: Path) -> Iterator[tuple[Path,
 
 
 def outcomes_of(backup: Backup, node: Node) -> list[Outcome]:
-    """The outcomes of putting a backup back; without a new certificate where its files are removed."""
+    """The outcomes of putting a backup back; a certificate whose files are removed has no new certificate."""
     return [
         Outcome(
             name=item.spec.name,
@@ -594,7 +594,7 @@ def _replacement(file: File, node: Node) -> Replacement:
 
 
 def _has_the_same_cas(file: File) -> bool:
-    """Whether a CA file has the same CAs already, perhaps in another order."""
+    """Whether a CA file already holds the same CAs, perhaps in another order."""
     try:
         now, then = (set(read_ca_file(path)) for path in (file.path, file.copy or file.path))
     except UnreadableError:
@@ -603,7 +603,7 @@ def _has_the_same_cas(file: File) -> bool:
 
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
-    """Delete old backups, and return their IDs; never the newest (fit) one, `issue`'s for `back`, or any before all is proven."""
+    """Delete old backups, and return their IDs; never the newest, the newest fit, `rotate-ca back`'s, or any before all is proven."""
     found, _ = read_all(store)
     keep = settings.backups
     earliest = now - keep.keep_for
@@ -632,7 +632,7 @@ def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[
 
 
 def delete(backup: Backup) -> None:
-    """Delete a backup, its manifest first: after a crash the next run removes the rest."""
+    """Delete a backup, its manifest first, so that after a crash the next run removes the rest."""
     (backup.directory / MANIFEST).unlink()
     sync_directory(backup.directory)
     shutil.rmtree(backup.directory)

@@ -1,12 +1,12 @@
 """
-Copies of the node's kubeconfigs that the settings name: they get the new client certificate and key, too.
+Copies of the node's kubeconfigs that the settings name: they receive the new client certificate and key, too.
 
 The certificates that copies may still hold are recorded before an installation, until each copy has the live one: the
-next run goes on after an interruption, and a rollback changes the copies back. They are no part of an installation's
+next run continues after an interruption, and a rollback changes the copies back. They are no part of an installation's
 journal, so that the owner of a copy can't hold up an installation.
 
-A copy may lie in a user's home: it is opened once, by a path that only its owner and root can change, and gets a new key
-only if it holds the old certificate with its key, so that no user gets rights that they did not have.
+A copy may lie in a user's home: it is opened once, by a path that only its owner and root can change, and receives a new
+key only if it holds the old certificate with its key, so that no user gains rights.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from bridge.system.waiting import within
 T = TypeVar("T")
 
 _STAGED = f"{STAGED_PREFIX}copy-"
-#: For one copy; a healthy one takes milliseconds.
+#: The time for one copy; a healthy one takes milliseconds.
 _LONGEST = timedelta(seconds=30)
-#: For one that is looked at when those before it have taken all of that time.
+#: The time for a copy when earlier copies have used up all of that time.
 _SHORTEST_SECONDS = 1.0
-#: Users of one copy whose keys are read: there is one, or one a cluster.
+#: The most users of one copy whose keys are read; a copy has one user, or one for each cluster.
 _MOST_KEYS = 8
 
 
 class CopyError(BridgeError):
-    """A copy could not be refreshed: its users go on with the old certificate."""
+    """A copy could not be refreshed: its users keep the old certificate."""
 
     exit_code = Exit.NOT_LIVE
     hint = "fix it, or remove it from copies.files; the next `ca-bridge renew` tries again"
@@ -60,12 +60,12 @@ class CopyError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """A copy, as it was found."""
+    """A copy's state when it was looked at."""
 
     path: Path
     names: tuple[str, ...] = ()  #: kubeadm's names of the kubeconfigs whose live certificate it holds.
     is_there: bool = True
-    error: CopyError | None = None  #: Why it could not be refreshed.
+    error: CopyError | None = None  #: Why it can't be refreshed.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ def record_due(settings: Settings, store: Store, node: Node, replaced: Mapping[s
 
 
 def finish(settings: Settings, store: Store, record: audit.Record) -> list[BridgeError]:
-    """Refresh every copy that holds a replaced certificate; returns errors, after which the debt stays."""
+    """Refresh every copy that holds a replaced certificate; return errors, after which the record stays."""
     if not store.copies.exists():
         return []
     file = copies_file(store)
@@ -122,7 +122,7 @@ def trust(
     earlier: Collection[frozenset[x509.Certificate]],
     cas: Sequence[x509.Certificate],
 ) -> list[BridgeError]:
-    """Have each copy trust these CAs where it trusts the cluster's of an earlier phase; returns errors."""
+    """Make each copy trust these CAs where it trusts those of an earlier phase of the cluster; return errors."""
     errors: list[BridgeError] = []
     for path in settings.copies.files.paths:
         try:
@@ -138,7 +138,7 @@ def trust(
 def following(
     earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]
 ) -> Callable[[bytes], bytes | None]:
-    """An edit of CA data: these CAs in the place of an earlier phase's; None: it stays."""
+    """An edit of CA data that replaces an earlier phase's CAs by these; it returns None for other data."""
 
     def edit(data: bytes) -> bytes | None:
         try:
@@ -151,7 +151,7 @@ def following(
 
 
 def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]) -> bool:
-    """Whether the CA data of a copy had to change; of other clusters it stays."""
+    """Update the CA data of a copy, except other clusters'; return whether it changed."""
     with contextlib.suppress(FileNotFoundError), _judged(path) as found:
         changed = kubeconfig.with_cas(found.data, following(earlier, cas))
         if changed != found.data:
@@ -161,7 +161,7 @@ def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas:
 
 
 def _in_time(path: Path, seconds: float, work: Callable[[], T]) -> T:
-    """Work on one copy, whose home may be on a dead file system, within a time (CopyError)."""
+    """Run `work` on one copy within a time limit, since its home may be on a dead file system (CopyError)."""
     try:
         return within(seconds, work)
     except TimeoutError:
@@ -170,7 +170,7 @@ def _in_time(path: Path, seconds: float, work: Callable[[], T]) -> T:
 
 
 def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
-    """The pairs of the node's kubeconfigs, and the errors of those that can't be read now; both by name."""
+    """The pairs of the node's kubeconfigs, and the errors of kubeconfigs that can't be read now; both by name."""
     live: dict[str, _Live] = {}
     errors: dict[str, CopyError] = {}
     for item in node.items:
@@ -187,7 +187,7 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
 
 
 def _refreshed(path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]) -> list[str]:
-    """Refresh one copy; kubeadm's names of the kubeconfigs that it copies (CopyError: it was not changed)."""
+    """Refresh one copy; return kubeadm's names of the kubeconfigs that it copies (CopyError: it is unchanged)."""
     try:
         with _judged(path) as found:
             if users := _outdated(found.data, path, live, outdated):
@@ -202,7 +202,7 @@ def _refreshed(path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Seq
 def _outdated(
     data: bytes, path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]
 ) -> dict[int, str]:
-    """The users of a copy with a replaced certificate, by number, and kubeadm's name of the kubeconfig they copy."""
+    """The copy's users with a replaced certificate: the user's number, and kubeadm's name of the copied kubeconfig."""
     now = {name: fingerprint(one.certificate) for name, one in live.items()}
     old = {one: name for name, found in outdated.items() if name in now for one in found if one != now[name]}
     held = [(user.number, found) for user, found in _held(data, {*old, *now.values()})]
@@ -216,7 +216,7 @@ def _outdated(
 def _replace(found: _Found, changed: bytes) -> None:
     place = found.place
     staged = place.path.with_name(f"{_STAGED}{place.name}")
-    staged.unlink(missing_ok=True)  # of a run that was killed
+    staged.unlink(missing_ok=True)  # a killed run left it
     write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
     try:
         if version(place.path.lstat()) != version(found.status):
@@ -229,10 +229,10 @@ def _replace(found: _Found, changed: bytes) -> None:
 
 
 def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, str]]:
-    """Each user with a known certificate and its key; few keys are read, since their owner may make them slow to load."""
+    """Each user with a known certificate and its key; few keys are read, since the owner may make them slow to load."""
     keys = 0
     for user in kubeconfig.embedded_users(data):
-        with contextlib.suppress(*UNREADABLE, UnsupportedAlgorithm):  # no user of ours
+        with contextlib.suppress(*UNREADABLE, UnsupportedAlgorithm):  # not one of the node's users
             certificate = load_pem_certificates(user.certificate_pem)[0]
             if (found := fingerprint(certificate)) not in known:
                 continue
@@ -245,7 +245,7 @@ def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, st
 
 
 def look(settings: Settings, node: Node) -> list[Copy]:
-    """Each copy as it is now, with the reason why it could not be refreshed; all within the time of one."""
+    """Each copy as it is now, with the reason why it can't be refreshed; one time limit covers all of them."""
     live, _ = _live(node)
     names = {fingerprint(one.certificate): name for name, one in live.items()}
     found, end = [], time.monotonic() + _LONGEST.total_seconds()
@@ -276,7 +276,7 @@ class _Found:
 
 @contextlib.contextmanager
 def _judged(path: Path) -> Iterator[_Found]:
-    """Read a copy, and no link, that only its owner and root can change; each error but FileNotFoundError is a CopyError."""
+    """Read a copy that is no link and only its owner and root can change; errors but FileNotFoundError are CopyErrors."""
     try:
         with opened(path) as place, regular_file(place.path, os.O_NOFOLLOW) as (descriptor, status):
             held = Path(f"/proc/self/fd/{descriptor}")

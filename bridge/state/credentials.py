@@ -1,6 +1,6 @@
 """
-Our own credentials, by which a CA, a desk or a cluster knows us, and when each ends; a renewal renews none of them. Their
-files are remembered with the checked settings, so that a night with nothing due loads no backend.
+Our own credentials, which identify us to a CA, a desk or a cluster, and when each ends; a renewal replaces none of them.
+Their files are remembered with the checked settings, so that a night with nothing due loads no backend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bridge.settings.tables import ServeSettings, Settings
 from bridge.state import Store, checked_credentials
 from bridge.system.paths import UnreadableError, read
 
-if TYPE_CHECKING:  # a night with nothing due makes none of them
+if TYPE_CHECKING:  # a night with nothing due needs none of these
     from bridge.contract import CredentialEnd
     from bridge.system.state_file import StateFile
 
@@ -35,7 +35,7 @@ class CredentialFile(NamedTuple):
 
 
 class CredentialEndedError(BridgeError):
-    """One of our own credentials has ended, so that the server refuses the next request, even if no certificate is due."""
+    """One of our own credentials has ended: the server refuses the next request, even if no certificate is due."""
 
     exit_code = Exit.USAGE
     hint = "have a new one issued, and put it in its place; `ca-bridge doctor` tries it"
@@ -47,20 +47,20 @@ class CredentialEndedError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """One of ours, and when it ends."""
+    """One of our own credentials, and when it ends."""
 
     name: str  #: The settings' key.
     path: str  #: Empty: it is in no file.
-    ends: datetime | None = None  #: Of the first to end of a certificate and its intermediates; None: see `trouble`.
+    ends: datetime | None = None  #: The first end of its certificate and intermediates; None: see `trouble`.
     begins: datetime | None = None
     trouble: str = ""  #: Why its end is not known.
-    reported: datetime | None = None  #: When the CA said so; None: the file says it.
+    reported: datetime | None = None  #: When the CA reported the end; None: the file says it.
     renewed_as: str = (
-        ""  #: The further pair whose renewal replaces the file, so that it renews itself; empty: none does.
+        ""  #: The further pair whose renewal replaces the file, so that the credential renews itself; empty: none.
     )
 
     def near_from(self, before: Before) -> datetime | None:
-        """From when on there is reason to warn: by `renewal.before`, or later, when the program that replaces it is late."""
+        """When to begin to warn: at `renewal.before`, or later, when the program that replaces it is late."""
         if self.ends is None:
             return None
         if self.begins is None:
@@ -83,7 +83,7 @@ class Credential:
 
     @property
     def is_key_alone(self) -> bool:
-        """Whether signatures count by the key, which has no end, so that the certificate's end stops nothing."""
+        """Whether signatures are checked with the key alone, so that the certificate's end stops nothing."""
         return self.name in _KEYS
 
     def text(self, now: datetime) -> str:
@@ -108,8 +108,8 @@ SERVED = "serve.certificate"
 
 
 def own_places(settings: Settings) -> Iterator[CredentialFile]:
-    """Files that the program's own tables name; `bridge.ca.registry.credentials` has the backends', too."""
-    door = settings.serve.certificate if settings.serve != ServeSettings() else None  # else no door has these settings
+    """Credential files in the program's own settings; `bridge.ca.registry.credentials` adds the backends'."""
+    door = settings.serve.certificate if settings.serve != ServeSettings() else None  # else there is no door
     paths = (settings.node.desk_key, settings.node.order_key, settings.gateway.kubeconfig, door)
     for name, path in zip((*_KEYS, "gateway.kubeconfig", SERVED), paths, strict=True):
         if path is not None:
@@ -117,7 +117,7 @@ def own_places(settings: Settings) -> Iterator[CredentialFile]:
 
 
 def may_look(settings: Settings) -> bool:
-    """Whether this user may see the state directory, or there is none yet."""
+    """Whether this user may read the state directory, or it does not exist yet."""
     directory = settings.node.state_dir
     try:
         directory.lstat()
@@ -129,7 +129,7 @@ def may_look(settings: Settings) -> bool:
 
 
 def seen(settings: Settings) -> list[Credential] | None:
-    """All of them without loading a backend; None: the settings were not checked yet, or this user may not see that."""
+    """All credentials, without loading a backend; None: the settings are not checked, or this user may not read that."""
     store = Store(settings.node.state_dir)
     if not settings.authorities or settings.source.file is None:
         return look(settings, own_places(settings), None)
@@ -138,7 +138,7 @@ def seen(settings: Settings) -> list[Credential] | None:
 
 
 def look(settings: Settings, there: Iterable[CredentialFile], store: Store | None) -> list[Credential]:
-    """The end of each credential, by its file, or else by what a CA has said (`store`; None: it is not asked for)."""
+    """When each credential ends, by its file, or else by its CA's report in `store` (None: reports are left out)."""
     pairs = {os.path.realpath(pair.certificate_file): pair.name for pair in settings.node.pairs}
     found = [one for place in there if (one := _read(place)) is not None]
     by_file = [replace(one, renewed_as=pairs.get(os.path.realpath(one.path), "")) for one in found] if pairs else found
@@ -146,7 +146,7 @@ def look(settings: Settings, there: Iterable[CredentialFile], store: Store | Non
 
 
 def _read(place: CredentialFile) -> Credential | None:
-    """The credential in the file; None: it holds a public key or a token alone, or the gateway's file is on another machine."""
+    """The credential in a file; None: it holds only a public key or a token, or the gateway's file is on another machine."""
     trouble = ""
     try:
         data = read(place.path)
@@ -167,10 +167,10 @@ def _read(place: CredentialFile) -> Credential | None:
 
 
 def _certificates(data: bytes, path: Path) -> list[x509.Certificate]:
-    """The certificates of a PEM file, or those by which a kubeconfig logs in; none: it has a token."""
+    """The certificates of a PEM file, or the client certificates of a kubeconfig; empty if it has a token."""
     if b"-----BEGIN CERTIFICATE-----" in data:
         return load_pem_certificates(data)
-    from bridge.node import kubeconfig  # noqa: PLC0415 (only where one is a credential)
+    from bridge.node import kubeconfig  # noqa: PLC0415 (only if a credential is a kubeconfig)
 
     found = kubeconfig.parse(data)
     if found.certificate_data is None and found.certificate_file is None:
@@ -179,7 +179,7 @@ def _certificates(data: bytes, path: Path) -> list[x509.Certificate]:
     return load_pem_certificates(pem)
 
 
-# --- what a CA has said -----------------------------------------------------------------------------------------------
+# --- what a CA has reported -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,22 +187,22 @@ class _Reported:
     """The end of a token or secret id, as its CA reported it."""
 
     ends: datetime
-    reported: datetime = field(metadata={"key": "told"})  # as `codec.named`, which this file does not load for a night
+    reported: datetime = field(metadata={"key": "told"})  # as `codec.named`, which a night with nothing due avoids
     begins: datetime | None = None
     file: str | None = None  #: None: it is in no file.
-    stamp: str | None = None  #: Of the file; with another one in its place the CA's word is forgotten.
+    stamp: str | None = None  #: The file's; once the file is replaced, the CA's report is forgotten.
 
 
 def reported_file(store: Store) -> StateFile[dict[str, _Reported]]:
-    """The file; a damaged one counts as none: the worst that follows is a warning that comes later."""
-    from bridge.system.state_file import OnDamage, coded  # noqa: PLC0415 (only where a CA has said something)
+    """The file with CAs' reports; a damaged one counts as missing, since the worst result is a late warning."""
+    from bridge.system.state_file import OnDamage, coded  # noqa: PLC0415 (only if a CA has reported an end)
 
     what = "when our own tokens end"
     return coded(dict[str, _Reported], store.credentials, what, OnDamage.START_OVER, key="credentials", version=1)
 
 
 def remember(store: Store, ends: Mapping[str, CredentialEnd], now: datetime) -> None:
-    """Remember what CAs have just said, by the settings' key; what others have said stays."""
+    """Remember the ends that CAs have just reported, by the settings' key; reports of other CAs stay."""
     if not ends:
         return
     file = reported_file(store)
@@ -237,12 +237,12 @@ def _remembered(settings: Settings, store: Store) -> Iterator[Credential]:
 
 
 def warnings(found: Iterable[Credential], settings: Settings, now: datetime) -> list[str]:
-    """A sentence about each that ends soon, has ended, or can't be read."""
+    """A sentence about each credential that ends soon, has ended, or can't be read."""
     return [one.text(now) for one in found if one.needs_a_word(settings.renewal.before, now)]
 
 
 def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedError]:
-    """An error for each that this machine itself can see to have ended, and that a renewal logs in with."""
+    """An error for each ended credential that a renewal logs in with, and whose end this machine can see."""
     logins = (
         one for one in found if one.reported is None and not one.is_key_alone and one.name != "gateway.kubeconfig"
     )
@@ -250,7 +250,7 @@ def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedErr
 
 
 def metrics(found: Sequence[Credential], before: Before) -> str:
-    """The metrics of all whose end is known, in Prometheus' format."""
+    """The metrics of all credentials with a known end, in Prometheus' format."""
     from bridge.system.codec import labels, metric  # noqa: PLC0415 (for monitors alone)
 
     def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:

@@ -1,9 +1,9 @@
 """
-Replace a set of files in one recoverable step.
+Replaces a set of files in one recoverable step.
 
 Stage beside each target, back up by copy, write the journal (the commit point), swap by rename, remove the journal.
 After a crash before the journal all files are old, after a later one all are new, once `recover` has run; every command
-that writes runs it first. The files' content was checked before (`bridge.pki.verify`).
+that writes runs it first. The caller has verified the files' content (`bridge.pki.verify`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from bridge.system.state_file import OnDamage, StateError, StateFile, coded, uns
 
 STAGED_PREFIX = ".ca-bridge-"
 
-# kubeadm keeps whatever mode it finds; a private key is for its owner alone, a kubeconfig (which holds one) may be
+# kubeadm keeps an existing file's mode; a private key is for its owner alone, a kubeconfig (which holds one) may be
 # shared with a group of administrators
 KEY_MASK = 0o600
 KUBECONFIG_MASK = 0o660
 CERTIFICATE_MASK = 0o777
-#: kubeadm's for `pki/etcd`.
+#: kubeadm's mode for `pki/etcd`.
 PKI_DIRECTORY_MODE = 0o755
 
 
@@ -43,23 +43,23 @@ _PAIRS = (
 
 
 class InstallError(BridgeError):
-    """The files could not be replaced; the text says what is on disk now."""
+    """The files could not be replaced; the message says what is on disk now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
-    """One file that gets new content."""
+    """One file and its new content."""
 
-    certificate: str  #: kubeadm's name of the certificate that it belongs to.
-    path: Path  #: A symlink is followed, and stays, unless `is_link`.
-    data: bytes | None  #: None: the file goes away.
-    mode_mask: int  #: The most that the new file's mode may allow.
+    certificate: str  #: kubeadm's name of the file's certificate.
+    path: Path  #: Unless `is_link`, a symlink is followed and stays.
+    data: bytes | None  #: None: the file is removed.
+    mode_mask: int  #: The permissions that the new file may have at most.
     was: str | None  #: `fingerprint` of the file when the CSR was made; None: there was none.
-    attributes: Attributes | None = None  #: A new file's; None: for its owner alone.
-    is_imposed: bool = False  #: A file that is there gets these attributes as well.
+    attributes: Attributes | None = None  #: For a new file; None: it is for its owner alone.
+    is_imposed: bool = False  #: An existing file gets these attributes as well.
     is_link: bool = False  #: The symlink itself is replaced, or a file in its place.
     leads_to: str | None = None  #: The target of the new symlink, which has no data; only with `is_link`.
-    says_the_same: bool = False  #: What reads it at its start alone need not read it again.
+    says_the_same: bool = False  #: A program that reads it only at its start need not be restarted.
     makes_directory: bool = False  #: The file may be the first of its directory.
 
 
@@ -80,7 +80,7 @@ class Recovery:
     run_id: str
     direction: str  #: `forward` or `back`.
     paths: tuple[str, ...]
-    certificates: tuple[str, ...]  #: kubeadm's names of those that the files belong to.
+    certificates: tuple[str, ...]  #: kubeadm's names of the files' certificates.
 
     def __str__(self) -> str:
         verb = "finished" if self.direction == "forward" else "undid"
@@ -89,7 +89,7 @@ class Recovery:
 
 
 def fingerprint(path: Path) -> str | None:
-    """The SHA-256 of a file's content, or of a symlink's target; None: neither is there (InstallError: something else)."""
+    """The SHA-256 of a file's content, or of a symlink's target; None: neither exists (InstallError: something else)."""
     if path.is_symlink():
         return link_digest(str(path.readlink()))
     try:
@@ -108,19 +108,19 @@ def _content(path: Path) -> bytes:
 
 
 def _holds(path: Path, sha256: str) -> bool:
-    """Whether a file with this content, or such a symlink, is there, and not something else."""
+    """Whether the path is a file with this content, or a symlink with this digest."""
     with contextlib.suppress(InstallError):
         return fingerprint(path) == sha256
     return False
 
 
 def link_digest(leads_to: str) -> str:
-    """SHA-256 that stands for a symlink; no file's content has it."""
+    """The SHA-256 that represents a symlink; no file's content has it."""
     return digest(b"symlink\0" + leads_to.encode())
 
 
 def install(store: Store, replacements: Sequence[Replacement], run_id: str, about: Mapping[str, Any]) -> str:
-    """Replace all files or none; the backup's ID (InstallError: all old, or the journal stays for `recover`)."""
+    """Replace all files or none; return the backup's ID (InstallError: all old, or the journal is for `recover`)."""
     targets = [_target(replacement, run_id) for replacement in replacements]
     backup_id = ""
     try:
@@ -150,7 +150,7 @@ def install(store: Store, replacements: Sequence[Replacement], run_id: str, abou
 
 
 def _times_to_keep(store: Store, targets: Sequence[Target]) -> dict[Path, Written | None]:
-    """When files that say the same afterwards were written (None: not by us): for their readers that is when they changed."""
+    """When files that keep their meaning were written (None: not by us); their readers need not read them again."""
     paths = [target.path for target in targets if target.replacement.says_the_same]
     if not paths:
         return {}
@@ -163,7 +163,7 @@ def _times_to_keep(store: Store, targets: Sequence[Target]) -> dict[Path, Writte
 
 
 def _note_time(store: Store, paths: Sequence[Path], kept: Mapping[Path, Written | None]) -> None:
-    """Record when files were written; without that their ctime counts, by a clock that may have been wrong."""
+    """Record when files were written; otherwise their ctime counts, from a clock that may have been wrong."""
     file = written_file(store)
     try:
         earlier = {path: one for path, one in (file.read() or {}).items() if one.is_of(Path(path))}
@@ -174,7 +174,7 @@ def _note_time(store: Store, paths: Sequence[Path], kept: Mapping[Path, Written 
 
 
 def recover(store: Store) -> Recovery | None:
-    """Finish an interrupted installation, or else undo it; None: there is none (InstallError: neither works; StateError)."""
+    """Finish or else undo an interrupted installation; None: none was interrupted (InstallError: neither works; StateError)."""
     try:
         return _recover(store)
     except OSError as e:
@@ -221,7 +221,7 @@ def _target(replacement: Replacement, run_id: str) -> Target:
             raise InstallError(f"nothing was replaced: {foreign}", hint=foreign.hint)
         if replacement.makes_directory:
             path.parent.mkdir(mode=PKI_DIRECTORY_MODE, exist_ok=True)
-        # the PKI directory is mounted into pods, and an operator's symlinks have their reasons: both stay
+        # the PKI directory is mounted into pods, and operators have reasons for their symlinks: both stay
         is_followed = path.exists() and not replacement.is_link
         real = real_path(path, strict=True) if is_followed else real_path(path.parent, strict=True) / path.name
         is_file = real.exists() and not real.is_symlink()
@@ -248,7 +248,7 @@ def _staged(path: Path, run_id: str) -> Path:
 
 
 def _stage(target: Target) -> None:
-    """Write the new content beside the target, so that rename(2) is atomic and the file system the same."""
+    """Write the new content beside the target: on the same file system, so that rename(2) is atomic."""
     fresh = Attributes.private()
     replacement = target.replacement
     given = replacement.attributes.narrowed(replacement.mode_mask) if replacement.attributes is not None else fresh
@@ -260,7 +260,7 @@ def _stage(target: Target) -> None:
 
 
 def _assert_unchanged(targets: Sequence[Target]) -> None:
-    """Make sure that no other program or person replaced a file since its CSR was made."""
+    """Make sure that no program or person replaced a file since its CSR was made."""
     for target in targets:
         if fingerprint(target.path) != target.replacement.was:
             raise InstallError(
@@ -270,7 +270,7 @@ def _assert_unchanged(targets: Sequence[Target]) -> None:
 
 
 def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mapping[str, Any]) -> str:
-    """Back up by copying (kubeadm rewrites files in place, and a hard link would change, too); the manifest comes last."""
+    """Back up by copying (kubeadm rewrites files in place, and so a hard link too); the manifest is written last."""
     created, place_in_order = datetime.now(UTC), newest_number(store) + 1
     backup_id = f"{created:%Y%m%dT%H%M%SZ}-{run_id}"
     directory = store.backups / backup_id
@@ -289,7 +289,7 @@ def _back_up(store: Store, targets: Sequence[Target], run_id: str, about: Mappin
 
 
 def _backed_up(directory: Path, numbered: tuple[int, Target]) -> dict[str, Any]:
-    """The manifest's entry for a file, which is backed up then."""
+    """Back up a file, and return its entry for the manifest."""
     number, target = numbered
     entry: dict[str, Any] = {
         "certificate": target.replacement.certificate,
@@ -306,10 +306,10 @@ def _backed_up(directory: Path, numbered: tuple[int, Target]) -> dict[str, Any]:
 
 
 def newest_number(store: Store) -> int:
-    """The newest backup's number, which orders installations independently of the clock; 0: there is none."""
+    """The newest backup's number, which orders installations independently of the clock; 0: there is no backup."""
     numbers = [0]
     for directory in store.backup_directories():
-        with contextlib.suppress(StateError):  # a damaged one is reported by those that list backups
+        with contextlib.suppress(StateError):  # the functions that list backups report a damaged one
             numbers.append((manifest_file(directory).read() or {}).get("number", 0))
     return max(numbers)
 
@@ -325,7 +325,7 @@ def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str
 
 
 def _forward(journal: Mapping[str, Any]) -> None:
-    """Put all new files in place, each of which is there already or staged beside it; may be repeated."""
+    """Put all new files in place, from beside each target unless it is there already; may be repeated."""
     for target in journal["targets"]:
         path, staged = Path(target["path"]), Path(target["staged"])
         _assert_no_directory(path)
@@ -340,7 +340,7 @@ def _forward(journal: Mapping[str, Any]) -> None:
 
 
 def _assert_no_directory(path: Path) -> None:
-    """No file can be put in a directory's place, whose content is not ours to remove."""
+    """Refuse to replace a directory, whose content is not ours to remove."""
     if path.is_dir() and not path.is_symlink():
         raise InstallError(
             f"{path}: wanted a file that can be replaced, or none, found a directory",
@@ -349,7 +349,7 @@ def _assert_no_directory(path: Path) -> None:
 
 
 def _back(store: Store, journal: dict[str, Any]) -> None:
-    """Put the backup in place; may be repeated."""
+    """Put the backup back in place; may be repeated."""
     if journal["direction"] != "back":
         journal["direction"] = "back"
         journal_file(store).replace(journal)
@@ -376,7 +376,7 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
 
 
 def _leave_all_old(store: Store, error: Exception, backup_id: str) -> NoReturn:
-    """Give up before the commit point: remove the staged files and the backup, and nothing else."""
+    """Give up before the commit point: remove only the staged files and the backup."""
     try:
         if backup_id:
             manifest_file(store.backups / backup_id).path.unlink(missing_ok=True)
@@ -388,7 +388,7 @@ def _leave_all_old(store: Store, error: Exception, backup_id: str) -> NoReturn:
 
 
 def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoReturn:
-    """A swap that can't go forward goes back at once."""
+    """Undo at once a swap that can't be completed."""
     try:
         _back(store, journal)
     except (OSError, InstallError, StateError) as e:
@@ -402,7 +402,7 @@ def _give_up(store: Store, journal: dict[str, Any], error: Exception) -> NoRetur
 
 
 def _close_at_last(store: Store, done: str) -> None:
-    """Remove the journal; if that fails the next run does it, since the files need nothing more."""
+    """Remove the journal; if that fails, the next run does it, since the files are complete."""
     try:
         _close(store)
     except StateError as e:
@@ -415,7 +415,7 @@ def _close(store: Store) -> None:
 
 
 def _forget_staged(store: Store, staged: Sequence[Path] | None) -> None:
-    """Remove staged files without a journal, which never count; None: there is no list of them."""
+    """Remove staged files that no journal covers; None: there is no list of them."""
     if staged is None:
         return
     for path in staged:
@@ -426,26 +426,26 @@ def _forget_staged(store: Store, staged: Sequence[Path] | None) -> None:
 
 
 def _forget_partial_backups(store: Store) -> None:
-    """Remove backups without a manifest: they were not finished, and no file was replaced after them."""
+    """Remove backups without a manifest: they were never finished, and no file was replaced after them."""
     for directory in store.backup_directories():
         if not (directory / MANIFEST).exists() and not directory.is_symlink():
             shutil.rmtree(directory)
 
 
 def attributes_json(attributes: Attributes) -> dict[str, Any]:
-    """The attributes as a journal or manifest has them."""
+    """The attributes in the form of a journal or manifest."""
     extended = {name: value.hex() for name, value in attributes.extended.items()}
     return {"mode": attributes.mode, "uid": attributes.uid, "gid": attributes.gid, "extended": extended}
 
 
 def attributes_from(value: Mapping[str, Any]) -> Attributes:
-    """Read attributes as a backup's manifest has them."""
+    """Read attributes from a backup's manifest."""
     extended = {name: bytes.fromhex(text) for name, text in value["extended"].items()}
     return Attributes(mode=value["mode"], uid=value["uid"], gid=value["gid"], extended=extended)
 
 
 def journal_file(store: Store) -> StateFile[dict[str, Any]]:
-    """The journal: while it is there, an installation has neither happened nor not."""
+    """The journal: while it exists, an installation is neither done nor undone."""
     return StateFile(
         path=store.journal,
         what="our journal of an installation",
@@ -456,7 +456,7 @@ def journal_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(data: bytes) -> dict[str, Any]:
-    """Parse a journal; each path is in it twice, so that damage shows in a journal without a digest, too."""
+    """Parse a journal; it has each path twice, so that damage shows even in a journal without a digest."""
     document = unsealed(data, frozenset({"version", "run_id", "backup", "direction", "targets"}))
     if document["direction"] not in ("forward", "back") or not _names(document, "run_id", "backup"):
         raise ValueError("not written by this program")
@@ -469,7 +469,7 @@ def _journal_of(data: bytes) -> dict[str, Any]:
 
 
 def staging_file(store: Store) -> StateFile[tuple[Path, ...]]:
-    """The list of files that an installation stages; without a journal they may all be removed."""
+    """The list of files that an installation stages; without a journal all of them may be removed."""
     return StateFile(
         path=store.staging,
         what="the list of files that were staged",
@@ -499,7 +499,7 @@ _MANIFEST_KEYS = frozenset(
 
 
 def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
-    """A backup's manifest; a directory without one is no backup."""
+    """A backup's manifest; a directory without a manifest is no backup."""
     return StateFile(
         path=directory / MANIFEST,
         what="a backup's manifest",
@@ -512,7 +512,7 @@ def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
 def _manifest_of(data: bytes) -> dict[str, Any]:
     """Check the fields without which a backup could not be listed or put back."""
     document = unsealed(data, _MANIFEST_KEYS)
-    is_numbered = type(document.get("number", 0)) is int  # earlier versions wrote none
+    is_numbered = type(document.get("number", 0)) is int  # earlier versions wrote no number
     if not is_numbered or not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
         raise ValueError("not written by this program")
     for entry in document["files"]:
@@ -524,7 +524,7 @@ def _manifest_of(data: bytes) -> dict[str, Any]:
 
 
 def _names(document: Mapping[str, Any], *keys: str) -> bool:
-    """Whether all of these have a text."""
+    """Whether all of these keys have a text."""
     return all(isinstance(document[key], str) for key in keys)
 
 

@@ -1,4 +1,4 @@
-"""What an installation leaves to do, on disk before it and until it is done or outdated; each kind has its own file."""
+"""Work left by an installation: recorded before it, until it is done or outdated; each kind has its own file."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ AFTER_INSTALL, SUCCESS, FAILURE = "after_install", "success", "failure"
 
 
 def live_serials(node: Node) -> dict[str, str]:
-    """The serial numbers of the certificates on the node, in hexadecimal, by kubeadm's name."""
+    """The serial numbers (hexadecimal) of the certificates on the node, by kubeadm's name."""
     return {item.spec.name: serial_hex(item.certificates[0]) for item in node.items if item.certificates}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unproven:
-    """A certificate that was installed, perhaps by several runs, and was not seen in use yet."""
+    """A certificate that was installed, perhaps by several runs, and not yet seen in use."""
 
-    name: str  #: kubeadm's.
-    runs: Mapping[str, str]  #: The run that installed it, or was about to, by serial.
+    name: str  #: kubeadm's name of the certificate.
+    runs: Mapping[str, str]  #: By serial number, the run that installed it or was about to.
     backup_of: str  #: The first of these runs, whose backup has the files that were in use.
-    before: frozenset[str] = frozenset()  #: Checks that failed before it, as in `Finding.what`.
+    before: frozenset[str] = frozenset()  #: Checks that failed before the installation, as in `Finding.what`.
 
     def __post_init__(self) -> None:
         _assert_known(self.name)
 
     @property
     def newest_run(self) -> str:
-        """The run whose certificate it is, as far as that is known."""
+        """The run that installed the certificate, as far as it is known."""
         return list(self.runs.values())[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotProven:
-    """Installed certificates that are not proven, and the rollback and restarts that they need."""
+    """Installed certificates that are not proven yet, and the rollback and restarts that they need."""
 
     certificates: tuple[Unproven, ...]
-    going_back: str = ""  #: Why all of it is rolled back; empty: it is not.
+    going_back: str = ""  #: Why all of it is rolled back; empty: it is not rolled back.
     to_restart: tuple[Component, ...] = ()  #: Components that run on files that were rolled back.
-    #: It is not rolled back by itself, whether it works or not, and restarts wait for nothing; None: it is no emergency.
+    #: No automatic rollback, whether it works or not, and restarts do not wait; None: no emergency.
     stays: bool | None = field(default=None, metadata=left_out())
 
     @property
@@ -62,7 +62,7 @@ class NotProven:
     def with_installed(
         self, outcomes: Iterable[Outcome], run_id: str, failed: Callable[[str], frozenset[str]] = lambda _: frozenset()
     ) -> NotProven:
-        """The same with what a run is about to install; one that is unproven keeps its backup, and what had `failed`."""
+        """A copy with the certificates that a run is about to install; an unproven one keeps its backup and `before`."""
         every = {one.name: one for one in self.certificates}
         for name, new in ((one.name, one.new) for one in outcomes if one.new is not None):
             one = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))
@@ -70,24 +70,24 @@ class NotProven:
         return dataclasses.replace(self, certificates=tuple(every.values()))
 
     def live_on(self, node: Node) -> NotProven:
-        """The same without outdated ones: those that were not installed, or were replaced by another program."""
+        """Return a copy without outdated certificates, which were not installed or were replaced by another program."""
         live = live_serials(node)
         unreadable = {item.spec.name for item in self.unreadable_on(node)}
         ours = tuple(one for one in self.certificates if live.get(one.name) in one.runs or one.name in unreadable)
         return dataclasses.replace(self, certificates=ours)
 
     def unreadable_on(self, node: Node) -> list[Item]:
-        """Certificates of these on the node that can't be read now, and may come back."""
+        """The unproven certificates that can't be read on the node now, and may return."""
         ours = [item for item in node.items if item.spec.name in self.names and item.state != "present"]
         return [item for item in ours if item.state != "missing" or not item.spec.optional]
 
     def is_new(self, certificate: str | None, what: str) -> bool:
-        """Whether a failed check of a certificate held before the installation."""
+        """Whether a check that fails now passed before the installation."""
         return not any(certificate == one.name and what in one.before for one in self.certificates)
 
 
 def unproven_file(store: Store) -> StateFile[NotProven]:
-    """The file with unproven certificates; a damaged one stops a run, since it may ask for a restart or a rollback."""
+    """The file with unproven certificates; damage stops a run, since the file may demand a restart or a rollback."""
     return coded(
         NotProven,
         store.unproven,
@@ -99,7 +99,7 @@ def unproven_file(store: Store) -> StateFile[NotProven]:
 
 
 def postponed_file(store: Store) -> StateFile[NotProven]:
-    """The file with certificates of --no-restart, or of `rollback`: no run restarts for them, or rolls them back."""
+    """The file with certificates of --no-restart or `rollback`: no run restarts for them, or rolls them back."""
     return coded(
         NotProven,
         store.postponed,
@@ -112,21 +112,21 @@ def postponed_file(store: Store) -> StateFile[NotProven]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnprovenPair:
-    """A further pair that was installed, and that its program is still to read; each stands for itself."""
+    """A further pair that was installed, and not yet seen in use; each has its own proof and rollback."""
 
-    unproven: NotProven = field(metadata=named("owed"))  #: With this one certificate.
-    worked: bool  #: Its server showed the old pair before the installation, or nothing can be asked.
-    by_hand: bool = False  #: With --no-restart, or by `rollback`: no run has it read again, or rolls it back.
-    is_read: bool = False  #: Its program has read it again; what is left is to see that.
+    unproven: NotProven = field(metadata=named("owed"))  #: The pair's certificate, and nothing else.
+    worked: bool  #: Its server showed the old pair before the installation, or it has no server to check.
+    by_hand: bool = False  #: Installed with --no-restart or put back by `rollback`: no run reloads or rolls it back.
+    is_read: bool = False  #: Its program has reloaded it; only the check is left.
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The pair's name."""
         return self.unproven.names[0]
 
 
 def pairs_file(store: Store) -> StateFile[tuple[UnprovenPair, ...]]:
-    """The file with such pairs; without it no run knows which programs use old pairs, so that damage is reported."""
+    """The file with unproven pairs; damage is reported, since no run then knows which programs use old pairs."""
     return coded(
         tuple[UnprovenPair, ...],
         store.pairs,
@@ -141,7 +141,7 @@ def pairs_file(store: Store) -> StateFile[tuple[UnprovenPair, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HooksToRun:
-    """Hooks of one event that did not all succeed yet."""
+    """Hooks of one event that have not all succeeded yet."""
 
     event: str
     run_id: str
@@ -155,13 +155,13 @@ class HooksToRun:
             raise ValueError("not written by this program")
 
     def is_outdated(self, node: Node) -> bool:
-        """Whether the hooks are about certificates of which none is installed any more."""
+        """Whether none of the hooks' certificates is installed any more."""
         live = live_serials(node)
         return bool(self.serials) and not any(live.get(name) == serial for name, serial in self.serials.items())
 
 
 def hooks_file(store: Store) -> StateFile[tuple[HooksToRun, ...]]:
-    """The hooks to be run again; a damaged file is reported once, and does not stop a renewal."""
+    """The file with hooks to run again; a damaged file is reported once, and does not stop a renewal."""
     return coded(
         tuple[HooksToRun, ...],
         store.hooks,
@@ -177,9 +177,9 @@ def hooks_file(store: Store) -> StateFile[tuple[HooksToRun, ...]]:
 class Superseded:
     """A certificate that is to be revoked."""
 
-    name: str  #: kubeadm's.
+    name: str  #: kubeadm's name of the certificate.
     certificate: x509.Certificate
-    due: datetime  #: Not earlier.
+    due: datetime  #: Revoked no earlier than this.
 
     def __post_init__(self) -> None:
         _assert_known(self.name)
@@ -189,7 +189,7 @@ class Superseded:
         return node.spec(self.name).authority.name
 
     def is_outdated(self, node: Node, now: datetime) -> bool:
-        """Whether the certificate is (or is again) in use, or has ended; or it is of a pair that the settings had."""
+        """Whether the certificate is in use (again), has ended, or is a pair that the settings no longer have."""
         if self.name not in SPECS and node.item(self.name) is None:
             return True
         return node.live(self.name) == self.certificate or self.certificate.not_valid_after_utc <= now
@@ -199,7 +199,7 @@ class Superseded:
 
 
 def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
-    """The certificates that are still to be revoked."""
+    """The file with certificates still to be revoked."""
     return coded(
         tuple[Superseded, ...],
         store.revocations,
@@ -212,14 +212,14 @@ def revocations_file(store: Store) -> StateFile[tuple[Superseded, ...]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """A request that its backend may put away, with its answers, once it waits no more."""
+    """A request that its backend may remove, with its answers, once it no longer waits."""
 
     authority: str
-    reference: str  #: The backend's, of the request.
+    reference: str  #: The backend's reference of the request.
 
 
 def collected_file(store: Store) -> StateFile[tuple[Collected, ...]]:
-    """What is to be put away; without the file it stays where it is."""
+    """The file with requests to remove at backends; if it is lost, they stay there."""
     return coded(
         tuple[Collected, ...],
         store.collected,
@@ -232,7 +232,7 @@ def collected_file(store: Store) -> StateFile[tuple[Collected, ...]]:
 
 
 def copies_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
-    """The certificates that copies may still hold: SHA-256, by kubeadm's name of the kubeconfig."""
+    """The file with certificates that copies may still hold: their SHA-256, by kubeadm's name of the kubeconfig."""
     return coded(
         dict[str, tuple[str, ...]],
         store.copies,

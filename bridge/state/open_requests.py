@@ -1,4 +1,4 @@
-"""Requests that a CA may have, with their keys, and answers that are not in use yet: lines of JSON, each with a digest."""
+"""Requests that a CA may have, with their keys, and answers that are not in use yet: JSON lines, each with a digest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from bridge.system.state_file import NOT_OURS, OnDamage, StateError, StateFile, 
 
 T = TypeVar("T")
 
-_LINE = b'{"digest"'  #: How each line begins; no document of an earlier version does.
+_LINE = b'{"digest"'  #: How each line begins; no document of an earlier version begins so.
 _GONE, _HEAD, _COUNT = "gone", "openRequests", "count"
-#: With more lines that no longer count than this, and than those that do, the file is written anew.
+#: Rewrite the file when it has more outdated lines than this, and more of them than current lines.
 _MOST_OUTDATED = 1000
 
 
@@ -40,12 +40,12 @@ class Kind(Generic[T]):
     type: type[T]
     key_of: Callable[[T], str]
     what: str  #: The file's content, for messages.
-    #: With private keys each change writes the file anew, so that no old key stays in it, and damage is an error.
-    #: Without keys lines are appended, and a damaged one costs one repeated request.
+    #: With private keys, each change rewrites the file, so that no old key stays in it, and damage is an error.
+    #: Without keys, lines are appended, and a damaged line costs one repeated request.
     has_keys: bool = False
     afterwards: str = ""  #: What the operator has to do after a damaged file was renamed.
-    lies_on_disk: bool = False  #: Memory holds only where each line is.
-    old_key: str = ""  #: Earlier versions had one document with a list below this key; how to read an entry of it.
+    lies_on_disk: bool = False  #: Memory holds only each line's position.
+    old_key: str = ""  #: Earlier versions had one document with a list below this key; `from_old` reads an entry.
     from_old: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
@@ -56,7 +56,7 @@ class _Place:
 
 
 def _values(kind: Kind[T], data: bytes) -> dict[str, T]:
-    """All values by key, from the new form or the old one; a file with keys must be complete."""
+    """All values by key, from either format; a file with keys must be complete."""
     if not data.startswith(_LINE):
         entries = [kind.from_old(entry) for entry in unsealed(data, frozenset({kind.old_key}))[kind.old_key]]
     else:
@@ -69,7 +69,7 @@ def _values(kind: Kind[T], data: bytes) -> dict[str, T]:
 
 
 def file_of(kind: Kind[T], path: Path) -> StateFile[dict[str, T]]:
-    """The file of a kind, read whole; a damaged one without keys is none."""
+    """The file of a kind, read completely; a damaged file without keys counts as missing."""
     return StateFile(
         path=path,
         what=kind.what,
@@ -80,17 +80,17 @@ def file_of(kind: Kind[T], path: Path) -> StateFile[dict[str, T]]:
 
 
 class RequestLog(Generic[T]):
-    """The open requests of one kind, by key, for the threads of a process that holds the lock; `save` writes changes."""
+    """The open requests of one kind, by key, for threads of a process that holds the lock; `save` writes changes."""
 
     def __init__(self, path: Path, kind: Kind[T], still: Callable[[T], T | None] = lambda value: value) -> None:
-        """Read the file; `still` returns each value in it, perhaps changed, or None for an outdated one."""
+        """Read the file; `still` returns each value, perhaps changed, or None if it is outdated."""
         self._kind, self._file, self._still = kind, file_of(kind, path), still
         self._lock = threading.RLock()
-        #: Values of `put`, which waits for no lock: a thread that saves takes along what others add meanwhile.
+        #: Values from `put`, which takes no lock: a thread that saves also writes values that others add meanwhile.
         self._added: deque[T] = deque()
         self._found: dict[str, T | _Place] = {}
-        self._changed: dict[str, None] = {}  #: Keys, in order.
-        self._lines = self._end = 0  #: What was read, or written: whole lines and their bytes.
+        self._changed: dict[str, None] = {}  #: Keys in the order of change.
+        self._lines = self._end = 0  #: Complete lines that were read or written, and their size in bytes.
         self._must_rewrite = kind.has_keys
         self._load()
 
@@ -105,10 +105,10 @@ class RequestLog(Generic[T]):
             return
         for line in data.splitlines(keepends=True):
             if not line.endswith(b"\n"):
-                break  # a crash cut it; nothing is behind it
+                break  # torn by a crash; nothing follows it
             try:
                 self._take(line)
-            except NOT_OURS:  # its request is asked for again, and the others' answers stay
+            except NOT_OURS:  # that request is repeated, and the other answers stay
                 log.warning("%s: passed over a damaged line, at byte %d", self._file.path, self._end)
             self._end += len(line)
             self._lines += 1
@@ -148,7 +148,7 @@ class RequestLog(Generic[T]):
             try:
                 entry = unsealed(self._bytes(found), codec.keys_of(self._kind.type))
                 return codec.from_json(self._kind.type, entry)
-            except NOT_OURS:  # not known: its request is asked for again
+            except NOT_OURS:  # unknown, so its request is repeated
                 log.warning("%s: passed over a damaged line, at byte %d", self._file.path, found.offset)
                 return None
 
@@ -158,12 +158,12 @@ class RequestLog(Generic[T]):
             return file.read(place.length)
 
     def put(self, value: T) -> None:
-        """Add or replace."""
+        """Add or replace a request."""
         self._added.append(value)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone, and with all that was put."""
+        """Hold the lock, and take in all values from `put`."""
         with self._lock:
             while self._added:
                 value = self._added.popleft()
@@ -174,20 +174,20 @@ class RequestLog(Generic[T]):
             yield
 
     def drop(self, key: str) -> T | None:
-        """Forget a request, and its key."""
+        """Remove and return a request with its key."""
         with self._locked():
             value = self.get(key)
             self.forget(key)
             return value
 
     def forget(self, key: str) -> None:
-        """Drop a request that nothing more is done with: one that lies on disk is not read again."""
+        """Drop a request that is finished, without reading it back from disk."""
         with self._locked():
             if self._found.pop(key, None) is not None:
                 self._changed[key] = None
 
     def save(self) -> None:
-        """Make all changes safe on disk, those of other threads included."""
+        """Make all changes safe on disk, including other threads'."""
         with self._locked():
             if not self._changed:
                 return
@@ -201,7 +201,7 @@ class RequestLog(Generic[T]):
             self._changed.clear()
 
     def save_soon(self) -> None:
-        """Save, unless another thread is at it: then the next `save` takes our changes along, which has to come."""
+        """Save, unless another thread is saving; then the next `save`, which has to follow, writes our changes."""
         if self._lock.acquire(blocking=False):
             try:
                 self.save()
@@ -209,7 +209,7 @@ class RequestLog(Generic[T]):
                 self._lock.release()
 
     def tidy(self) -> None:
-        """Keep on disk only lines that count."""
+        """Remove outdated lines from the file."""
         with self._locked():
             self.save()
             if self._found and self._lines != len(self._found):
@@ -260,12 +260,12 @@ class OpenRequest:
     key_pem: bytes = field(repr=False)
     created: datetime
     run_id: str = field(metadata=named("run"))
-    backend: str = ""  #: Label of the backend whose CA has the request; empty: no CA has it.
-    reference: str = ""  #: The backend collects the answer with it.
-    note: str = ""  #: The backend's, for the operator.
-    answer: Issued | None = None  #: Passed, and is not installed.
-    bundles: tuple[str, ...] = ()  #: SHA-256 of the bundles in which it was carried out of the node.
-    kubeconfig: FreshKubeconfig | None = None  #: The new file for it, where there was none.
+    backend: str = ""  #: Label of the backend whose CA has the request; empty: no CA has it yet.
+    reference: str = ""  #: The backend's reference, with which it collects the answer.
+    note: str = ""  #: The backend's note for the operator.
+    answer: Issued | None = None  #: Verified, but not installed yet.
+    bundles: tuple[str, ...] = ()  #: SHA-256 of the bundles that carried it out of the node.
+    kubeconfig: FreshKubeconfig | None = None  #: The kubeconfig to create for it, if there was none.
 
     @property
     def name(self) -> str:
@@ -274,17 +274,17 @@ class OpenRequest:
 
     @property
     def was_taken(self) -> bool:
-        """Whether a CA or a desk has it, which answers when it can."""
+        """Whether a CA or a desk has the request, and will answer."""
         return bool(self.reference or self.bundles)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it has been taken, and not been answered."""
+        """Whether a CA or a desk has the request, and has not answered yet."""
         return self.was_taken and self.answer is None
 
     @property
     def deadline(self) -> datetime | None:
-        """The end of the certificate that it replaces."""
+        """The end of the certificate that the request replaces."""
         return self.request.replaces.not_valid_after_utc if self.request.replaces is not None else None
 
 
@@ -306,14 +306,14 @@ RENEWALS = Kind(
 
 
 class OpenRequests(RequestLog[OpenRequest]):
-    """The requests for this node's certificates."""
+    """The open requests for this node's certificates."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store.requests, RENEWALS)
 
 
 class Unkept(OpenRequests):
-    """The requests of a rehearsal, in memory only."""
+    """The requests of a rehearsal, kept only in memory."""
 
     def __init__(self) -> None:
         self._kind, self._lock = RENEWALS, threading.RLock()
@@ -325,21 +325,21 @@ class Unkept(OpenRequests):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenUser:
-    """One request for a user, and its key."""
+    """One request for a user's certificate, and its key."""
 
     name: str  #: Kubernetes' user name.
     groups: tuple[str, ...]
     csr_pem: bytes
-    key_pem: bytes | None = field(repr=False)  #: None: the user has it.
+    key_pem: bytes | None = field(repr=False)  #: None: only the user has it.
     validity: timedelta
     created: datetime
-    backend: str  #: Label of the backend whose CA is asked.
+    backend: str  #: Label of the backend whose CA gets the request.
     reference: str = ""  #: The backend collects the answer with it; empty: the CA may not have the request.
-    carried: Continuity | None = None  #: The asking node, where the request is carried to a desk; without a proof.
+    carried: Continuity | None = None  #: The requesting node, if the request is carried to a desk; it has no proof.
 
     @property
     def request(self) -> SignRequest:
-        """The request as it is sent."""
+        """The request in the form that the backend sends."""
         return SignRequest(spec=USER, csr_pem=self.csr_pem, validity=self.validity, continuity=self.carried)
 
 
@@ -362,7 +362,7 @@ USERS = Kind(
 
 
 class OpenUsers(RequestLog[OpenUser]):
-    """The requests for users."""
+    """The open requests for users' certificates."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store.users, USERS)

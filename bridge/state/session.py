@@ -1,4 +1,4 @@
-"""How each run that writes begins: alone, after the recovery of an interrupted run, and with an audit log."""
+"""Begins each run that writes: takes the lock, recovers an interrupted run, and opens the audit log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Now = Callable[[], datetime]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run: all that its steps share."""
+    """One run: everything that its steps share."""
 
     settings: Settings
     store: Store  #: Its lock is held.
@@ -45,7 +45,7 @@ class Run:
     now: Now
 
     def read_node(self, pair: str = "") -> Node:
-        """Read the node's files now; of further pairs, where one is named, that one's alone."""
+        """Read the node's files now; of further pairs only `pair`, if it is given."""
         node = self.settings.node
         one = tuple(found for found in node.pairs if found.name == pair)
         return inventory.of(replace(node, pairs=one) if pair else node)
@@ -53,14 +53,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
-    """The cluster whose files a state directory is about, by their real paths."""
+    """The cluster that a state directory belongs to, by the real paths of its files."""
 
     pki_dir: str
     kubeconfig_dir: str
 
 
 def tree_file(store: Store) -> StateFile[Tree]:
-    """The file that says so; a damaged one is written anew."""
+    """The file that names the state's cluster; a damaged one is rewritten."""
     return coded(Tree, store.tree, "which cluster's files the state is about", OnDamage.START_OVER)
 
 
@@ -70,7 +70,7 @@ def _tree(settings: Settings) -> Tree:
 
 
 def is_ours(settings: Settings) -> bool:
-    """Whether the state is this cluster's; False: none's yet (BridgeError: another one's, whose keys and debts would be lost)."""
+    """Whether the state is this cluster's; False: it has no cluster yet (BridgeError: it is another's, with keys to lose)."""
     store = Store(settings.node.state_dir)
     ours, theirs = _tree(settings), tree_file(store).read()
     if theirs not in (ours, None):
@@ -84,13 +84,13 @@ def is_ours(settings: Settings) -> bool:
 
 
 def claim(settings: Settings) -> None:
-    """Make a state directory that is none's this cluster's."""
+    """Assign a state directory without a cluster to this cluster."""
     with contextlib.suppress(StateError):  # on a full disk other steps fail loudly; the next run writes it
         tree_file(Store(settings.node.state_dir)).put(_tree(settings))
 
 
 def _has_node(settings: Settings) -> bool:
-    """Whether something of a node is in each of the two places: one may be mistyped."""
+    """Whether both directories have files of a node: one path may be mistyped."""
     node, pki_dir = inventory.of(settings.node), settings.node.pki_dir
     cas = [one.state for one in node.authorities if one.path.is_relative_to(pki_dir)]
     kubeconfigs = [item.state for item in node.items if item.spec.kubeconfig]  # an etcd host needs none
@@ -99,7 +99,7 @@ def _has_node(settings: Settings) -> bool:
 
 @contextlib.contextmanager
 def recording(settings: Settings, wait: timedelta) -> Iterator[tuple[Store, audit.Record]]:
-    """Hold the state directory's lock, and nothing else is looked at; what is added is in the audit log at the end."""
+    """Hold the state directory's lock, with no other check; added lines are in the audit log at the end."""
     store = Store(settings.node.state_dir)
     store.prepare()
     with lock(store.lock, shlex.join(sys.argv), wait), audit.Record(store, settings.audit) as record:
@@ -110,10 +110,10 @@ def recording(settings: Settings, wait: timedelta) -> Iterator[tuple[Store, audi
 def alone(
     settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None] = lambda found: log.warning("%s", found)
 ) -> Iterator[tuple[Store, audit.Record]]:
-    """Hold the state directory's lock; finish or undo first an installation or a restart that was interrupted."""
+    """Hold the state directory's lock, after finishing or undoing an interrupted installation or restart."""
     with recording(settings, wait) as (store, record):
         is_claimed = is_ours(settings)
-        # a component whose manifest is away comes first: a fault of the files must not keep it down
+        # restore a missing manifest first: a problem with the files must not keep its component down
         found = [recovery for step in (static_pods.recover, install.recover) if (recovery := step(store)) is not None]
         for recovery in found:
             tell(recovery)
@@ -126,7 +126,7 @@ def alone(
 
 
 def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery | str], None]) -> None:
-    """Forget answers that a killed run had installed: after a rollback they would be installed once more."""
+    """Forget answers that a killed run installed, or they would be installed again after a rollback."""
     node = inventory.of(settings.node)
     try:
         requests = OpenRequests(store)
@@ -140,7 +140,7 @@ def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery
 
 @contextlib.contextmanager
 def begun(settings: Settings, now: Now, progress: Progress, wait: timedelta) -> Iterator[tuple[Run, Node]]:
-    """`alone`, for a run with requests; requests whose certificates were replaced meanwhile are forgotten."""
+    """Begin like `alone`, for a run with requests; drop requests whose certificates were replaced meanwhile."""
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         run = Run(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
@@ -152,7 +152,7 @@ def begun(settings: Settings, now: Now, progress: Progress, wait: timedelta) -> 
 
 
 def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]) -> Settings:
-    """The settings of CAs that sign now: a next one's, where it is the first in its CA file, whose content is given."""
+    """The settings of the CAs that sign now: a next CA's where `bundles`, the CA files' content, has it first."""
     anchors = {name: Path(ours.next["anchor"]) for name, ours in settings.authorities.items() if ours.next}
     names = [name for name, anchor in anchors.items() if _signs(anchor, bundles.get(name, ()))]
     return for_next(settings, names) if names else settings
@@ -161,12 +161,12 @@ def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate
 def not_yet_signing(
     settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]
 ) -> dict[str, tuple[x509.Certificate, ...]]:
-    """The next CA by authority, where the settings name its backend alone and the first in the CA file is the CA of before."""
+    """By authority, the next CA if the settings name only its backend, and the CA file still has the former CA first."""
     found: dict[str, tuple[x509.Certificate, ...]] = {}
     for name, ours in settings.authorities.items():
         if not ours.names_next_alone or not bundles.get(name):
             continue
-        with contextlib.suppress(UnreadableError):  # a run of `rotate-ca` says so
+        with contextlib.suppress(UnreadableError):  # a run of `rotate-ca` reports it
             next_ca = read_ca_file(Path(ours.next["anchor"]))
             if spki(next_ca[0].public_key()) != spki(bundles[name][0].public_key()):
                 found[name] = next_ca[:1]
@@ -176,12 +176,12 @@ def not_yet_signing(
 def _signs(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:
     try:
         return bool(bundle) and bundle[0] == read_ca_file(anchor)[0]
-    except UnreadableError:  # then the old CA is asked, whose answer can't pass
+    except UnreadableError:  # then the old CA signs, and verification rejects its answer
         return False
 
 
 def _forget_outdated(run: Run, node: Node) -> None:
-    """Give up requests whose live certificate was replaced; one that can't be read now may come back."""
+    """Give up requests whose live certificate was replaced; a certificate that can't be read now may return."""
     for one in run.requests:
         certificate = node.live(one.name)
         if certificate is None or one.request.replaces in (certificate, None):
@@ -193,7 +193,7 @@ def _forget_outdated(run: Run, node: Node) -> None:
 
 
 def give_up(run: Run, name: str, why: str) -> None:
-    """Forget a pending request, and report that; safe on disk after the requests' `save`."""
+    """Drop a pending request and report it; safe on disk after `requests.save()`."""
     made = run.requests.drop(name)
     if made is not None:
         text = f"forgot the request of {minute(made.created)}: {why}"

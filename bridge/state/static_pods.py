@@ -1,12 +1,12 @@
 """
-Restart a static pod: manifest out, wait until the kubelet has forgotten the pod, manifest back, wait for health.
+Restarts a static pod: manifest out, wait until the kubelet has forgotten the pod, manifest back, wait for health.
 
-A kubelet that has forgotten a pod deletes its mirror in the API. While that API server has no etcd, the request hangs,
-and the kubelet does nothing else for 34 s, up to five times. A quorum elsewhere does not help, since a control plane's
-kubelet asks its own API server, and that asks its own etcd (measured on 1.37: 145 s with three members). So etcd's
-manifest comes back while the pod still ends, and etcd is back after 10 s.
+When a kubelet has forgotten a pod, it deletes its mirror in the API. While that API server has no etcd, the request
+hangs, and the kubelet does nothing else for 34 s, up to five times. A quorum elsewhere does not help, since a control
+plane's kubelet uses its own API server, and that uses its own etcd (measured on 1.37: 145 s with three members). So
+etcd's manifest comes back while the pod is still ending, and etcd is back after 10 s.
 
-The journal is written before the manifest leaves its directory, so that `recover` can bring the manifest back after any
+The journal is written before the manifest leaves its directory, so that `recover` can restore the manifest after any
 interruption.
 """
 
@@ -34,7 +34,7 @@ from bridge.system.waiting import wait_until
 _POLL_SECONDS = 0.2
 _HEALTHY = "to be healthy"
 
-#: leaving: the manifest may still be in its place; out: it is away; back: it is there again, and the component was not
+#: leaving: the manifest may still be in its place; out: it is away; back: it is in place, and the component has not been
 #: seen healthy yet.
 ParkingState = Literal["leaving", "out", "back"]
 
@@ -46,37 +46,37 @@ class RestartError(BridgeError):
 
 
 class StoppedError(PostponedError):
-    """A signal ended the run in the middle of a restart; the manifest is back."""
+    """A signal ended the run in the middle of a restart; the manifest is back in place."""
 
     exit_code: ClassVar[int] = Exit.NOT_LIVE
     hint = "run again: the next `ca-bridge renew` or `ca-bridge restart` goes on"
 
 
 class NotEndedError(RestartError):
-    """The component still runs after its manifest was moved out of its directory."""
+    """The component still runs after its manifest left the directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """A static pod, and the functions that look at it."""
+    """A static pod, and functions that observe it."""
 
-    name: str  #: The component's, or the one in its manifest.
+    name: str  #: The component's name, or the pod's name in its manifest.
     manifest: Path
-    instances: Callable[[], frozenset[str]]  #: What of it runs: names for people, different after a restart.
-    trouble: Callable[[], str | None]  #: Why it is not healthy; None: it is.
-    settle: timedelta  #: How long a kubelet needs after its end to forget it; too early back costs 10 to 25 s.
-    is_needed_by_api: bool = False  #: The API server that the kubelet asks can't write without it: see above.
-    content: bytes | None = None  #: The manifest comes back with this text; None: as it was.
+    instances: Callable[[], frozenset[str]]  #: Running instances: readable names, which differ after a restart.
+    trouble: Callable[[], str | None]  #: Why it is not healthy; None: it is healthy.
+    settle: timedelta  #: How long a kubelet takes to forget an ended pod; too early back costs 10 to 25 s.
+    is_needed_by_api: bool = False  #: The kubelet's API server can't write without it: see above.
+    content: bytes | None = None  #: The manifest's new text; None: it comes back unchanged.
 
 
 def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
     """
-    Restart it, and wait until it is healthy; `timeout` is for its end, and again for its return.
+    Restart a pod, and wait until it is healthy; `timeout` applies to its end, and again to its return.
 
     Raises:
-        RestartError: It did not end, or not come back, in time; the manifest is in its place.
-        StoppedError: By a signal; the manifest is in its place.
-        OSError: The manifest could not be moved out; or not back, then the journal stays for `recover`.
+        RestartError: It did not end, or did not come back, in time; the manifest is in its place.
+        StoppedError: A signal stopped the run; the manifest is in its place.
+        OSError: The manifest could not be moved out; or not back, and the journal stays for `recover`.
     """
     name, before = pod.name, pod.instances()
     journal = journal_of(name, pod.manifest, pod.content)
@@ -106,7 +106,7 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
 
 
 def _wait(name: str, what: str, look: Callable[[], str | None], timeout: timedelta, check: Callable[[], None]) -> None:
-    """Look until nothing is found (RestartError: the time is over)."""
+    """Wait until `look` finds nothing (RestartError: the time is over)."""
     found = wait_until(
         look, lambda found: found is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
     )
@@ -117,7 +117,7 @@ def _wait(name: str, what: str, look: Callable[[], str | None], timeout: timedel
 
 
 def _begun(pod: Pod, before: frozenset[str]) -> str | None:
-    """A sentence until the kubelet has noticed that the manifest is out."""
+    """Return a sentence until the kubelet has noticed that the manifest is out."""
     is_over = pod.trouble() is not None or not before & pod.instances()
     return None if is_over else "it still runs"
 
@@ -126,7 +126,7 @@ def _named(instances: frozenset[str]) -> str | None:
     return ", ".join(sorted(instances)) or None
 
 
-#: The kubelet has got everything under way by then, and etcd takes 7 s to end.
+#: By then the kubelet has begun to end everything, and etcd takes 7 s to end.
 _UNDER_WAY = timedelta(seconds=2)
 
 
@@ -136,17 +136,17 @@ def _settle(time_: timedelta, check: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[Callable[[], None]]:
-    """Hold back signals until the manifest is back; yields a function that raises a StoppedError after one."""
+    """Hold back signals until the manifest is back; yields a function that raises StoppedError after a signal."""
     caught: list[int] = []
 
     def check() -> None:
         if caught:
             raise StoppedError(f"stopped by {signal.Signals(caught[0]).name} in the middle of a restart")
 
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals; `recover` does the rest
+    if threading.current_thread() is not threading.main_thread():  # only it gets signals; `recover` does the rest
         yield check
         return
-    ours = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # as nohup has it
+    ours = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {one: signal.signal(one, lambda number, _: caught.append(number)) for one in ours}
     try:
         yield check
@@ -163,12 +163,12 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def aside(manifest: Path) -> Path:
-    """The path where a manifest waits: on the same file system, outside the directory in which a kubelet reads all files."""
+    """The path for a manifest that is away: on the same file system, outside the directory whose files a kubelet reads."""
     return manifest.parent.resolve().parent / f"{STAGED_PREFIX}{manifest.name}"
 
 
 def recover(store: Store) -> str | None:
-    """Put back the manifest that an interrupted restart has moved away, and return a sentence about that."""
+    """Put back a manifest that an interrupted restart moved away, and return a sentence about it."""
     journal = restart_file(store).read()
     if journal is None:
         return None
@@ -183,7 +183,7 @@ def recover(store: Store) -> str | None:
 
 
 def journal_of(name: str, manifest: Path, content: bytes | None) -> dict[str, Any]:
-    """A journal with the whole manifest that is to be put back (None: as it is), even if the moved file is lost."""
+    """A journal with the whole manifest to restore (None: unchanged), even if the moved file is lost."""
     if content is not None and manifest.is_symlink():
         raise RestartError(f"{manifest}: wanted to change the manifest of {name}, found a symlink")
     with reasons(RestartError, f"{manifest}: wanted the manifest of {name}"):
@@ -199,20 +199,20 @@ def journal_of(name: str, manifest: Path, content: bytes | None) -> dict[str, An
 
 
 def replace(manifest: Path, content: bytes) -> None:
-    """Give a manifest another text in one step; a kubelet reads each file of its directory, so it is staged outside."""
+    """Replace a manifest's text in one step; it is staged outside, since a kubelet reads each file of its directory."""
     exchange(manifest, content, aside(manifest))
     changed_here.append(manifest)
     sync(manifest)
 
 
 def enter(store: Store, journal: dict[str, Any], state: ParkingState) -> None:
-    """Record how far a restart has come."""
+    """Record the progress of a restart."""
     journal["state"] = state
     restart_file(store).replace(journal)
 
 
 def restart_file(store: Store) -> StateFile[dict[str, Any]]:
-    """The journal of a restart: while it is there, a component's manifest may be out of its directory."""
+    """The journal of a restart: while it exists, a component's manifest may be out of its directory."""
     return StateFile(
         path=store.restart,
         what="our own journal of a restart",
@@ -225,7 +225,7 @@ def restart_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(data: bytes) -> dict[str, Any]:
-    """Parse a journal; the manifest's name is in it twice, so that damage shows in a journal without a digest, too."""
+    """Parse a journal; it has the manifest's name twice, so that damage shows even in a journal without a digest."""
     keys = ("version", "component", "manifest", "aside", "content", "attributes", "state")
     document = unsealed(data, frozenset(keys))
     base64.b64decode(document["content"], validate=True)
@@ -239,7 +239,7 @@ def _journal_of(data: bytes) -> dict[str, Any]:
 
 
 def put_back(store: Store, journal: dict[str, Any]) -> str | None:
-    """Make sure that a manifest is in its place, and say what had to be done; a new one of kubeadm's or an operator's stays."""
+    """Put a manifest in its place, and say what was done; a newer manifest of kubeadm's or an operator's stays."""
     manifest, waiting = Path(journal["manifest"]), Path(journal["aside"])
     content, done = base64.b64decode(journal["content"]), None
     if not is_there(manifest):
@@ -259,21 +259,21 @@ def put_back(store: Store, journal: dict[str, Any]) -> str | None:
 
 
 def _is_whole(waiting: Path, content: bytes) -> bool:
-    """Whether it is complete, and not left by a `recover` that was itself interrupted."""
+    """Whether the waiting manifest is complete; a `recover` that was interrupted may leave a partial one."""
     if waiting.is_symlink():
         return True
     try:
         return waiting.exists() and waiting.read_bytes() == content
-    except OSError:  # a file that can't be read may still be moved
+    except OSError:  # a file that can't be read can still be moved
         return True
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file or symlink is there; a symlink may lead nowhere while it is away."""
+    """Whether a file or symlink exists; a symlink's target may be missing while it is away."""
     return path.exists() or path.is_symlink()
 
 
 def sync(manifest: Path) -> None:
-    """Make a manifest's move outlive a power cut."""
+    """Sync a manifest's directories, so that its move survives a power cut."""
     for directory in (manifest.parent, aside(manifest).parent):
         sync_directory(directory)
