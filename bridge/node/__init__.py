@@ -1,1 +1,1 @@
-"""The machine as it is: certificates, kubeconfigs, manifests, the kubelet, processes; nothing is written here."""
+"""Reads the machine's state: certificates, kubeconfigs, manifests, the kubelet, processes; nothing is written here."""

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from bridge.specs import Component
 
-#: The programs' defaults.
+#: The components' default ports.
 PORTS = {
     Component.APISERVER: 6443,
     Component.CONTROLLER_MANAGER: 10257,
@@ -17,20 +17,20 @@ PORTS = {
     Component.KUBELET: 10250,
 }
 HTTPS = 443
-#: With this flag (etcd-io/etcd#15402) `--listen-client-urls` has only gRPC, which we do not speak.
+#: With this flag (etcd-io/etcd#15402) `--listen-client-urls` serves only gRPC, which we do not speak.
 ETCD_HTTP_ONLY = "--listen-client-http-urls"
 
-#: kube-controller-manager's controller that signs, and its older name.
+#: kube-controller-manager's signing controller, and its older name.
 _SIGNING = ("certificatesigningrequest-signing-controller", "csrsigning")
 _PAIR = ("--cluster-signing-cert-file", "--cluster-signing-key-file")
-#: For single signers; with one of these flags the pair for all of them does not count.
+#: Flags for single signers; with any of them, the pair for all signers does not count.
 _KINDS = ("kubelet-serving", "kubelet-client", "kube-apiserver-client", "legacy-unknown")
 
 Flags = Mapping[str, str]
 
 
 class Address(NamedTuple):
-    """Host or address, and port."""
+    """A host or address, and a port."""
 
     host: str
     port: int
@@ -40,10 +40,10 @@ class Address(NamedTuple):
 
 
 class Server(NamedTuple):
-    """A server that can be asked."""
+    """A server that can be contacted."""
 
     url: str  #: Without a path.
-    name: str | None = None  #: In its certificate, where that is not the URL's host.
+    name: str | None = None  #: The name in its certificate, if it differs from the URL's host.
 
     @property
     def place(self) -> Address:
@@ -53,20 +53,20 @@ class Server(NamedTuple):
 
 
 def bound(component: Component, flags: Flags) -> list[Address]:
-    """The addresses of a Kubernetes component; for all addresses loopback, then the one that an API server advertises."""
+    """A Kubernetes component's addresses; for all addresses, loopback and the one that an API server advertises."""
     host, port = flags.get("--bind-address", ""), int(flags.get("--secure-port", PORTS[component]))
     hosts = [loopback(host), flags.get("--advertise-address")] if is_any(host) else [host]
     return [Address(one, port) for one in dict.fromkeys(hosts) if one and port]
 
 
 def name(flags: Flags) -> str | None:
-    """The address in an API server's certificate by which its own node reaches it; None: the flags have none."""
+    """The address in an API server's certificate by which its own node reaches it; None: no flag gives it."""
     host = flags.get("--bind-address", "")
     return flags.get("--advertise-address") or (None if is_any(host) else host)
 
 
 def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Address]:
-    """etcd's addresses with TLS, by these flags; for all addresses loopback and the advertised one."""
+    """etcd's TLS addresses, by these flags; if it listens on all, loopback and the advertised address."""
     places = []
     for place in (Server(url).place for one in names for url in urls(flags, one)):
         hosts = [loopback(place.host), host(flags, advertised)] if is_any(place.host) else [place.host]
@@ -75,13 +75,13 @@ def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Addre
 
 
 def urls(flags: Flags, flag: str) -> list[str]:
-    """The valid URLs with TLS in a flag."""
+    """The valid https URLs in a flag."""
     found = (url.rstrip("/") for url in flags.get(flag, "").split(",") if url.startswith("https://"))
     return [url for url in found if is_url(url)]
 
 
 def is_url(text: str) -> bool:
-    """Whether it has a host and no invalid port; manifests and other nodes may contain anything."""
+    """Whether a text has a host and no invalid port; manifests and other nodes may contain anything."""
     try:
         parts = urlsplit(text)
         return bool(parts.hostname) and parts.port != 0
@@ -90,7 +90,7 @@ def is_url(text: str) -> bool:
 
 
 def etcd_url(flags: Flags) -> str:
-    """The URL of this node's etcd for HTTP, with TLS or without; on loopback if possible, since no firewall is there."""
+    """The URL of this node's etcd for HTTP, with or without TLS; on loopback if possible, since no firewall is there."""
     found = [url for url in flags.get(ETCD_HTTP_ONLY, flags.get("--listen-client-urls", "")).split(",") if is_url(url)]
     found.sort(key=lambda url: urlsplit(url).hostname not in {"127.0.0.1", "::1", "localhost"})
     url = (found or ["https://127.0.0.1:2379"])[0].strip().rstrip("/")
@@ -98,17 +98,17 @@ def etcd_url(flags: Flags) -> str:
 
 
 def host(flags: Flags, flag: str) -> str | None:
-    """The host of a flag's first URL with TLS."""
+    """The host of a flag's first https URL."""
     return next((urlsplit(url).hostname for url in urls(flags, flag)), None)
 
 
 def file(flags: Flags, flag: str) -> Path | None:
-    """A path: kubeadm mounts each where it is on the host, and containers start in /."""
+    """The path in a flag: kubeadm mounts each file at its host path, and containers start in /."""
     return Path("/", flags[flag]) if flags.get(flag) else None
 
 
 def wanted_file(flags: Flags, flag: str) -> Path:
-    """The file that a flag names, as `file` gives it; ValueError: there is no such flag."""
+    """The path in a flag, like `file`; ValueError: there is no such flag."""
     found = file(flags, flag)
     if found is None:
         raise ValueError(f"wanted {flag}, found none")
@@ -116,7 +116,7 @@ def wanted_file(flags: Flags, flag: str) -> Path:
 
 
 def signing_files(flags: Flags) -> dict[str, Path]:
-    """The files by which the built-in signer signs, by flag; none: it is off (kube-controller-manager 1.37)."""
+    """The built-in signer's files, by flag; empty: the signer is off (kube-controller-manager 1.37)."""
     if not _is_on(flags.get("--controllers", "*")):
         return {}
     pair = {flag: path for flag in _PAIR if (path := file(flags, flag)) is not None}
@@ -126,7 +126,7 @@ def signing_files(flags: Flags) -> dict[str, Path]:
 
 
 def _is_on(controllers: str) -> bool:
-    """Whether `--controllers` has the signing controller: the first word about it counts, else the star."""
+    """Whether `--controllers` enables the signing controller: its first mention counts, else the star."""
     words = controllers.split(",")
     for word in words:
         if word.removeprefix("-") in _SIGNING:
@@ -135,7 +135,7 @@ def _is_on(controllers: str) -> bool:
 
 
 def is_any(address: str) -> bool:
-    """Whether this means all of the machine's addresses."""
+    """Whether an address means all of the machine's addresses."""
     return address in ("0.0.0.0", "::", "")  # noqa: S104 (looked for, not bound)
 
 
@@ -145,7 +145,7 @@ def loopback(address: str) -> str:
 
 
 def reachable(address: str) -> str:
-    """The host for a URL to this listening address, loopback for all addresses; an IPv6 address gets brackets."""
+    """The host for a URL to a listening address (loopback if it means all addresses); an IPv6 address gets brackets."""
     bare = address.strip("[]")
     bare = loopback(bare) if is_any(bare) else bare
     return f"[{bare}]" if ":" in bare else bare

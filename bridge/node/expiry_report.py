@@ -1,4 +1,4 @@
-"""When a node's certificates end: the rows of `check-expiration`. No clock: the time is an argument."""
+"""When a node's certificates end: the rows of `check-expiration`. The time is an argument, not the clock's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridge.node.inventory import AuthorityState, FileState, Item, Node
 from bridge.pki.expiry import ROTATION_IS_LATE, first_end, is_early, seconds_left
 from bridge.specs import KUBELET_CONF
 
-#: How long before its end a certificate is due, by its lifetime.
+#: Returns how long before its end a certificate is due, by its lifetime.
 Limit = Callable[[timedelta], timedelta]
 
 
@@ -26,27 +26,27 @@ class Row:
     state: FileState
     trouble: str | None
     chain: Sequence[x509.Certificate]  #: The certificate and its intermediates; empty unless it is present.
-    seconds_left: int | None  #: The certificate's, as kubeadm has it.
-    chain_seconds_left: int | None  #: The same of the certificate in the chain that ends first.
+    seconds_left: int | None  #: Time left of the certificate, as kubeadm shows it.
+    chain_seconds_left: int | None  #: Time left of the certificate in the chain that ends first.
     authority: str | None  #: None for a CA itself.
-    external: bool  #: Its CA's key is not on the node.
-    first: bool  #: A kubelet's client certificate that has expired, or soon will: a rebooted node would stay down.
-    due: bool  #: It ends within the limit, is not valid yet, or is missing and must not be; False without a limit.
-    limit: timedelta | None  #: With less than this left it is due; None: without a limit.
+    external: bool  #: The CA's key is not on the node.
+    first: bool  #: A kubelet's client certificate that has expired or soon will: a rebooted node would stay down.
+    due: bool  #: It ends within the limit, is not valid yet, or is missing although required; False without a limit.
+    limit: timedelta | None  #: Due when less than this is left; None: without a limit.
     optional: bool = False  #: A healthy node may be without it.
-    foreign: bool = False  #: Not the cluster's CA's, or a further CA without a certificate here: shown, and never due.
-    left_alone: bool = False  #: Renewed by name alone: shown, and never due.
-    early: bool = False  #: It, an intermediate or its CA is not valid yet, by this node's clock.
-    outlasts_ca: bool = False  #: Its CA ends first, and takes it along.
+    foreign: bool = False  #: Not from the cluster's CA, or a further CA without a certificate here: shown, never due.
+    left_alone: bool = False  #: Renewed only by name: shown, but never due.
+    early: bool = False  #: It, an intermediate or its CA is not valid yet by this node's clock.
+    outlasts_ca: bool = False  #: Its CA ends first, which makes it invalid.
 
     @property
     def certificate(self) -> x509.Certificate | None:
-        """The first of the file."""
+        """The first certificate of the file."""
         return self.chain[0] if self.chain else None
 
     @property
     def expired(self) -> bool:
-        """Whether it, or an intermediate that it needs, has ended."""
+        """Whether the certificate, or an intermediate that it needs, has ended."""
         is_shown_only = self.foreign or self.left_alone
         return self.chain_seconds_left is not None and self.chain_seconds_left < 0 and not is_shown_only
 
@@ -57,8 +57,8 @@ class ExpiryReport:
 
     certificates: Sequence[Row]  #: As kubeadm lists them.
     authorities: Sequence[Row]  #: As kubeadm lists them.
-    extra: Sequence[Row]  #: What kubeadm does not list.
-    troubles: Sequence[str]  #: One line each: files that are there and can't be used.
+    extra: Sequence[Row]  #: Certificates that kubeadm does not list.
+    troubles: Sequence[str]  #: Existing files that can't be used, one line each.
 
     @property
     def rows(self) -> list[Row]:
@@ -67,12 +67,12 @@ class ExpiryReport:
 
     @property
     def due(self) -> bool:
-        """Whether one is due."""
+        """Whether any row is due."""
         return any(row.due for row in self.rows)
 
 
 def outlasting(items: Iterable[Item]) -> dict[x509.Certificate, list[Item]]:
-    """The certificates that end after the CA to which they lead, by that CA."""
+    """The certificates that end after their CA, by CA."""
     found: dict[x509.Certificate, list[Item]] = {}
     for item in items:
         if item.anchor is not None and _outlasts_ca(item):
@@ -88,7 +88,7 @@ def _outlasts_ca(item: Item) -> bool:
 def report(
     node: Node, now: datetime, within: Limit | None, left_alone: Collection[str] = (), cas_within: Limit | None = None
 ) -> ExpiryReport:
-    """The ends of all certificates and CAs; due is what ends `within` (None: nothing), a CA `cas_within`, but not `left_alone`."""
+    """The ends of all certificates and CAs; `within` makes them due (None: none), CAs `cas_within`, but never `left_alone`."""
     rows = [(item, _item_row(item, now, within, left_alone)) for item in node.items]
     of_cas = cas_within or within
     return ExpiryReport(
@@ -114,7 +114,7 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
     chain, path = item.ending, item.certificate_path
     if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
         chain, path = (*item.copy, *item.ending), item.current
-    soon = _limit(chain, lambda _: timedelta(days=30), late_share)  # as `renewal.before` by default
+    soon = _limit(chain, lambda _: timedelta(days=30), late_share)  # as the default `renewal.before`
     is_lacking = item.key_trouble or item.unlike or (item.state == "missing" and not item.spec.optional)
     return Row(
         name=item.spec.name,
@@ -143,7 +143,7 @@ def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -
 
 
 def _further_rows(state: AuthorityState, node: Node, now: datetime, within: Limit | None) -> Iterator[Row]:
-    """A row for each further CA of a file; only one with a certificate here is ever due."""
+    """A row for each further CA of a file; it is due only if it signed a certificate here."""
     used = {item.anchor for item in node.items}
     for number, certificate in enumerate(state.certificates[1:], start=2):
         is_used = certificate in used

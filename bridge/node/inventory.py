@@ -1,4 +1,4 @@
-"""The node's certificates, CAs and manifests, from files alone; it writes nothing, and reports a broken file and goes on."""
+"""The node's certificates, CAs and manifests, read from files alone; a broken file is reported, and reading goes on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KeyState = Literal["local", "external", "missing"]
 
 _ETCD_CLIENT = SPECS["apiserver-etcd-client"]
 _KUBELET = SPECS[KUBELET_CONF]
-#: Kubeconfigs of administrators, which a worker may have beside its kubelet's.
+#: Kubeconfigs of administrators, which a worker may have in addition to its kubelet's.
 _PEOPLES = ("admin.conf", "super-admin.conf")
 
 #: etcd host: a static pod of etcd with its certificates, and nothing else of a control plane (kubeadm's "Set up a High
@@ -58,114 +58,114 @@ class Item:
     """One leaf certificate that the node has, or should have."""
 
     spec: CertificateSpec
-    authority_external: bool  #: Its CA's certificate is here and its key is not.
-    certificate_path: Path  #: The file that holds it: .crt, kubeconfig, or what the kubeconfig refers to.
+    authority_external: bool  #: Its CA's certificate is here, but not its key.
+    certificate_path: Path  #: The file that holds it: .crt, kubeconfig, or the kubeconfig's reference.
     key_path: Path | None  #: None: embedded in the kubeconfig. Not opened, and may not exist.
-    embedded: bool  #: Certificate and key are data in a kubeconfig.
-    anchor_path: Path  #: The CA file that it must lead to.
+    embedded: bool  #: Certificate and key are embedded in a kubeconfig.
+    anchor_path: Path  #: The file with its CA.
     certificates: tuple[x509.Certificate, ...]  #: As in the file, the leaf first; empty unless present.
     state: FileState
     trouble: str | None  #: "wanted …, found …" when broken or unreadable.
-    managed: bool  #: `renew` may replace it; else a kubelet rotates it, or its CA is not known here.
+    managed: bool  #: `renew` may replace it; else a kubelet rotates it, or its CA is unknown here.
     listed: bool  #: kubeadm has a row for it.
-    rotates: bool = False  #: The kubelet renews it by itself, where a signer in the cluster answers.
-    #: The symlink to a kubelet's dated pair, which a new pair takes over; of an embedded pair it leads to the copy.
+    rotates: bool = False  #: The kubelet renews it by itself, if a signer in the cluster answers.
+    #: The symlink to a kubelet's dated pair, which a new pair replaces; for an embedded pair it leads to the copy.
     current: Path | None = None
-    #: The certificate that the kubelet keeps beside an embedded one; its end counts, too.
+    #: The kubelet's copy of an embedded certificate; its end counts, too.
     copy: tuple[x509.Certificate, ...] = ()
-    anchor: x509.Certificate | None = None  #: The CA in its CA file that it leads to.
-    is_anchor_first: bool = True  #: It is the file's first CA, which signs new certificates.
-    key_trouble: str | None = None  #: "wanted …, found …" where its key is missing, empty or another certificate's.
-    foreign: bool = False  #: No CA of the cluster signed it: the kubelet made it itself, or it is another cluster's.
+    anchor: x509.Certificate | None = None  #: The CA in its CA file that its chain leads to.
+    is_anchor_first: bool = True  #: That CA is the file's first, which signs new certificates.
+    key_trouble: str | None = None  #: "wanted …, found …" if its key is missing, empty or another certificate's.
+    foreign: bool = False  #: No CA of the cluster signed it: the kubelet made it, or it is another cluster's.
     named: bool = True  #: False: a pair of `SERVERS` that its component's manifest does not name (yet).
-    obstacle: BridgeError | None = None  #: Why its files can't be replaced; it can be read and used nevertheless.
-    pair: PairSettings | None = None  #: What the settings say of a further pair; None: one of kubeadm's.
-    #: "wanted …, found …" where a further pair is not what the settings say; the next one will be.
+    obstacle: BridgeError | None = None  #: Why its files can't be replaced, although they can be read and used.
+    pair: PairSettings | None = None  #: The settings of a further pair; None: a certificate of kubeadm's.
+    #: "wanted …, found …" if a further pair differs from its settings; its renewal will follow them.
     unlike: str | None = None
 
     @property
     def in_one_file(self) -> bool:
-        """Certificate and key are PEM blocks of one file, as a kubelet keeps them, and many a load balancer."""
+        """Certificate and key are PEM blocks of one file, which kubelets and many load balancers use."""
         may_be = self.spec.component is Component.KUBELET or self.pair is not None
         return may_be and self.key_path is not None and _real(self.key_path) == _real(self.certificate_path)
 
     @property
     def ending(self) -> tuple[x509.Certificate, ...]:
-        """Certificates of which none may end: its own, its intermediates, a kubelet's copy, and its CA."""
+        """The certificates of which none may end: its own, its intermediates, a kubelet's copy, and its CA."""
         return (*self.certificates, *self.copy, *([self.anchor] if self.anchor is not None else []))
 
     @property
     def renewable(self) -> tuple[x509.Certificate, ...]:
-        """Those of `ending` that a renewal replaces: an earlier CA of the file is left behind, the first one is not."""
+        """Those of `ending` that a renewal replaces, including the CA unless it is the file's first."""
         return (*self.certificates, *self.copy) if self.is_anchor_first else self.ending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthorityState:
-    """One CA, as far as the node has it."""
+    """One CA, as far as the node has its files."""
 
     authority: Authority
     path: Path
-    certificates: tuple[x509.Certificate, ...]  #: All in the file; kubeadm takes the first for the root.
+    certificates: tuple[x509.Certificate, ...]  #: All CAs in the file; kubeadm takes the first as the root.
     key: KeyState
     state: FileState
-    trouble: str | None  #: As `Item.trouble`.
+    trouble: str | None  #: Like `Item.trouble`.
     listed: bool  #: kubeadm has a row for it.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """The node, as its files tell."""
+    """The state of the node's files."""
 
     items: tuple[Item, ...]  #: In the order of `SPECS`.
     authorities: tuple[AuthorityState, ...]  #: In the order of `AUTHORITIES`.
     manifests: Mapping[Component, Manifest]
     local_etcd: bool
     role: Role = "control plane"
-    troubles: tuple[str, ...]  #: One line for each file that is there and can't be used.
+    troubles: tuple[str, ...]  #: One line for each existing file that can't be used.
 
     @property
     def bundles(self) -> dict[str, tuple[x509.Certificate, ...]]:
-        """The content of the CA files, by authority."""
+        """The CAs in each CA file, by authority."""
         return {one.authority.name: one.certificates for one in self.authorities}
 
     @property
     def is_worker(self) -> bool:
-        """Whether it has a kubelet, and nothing of a control plane."""
+        """Whether it has a kubelet, but nothing of a control plane."""
         return self.role == "worker"
 
     @property
     def is_etcd_host(self) -> bool:
-        """Whether it has etcd, and nothing else of a control plane."""
+        """Whether it has etcd, but nothing else of a control plane."""
         return self.role == "etcd host"
 
     def spec(self, name: str) -> CertificateSpec:
-        """A certificate as it is on this node: on an etcd host no process reads the API servers' client certificate."""
+        """A certificate's spec on this node: on an etcd host no process reads the API servers' client certificate."""
         item = self.item(name)
         return SPECS[name] if item is None else item.spec
 
     def item(self, name: str) -> Item | None:
-        """A certificate by its name, whatever its state; None: a node of this role has none."""
+        """A certificate by name, in whatever state; None: nodes of this role do not have it."""
         return next((item for item in self.items if item.spec.name == name), None)
 
     def flags(self, component: Component) -> Mapping[str, str]:
-        """The flags of a component's manifest; empty without one."""
+        """The flags in a component's manifest; empty without a manifest."""
         manifest = self.manifests.get(component)
         return {} if manifest is None else manifest.flags
 
     def live(self, name: str) -> x509.Certificate | None:
-        """The certificate that is installed; None: there is none, or it can't be read."""
+        """The installed certificate; None: it is missing or can't be read."""
         return next((item.certificates[0] for item in self.items if item.spec.name == name and item.certificates), None)
 
     @property
     def is_here(self) -> bool:
-        """Whether there is anything of a node at all."""
+        """Whether the node has any of these files."""
         states = [*(item.state for item in self.items if item.pair is None), *(one.state for one in self.authorities)]
         return bool(self.manifests) or any(state != "missing" for state in states)
 
     @property
     def kubernetes_version(self) -> tuple[int, int] | None:
-        """The API server's, by its image's tag."""
+        """The API server's version, by its image's tag."""
         apiserver = self.manifests.get(Component.APISERVER)
         return None if apiserver is None else apiserver.version
 
@@ -178,11 +178,11 @@ class _Found:
     certificates: tuple[x509.Certificate, ...] = ()
     trouble: str | None = None
     obstacle: BridgeError | None = None
-    has_key: bool | None = None  #: The same file has the certificate's key; None: it can't be seen.
+    has_key: bool | None = None  #: The file also has the certificate's key; None: the key can't be read.
 
 
 class NoNodeError(BridgeError):
-    """No file of a node is here."""
+    """No file of a node exists."""
 
     hint = "run it on a node of the cluster; --pki-dir and --kubeconfig-dir tell where its files are"
 
@@ -192,17 +192,17 @@ class NoNodeError(BridgeError):
 
 
 def of(node: NodeSettings) -> Node:
-    """Look at the node whose directories the settings name, and at the further pairs that they name."""
+    """Read the node in the settings' directories, and the further pairs that the settings name."""
     found = read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
     if not node.pairs:
         return found
-    from bridge.node import pairs  # noqa: PLC0415 (only where the settings name one)
+    from bridge.node import pairs  # noqa: PLC0415 (only if the settings name further pairs)
 
     return pairs.added(found, node)
 
 
 def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -> Node:
-    """Look at a node; a fault of its files is no error."""
+    """Read a node; a problem with its files is no error."""
     kubelet = KubeletFiles.load(kubelet_dir)
     found, troubles = _manifests(kubeconfig_dir)
     if kubelet.trouble is not None:
@@ -242,19 +242,19 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
 
 
 def _specs(role: Role, kubeconfig_dir: Path) -> list[CertificateSpec]:
-    """The certificates that a node of a role may have, as they are there."""
+    """The certificates that nodes of a role may have, as specified for this node."""
     if role == "worker":
         people = [name for name in _PEOPLES if _exists(kubeconfig_dir / SPECS[name].base)]
         return [SPECS[name] for name in (*people, KUBELET_CONF, KUBELET_SERVER)]
     if role == "control plane":
         return list(SPECS.values())
-    # the API servers' client certificate lies there to be copied, and no process reads it
+    # the API servers' client certificate is here to be copied, and no process reads it
     copied = replace(_ETCD_CLIENT, component=None, flags=(), optional=True)
     return [copied if spec == _ETCD_CLIENT else spec for spec in SPECS.values()]
 
 
 def troubles_of(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
-    """A line for each fault; the kubelet's client certificate comes first, since a rebooted node needs it."""
+    """A line for each problem; the kubelet's client certificate comes first, since a rebooted node needs it."""
     for item in sorted(items, key=lambda one: one.spec != _KUBELET):
         if trouble := item.trouble or item.key_trouble:
             yield f"{item.spec.name}: {trouble}"
@@ -273,7 +273,7 @@ def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
 def _traces(
     specs: Iterable[CertificateSpec], components: Iterable[Component], pki_dir: Path, kubeconfig_dir: Path
 ) -> Iterator[Path]:
-    """Files that tell what kind of node it is; a kubelet's own do not."""
+    """Files that show the node's role; a kubelet's own do not."""
     for spec in specs:
         if spec.kubeconfig:
             yield kubeconfig_dir / spec.base
@@ -284,7 +284,7 @@ def _traces(
 
 
 def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
-    """Whether etcd's own files are there, and none that a control plane or a worker has besides."""
+    """Whether etcd's own files exist, and no other file of a control plane or worker."""
     own = [spec for spec in SPECS.values() if spec.authority == ETCD_CA and spec != _ETCD_CLIENT]
     others = [spec for spec in SPECS.values() if spec.authority != ETCD_CA]
     components = [one for one in manifests.COMPONENTS if one is not Component.ETCD]
@@ -295,7 +295,7 @@ def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
 
 
 def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
-    """Mark certificates that share a file: one of them would get the other's new content."""
+    """Mark certificates that share a file: renewing one of them would overwrite the other."""
     users: dict[str, list[str]] = defaultdict(list)
     for item in items:
         if item.managed and item.state == "present":
@@ -320,10 +320,10 @@ def _real(path: Path) -> str:
 
 
 def _no_directory(pki_dir: Path) -> tuple[str, ...]:
-    """A line about a wrong path, which a probe must not take for a node without certificates."""
+    """A line about a wrong path, which a probe must not mistake for a node without certificates."""
     try:
         found = pki_dir.is_dir()
-    except OSError:  # each file in it says why
+    except OSError:  # the error of each file in it says why
         found = True
     return () if found else (f"{pki_dir}: wanted the directory of kubeadm's certificates, found none",)
 
@@ -349,7 +349,7 @@ def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconf
 
 
 def _exists(path: Path) -> bool:
-    """Whether it exists by Go's `!os.IsNotExist(err)`: a dangling symlink does not, an inaccessible file does."""
+    """Whether a path exists by Go's `!os.IsNotExist(err)`: a dangling symlink does not, an inaccessible file does."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -362,20 +362,20 @@ def _exists(path: Path) -> bool:
 def _authorities(
     role: Role, pki_dir: Path, apiserver_flags: Mapping[str, str], *, local_etcd: bool
 ) -> tuple[AuthorityState, ...]:
-    """The node's CAs, with an external etcd's only if the API server uses TLS with it."""
+    """The node's CAs, including an external etcd's if the API server uses TLS with it."""
     states = []
     for authority in {"worker": (CA,), "etcd host": (ETCD_CA,)}.get(role, tuple(AUTHORITIES.values())):
         if authority != ETCD_CA or local_etcd:
             path, key = pki_dir / authority.certificate_file, pki_dir / authority.key_file
             states.append(authority_state(authority, path, key, listed=True))
         elif "--etcd-certfile" in apiserver_flags:
-            path = Path("/", apiserver_flags.get("--etcd-cafile", ""))  # where kubeadm mounts it; containers start in /
+            path = Path("/", apiserver_flags.get("--etcd-cafile", ""))  # kubeadm mounts it there; containers start in /
             states.append(authority_state(authority, path, None, listed=False))
     return tuple(states)
 
 
 def authority_state(authority: Authority, path: Path, key_path: Path | None, *, listed: bool) -> AuthorityState:
-    """One CA: its certificates, and whether its key is here."""
+    """Read one CA: its certificates, and whether its key is here."""
     found = _certificates_in(path)
     state, trouble = found.state, found.trouble
     if found.certificates and not is_ca(found.certificates[0]):
@@ -403,12 +403,12 @@ def _certificates_in(path: Path) -> _Found:
 
 
 def file_item(spec: CertificateSpec, authority: AuthorityState, certificate_path: Path, key_path: Path) -> Item:
-    """The item of a certificate and key in files of their own."""
+    """The item of a certificate and key in separate files."""
     return _item(spec, authority, _certificates_in(certificate_path), certificate_path, key_path)
 
 
 def _external_etcd_client(authority: AuthorityState, apiserver_flags: Mapping[str, str]) -> Item:
-    """The API server's client certificate for an etcd that is elsewhere; kubeadm neither lists nor renews it."""
+    """The API server's client certificate for an external etcd; kubeadm neither lists nor renews it."""
     path = Path("/", apiserver_flags["--etcd-certfile"])
     key_path = Path("/", apiserver_flags.get("--etcd-keyfile", ""))
     managed = authority.state == "present" and "--etcd-keyfile" in apiserver_flags
@@ -435,12 +435,12 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
     item = _item(spec, authority, found, path, None, listed=spec.listed)
     if spec != _KUBELET or not kubelet.directory.is_dir():
         return item
-    # the next pair goes where the kubelet keeps its own; the first end of the two counts
+    # a new pair is written where the kubelet keeps its own; the earlier end of the two counts
     return replace(item, current=kubelet.client, copy=_certificates_in(kubelet.client).certificates[:1])
 
 
 def _rotating(item: Item, rotates: bool | None) -> Item:
-    """A dated file behind a symlink, as a kubelet keeps its pairs, which not every kubelet rotates."""
+    """The item of a dated file behind a symlink: the kubelet's form, but not every kubelet rotates it."""
     is_link = item.in_one_file and item.certificate_path.name.endswith("-current.pem")
     return replace(
         item,
@@ -451,7 +451,7 @@ def _rotating(item: Item, rotates: bool | None) -> Item:
 
 
 def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Item]:
-    """The kubelet's serving certificate; none before it has run; it is managed by us where no signer can answer."""
+    """The kubelet's serving certificate, empty before its first start; managed by us if no signer can answer."""
     found = _certificates_in(kubelet.certificate)
     if found.state == "missing" and kubelet.serving != "named":
         return []
@@ -462,11 +462,11 @@ def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Ite
 
 
 def _or_foreign(item: Item, authority: AuthorityState) -> Item:
-    """The item, marked where no CA of the cluster signed it."""
+    """The item, marked as foreign if no CA of the cluster signed it."""
     is_ours = not item.certificates or (
         leads_to(item.certificates, authority.certificates)
         if authority.certificates
-        else item.certificates[-1].issuer != item.certificates[-1].subject  # a kubelet puts its own CA behind it
+        else item.certificates[-1].issuer != item.certificates[-1].subject  # a kubelet appends its own CA
     )
     return item if is_ours else replace(item, foreign=True, key_trouble=None)
 
@@ -478,13 +478,13 @@ def _component_server(
     found: Mapping[Component, Manifest],
     others: Sequence[Item],
 ) -> list[Item]:
-    """A component's serving certificate, where its manifest names it, or else in its own place; none that is another's, too."""
+    """A component's serving certificate, at the path in its manifest or else at our own; None if the file is another pair's."""
     manifest = None if spec.component is None else found.get(spec.component)
     if manifest is None:
         return []
     path, key_path, trouble = pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key", None
     is_named = TLS_CERTIFICATE in manifest.flags
-    spec = replace(spec, optional=not is_named, reloaded=is_named)  # a restart has it named
+    spec = replace(spec, optional=not is_named, reloaded=is_named)  # otherwise a restart adds its flags
     if is_named:
         path = Path("/", manifest.flags[TLS_CERTIFICATE])
         key_path = Path("/", manifest.flags.get(TLS_KEY, ""))
@@ -498,7 +498,7 @@ def _component_server(
 
 
 def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
-    """The certificate that a kubeconfig holds together with its key."""
+    """The certificate that a kubeconfig embeds, with its key."""
     where = f"for user {parsed.user!r} of {path}"
     if parsed.certificate_data is None and not parsed.certificate_file:
         return _Found(state="broken", trouble=f"wanted a client certificate {where}, found none")
@@ -518,7 +518,7 @@ def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
 def _referring_item(
     spec: CertificateSpec, authority: AuthorityState, path: Path, certificate_file: str, key_file: str
 ) -> Item:
-    """The item of a kubeconfig that refers to files; even a kubelet's is ours to renew where the CA's key is elsewhere."""
+    """The item of a kubeconfig that refers to files; we renew even a kubelet's if the CA's key is elsewhere."""
     certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
     found = _certificates_in(certificate_path)
     if found.state == "missing":
@@ -529,7 +529,7 @@ def _referring_item(
 
 
 def _older(current: Path) -> str:
-    """A hint with the command that restores a kubelet's lost symlink; empty: there is no older certificate."""
+    """A hint with the command that restores a kubelet's lost symlink; empty: no older certificate exists."""
     dated = f"kubelet-client-{'-'.join(['[0-9]' * 4, *['[0-9][0-9]'] * 5])}.pem"
     found = max((path.name for path in current.parent.glob(dated)), default="")
     if not found or current.name != "kubelet-client-current.pem":
@@ -569,7 +569,7 @@ def _item(
 
 
 def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -> str | None:
-    """The problem of a certificate's key; a file with only a key is not opened, see `other_key`."""
+    """The problem of a certificate's key; a file with only the key is not opened, see `other_key`."""
     wanted = f"wanted the key of {certificate_path}"
     if key_path is None or _real(key_path) == _real(certificate_path):
         return f"{wanted} in it, found none or another certificate's" if found.has_key is False else None
@@ -577,7 +577,7 @@ def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -
         status = key_path.stat()
     except FileNotFoundError:
         return f"{wanted} in {key_path}, found nothing"
-    except (OSError, ValueError):  # not ours to look at, or no path
+    except (OSError, ValueError):  # not readable by us, or no path
         return None
     if not stat.S_ISREG(status.st_mode):
         return f"{wanted} in {key_path}, found {kind(status.st_mode)}"
@@ -585,7 +585,7 @@ def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -
 
 
 def other_key(item: Item) -> str | None:
-    """The problem of the key in an item's key file; None: it is the certificate's, or it can't be read."""
+    """The problem of the key in an item's key file; None: it matches the certificate, or can't be read."""
     if item.key_path is None or not item.certificates or item.in_one_file:
         return None
     try:

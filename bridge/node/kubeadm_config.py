@@ -1,4 +1,4 @@
-"""The one reader of kubeadm's configuration (v1beta2 to v1beta4, a file or the ConfigMap), for names and for a new node."""
+"""Reads kubeadm's configuration (v1beta2 to v1beta4, a file or the ConfigMap), for names and for a new node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bridge.pki.kubeadm_names import NamingFacts, Release, parse_release
 from bridge.specs import DEFAULT_CLUSTER, KEY_ALGORITHMS, Component, KeyAlgorithm
 from bridge.system.paths import UnreadableError, read_present
 
-#: Its kind, and the key in the ConfigMap.
+#: The document's kind, and its key in the ConfigMap.
 CLUSTER_CONFIGURATION = "ClusterConfiguration"
 
 _SERVICE_SUBNET = "10.96.0.0/12"
@@ -28,7 +28,7 @@ _FILE_HINT = "name the file that `kubeadm init --config` had, or is to have"
 
 
 class KubeadmConfigError(BridgeError):
-    """Not a configuration of kubeadm that can be used."""
+    """Not a usable kubeadm configuration."""
 
     exit_code = Exit.USAGE
     hint = (
@@ -39,7 +39,7 @@ class KubeadmConfigError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExternalEtcd:
-    """`etcd.external`: files by which the API server reaches an etcd that is elsewhere; all empty: without TLS."""
+    """`etcd.external`: the API server's files for TLS with an external etcd; all empty: without TLS."""
 
     ca_file: str = ""
     certificate_file: str = ""
@@ -47,42 +47,42 @@ class ExternalEtcd:
 
     @property
     def files(self) -> dict[str, str]:
-        """By kubeadm's names."""
+        """The files, by kubeadm's names."""
         return {"caFile": self.ca_file, "certFile": self.certificate_file, "keyFile": self.key_file}
 
     @property
     def has_tls(self) -> bool:
-        """Whether there is a client pair."""
+        """Whether any of these files is given."""
         return any(self.files.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubeadmConfig:
-    """The documents, and the values in them that decide names and places; defaults are kubeadm's."""
+    """The documents, and the values in them that decide names and paths; defaults are kubeadm's."""
 
     documents: tuple[Mapping[str, Any], ...] = ()
-    name: str = ""  #: The node's; empty: the file leaves it to the host.
-    socket: str = ""  #: The container runtime's; empty: the default.
-    address: str = ""  #: `localAPIEndpoint.advertiseAddress`; empty: that of the default route.
+    name: str = ""  #: The node's name; empty: it is the host's.
+    socket: str = ""  #: The container runtime's socket; empty: the default.
+    address: str = ""  #: `localAPIEndpoint.advertiseAddress`; empty: the default route's address.
     bind_port: int | None = None  #: `localAPIEndpoint.bindPort`.
-    node_ips: tuple[str, ...] = ()  #: The addresses that the kubelet's `--node-ip` gives the node.
+    node_ips: tuple[str, ...] = ()  #: The node's addresses by the kubelet's `--node-ip`.
     endpoint: str = ""  #: `controlPlaneEndpoint`, for all nodes: host and port; empty: none.
-    version: str = ""  #: `kubernetesVersion`; empty: whatever kubeadm finds in the internet.
-    service_subnet: str = _SERVICE_SUBNET  #: Of both families, with a comma.
+    version: str = ""  #: `kubernetesVersion`; empty: the version that kubeadm finds on the Internet.
+    service_subnet: str = _SERVICE_SUBNET  #: One subnet, or IPv4 and IPv6 separated by a comma.
     dns_domain: str = "cluster.local"
     cluster_name: str = DEFAULT_CLUSTER
     api_sans: tuple[str, ...] = ()
     etcd_server_sans: tuple[str, ...] = ()
     etcd_peer_sans: tuple[str, ...] = ()
     external_etcd: ExternalEtcd | None = None  #: None: etcd runs on the control-plane nodes.
-    etcd_directory: str = ""  #: Where etcd has its data; empty: the default.
+    etcd_directory: str = ""  #: etcd's data directory; empty: the default.
     certificates_dir: str = ""
     key: KeyAlgorithm = "rsa-2048"
-    problem: str = ""  #: The first value that kubeadm could not use; it counts as not given.
+    problem: str = ""  #: The first value that kubeadm could not use, which counts as not given.
 
     @classmethod
     def of(cls, documents: Sequence[Mapping[str, Any]]) -> KubeadmConfig:
-        """Read documents; a value of another type than kubeadm's is a problem, and no error yet."""
+        """Read documents; a value whose type is wrong becomes a problem, not yet an error."""
         kinds = {one.get("kind"): one for one in reversed(documents)}
         values = _Values(kinds.get(CLUSTER_CONFIGURATION) or {})
         own = _Values(kinds.get("InitConfiguration") or kinds.get("JoinConfiguration") or {}, values.problems)
@@ -121,33 +121,33 @@ class KubeadmConfig:
 
     @property
     def port(self) -> int:
-        """The API server's on this node."""
+        """The API server's port on this node."""
         return self.bind_port or PORTS[Component.APISERVER]
 
     @property
     def release(self) -> Release | None:
-        """The version as numbers; None: not there, or a label such as `stable-1`."""
+        """The version as numbers; None: not given, or a label such as `stable-1`."""
         return parse_release(self.version)
 
     @property
     def endpoint_host(self) -> str:
-        """Name or address of `controlPlaneEndpoint`; empty if there is none."""
+        """Host of `controlPlaneEndpoint`; empty if it is not given."""
         return urlsplit(f"//{self.endpoint}").hostname or ""
 
     @property
     def endpoint_url(self) -> str:
-        """The server's URL for kubeconfigs of people; empty if there is none."""
+        """The server URL for users' kubeconfigs; empty without a `controlPlaneEndpoint`."""
         host, port = self.endpoint_host, urlsplit(f"//{self.endpoint}").port
         return f"https://{f'[{host}]' if ':' in host else host}:{port}" if host else ""
 
     @property
     def service_address(self) -> str:
-        """The API server's own: the first of the (first) service subnet (kubeadm's `GetAPIServerVirtualIP`)."""
+        """The API server's service address: first of the (first) subnet (kubeadm's `GetAPIServerVirtualIP`)."""
         return str(ipaddress.ip_network(self.service_subnet.partition(",")[0].strip())[1])
 
     @property
     def kubelets_rotate(self) -> bool:
-        """Whether kubelets ask the cluster for their next certificate, and read no other; kubeadm's default."""
+        """Whether kubelets request their next certificate from the cluster, and read no other; kubeadm's default."""
         return (self.of_kind("KubeletConfiguration") or {}).get("rotateCertificates") is not False
 
     def text(self) -> str:
@@ -155,7 +155,7 @@ class KubeadmConfig:
         return "---\n".join(yaml.safe_dump(dict(one), sort_keys=False) for one in self.documents)
 
     def assert_usable(self, source: str = "") -> None:
-        """Raise a KubeadmConfigError where a value, or the ClusterConfiguration, is not kubeadm's."""
+        """Raise a KubeadmConfigError if a value or the ClusterConfiguration is unusable for kubeadm."""
         problem = self.problem
         if not _is_kubeadms(self.cluster):
             problem = f"no {CLUSTER_CONFIGURATION} in it"
@@ -167,7 +167,7 @@ class KubeadmConfig:
             raise _unusable(problem, source)
 
     def naming_facts(self, node: str, address: str) -> NamingFacts:
-        """The facts that kubeadm makes the names of a node with this name and advertise address of."""
+        """The facts from which kubeadm derives the names of a node with this name and advertise address."""
         self.assert_usable()
         return NamingFacts(
             release=self.release,
@@ -183,7 +183,7 @@ class KubeadmConfig:
 
 
 def is_address(text: str) -> bool:
-    """Whether it is an IP address that a node can have."""
+    """Whether a text is an IP address that a node can have."""
     try:
         return not ipaddress.ip_address(text).is_unspecified
     except ValueError:
@@ -191,14 +191,14 @@ def is_address(text: str) -> bool:
 
 
 class _Values:
-    """The values of one document; one of another type than kubeadm's is a problem, and counts as not given."""
+    """The values of one document; a value whose type is wrong is a problem, and counts as not given."""
 
     def __init__(self, document: Mapping[str, Any], problems: list[str] | None = None) -> None:
         self._document = document
         self.problems = [] if problems is None else problems
 
     def at(self, *keys: str) -> Any:
-        """The value below these keys; None: it is not given."""
+        """The value below these keys; None: not given."""
         found: Any = self._document
         for key in keys:
             if not isinstance(found, Mapping):
@@ -252,7 +252,7 @@ class _Values:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file that the operator names; it has to be there."""
+    """Read a file that the operator named, which has to exist."""
     try:
         return read_present(path)
     except UnreadableError as e:
@@ -260,14 +260,14 @@ def read_file(path: Path) -> bytes:
 
 
 def parse(data: bytes, source: str = "") -> KubeadmConfig:
-    """Read a configuration whose names can be used; `source` says in messages where the documents are from."""
+    """Read a configuration and check that its names can be used; `source` is the documents' origin in messages."""
     config = parse_documents(data, source)
     config.assert_usable(source)
     return config
 
 
 def parse_documents(data: bytes, source: str = "") -> KubeadmConfig:
-    """Read the documents, each kind once (as kubeadm demands) and one of them kubeadm's; kubeadm judges their values."""
+    """Read the documents: each kind once (as kubeadm demands) and one of them kubeadm's, without checking their values."""
     try:
         return KubeadmConfig.of(_by_kind(data))
     except YamlError as e:
@@ -276,7 +276,7 @@ def parse_documents(data: bytes, source: str = "") -> KubeadmConfig:
 
 
 def _unusable(problem: str, source: str) -> KubeadmConfigError:
-    """An error to be raised outside of `except`: that error, and so a traceback's context, may hold the data."""
+    """An error to raise outside of `except`: the original, and so a traceback's context, may hold the data."""
     where = f"{source}: " if source else ""
     return KubeadmConfigError(f"{where}wanted a configuration of kubeadm, found one that can't be used: {problem}")
 

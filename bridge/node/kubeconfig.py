@@ -1,4 +1,4 @@
-"""Kubeconfigs: what a renewal needs of them (keys only by `key_data`), and an edit of two values that changes no other byte."""
+"""Reads from kubeconfigs what a renewal needs (keys only by `key_data`), and edits two values without changing other bytes."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ _Result = TypeVar("_Result")
 
 
 class KubeconfigError(BridgeError):
-    """A kubeconfig that can't be read, or in which more than the two values would have to change."""
+    """A kubeconfig that can't be read, or in which an edit would change more than the two values."""
 
     hint = "`kubectl --kubeconfig FILE config view --raw --flatten` prints the same content in its plain form"
 
     def of(self, path: Path) -> KubeconfigError:
-        """The same error with the file's name."""
+        """The same error, prefixed with the file's name."""
         return KubeconfigError(f"{path}: {self}", hint=self.hint.replace("FILE", str(path)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kubeconfig:
-    """The user, server and certificates of a kubeconfig's current context; no key in it."""
+    """The user, server and certificates of a kubeconfig's current context; it holds no key."""
 
     user: str
-    server: str  #: Empty when there is none.
+    server: str  #: Empty if it has none.
     tls_server_name: str | None
-    ca_data: bytes | None  #: PEM; it wins over `ca_file`.
-    ca_file: str | None  #: As it stands there, relative to the kubeconfig's directory.
-    certificate_data: bytes | None  #: PEM; it wins over `certificate_file`.
+    ca_data: bytes | None  #: PEM; takes precedence over `ca_file`.
+    ca_file: str | None  #: As written, relative to the kubeconfig's directory.
+    certificate_data: bytes | None  #: PEM; takes precedence over `certificate_file`.
     certificate_file: str | None
-    key_present: bool  #: Embedded; it wins over `key_file`.
+    key_present: bool  #: The key is embedded, which takes precedence over `key_file`.
     key_file: str | None
-    token_file: str | None = None  #: Instead of a client certificate.
+    token_file: str | None = None  #: A token's file, instead of a client certificate.
     not_editable: str | None = None  #: Why `with_credentials` would refuse.
-    key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: it can't be seen.
-    has_others: bool = False  #: Clusters, contexts or users beside those of the current context.
+    key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: the key can't be read.
+    has_others: bool = False  #: It has clusters, contexts or users beside the current context's.
 
 
 def parse(data: bytes) -> Kubeconfig:
-    """Read a kubeconfig; this does not check embedded PEM, the presence of a client certificate, or files."""
+    """Read a kubeconfig, without checking embedded PEM, the presence of a client certificate, or files."""
     return _reading(lambda: _parse(document(split_bom(data)[1])))
 
 
@@ -65,21 +65,21 @@ def key_data(data: bytes) -> bytes | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddedUser:
-    """An entry of `users` with a certificate and a key in it."""
+    """An entry of `users` with an embedded certificate and key."""
 
-    number: int  #: Its place among all entries, from 0.
+    number: int  #: Its index in `users`.
     name: str
     certificate_pem: bytes
     key_pem: bytes = field(repr=False)
 
 
 def embedded_users(data: bytes) -> list[EmbeddedUser]:
-    """Find the users with embedded credentials, whether a context leads to them or not."""
+    """Find the users with embedded credentials, whether or not a context refers to them."""
     return _reading(lambda: list(_embedded_users(document(split_bom(data)[1]))))
 
 
 def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
-    """The same kubeconfig with other certificates and keys (PEM) for these users, by number; see `with_credentials`."""
+    """Replace these users' certificates and keys (PEM), by index in `users`; see `with_credentials`."""
     result = _with(data, lambda root: _values_of_users(root, pairs))
     found = {one.number: (one.certificate_pem, one.key_pem) for one in embedded_users(result)}
     if any(found.get(number) != pair for number, pair in pairs.items()):
@@ -88,7 +88,7 @@ def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
 
 
 def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> bytes:
-    """The same kubeconfig with another certificate and key for the current user; every other byte stays."""
+    """Replace the current user's certificate and key; every other byte stays."""
     parse(data)
     pems = {_CERTIFICATE: certificate_pem, _KEY: key_pem}
     result = _with(data, lambda root: [(node, pems[key]) for key, node in _editable_values(root).items()])
@@ -98,7 +98,7 @@ def with_credentials(data: bytes, certificate_pem: bytes, key_pem: bytes) -> byt
 
 
 def with_ca(data: bytes, pem: bytes) -> bytes:
-    """The same kubeconfig with other CA data (PEM) for the current context's cluster, or the only one (as in cluster-info)."""
+    """Replace the CA data (PEM) of the current context's cluster, or of the only cluster (as in cluster-info)."""
     result = _with(data, lambda root: [(_ca_value(root), pem)])
     if ca_data(result) != pem:
         raise KubeconfigError("wanted the new CA data in the edited kubeconfig, found something else")
@@ -106,12 +106,12 @@ def with_ca(data: bytes, pem: bytes) -> bytes:
 
 
 def with_cas(data: bytes, edit: Callable[[bytes], bytes | None]) -> bytes:
-    """The same kubeconfig with other CA data (PEM) in each cluster for which `edit` has some; every other byte stays."""
+    """Replace the CA data (PEM) of each cluster for which `edit` returns some; every other byte stays."""
     return _with(data, lambda root: list(_edits_of_cas(root, edit)))
 
 
 def _with(data: bytes, found: Callable[[YamlNode], Sequence[tuple[YamlNode, bytes]]]) -> bytes:
-    """The same kubeconfig with other data for each value that is `found` in it; every other byte stays."""
+    """Replace the data of each value that `found` returns; every other byte stays."""
 
     def edited() -> bytes:
         bom, text = split_bom(data)
@@ -132,7 +132,7 @@ def _edits_of_cas(root: YamlNode, edit: Callable[[bytes], bytes | None]) -> Iter
 
 
 def ca_data(data: bytes) -> bytes | None:
-    """The CA data (PEM) of the same cluster; None: it has none."""
+    """The CA data (PEM) of the same cluster as in `with_ca`; None: it has none."""
     return _reading(lambda: _data(_cluster(document(split_bom(data)[1])), _CA))
 
 
@@ -169,8 +169,8 @@ def _edited(text: str, values: Sequence[tuple[YamlNode, bytes]]) -> str:
 
 
 def with_references(data: bytes, path: str) -> bytes:
-    """The same kubeconfig with one file for certificate and key in the place of the embedded ones; no other byte changes."""
-    import json  # noqa: PLC0415 (not where a kubeconfig is only read)
+    """Replace the embedded certificate and key by references to one file for both; every other byte stays."""
+    import json  # noqa: PLC0415 (reading a kubeconfig does not need it)
 
     before = parse(data)
     if before.certificate_file or before.key_file:
@@ -196,7 +196,7 @@ def with_references(data: bytes, path: str) -> bytes:
 
 
 def _others(text: str) -> list[str]:
-    """Every scalar but those of the two entries, which change."""
+    """Every scalar except those of the two entries that change."""
     scalars = [event.value for event in events(text) if isinstance(event, yaml.ScalarEvent)]
     ours = {_CERTIFICATE, _KEY, _CERTIFICATE.removesuffix("-data"), _KEY.removesuffix("-data")}
     places = [number for number, value in enumerate(scalars) if value in ours]
@@ -214,12 +214,12 @@ def _reading(read: Callable[[], _Result]) -> _Result:
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """The nodes that the current context leads to."""
+    """The nodes that the current context refers to."""
 
     user_name: str
     cluster: YamlNode
     user: YamlNode
-    path: tuple[YamlNode, ...]  #: All nodes from the root to the user's mapping, as they stand there (aliases too).
+    path: tuple[YamlNode, ...]  #: All nodes from the root to the user's mapping, as written (aliases too).
 
     @classmethod
     def of(cls, root: YamlNode) -> _Entries:
@@ -235,7 +235,7 @@ class _Entries:
 
 
 def _named(root: YamlNode, listing: str, name: str, key: str) -> tuple[YamlNode, YamlNode, YamlNode]:
-    """The list, its one entry of that name, and the entry's value below `key`."""
+    """The list, its only entry of that name, and the entry's value below `key`."""
     sequence = root.get(listing)
     entries = [] if sequence is None else [entry for entry in sequence.items() if entry.text_of("name") == name]
     if sequence is None or len(entries) != 1:
@@ -283,9 +283,9 @@ def _not_editable(root: YamlNode) -> str | None:
 
 
 def _data(mapping: YamlNode, key: str) -> bytes | None:
-    """The bytes of a base64 value, None when it is empty or not there."""
+    """The bytes of a base64 value, None if it is empty or missing."""
     text = mapping.text_of(key)
-    try:  # Go's decoder ignores line breaks and nothing else.
+    try:  # like Go's decoder, ignore line breaks and nothing else
         return b64decode(text.replace("\n", "").replace("\r", ""), validate=True) or None
     except (binascii.Error, ValueError):
         pass
@@ -293,7 +293,7 @@ def _data(mapping: YamlNode, key: str) -> bytes | None:
 
 
 def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
-    """Each user's name, and the nodes from the root to its mapping; no alias, since thousands may mean one large value."""
+    """Each user's name, and the nodes from the root to its mapping; no aliases, since thousands may mean one large value."""
     sequence = _own(root, "users")
     if sequence is None:
         return []
@@ -336,12 +336,12 @@ def _values_of_users(root: YamlNode, pairs: Mapping[int, tuple[bytes, bytes]]) -
 
 
 def _editable_values(root: YamlNode) -> dict[str, YamlNode]:
-    """The nodes of the two values, on which no other part of the document depends."""
+    """The nodes of the two values, which no other part of the document depends on."""
     return _editable(_Entries.of(root).path)
 
 
 def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
-    """The nodes of certificate and key that may be edited, of the user to whose mapping the path leads."""
+    """The editable nodes of certificate and key for the user at the end of a path."""
     user = path[-1]
     values = {key: user.get(key) for key in (_CERTIFICATE, _KEY)}
     found = {key: node for key, node in values.items() if node is not None and user.text_of(key)}
@@ -361,7 +361,7 @@ def _assert_editable(*nodes: YamlNode) -> None:
 
 
 def _content(text: str, node: YamlNode) -> tuple[int, int]:
-    """The begin and end of a scalar's content, without quotes, block header, indentation and last line break."""
+    """Start and end of a scalar's content, without quotes, block header, indentation and last line break."""
     start, end = node.place.start, node.place.end
     if node.style in ("'", '"'):
         return start + 1, end - 1
@@ -373,14 +373,14 @@ def _content(text: str, node: YamlNode) -> tuple[int, int]:
 
 
 def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
-    """A YAML event as values to compare; a scalar at an index in `changed` counts as changed to that value."""
+    """A YAML event as comparable values; a scalar at an index in `changed` has that value."""
     how = tuple(getattr(event, name, None) for name in ("anchor", "tag", "style", "flow_style", "implicit"))
     if not isinstance(event, yaml.ScalarEvent):
         return (type(event), *how)
     value = changed.get(event.start_mark.index) if event.start_mark else None
     if value is None:
         return (type(event), *how, event.value)
-    # The line breaks round a block's content are not part of what is replaced.
+    # the line breaks around a block's content are not replaced
     old = event.value if event.style in ("|", ">") else ""
     before, after = (len(old) - len(stripped) for stripped in (old.lstrip("\n"), old.rstrip("\n")))
     return (type(event), *how, "\n" * before + value + "\n" * after)
@@ -388,15 +388,15 @@ def _meaning(event: yaml.Event, changed: dict[int, str]) -> tuple[object, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreshKubeconfig:
-    """A kubeconfig, but for the user's certificate and key."""
+    """A kubeconfig without the user's certificate and key."""
 
     server: str  #: URL.
-    cluster: str  #: Its name in the file.
+    cluster: str  #: The cluster's name in the file.
     user: str
     ca_pem: bytes
 
     def text(self, certificate_pem: bytes, key_pem: bytes | None, key_file: str = "") -> bytes:
-        """The file's content; without a key `key_file` names the user's own, relative to the kubeconfig's directory."""
+        """The file's content; without a key, `key_file` names the user's own, relative to the kubeconfig's directory."""
         user = {"client-certificate-data": _base64(certificate_pem)}
         if key_pem is not None:
             user["client-key-data"] = _base64(key_pem)
@@ -405,7 +405,7 @@ class FreshKubeconfig:
         return self._dumped(user)
 
     def referring_text(self, path: str) -> bytes:
-        """The content of a kubeconfig whose certificate and key are in one other file."""
+        """The content of a kubeconfig that refers to one other file with certificate and key."""
         return self._dumped({"client-certificate": path, "client-key": path})
 
     def _dumped(self, user: Mapping[str, str]) -> bytes:

@@ -1,5 +1,5 @@
 """
-A kubelet's configuration and flags: where it answers, where it keeps its certificates, and the node's name in them.
+A kubelet's configuration and flags: where it listens, where its certificates are, and the node's name in them.
 
 https://kubernetes.io/docs/reference/config-api/kubelet-config.v1beta1/ and
 https://kubernetes.io/docs/reference/command-line-tools-reference/kubelet/; measured on 1.37.
@@ -26,13 +26,13 @@ from bridge.system.paths import UnreadableError, read
 if TYPE_CHECKING:
     from bridge.settings.tables import Settings
 
-#: kubeadm's directory for a kubelet's own files.
+#: kubeadm's directory for a kubelet's files.
 KUBELET_DIR = Path("/var/lib/kubelet")
 KUBELET_CONFIG = KUBELET_DIR / "config.yaml"
-#: Further files of kubeadm's drop-in for systemd, on Debian and on Red Hat.
+#: Environment files of kubeadm's drop-in for systemd, on Debian and on Red Hat.
 _EXTRA_ARGS = (Path("/etc/default/kubelet"), Path("/etc/sysconfig/kubelet"))
 
-#: The first line of a pair that we install, which a running kubelet has not read.
+#: The first line of a pair that we installed and that a running kubelet has not read yet.
 OURS = b"# Put here by ca-bridge, and not by the kubelet.\n"
 
 _KEYS = ("staticPodPath", "rotateCertificates", "serverTLSBootstrap", "tlsCertFile", "tlsPrivateKeyFile")
@@ -47,14 +47,14 @@ _FLAGS = {
     "--pod-manifest-path": "staticPodPath",
 }
 
-#: made: the kubelet makes a self-signed pair, unless there is one; named: `tlsCertFile`; asked: by
-#: `serverTLSBootstrap` it asks a signer of the cluster.
+#: made: the kubelet makes a self-signed pair, unless it has one; named: `tlsCertFile`; asked: with
+#: `serverTLSBootstrap` it requests one from a signer of the cluster.
 Serving = Literal["made", "named", "asked"]
 
 
 def health_url() -> str | None:
-    """The URL of the kubelet's health check (None: switched off), its default where its configuration does not tell."""
-    from bridge.node import endpoints  # noqa: PLC0415 (a night with nothing due asks no component)
+    """The URL of the kubelet's health check (None: switched off); the default if the configuration has none."""
+    from bridge.node import endpoints  # noqa: PLC0415 (a night with nothing due contacts no component)
 
     found, _ = _configured(KUBELET_CONFIG, ("healthzBindAddress", "healthzPort"))
     host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
@@ -62,32 +62,32 @@ def health_url() -> str | None:
 
 
 def runtime_endpoint() -> str:
-    """The container runtime's; empty: the kubelet finds it itself, or a flag names it."""
+    """The container runtime's endpoint; empty: the kubelet finds it itself, or a flag names it."""
     return _configured(KUBELET_CONFIG, ("containerRuntimeEndpoint",))[0].get("containerRuntimeEndpoint", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubeletFiles:
-    """The part of the kubelet's configuration that says where certificates are, and for which names."""
+    """The kubelet's configuration of certificates: their paths and names."""
 
-    directory: Path  #: `--cert-dir`: `kubelet-client-current.pem` is there.
-    rotates: bool | None  #: `rotateCertificates`; None: no configuration that could be read tells.
+    directory: Path  #: `--cert-dir`, with `kubelet-client-current.pem`.
+    rotates: bool | None  #: `rotateCertificates`; None: no readable configuration sets it.
     serving: Serving
-    certificate: Path  #: Of its serving certificate.
-    key: Path  #: The same file where both are in one.
-    hostname: str  #: `--hostname-override`; empty: none.
-    addresses: tuple[str, ...]  #: `--node-ip`, without the unspecified ones.
-    static_pods: Path | None = None  #: `staticPodPath`; None: no configuration that could be read names it.
-    trouble: str | None = None  #: Why its configuration can't be read; one that is not there is none.
+    certificate: Path  #: The serving certificate's file.
+    key: Path  #: The key's file; the same file if it holds both.
+    hostname: str  #: `--hostname-override`; empty: not set.
+    addresses: tuple[str, ...]  #: `--node-ip`, without unspecified addresses.
+    static_pods: Path | None = None  #: `staticPodPath`; None: no readable configuration sets it.
+    trouble: str | None = None  #: Why its configuration can't be read; a missing one is no trouble.
 
     @property
     def client(self) -> Path:
-        """The symlink to the client certificate that counts, with its key, once the kubelet has run."""
+        """The symlink to the current client certificate and key, which exists once the kubelet has run."""
         return self.directory / "kubelet-client-current.pem"
 
     @classmethod
     def load(cls, kubelet_dir: Path) -> KubeletFiles:
-        """Read the configuration in a kubelet's directory; the kubelet's defaults stand for what is not set."""
+        """Read the configuration in a kubelet's directory; unset values have the kubelet's defaults."""
         found, trouble = _configured(kubelet_dir / "config.yaml", _KEYS)
         is_running = bool(found)
         found |= _flags(kubelet_dir)
@@ -106,7 +106,7 @@ class KubeletFiles:
             rotates=_is_true(found.get("rotateCertificates", ""))
             if is_running or "rotateCertificates" in found
             else None,
-            serving=serving,  # type: ignore[arg-type]  # of the three
+            serving=serving,  # type: ignore[arg-type]  # one of the three
             certificate=pair[0],
             key=pair[1],
             hostname=found.get("hostname", ""),
@@ -121,18 +121,18 @@ def _is_true(text: str) -> bool:
 
 
 def configuration(path: Path) -> YamlNode | None:
-    """The root of a kubelet's configuration file, None without a file (UnreadableError, YamlError: it can't be used)."""
+    """The root of a kubelet's configuration file, None without a file (UnreadableError, YamlError: it is unusable)."""
     data = read(path)
     return None if data is None else document(split_bom(data)[1])
 
 
 def values(root: YamlNode, keys: Sequence[str]) -> dict[str, str]:
-    """The texts below these keys, as far as they are there (YamlError: a value is no text)."""
+    """The texts below those of these keys that exist (YamlError: a value is no text)."""
     return {key: node.text() for key in keys if (node := root.get(key)) is not None}
 
 
 def _configured(path: Path, keys: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """The configuration's values, and the reason why it can't be read."""
+    """The configuration's values, and why it can't be read."""
     try:
         root = configuration(path)
         return ({}, None) if root is None else ({"kind": "KubeletConfiguration", **values(root, keys)}, None)
@@ -144,13 +144,13 @@ _ASKS = "serverTLSBootstrap"
 
 
 def asks(text: str) -> bool:
-    """Whether a kubelet with this configuration asks a signer for its serving certificate (YamlError: it can't be read)."""
+    """Whether this configuration makes a kubelet request its serving certificate from a signer (YamlError: unreadable)."""
     found = document(text).get(_ASKS)
     return found is not None and _is_true(found.text())
 
 
 def asking(text: str, *, wanted: bool) -> str:
-    """A configuration with which the kubelet asks for its serving certificate, or does not (YamlError: not one key a line)."""
+    """Edit whether the kubelet requests its serving certificate from a signer (YamlError: not one key a line)."""
     if asks(text) == wanted:
         return text
     root = document(text)
@@ -171,13 +171,13 @@ def asking(text: str, *, wanted: bool) -> str:
 
 
 def _flags(kubelet_dir: Path) -> dict[str, str]:
-    """Flags that kubeadm and the operator give the kubelet, by name; they count more than its configuration."""
+    """Flags that kubeadm and the operator give the kubelet, by name; they override its configuration."""
     files = [(kubelet_dir / "kubeadm-flags.env", "KUBELET_KUBEADM_ARGS")]
     if kubelet_dir == KUBELET_DIR:
         files += [(path, "KUBELET_EXTRA_ARGS") for path in _EXTRA_ARGS]
     found: dict[str, str] = {}
     for path, variable in files:
-        with contextlib.suppress(UnreadableError, ValueError):  # systemd would not understand it, either
+        with contextlib.suppress(UnreadableError, ValueError):  # systemd could not parse it, either
             match = re.search(rf"^\s*{variable}=(.*)$", (read(path) or b"").decode(), re.MULTILINE)
             found |= flags_of(shlex.split(" ".join(shlex.split(match[1])))) if match else {}
     return {name: found[flag] for flag, name in _FLAGS.items() if flag in found}
@@ -187,7 +187,7 @@ _NODE_USER = "system:node:"
 
 
 def with_node_name(settings: Settings) -> Settings:
-    """The settings with the name of the node's certificates, where they set none and the certificates tell one."""
+    """The settings with the node's name from its certificates, unless they set one."""
     if settings.node.name:
         return settings
     name = node_name(settings.node.pki_dir, settings.node.kubeconfig_dir)
@@ -195,7 +195,7 @@ def with_node_name(settings: Settings) -> Settings:
 
 
 def node_name(pki_dir: Path, kubeconfig_dir: Path) -> str:
-    """Read it from kubelet.conf's certificate (CN system:node:NAME), or else etcd's (CN NAME); empty: none can be read."""
+    """Read the name from kubelet.conf's certificate (CN system:node:NAME), or else etcd's (CN NAME); empty: neither."""
     path = kubeconfig_dir / "kubelet.conf"
     try:
         parsed = kubeconfig.parse(read(path) or b"")

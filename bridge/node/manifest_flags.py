@@ -1,4 +1,4 @@
-"""Changes a component's flags and mounts in its static-pod manifest, and in kubeadm's ClusterConfiguration (pure)."""
+"""Changes a component's flags and mounts in its static-pod manifest and in kubeadm's ClusterConfiguration (pure)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from bridge.node.manifests import container, pod
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.specs import Component
 
-#: By component, its part of a ClusterConfiguration.
+#: Each component's part of a ClusterConfiguration.
 PARTS = {
     Component.APISERVER: "apiServer",
     Component.CONTROLLER_MANAGER: "controllerManager",
     Component.SCHEDULER: "scheduler",
 }
-#: Written without quotes; everything else as JSON, which is YAML, too.
+#: Written without quotes; other values are written as JSON, which is valid YAML.
 _PLAIN = re.compile(r"[A-Za-z0-9_./=-]+")
 _FIRST_WITH_LISTS = "kubeadm.k8s.io/v1beta4"
 
 
 class Mount(NamedTuple):
-    """A directory of the host that a container sees at the same path, read-only."""
+    """A host directory that a container sees at the same path, read-only."""
 
-    name: str  #: Of the volume.
+    name: str  #: The volume's name.
     path: str
 
 
@@ -38,7 +38,7 @@ class Mount(NamedTuple):
 def edited(
     data: bytes, component: Component, flags: Mapping[str, str | None], mount: Mount | None = None, unmount: str = ""
 ) -> bytes:
-    """A manifest with these flags (None: without it), a mount, and no volume `unmount` (YamlError: it is not in kubeadm's form)."""
+    """A manifest with these flags (None: removed), a mount, and without the volume `unmount` (YamlError: not kubeadm's form)."""
     before = manifests.parse(component, data)
     bom, text = split_bom(data)
     for flag, value in flags.items():
@@ -65,7 +65,7 @@ def _with(text: str, component: Component, flag: str, value: str) -> str:
         old, new = (word, f"{flag}={value}") if following is None else (following, value)
         _line(text, old)
         return text[: old.place.start] + _scalar(new) + text[old.place.end :]
-    last = _words(text, component)[-1]  # where kubeadm has extra arguments
+    last = _words(text, component)[-1]  # kubeadm appends extra arguments
     begin, end = _line(text, last)
     return f"{text[:end]}{text[begin : last.place.start]}{_scalar(f'{flag}={value}')}\n{text[end:]}"
 
@@ -80,7 +80,7 @@ def _without(text: str, component: Component, flag: str) -> str:
 
 
 def _places(text: str, component: Component, flag: str) -> Iterator[tuple[YamlNode, YamlNode | None]]:
-    """The words of a flag; with the following one where that is its value."""
+    """The words of a flag, each with the following word if that is its value."""
     words = _words(text, component)
     for number, word in enumerate(words):
         name, equals, _ = word.text().partition("=")
@@ -90,7 +90,7 @@ def _places(text: str, component: Component, flag: str) -> Iterator[tuple[YamlNo
 
 
 def _words(text: str, component: Component) -> list[YamlNode]:
-    """The words of `command` and `args`; a flag may be in both."""
+    """The words of `command` and `args`; a flag may be in either."""
     root = container(document(text), component.value)
     words = [word for key in ("command", "args") if (listed := root.get(key)) for word in listed.items()]
     if not words:
@@ -99,7 +99,7 @@ def _words(text: str, component: Component) -> list[YamlNode]:
 
 
 def _line(text: str, word: YamlNode) -> tuple[int, int]:
-    """Begin and end of the line of a list's entry that has it to itself, as kubeadm writes it."""
+    """Start and end of the line of a list's entry, which must be alone on it, as kubeadm writes it."""
     start, stop = word.place.start, word.place.end
     begin = text.rfind("\n", 0, start) + 1
     end = text.find("\n", stop)
@@ -129,7 +129,7 @@ def _is_mounted(text: str, component: Component, path: str) -> bool:
 
 
 def _with_entry(text: str, entries: Sequence[YamlNode], lines: Sequence[str]) -> str:
-    """The text with one more entry at the end of a list."""
+    """Append an entry to a list."""
     if not entries:
         raise YamlError("wanted volumes in the manifest, as kubeadm writes them, found none")
     indent = re.match(r" *(?=- )", text[text.rfind("\n", 0, entries[-1].place.start) + 1 :])
@@ -148,7 +148,7 @@ def _without_entry(text: str, entries: Sequence[YamlNode], name: str) -> str:
 
 
 def _block(text: str, entry: YamlNode) -> tuple[int, int]:
-    """Begin and end of the lines of a list's entry."""
+    """Start and end of the lines of a list's entry."""
     begin, last = text.rfind("\n", 0, entry.place.start) + 1, entry
     while last.children:
         last = last.children[-1]
@@ -162,7 +162,7 @@ def _block(text: str, entry: YamlNode) -> tuple[int, int]:
 
 
 def arguments(cluster: Mapping[str, Any], component: Component) -> dict[str, str]:
-    """A component's extra arguments, without dashes; the last of a name counts, as for kubeadm's pods."""
+    """A component's extra arguments, without dashes; of equal names the last counts, as for kubeadm's pods."""
     part = cluster.get(PARTS[component])
     listed = part.get("extraArgs") if isinstance(part, Mapping) else None
     if isinstance(listed, Mapping):
@@ -178,7 +178,7 @@ def with_arguments(
     mount: Mount | None = None,
     unmount: str = "",
 ) -> dict[str, Any]:
-    """A ClusterConfiguration with a component's arguments (None: without it), and its extra volume or without it."""
+    """A ClusterConfiguration with a component's arguments (None: removed), and with or without its extra volume."""
     done = copy.deepcopy(dict(cluster))
     part = done.setdefault(PARTS[component], {}) or {}
     listed = part.get("extraArgs")

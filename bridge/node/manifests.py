@@ -12,10 +12,10 @@ from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.specs import Component
 from bridge.system.paths import UnreadableError, read
 
-#: kubeadm's; in the order in which its documentation restarts them.
+#: kubeadm's components, in the order in which its documentation restarts them.
 COMPONENTS = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER)
 
-#: By which a Kubernetes component names the pair that it serves with.
+#: The flags that name a Kubernetes component's serving pair.
 TLS_CERTIFICATE, TLS_KEY = "--tls-cert-file", "--tls-private-key-file"
 
 _TAG = re.compile(r":(v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*)$")
@@ -23,25 +23,25 @@ _TAG = re.compile(r":(v?(\d{1,4})\.(\d{1,4})(?!\d)[^:/]*)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """One static pod, of which the component's container counts."""
+    """One static pod; only the component's container counts."""
 
-    flags: Mapping[str, str]  #: Names with two dashes; "true" for a flag without a value; the last one counts.
-    version: tuple[int, int] | None  #: By the image's tag (etcd has its own numbers); None when there is no such tag.
-    tag: str = ""  #: The image's; empty when it has none.
+    flags: Mapping[str, str]  #: Names with two dashes; "true" for a flag without a value; the last value counts.
+    version: tuple[int, int] | None  #: By the image's tag (etcd has its own numbers); None without such a tag.
+    tag: str = ""  #: The image's tag; empty without one.
     words: tuple[str, ...] = ()  #: The program and its arguments.
 
     def every(self, flag: str) -> list[str]:
-        """All values of a flag that may be given several times, in order."""
+        """All values of a repeated flag, in order."""
         return _values(self.words).get(flag, [])
 
 
 def path_of(component: Component, kubeconfig_dir: Path) -> Path:
-    """The path of the component's manifest in kubeadm's layout."""
+    """The path of a component's manifest in kubeadm's layout."""
     return kubeconfig_dir / "manifests" / f"{component.value}.yaml"
 
 
 def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
-    """The component's manifest, None when there is none; ValueError says why it can't be used."""
+    """Read a component's manifest, None if there is none; ValueError says why it is unusable."""
     path = path_of(component, kubeconfig_dir)
     try:
         data = read(path)
@@ -53,7 +53,7 @@ def load(component: Component, kubeconfig_dir: Path) -> Manifest | None:
 
 
 def pod_name(path: Path) -> str | None:
-    """The name of the pod in a file of the manifests' directory; None: no kubelet makes a pod from it."""
+    """The pod's name in a file of the manifests' directory; None: no kubelet makes a pod of it."""
     try:
         metadata = document(split_bom(read(path) or b"")[1]).get("metadata")
         return None if metadata is None else metadata.text_of("name")
@@ -70,7 +70,7 @@ def parse(component: Component, data: bytes) -> Manifest:
 
 
 def tag_of(image: str) -> tuple[str, tuple[int, int] | None]:
-    """The tag of an image, which a digest may follow, and its version; empty and None where the tag begins with none."""
+    """An image's tag, which a digest may follow, and its version; empty and None if the tag begins with no version."""
     found = _TAG.search(image.partition("@")[0])
     return ("", None) if found is None else (found[1], (int(found[2]), int(found[3])))
 
@@ -84,7 +84,7 @@ def pod(root: YamlNode) -> YamlNode:
 
 
 def container(root: YamlNode, name: str) -> YamlNode:
-    """The container with the component's name, else the first."""
+    """The container with the component's name, or else the first."""
     listed = pod(root).get("containers")
     containers = [] if listed is None else listed.items()
     if not containers:
@@ -93,7 +93,7 @@ def container(root: YamlNode, name: str) -> YamlNode:
 
 
 def flags_of(words: Sequence[str]) -> dict[str, str]:
-    """Flags as `--name=value` and `--name value`; etcd takes one dash as well, except before a single letter."""
+    """Parse `--name=value` and `--name value`; etcd also takes one dash, except before a single letter."""
     return {name: values[-1] for name, values in _values(words).items()}
 
 

@@ -1,10 +1,10 @@
 """
-Further pairs of this node, as items of its inventory: what the settings say of each, and why it can't be replaced; and
-whether any pair is fit for use (`findings`, `key_finding`), by which `doctor`, day 0 and backups judge.
+Further pairs of this node, as items of its inventory: what the settings demand of each, and why it can't be replaced; and
+checks whether any pair is fit for use (`findings`, `key_finding`), which `doctor`, day 0 and backups share.
 
-The settings say what a pair has to be; the live certificate only proves continuity. Its files may belong to another
-user, and what is in them decides nothing but that. Its directories must not: who can rename files in them decides
-which file root replaces.
+The settings say what a pair must be; the live certificate only proves continuity. Its files may belong to another user,
+and their content decides nothing else. Its directories must not: a user who can rename files in them decides which file
+root replaces.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ from bridge.system.files import Attributes
 from bridge.system.paths import UnreadableError, exposure, foreign_link, read, real_path
 
 #: `missing`: no key at all; `unreadable`: not PEM, or with a passphrase; `other`: another certificate's; `unusable`: an
-#: algorithm that Kubernetes does not take; `certificate`: the certificate itself is wrong; `incomparable`: the
-#: certificate to compare it with has something that a CSR can't say.
+#: algorithm that Kubernetes does not accept; `certificate`: the certificate itself is wrong; `incomparable`: the
+#: certificate to compare with contains something that a CSR can't express.
 Kind = Literal["missing", "unreadable", "other", "unusable", "certificate", "incomparable"]
 
 _Files = TypeVar("_Files", bound=PairFiles)
 _CERTIFICATE_MODE, _KEY_MODE = 0o644, 0o600
-#: The most that the mode of a pair's key may be: programs that read it run with a group of their own.
+#: The most permissive mode of a pair's key: programs that read it run with a group of their own.
 KEY_MASK = 0o640
 
 
 class PairPlaceError(BridgeError):
-    """The files of a further pair can't be replaced where they are."""
+    """The files of a further pair can't be replaced at their paths."""
 
     exit_code = Exit.USAGE
 
 
 def added(node: Node, settings: NodeSettings) -> Node:
-    """The node with its further pairs behind kubeadm's certificates."""
+    """The node with its further pairs after kubeadm's certificates."""
     named = [dataclasses.replace(pair, node=settings.node_name) for pair in settings.pairs]
     items = [_item(pair, _authority(node, settings, pair.authority)) for pair in named]
     taken = _taken(node, settings, named)
@@ -80,7 +80,7 @@ def added(node: Node, settings: NodeSettings) -> Node:
 
 
 def _authority(node: Node, settings: NodeSettings, name: str) -> AuthorityState:
-    """The pair's CA; on a node of another role its file is looked for in kubeadm's place."""
+    """The pair's CA; if a node of this role lacks it, it is read from kubeadm's path."""
     authority = AUTHORITIES[name]
     found = next((one for one in node.authorities if one.authority == authority), None)
     return found or authority_state(authority, settings.pki_dir / authority.certificate_file, None, listed=False)
@@ -98,7 +98,7 @@ def _item(pair: PairSettings, authority: AuthorityState) -> Item:
 
 
 def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterator[str]:
-    """Each difference from the settings."""
+    """All differences between a pair and its settings."""
     leaf = item.certificates[0]
     try:
         if not leads_to(item.certificates, authority.certificates) and authority.certificates:
@@ -121,7 +121,7 @@ def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterat
 
 
 def _is_named(leaf: x509.Certificate, naming: Naming) -> bool:
-    """Whether it has these names; a CA may add other parts to the subject (`allow_extra_subject`), and no CN or O."""
+    """Whether a certificate has these names; a CA may add subject parts (`allow_extra_subject`), but no CN or O."""
     identity_of = [part for part in attributes(leaf.subject) if part[0] in (CN_OID, O_OID)]
     return sorted(identity_of) == sorted(attributes(naming.subject)) and san_entries(leaf) == names_of(naming.sans)
 
@@ -134,7 +134,7 @@ def _certificates(path: Path) -> list[x509.Certificate]:
 
 
 def lost_copy(item: Item) -> str | None:
-    """The problem of the key in one of a pair's copies; None: each is the certificate's, or can't be read."""
+    """The problem of the key in one of a pair's copies; None: each matches the certificate, or can't be read."""
     for copy in item.pair.copies if item.pair is not None and item.certificates else ():
         try:
             data = read(copy.key_file)
@@ -160,11 +160,11 @@ def proves_itself(item: Item) -> bool:
     return wanted[-1] in found and leads_to(item.certificates, anchors)
 
 
-# --- why its files can't be replaced ----------------------------------------------------------------------------------
+# --- why a pair's files can't be replaced -----------------------------------------------------------------------------
 
 
 def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) -> dict[str, BridgeError]:
-    """Pairs whose files are, by their real paths, kubeadm's, the kubelet's, ours, or another pair's."""
+    """Pairs with a file that, by its real path, is kubeadm's, the kubelet's, ours or another pair's."""
     ours = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
     ours += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
     for one in AUTHORITIES.values():
@@ -179,7 +179,7 @@ def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) ->
 
 
 def _real(files: _Files) -> _Files:
-    """The same files by their real paths."""
+    """The same files with their real paths."""
     ca_file = None if files.ca_file is None else real_path(files.ca_file)
     certificate_file, key_file = real_path(files.certificate_file), real_path(files.key_file)
     return dataclasses.replace(files, certificate_file=certificate_file, key_file=key_file, ca_file=ca_file)
@@ -193,7 +193,7 @@ def _obstacle(pair: PairSettings) -> BridgeError | None:
 
 
 def _obstacle_at(files: PairFiles) -> BridgeError | None:
-    """Why root must not, or can't, write a pair's files at one place."""
+    """Why root must not, or can't, write a pair's files at this place."""
     for _, path in files.paths():
         if not path.parent.is_dir():
             return PairPlaceError(f"wanted a directory for {path}, found none", hint=f"mkdir -p {path.parent}")
@@ -209,7 +209,7 @@ def _obstacle_at(files: PairFiles) -> BridgeError | None:
 
 
 def account(owner: str) -> tuple[int, int]:
-    """The uid and gid of `user` or `user:group` (LookupError: there is none); empty: ours."""
+    """The uid and gid of `user` or `user:group` (LookupError: unknown); empty: our own."""
     if not owner:
         return os.geteuid(), os.getegid()
     user, _, group = owner.partition(":")
@@ -220,7 +220,7 @@ def account(owner: str) -> tuple[int, int]:
 
 
 def attributes_for(files: PairFiles, path: Path) -> Attributes:
-    """The owner and mode for the file at one place; those that the settings leave open stay."""
+    """The owner and mode for a file at one place; attributes that the settings leave open stay."""
     is_secret = path == files.key_file
     mask = KEY_MASK if is_secret else _CERTIFICATE_MODE
     try:
@@ -242,13 +242,13 @@ class PairFinding:
 
 
 def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFinding | None:
-    """The problem of a certificate's key (PEM, perhaps after certificates); None: it is the right one."""
+    """The problem of a certificate's key (PEM, perhaps after certificates); None: it is the right key."""
     found = _key_or_finding(certificate, key_pem)
     return found if isinstance(found, PairFinding) else None
 
 
 def _key_or_finding(certificate: x509.Certificate, key_pem: bytes | None) -> csr.PrivateKey | PairFinding:
-    """To load an RSA key takes as long as to make one."""
+    """Return the loaded key, or its problem; loading an RSA key takes as long as making one."""
     if key_pem is None:
         return _of_key("missing", "none")
     try:
@@ -275,7 +275,7 @@ def findings(
     expected: verify.Expectation,
     like: x509.Certificate | None = None,
 ) -> Iterator[PairFinding]:
-    """Judge a pair as the answer to a new request, whatever its remaining validity."""
+    """Check a pair as the answer to a new request, whatever its remaining validity."""
     leaf, *intermediates = certificates
     key = _key_or_finding(leaf, key_pem)
     if isinstance(key, PairFinding):
@@ -295,7 +295,7 @@ def findings(
 
 
 def is_sa_pair(key: bytes, public: bytes) -> bool:
-    """Whether kube-apiserver can sign service-account tokens with the key and check them with the public key."""
+    """Whether kube-apiserver can sign service-account tokens with the key and verify them with the public key."""
     try:
         there = load_pem_public_key(public)
         loaded = csr.load_key(key, there)
@@ -304,23 +304,23 @@ def is_sa_pair(key: bytes, public: bytes) -> bool:
     return isinstance(loaded, csr.PrivateKey) and spki(loaded.public_key()) == spki(there)
 
 
-# --- the pair that kube-controller-manager or kube-scheduler serves with ----------------------------------------------
-# It is in the static pod's manifest, and in the ClusterConfiguration from which `kubeadm upgrade` and `kubeadm join` write
-# that manifest. A component does not start if its manifest names a missing file, so that the flags are added after the
+# --- the serving pair of kube-controller-manager or kube-scheduler ----------------------------------------------------
+# The static pod's manifest names it, and so does the ClusterConfiguration from which `kubeadm upgrade` and `kubeadm join`
+# write that manifest. A component does not start if its manifest names a missing file: the flags are added after the
 # files, and removed before them.
 
-#: The volume by which a component sees the directory of its pair.
+#: The volume with the directory of a component's pair.
 _VOLUME = "ca-bridge-serving"
 
 
 def served_item(node: Node, component: Component) -> Item | None:
-    """The component's serving certificate on this node; it may be missing."""
+    """The component's serving certificate on this node, which may be missing."""
     spec = SERVERS.get(component)
     return None if spec is None else node.item(spec.name)
 
 
 def manifest_with_pair(node: Node, component: Component, kubeconfig_dir: Path) -> bytes | None:
-    """The manifest with flags for the pair on disk; None: there is no whole pair, or the manifest names one (ValueError)."""
+    """The manifest with flags for the pair on disk; None: the pair is unfit, or the manifest names one (ValueError)."""
     item = served_item(node, component)
     if item is None or item.named or item.state != "present" or item.foreign or item.key_trouble or other_key(item):
         return None
@@ -328,7 +328,7 @@ def manifest_with_pair(node: Node, component: Component, kubeconfig_dir: Path) -
 
 
 def manifest_with(item: Item, component: Component, kubeconfig_dir: Path) -> bytes | None:
-    """The manifest with the flags for a pair, whether it is there or not; None: there is none (ValueError)."""
+    """The manifest with the flags for a pair, even if the pair is missing; None: there is no manifest (ValueError)."""
     flags = {TLS_CERTIFICATE: str(item.certificate_path), TLS_KEY: str(item.key_path)}
     return _edited(component, kubeconfig_dir, flags, Mount(_VOLUME, str(item.certificate_path.parent)))
 
@@ -358,23 +358,23 @@ def _edited(
 
 
 def _flags(spec: CertificateSpec, pki_dir: Path) -> dict[str, str]:
-    """Our own place of a pair, by the names of a component's arguments."""
+    """A pair's paths in our own directory, by the names of a component's arguments."""
     places = {TLS_CERTIFICATE: f"{pki_dir / spec.base}.crt", TLS_KEY: f"{pki_dir / spec.base}.key"}
     return {flag.removeprefix("--"): place for flag, place in places.items()}
 
 
 def is_named_by(cluster: Mapping[str, Any], component: Component) -> bool:
-    """Whether kubeadm would write a manifest that names a pair."""
+    """Whether kubeadm would write a manifest that names a serving pair."""
     return TLS_CERTIFICATE.removeprefix("--") in manifest_flags.arguments(cluster, component)
 
 
 def is_ours_in(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> bool:
-    """Whether the pair that kubeadm would name is in our own place."""
+    """Whether the pair that kubeadm would name is at our own path."""
     return _flags(SERVERS[component], pki_dir).items() <= manifest_flags.arguments(cluster, component).items()
 
 
 def cluster_with(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
-    """The ClusterConfiguration with our own pair; an operator's other one stays."""
+    """The ClusterConfiguration with our own pair, unless an operator named another."""
     if is_named_by(cluster, component):
         return cluster
     spec = SERVERS[component]
@@ -384,7 +384,7 @@ def cluster_with(cluster: Mapping[str, Any], component: Component, pki_dir: Path
 
 
 def cluster_without(cluster: Mapping[str, Any], component: Component, pki_dir: Path) -> Mapping[str, Any]:
-    """The ClusterConfiguration without our own pair; an operator's other one stays."""
+    """The ClusterConfiguration without our own pair; another pair of an operator's stays."""
     if not is_ours_in(cluster, component, pki_dir):
         return cluster
     flags = dict.fromkeys(_flags(SERVERS[component], pki_dir))

@@ -1,4 +1,4 @@
-"""The node's processes and static pods, by the process table or by crictl, and whether they are older than a file."""
+"""The node's processes and static pods, from the process table or crictl, and whether they are older than a file."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from bridge.system.run_command import Command, run
 
 PROC = Path("/proc")
 
-#: The index in `/proc/PID/stat` after the name, which may hold blanks: proc_pid_stat(5), field 22.
+#: The field's index after the name in `/proc/PID/stat`, as the name may have blanks: proc_pid_stat(5), field 22.
 _START_FIELD = 22 - 3
-#: UID_MIN of login.defs(5): from here on users may call any program `kubelet`. Services have lower ones, and so have
+#: UID_MIN of login.defs(5): from this UID on, users may call any program `kubelet`. Services have lower UIDs, and so do
 #: kubeadm's components without root.
 _FIRST_PERSON = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """One process, as it was a moment ago."""
+    """One running process."""
 
     pid: int
     started: datetime
     arguments: tuple[str, ...]  #: The program first, as it was called.
-    root: Path  #: What is `/` for it, seen from here.
+    root: Path  #: The process's root directory, as a path for us.
 
 
 def running(program: str, proc: Path = PROC) -> list[Process]:
-    """Processes of a program in our own network namespace, which is the node's, and of no person, the oldest first."""
+    """A program's processes in our own network namespace, which is the node's, oldest first; none of a regular user's."""
     here, found = _network(proc / "self"), []
     for entry in (one for one in proc.iterdir() if one.name.isdigit()):
-        # a process may end meanwhile, or be another user's
+        # a process may end meanwhile, or belong to another user
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             words = tuple((entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0"))
             if os.path.basename(words[0]) != program or _is_of_a_person(entry):  # noqa: PTH119 (a text)
@@ -56,7 +56,7 @@ def running(program: str, proc: Path = PROC) -> list[Process]:
 
 
 def _is_of_a_person(entry: Path) -> bool:
-    """Whether a user started it who is neither root nor a service's, by the real user: the program may be set-uid."""
+    """Whether its real user is neither root nor a service's; the effective user says less, since a program may be set-uid."""
     status = (entry / "status").read_text(errors="replace")
     uid = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Uid:"))
     return uid >= _FIRST_PERSON and uid not in paths.trusted_users()
@@ -67,14 +67,14 @@ def _network(entry: Path) -> str:
 
 
 def _started(entry: Path) -> datetime:
-    """The time of its start by the present clock, even if that was set since: the kernel counts from the machine's start."""
+    """When a process started, by the present clock, even if that was set since: the kernel counts from boot."""
     behind_name = (entry / "stat").read_text(errors="replace").rpartition(")")[2]
     ticks = int(behind_name.split()[_START_FIELD])
     return datetime.fromtimestamp(_boot_seconds() + ticks / os.sysconf("SC_CLK_TCK"), UTC)
 
 
 def _boot_seconds() -> float:
-    """When the machine started, by the present clock; of three readings the quickest counts, since the others were held up."""
+    """When the machine booted, by the present clock; the fastest of three readings counts, since it was interrupted least."""
     readings = []
     for _ in range(3):
         begin, now, end = time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -84,26 +84,26 @@ def _boot_seconds() -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """When we wrote a file, by the time since the machine's start, which a change of the clock does not affect."""
+    """When we wrote a file, in time since boot, which a change of the clock does not affect."""
 
-    boot: str  #: The kernel's ID of this start of the machine.
+    boot: str  #: The kernel's ID of this boot.
     seconds: float
     inode: int
-    changed_ns: int  #: The file's ctime: another one means that the file was changed since.
+    changed_ns: int  #: The file's ctime: if it differs, the file was changed since.
 
     @classmethod
     def of(cls, path: Path) -> Written:
-        """A file that was written just now."""
+        """Describe a file that was written just now."""
         status, seconds = path.lstat(), time.clock_gettime(time.CLOCK_BOOTTIME)
         return cls(boot=_boot_id(), seconds=seconds, inode=status.st_ino, changed_ns=status.st_ctime_ns)
 
     def since(self, earlier: Written | None) -> Written:
-        """The same file, with an earlier time of writing; None: one before this start of the machine."""
+        """The same file with an earlier time of writing; None: a time before this boot."""
         boot, seconds = (earlier.boot, earlier.seconds) if earlier is not None else ("", 0)
         return replace(self, boot=boot, seconds=seconds)
 
     def is_of(self, path: Path) -> bool:
-        """Whether the file is still as we wrote it."""
+        """Whether the file is unchanged since we wrote it."""
         try:
             status = path.lstat()
         except OSError:
@@ -112,7 +112,7 @@ class Written:
 
     @property
     def moment(self) -> datetime:
-        """When it was, by the present clock; if the machine was restarted since, the time of that restart."""
+        """The time of writing, by the present clock; after a reboot, the time of that reboot."""
         return datetime.fromtimestamp(_boot_seconds() + (self.seconds if self.boot == _boot_id() else 0), UTC)
 
 
@@ -121,26 +121,26 @@ def _boot_id() -> str:
 
 
 def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC) -> datetime | None:
-    """The start of a component's oldest process that names one of these files; None: none can be seen."""
+    """The start of a component's oldest process that names one of these files; None: no process is visible."""
     found = (one.started for one in running(component.value, proc) if any(_names(one, path) for path in named))
     return next(found, None)
 
 
 def reader_of(component: Component, path: Path) -> Process | None:
-    """The oldest process of a component that has this very file among its arguments; None: none can be seen."""
+    """A component's oldest process that has this very file among its arguments; None: no process is visible."""
     found = (one for one in running(component.value) if any(_is_same(file, path) for file in _files(one)))
     return next(found, None)
 
 
 def program_of(process: Process) -> Path:
-    """The program that would be started in its place now (OSError: it has ended, or is another user's)."""
+    """The program that a restart of a process would run (OSError: it has ended, or is another user's)."""
     return Path(os.readlink(PROC / str(process.pid) / "exe").removesuffix(" (deleted)"))  # noqa: PTH115 (may not be there)
 
 
 class Age(NamedTuple):
-    """A component's age, compared with a file's."""
+    """Whether a component is older than a file."""
 
-    older: bool | None  #: The component is older than the file, or sees another content; None: it can't be seen.
+    older: bool | None  #: The component is older than the file, or sees another content; None: unknown.
     detail: str
 
 
@@ -152,7 +152,7 @@ def compare_age(
     *,
     by: Sequence[Path] = (),
 ) -> Age:
-    """Compare a component's oldest process that names a file, or one of `by`, with the file (UnreadableError, ValueError)."""
+    """Compare a file's age with that of a component's oldest process that names it, or one of `by` (UnreadableError, ValueError)."""
     data = file_contents(path)
     changed = max(_changed(path, written), _changed(path.resolve(), written))
     if changed > datetime.now(UTC):
@@ -175,14 +175,14 @@ def compare_age(
 
 
 def _names(process: Process, path: Path) -> bool:
-    """Whether a process has a file in its arguments, by our path or by its own."""
+    """Whether a process has a file among its arguments, by our path or by its own."""
     if any(str(path) in word for word in process.arguments):
         return True
     return any(_is_same(file, path) for file in _files(process))
 
 
 def _files(process: Process) -> Iterator[Path]:
-    """The files that a process has among its arguments, seen from here."""
+    """The files among a process's arguments, as paths for us."""
     values = (word.rpartition("=")[2] for word in process.arguments)
     return (process.root / value.lstrip("/") for value in values if value.startswith("/"))
 
@@ -190,12 +190,12 @@ def _files(process: Process) -> Iterator[Path]:
 def _is_same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
-    except OSError:  # not there, or another user's process
+    except OSError:  # it does not exist, or the process is another user's
         return False
 
 
 def file_contents(path: Path) -> bytes:
-    """The content of a file (ValueError: there is none)."""
+    """The content of a file (ValueError: it does not exist)."""
     try:
         data = paths.read(path)
     except UnreadableError as e:
@@ -206,12 +206,12 @@ def file_contents(path: Path) -> bytes:
 
 
 def moment_text(moment: datetime, *, exact: bool = False) -> str:
-    """A time as text, to the second, or to the millisecond, in UTC."""
+    """A time as text in UTC, to the second, or with `exact` to the millisecond."""
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'milliseconds' if exact else 'seconds')} UTC"
 
 
 def _changed(path: Path, written: Mapping[str, Written]) -> datetime:
-    """The last change of the file or link itself, by our record, or else by its ctime."""
+    """When the file or link itself last changed, by our record or else by its ctime."""
     noted = written.get(str(path))
     if noted is not None and noted.is_of(path):
         return noted.moment
@@ -221,27 +221,27 @@ def _changed(path: Path, written: Mapping[str, Written]) -> datetime:
 def _sees_another(process: Process, path: Path, data: bytes) -> bool:
     try:
         seen = paths.read(process.root / path.relative_to("/"))
-    except UnreadableError:  # another user's process; the times remain
+    except UnreadableError:  # another user's process; its times are enough
         return False
     return seen is not None and seen != data
 
 
-#: The kubelet's label.
+#: The label with a pod's namespace, set by the kubelet.
 _NAMESPACE = "io.kubernetes.pod.namespace"
 
 
 def _container_made(component: Component) -> datetime | None:
-    """The creation time of a component's oldest running container, none of a user's pod; None: the runtime can't tell."""
+    """When a component's oldest running container was made, other namespaces excluded; None: the runtime can't tell."""
     try:
         found = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
         ours = [one for one in found["containers"] if one["labels"][_NAMESPACE] == "kube-system"]
         nanoseconds = [int(container["createdAt"]) for container in ours]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # no crictl, no runtime, or another one's answer
+        return None  # no crictl, no runtime, or an unexpected answer
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None
 
 
-#: The time that a kubelet needs to forget a pod after its sandbox has ended, and after its process has, which ends
+#: The time that a kubelet needs to forget a pod after its sandbox ended, and after its process ended, which is
 #: earlier (measured on 1.37; a manifest that is back too early costs 10 to 25 s).
 SANDBOX_SETTLES = timedelta(seconds=3)
 PROCESS_SETTLES = timedelta(seconds=5)
@@ -250,10 +250,10 @@ Instances = Callable[[], frozenset[str]]
 
 
 def instances(component: Component) -> tuple[Instances, timedelta]:
-    """A function that lists a static pod's instances, by crictl or the process table, and how long a kubelet takes to forget it."""
+    """A function that lists a static pod's instances, by crictl or the process table; and how long a kubelet needs to forget it."""
     with contextlib.suppress(OSError, ValueError):
         seen = _sandboxes(component)
-        is_labelled = any(seen.values())  # then no other pod with a similar name counts
+        is_labelled = any(seen.values())  # then pods without the label do not count
 
         def last_answer() -> frozenset[str]:
             nonlocal seen
@@ -267,7 +267,7 @@ def instances(component: Component) -> tuple[Instances, timedelta]:
 
 
 def instances_of_pod(name: str) -> frozenset[str]:
-    """The running instances of a static pod with this name in its manifest, by crictl alone (OSError, ValueError: it can't tell)."""
+    """The running instances of a static pod with this name in its manifest, by crictl alone (OSError, ValueError: crictl failed)."""
     return frozenset(_static_pods(name))
 
 
@@ -276,7 +276,7 @@ _MOST_ANSWER = 16 << 20
 
 
 def _crictl(*arguments: str) -> dict[str, Any]:
-    """Ask the runtime that the kubelet's configuration names, or that crictl finds by itself."""
+    """Query the runtime that the kubelet's configuration names, or that crictl finds by itself."""
     program = shutil.which("crictl")
     if program is None:
         raise FileNotFoundError("no crictl")
@@ -300,7 +300,7 @@ def _sandboxes(component: Component) -> dict[str, bool]:
 
 
 def _static_pods(name: str) -> dict[str, Any]:
-    """Static pods that are called after this name and their node; with kubeadm's label, which no `etcd-defrag` has."""
+    """Static pods called NAME-NODE, with the value of kubeadm's label, which an `etcd-defrag` pod lacks."""
     found = _crictl("pods", "--state", "ready")
     try:
         called = [one for one in found.get("items") or () if one["metadata"]["name"].startswith(f"{name}-")]

@@ -33,16 +33,16 @@ _BACKDATED = timedelta(minutes=5)
 _CA_LIFETIME = timedelta(days=3650)
 _SERVICE_ADDRESS = "10.96.0.1"  # the first address of the default service subnet
 
-#: CN of each authority.
+#: Each authority's CN.
 _CA_NAMES = {"ca": "kubernetes", "etcd-ca": "etcd-ca", "front-proxy-ca": "front-proxy-ca"}
 _RELEASE = Release(1, 37)
-#: The kubeconfigs of what runs on the node itself.
+#: The kubeconfigs of components on the node itself.
 _LOCAL = {"controller-manager.conf", "kubelet.conf", "scheduler.conf"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """A made-up cluster and node, as a kubeadm configuration would describe them."""
+    """A made-up cluster and node, with the values of a kubeadm configuration."""
 
     node: str = "cp-1"
     address: str = "192.0.2.10"  #: The advertise address.
@@ -51,11 +51,11 @@ class Cluster:
 
     @property
     def local(self) -> str:
-        """Address and port of this node's API server."""
+        """Host and port of this node's API server."""
         return f"[{self.address}]:6443" if ":" in self.address else f"{self.address}:6443"
 
     def sans(self, spec: CertificateSpec) -> Sequence[x509.GeneralName]:
-        """The SANs that kubeadm gives this certificate; most have none."""
+        """The SANs that kubeadm gives this certificate; most certificates have none."""
         if not spec.of_kubeadm:
             return alternative_names([self.node, self.address])
         facts = NamingFacts(
@@ -72,7 +72,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThrowawayCA:
-    """One of the three CAs, with the key that is not on the node."""
+    """One of the three CAs, with its key, which is not on the node."""
 
     certificate: x509.Certificate
     key: PrivateKey = field(repr=False)
@@ -84,7 +84,7 @@ class ThrowawayCA:
 
     @property
     def key_pem(self) -> bytes:
-        """PKCS#1 or SEC1, unencrypted."""
+        """The key as PKCS#1 or SEC1, unencrypted."""
         return key_pem(self.key)
 
 
@@ -152,7 +152,7 @@ def leaf_certificate(
 ) -> x509.Certificate:
     """The certificate that kubeadm would make for this spec."""
     subject = _name(_user(spec, cluster), *kubeadm_names.groups(spec, _RELEASE))
-    # kubeadm still copies the CA's own beginning into certificates of kubeconfigs, however long ago.
+    # kubeadm still sets the notBefore of kubeconfigs' certificates to the CA's, however old
     begin = ca.certificate.not_valid_before_utc if spec.kubeconfig else not_before
     identifier = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     issuer_key = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
@@ -211,7 +211,7 @@ def _kubeconfig(name: str, leaf: x509.Certificate, key: PrivateKey, ca: Throwawa
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """A new file that never had a looser mode; the caller's umask counts, as it does for kubeadm."""
+    """Write a new file that never has a looser mode; the caller's umask applies, as for kubeadm."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     path.touch(mode=mode, exist_ok=False)
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""YAML as a tree with places, for files that are not trusted: no alias expands, no error quotes the text, size is limited."""
+"""YAML as a tree with positions, for untrusted files: no alias expands, no error quotes the text, size is limited."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import yaml
 from bridge import dataclass
 from bridge.pki.budget import Budget, OverBudgetError
 
-#: kubeadm's files have less than 12 levels; libyaml has a limit of 100 or 1000, the parser in Python none.
+#: kubeadm's files have less than 12 levels; libyaml allows 100 or 1000, the Python parser any number.
 MAX_DEPTH = 64
-#: A kubeadm configuration file has five kinds of them.
+#: A kubeadm configuration file has five kinds of documents.
 MAX_DOCUMENTS = 20
 
 _BOM = "\ufeff"
@@ -22,7 +22,7 @@ _NULL = ("", "~", "null", "Null", "NULL")
 _STR = "tag:yaml.org,2002:str"
 _RESOLVER: Any = yaml.resolver.Resolver()
 _MADE = yaml.constructor.SafeConstructor()
-#: What a plain scalar may be besides a text.
+#: The types of a plain scalar other than text.
 _PLAIN: dict[str, Callable[[yaml.ScalarNode], float | bool]] = {
     "tag:yaml.org,2002:bool": _MADE.construct_yaml_bool,
     "tag:yaml.org,2002:int": _MADE.construct_yaml_int,
@@ -31,15 +31,15 @@ _PLAIN: dict[str, Callable[[yaml.ScalarNode], float | bool]] = {
 
 
 class YamlError(ValueError):
-    """Not the expected YAML; the message has a place, never a value."""
+    """Not the expected YAML; the message has a position, never a value."""
 
 
 class Position(NamedTuple):
-    """Where a value stands; `start` and `end` count characters of the text without a byte order mark."""
+    """A value's position; `start` and `end` count characters of the text without a byte order mark."""
 
     line: int  #: From 1.
     start: int
-    end: int  #: Of a mapping or sequence: where its first entry may begin.
+    end: int  #: For a mapping or sequence: where its first entry may begin.
 
 
 @dataclass(slots=True)
@@ -48,23 +48,23 @@ class YamlNode:
 
     kind: Literal["scalar", "mapping", "sequence", "alias"]
     place: Position
-    value: str = field(default="", repr=False)  #: Of a scalar; it may be a private key.
-    style: str = ""  #: Of a scalar: empty when plain, else its first character.
+    value: str = field(default="", repr=False)  #: A scalar's value, which may be a private key.
+    style: str = ""  #: A scalar's style: empty when plain, else its first character.
     tag: str | None = None
     anchor: str | None = None
-    children: list[YamlNode] = field(default_factory=list, repr=False)  #: Of a mapping: key, value, key, value, …
-    target: YamlNode | None = field(default=None, repr=False)  #: Of an alias.
-    #: By key of a mapping, the indices of its values.
+    children: list[YamlNode] = field(default_factory=list, repr=False)  #: A mapping's: key, value, key, value, …
+    target: YamlNode | None = field(default=None, repr=False)  #: An alias's target.
+    #: For each key of a mapping, the indices of its values.
     _places: dict[str, list[int]] | None = field(default=None, repr=False)
 
     @property
     def resolved(self) -> YamlNode:
-        """The node itself, or what the alias stands for."""
+        """The node itself, or the target of an alias."""
         return self.target if self.target is not None else self
 
     @property
     def null(self) -> bool:
-        """Whether it is YAML's null."""
+        """Whether it is null in YAML."""
         node = self.resolved
         return node.kind == "scalar" and node.style == "" and node.tag is None and node.value in _NULL
 
@@ -87,7 +87,7 @@ class YamlNode:
         return node.children
 
     def get(self, key: str) -> YamlNode | None:
-        """The value below `key` (None: none, or null); YamlError: no mapping, the key twice, or a merge key (`<<`)."""
+        """The value below `key` (None: missing or null); YamlError: no mapping, a duplicate key, or a merge key (`<<`)."""
         node = self.resolved
         if node.null:
             return None
@@ -102,12 +102,12 @@ class YamlNode:
         return node.children[found[0]] if found else None
 
     def text_of(self, key: str) -> str:
-        """The text below `key`, empty without one; errors as of `get`."""
+        """The text below `key`, empty if there is none; raises like `get`."""
         node = self.get(key)
         return "" if node is None else node.text()
 
     def index(self) -> dict[str, list[int]]:
-        """The indices of each key's values, searched once: thousands of aliases may lead to one large mapping."""
+        """The indices of each key's values, computed once: thousands of aliases may refer to one large mapping."""
         if self._places is None:
             self._places = {}
             for number, child in enumerate(self.children[::2]):
@@ -115,7 +115,7 @@ class YamlNode:
         return self._places
 
     def plain(self) -> Any:
-        """The value as Python's own types, without aliases, tags and merge keys."""
+        """The value in Python's own types; aliases, tags and merge keys are refused."""
         if self.kind == "alias":
             raise YamlError(f"line {self.place.line}: wanted a value, found an alias (*)")
         if self.kind == "scalar":
@@ -125,13 +125,13 @@ class YamlNode:
         if self.kind == "sequence":
             return [one.plain() for one in self.children]
         for key in self.children[::2]:
-            self.get(key.text())  # each once, and none is a merge key
+            self.get(key.text())  # refuses duplicate and merge keys
         keys = [key.text() for key in self.children[::2]]
         return dict(zip(keys, [one.plain() for one in self.children[1::2]], strict=True))
 
 
 def _plain_scalar(node: YamlNode) -> str | float | bool | None:
-    """Null, a boolean, or a number where PyYAML and Go agree; `12:30` and dates are texts, as in Go and JSON."""
+    """Null, a boolean, or a number if PyYAML and Go agree; `12:30` and dates are texts, as in Go and JSON."""
     text = node.text()
     if node.null:
         return None
@@ -140,12 +140,12 @@ def _plain_scalar(node: YamlNode) -> str | float | bool | None:
         return text
     try:
         return _PLAIN[tag](yaml.ScalarNode(tag, text))
-    except (ValueError, OverflowError):  # more digits than Python reads
+    except (ValueError, OverflowError):  # more digits than Python converts
         raise YamlError(f"line {node.place.line}: wanted a number, found one that is too large") from None
 
 
 def split_bom(data: bytes) -> tuple[str, str]:
-    """The byte order mark (mostly empty) and the text after it."""
+    """The byte order mark (usually empty) and the text after it."""
     try:
         Budget().spend(len(data))
         text = data.decode()
@@ -155,12 +155,12 @@ def split_bom(data: bytes) -> tuple[str, str]:
         place = e.start
     else:
         return (_BOM, text[1:]) if text.startswith(_BOM) else ("", text)
-    # Not raised inside `except`: that error, and so a traceback's context, holds the data.
+    # not raised inside `except`: that error, and so a traceback's context, holds the data
     raise YamlError(f"wanted UTF-8 text, found another byte at offset {place}")
 
 
 def events(text: str, most: int = 1) -> Iterator[yaml.Event]:
-    """PyYAML's events."""
+    """PyYAML's events for a text."""
     try:
         yield from _limited(yaml.parse(text, Loader=_LOADER), most)
     except yaml.YAMLError as e:
@@ -168,7 +168,7 @@ def events(text: str, most: int = 1) -> Iterator[yaml.Event]:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     else:
         return
-    # Not raised inside `except`: PyYAML's errors quote the text round the place.
+    # not raised inside `except`: PyYAML's errors quote the text around the position
     raise YamlError(f"{place}wanted YAML, found a syntax error")
 
 
@@ -202,7 +202,7 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
     anchors: dict[str, YamlNode] = {}
     for event in events(text, most):
         if isinstance(event, yaml.DocumentStartEvent):
-            anchors = {}  # an alias leads to its own document (YAML 1.2 §3.2.2.2)
+            anchors = {}  # an alias refers to its own document (YAML 1.2 §3.2.2.2)
         elif isinstance(event, yaml.CollectionEndEvent):
             stack.pop()
         elif isinstance(event, yaml.NodeEvent):
