@@ -56,7 +56,7 @@ def running(program: str, proc: Path = PROC) -> list[Process]:
 
 
 def _is_of_a_person(entry: Path) -> bool:
-    """Whether its real user is neither root nor a service's; the effective user says less, since a program may be set-uid."""
+    """Whether its real user is neither root nor a service's; set-uid programs change only the effective user."""
     status = (entry / "status").read_text(errors="replace")
     uid = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Uid:"))
     return uid >= _FIRST_PERSON and uid not in paths.trusted_users()

@@ -1,1 +1,1 @@
-"""The operating system: files, processes, HTTP, the terminal; nothing here knows certificates or components."""
+"""The operating system: files, processes, HTTP, the terminal; it knows nothing about certificates or components."""

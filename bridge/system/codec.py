@@ -29,16 +29,16 @@ _KEY, _LEFT_OUT, _PEM = "key", "left out", "_pem"
 
 
 class CodecError(ValueError):
-    """A document is not what its type says; the text names the field and no value."""
+    """A document does not match its type; the message names the field, and no value."""
 
 
 def named(key: str) -> Mapping[str, str]:
-    """Metadata of a field that has another key in JSON than its name."""
+    """Metadata of a field whose JSON key differs from its name."""
     return {_KEY: key}
 
 
 def left_out() -> Mapping[str, bool]:
-    """Metadata of a field that is written only where it is not None, so that earlier versions read the rest."""
+    """Metadata of a field that is omitted when it is None, so that earlier versions can read the file."""
     return {_LEFT_OUT: True}
 
 
@@ -55,7 +55,7 @@ def _certificates(texts: list[str]) -> Issued:
 
 
 def _spec_to_json(spec: CertificateSpec) -> str | dict[str, Any]:
-    """The name; a further pair's CA and usages as well, which the settings may name otherwise by then."""
+    """The name; for a further pair also its CA and usages, since the settings may have changed when this is read."""
     if not is_pair_name(spec.name):
         return spec.name
     return {"name": spec.name, "authority": spec.authority.name, "ekus": sorted(eku.value for eku in spec.ekus)}
@@ -67,7 +67,7 @@ def _spec_from_json(value: Any) -> CertificateSpec:
     return pair_spec(value["name"], value["authority"], map(EKU, value["ekus"]))
 
 
-#: How values of a type are written and read, where JSON has no such type.
+#: How values of types that JSON lacks are written and read.
 _FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     datetime: (datetime.isoformat, _time),
     timedelta: (lambda value: int(value.total_seconds()), lambda value: timedelta(seconds=value)),
@@ -82,9 +82,9 @@ _PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 def to_json(value: Any) -> Any:
-    """Turn a value into what `json.dumps` takes."""
+    """Turn a value into types that `json.dumps` accepts."""
     kind = type(value)
-    if kind in _PLAIN:  # most are, and a desk writes tens of thousands
+    if kind in _PLAIN:  # most values are plain, and a desk writes tens of thousands
         return value
     if isinstance(value, Enum | int | float | str):
         return value.value if isinstance(value, Enum) else value
@@ -108,7 +108,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
-    """Read a value of a type; a CodecError says what was found instead."""
+    """Read a value of a type; a CodecError names what it found instead."""
     try:
         return cast("T", _read(kind, value, where))
     except CodecError:
@@ -120,7 +120,7 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
 
 @cache
 def _fields(kind: type) -> tuple[tuple[Field[Any], str, Any], ...]:
-    """Each field of a dataclass, its key and its type."""
+    """Each field of a dataclass, with its key and type."""
     hints, found = get_type_hints(kind), []
     for field in fields(kind):
         key = field.name.removesuffix(_PEM) + ("Seconds" if hints[field.name] is timedelta else "")
@@ -129,7 +129,7 @@ def _fields(kind: type) -> tuple[tuple[Field[Any], str, Any], ...]:
 
 
 def keys_of(kind: type) -> frozenset[str]:
-    """The keys that a document may have: a dataclass's, or those of a mapping from an enumeration."""
+    """The keys that a document may have: a dataclass's fields, or the members of an enumeration that keys a mapping."""
     names = (key for _, key, _ in _fields(kind)) if is_dataclass(kind) else (one.value for one in get_args(kind)[0])
     return frozenset(names)
 
@@ -151,7 +151,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_generic(origin: Any, inner: tuple[Any, ...], value: Any, where: str) -> Any:
     if origin is Literal:
         return inner[inner.index(value)]
-    if origin is types.UnionType:  # `X | None`, the only one there is
+    if origin is types.UnionType:  # only `X | None` occurs
         return None if value is None else from_json(inner[0], value, where)
     if issubclass(origin, Mapping):
         return {from_json(inner[0], key): from_json(inner[1], one, f"{where}.{key}") for key, one in value.items()}
@@ -167,7 +167,7 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
     for field, key, own in known:
         place = f"{where}.{key}".lstrip(".")
         if key not in document:
-            if field.default is not None:  # earlier versions have not written what may be None
+            if field.default is not None:  # earlier versions did not write it
                 raise CodecError(f"{place}: wanted a value, found none")
         elif field.name.endswith(_PEM) and document[key] is not None:
             found[field.name] = from_json(str, document[key], place).encode()
@@ -180,13 +180,13 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
 
 
 def metric(name: str, help_text: str, samples: Iterable[tuple[str, object]], kind: str = "gauge") -> str:
-    """One metric with its samples, each with what follows the name, such as labels, and its value; empty without any."""
+    """One metric; each sample is the text after its name, such as labels, and its value; empty without samples."""
     lines = [f"{name}{rest} {value}\n" for rest, value in samples]
     return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n" + "".join(lines) if lines else ""
 
 
 def labels(**pairs: str) -> str:
-    """Labels in their braces; empty without any."""
+    """Labels in braces; empty if there are none."""
     text = ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs.items())
     return f"{{{text}}}" if text else ""
 

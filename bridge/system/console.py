@@ -1,4 +1,4 @@
-"""Messages of a run, with its name: to standard error as text or JSON lines, or into systemd's journal."""
+"""Messages of a run, with the run's name: to standard error as text or JSON lines, or to systemd's journal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from bridge.specs import SPECS
 log = logging.getLogger("ca-bridge")
 ROOT_HINT = "run it as root (sudo)"
 _ROOM_HINT = "make room there, then run again"
-#: The kernel does that after disk errors.
+#: The kernel remounts a file system read-only after disk errors.
 READ_ONLY_HINT = "is it meant to be read-only, or has its disk failed (dmesg)? mount it writable"
 _HINTS = {errno.EROFS: READ_ONLY_HINT, errno.ENOSPC: _ROOM_HINT, errno.EDQUOT: _ROOM_HINT}
 
 
 class LogFormat(StrEnum):
-    """How messages are written."""
+    """The format of messages."""
 
     TEXT = "text"
     JSON = "json"
@@ -36,7 +36,7 @@ class LogFormat(StrEnum):
 
 
 def print_error(error: BridgeError, about: str = "", *, has_hint: bool = True) -> None:
-    """`error: …` and `hint: …` on standard error, the hint where it is not a later error's, too; through the log when that is JSON."""
+    """Print `error: …` and `hint: …` to standard error (no hint if a later error repeats it); with JSON, log them."""
     prefix = f"{about}: " if about else ""
     for line in (error.reason if about else str(error)).splitlines():
         log.error("%s%s", prefix, line, extra={"exit_code": error.exit_code})
@@ -45,33 +45,33 @@ def print_error(error: BridgeError, about: str = "", *, has_hint: bool = True) -
 
 
 def hint_of(error: BridgeError) -> str:
-    """An error's hint; if rights are missing, to run as root."""
+    """An error's hint; if rights are missing, the advice to run as root."""
     if lacks_rights(error.reason):
         return ROOT_HINT
     return error.hint or next((hint for code, hint in _HINTS.items() if f": {os.strerror(code)}" in error.reason), "")
 
 
 def lacks_rights(text: str) -> bool:
-    """Whether the system denied something to a user who is not root."""
+    """Whether a user other than root was denied an operation."""
     return os.geteuid() != 0 and any(os.strerror(code) in text for code in (errno.EACCES, errno.EPERM))
 
 
 def printable(value: object) -> str:
-    """The text without control characters, since a CA's words or file names may be in it."""
+    """A text without control characters, which a CA's messages or file names may contain."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
 
 
 class Progress(Protocol):
-    """An observer of a run; called from several threads."""
+    """Observes a run; called from several threads."""
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
-        """These certificates are being asked for."""
+        """The CA is being asked for these certificates."""
 
     def signed(self, name: str) -> None:
-        """The CA has answered one request, with a certificate or not."""
+        """The CA has answered a request, with a certificate or an error."""
 
     def note(self, text: str) -> None:
-        """Something that the operator should know."""
+        """A note for the operator."""
 
 
 _ID_BYTES = 4
@@ -80,14 +80,14 @@ _taken: set[str] = set()
 
 
 def run_id() -> str:
-    """The hexadecimal name of this process's run; messages from before its audit record begins have it, too."""
+    """The run ID of this process, in hexadecimal; messages before its audit record begins carry it, too."""
     if not _ids:
         _ids.append(os.urandom(_ID_BYTES).hex())
     return _ids[-1]
 
 
 def begin_run() -> str:
-    """Name a record that begins: the process's name, or a new name if another record has it."""
+    """Return the ID of a new record: the process's, or a new one if another record uses it."""
     if run_id() in _taken:
         _ids[:] = [os.urandom(_ID_BYTES).hex()]
     _taken.clear()
@@ -95,10 +95,10 @@ def begin_run() -> str:
     return _ids[-1]
 
 
-# --- what goes on at the moment ---------------------------------------------------------------------------------------
+# --- the current step -------------------------------------------------------------------------------------------------
 
-# A line that moves on a terminal, a plain line elsewhere; nothing in the first two seconds. On a terminal the line is
-# gone when the step is over; a file or a journal gets one line for each step that takes that long.
+# A status line on a terminal, a plain line elsewhere; nothing in the first two seconds. A terminal's line disappears at
+# the end of the step; a file or a journal gets one line for each step that takes that long.
 
 _QUIET_SECONDS = 2.0
 _FRAME_SECONDS = 0.25
@@ -107,23 +107,23 @@ _CLEAR = "\r\x1b[K"
 
 
 def is_lively(stream: TextIO) -> bool:
-    """Whether it is a terminal where a line can be overwritten."""
+    """Whether a stream is a terminal whose line can be overwritten."""
     return stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb"}
 
 
 def columns() -> int:
-    """How wide the terminal is, by $COLUMNS or the terminal itself."""
+    """The terminal's width, by $COLUMNS or the terminal itself."""
     import shutil  # noqa: PLC0415 (2 ms, and a table in a file has no width)
 
     return shutil.get_terminal_size().columns
 
 
 def is_attended() -> bool:
-    """Whether a person is at the terminal who may decide by themselves when to try again."""
+    """Whether a person is at the terminal, who can decide when to try again."""
     return sys.stdin.isatty() or sys.stderr.isatty()
 
 
-#: The colours of everything that is shown: of a message's or a row's level, and of the demo's lines.
+#: Colours of levels, in messages and tables, and of the demo's lines.
 STYLES = {
     "error": "1;31",
     "warning": "33",
@@ -138,27 +138,27 @@ STYLES = {
 
 
 def styled(text: str, style: str, stream: TextIO) -> str:
-    """The text in one of the styles, where colours are seen, and wanted (https://no-color.org)."""
+    """Colour a text in one of the styles, unless colours are invisible or unwanted (https://no-color.org)."""
     is_coloured = style and text and is_lively(stream) and not os.environ.get("NO_COLOR")
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if is_coloured else text
 
 
 def is_verbose() -> bool:
-    """Whether `-v` was given: tables are whole, however narrow the terminal is."""
+    """Whether `-v` was given: tables are complete, however narrow the terminal is."""
     return log.isEnabledFor(logging.DEBUG)
 
 
 class Doing:
-    """Something that goes on."""
+    """A step that is in progress."""
 
     def __init__(self, text: str, *, is_logged: bool = False) -> None:
         self.text = text
         self.since = time.monotonic()
-        self.is_logged = is_logged  #: On a plain line, or not to be.
+        self.is_logged = is_logged  #: It was logged as a plain line, or will not be.
 
 
 class _Line:
-    """The status line for the newest step, drawn by a thread while any step goes on."""
+    """The status line of the newest step, drawn by a thread while any step is in progress."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -219,7 +219,7 @@ _line = _Line()
 
 @contextlib.contextmanager
 def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
-    """Show a step while it goes on, if it takes long."""
+    """Show a step while it lasts, if it takes long."""
     one = Doing(text, is_logged=not is_plain)
     _line.begin(one)
     try:
@@ -235,15 +235,15 @@ def clear_status() -> None:
 
 # --- systemd's journal ------------------------------------------------------------------------------------------------
 
-# By its own protocol, one datagram a message: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+# By the journal's own protocol, one datagram a message: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 
 JOURNAL = Path("/run/systemd/journal/socket")
-#: A longer datagram would need a file descriptor to be passed; no message of ours is as long.
+#: A longer datagram would have to pass a file descriptor; none of our messages is as long.
 _LONGEST_VALUE = 32 << 10
 
 
 def stderr_is_journal() -> bool:
-    """Whether standard error leads to the journal, as systemd says of what it starts (systemd.exec(5))."""
+    """Whether standard error leads to the journal, by the variable that systemd sets (systemd.exec(5))."""
     named = os.environ.get("JOURNAL_STREAM")
     if not named:
         return False
@@ -255,15 +255,15 @@ def stderr_is_journal() -> bool:
 
 
 def send_to_journal(fields: Sequence[tuple[str, str]], place: Path = JOURNAL) -> None:
-    """Send a message to the journal: names in capital letters with their values; a name may stand there several times."""
-    import socket  # noqa: PLC0415 (for the journal alone)
+    """Send a message to the journal: names in capitals with their values; a name may occur several times."""
+    import socket  # noqa: PLC0415 (only for the journal)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as ours:
         ours.sendto(b"".join(_encoded(name, value) for name, value in fields), str(place))
 
 
 def _encoded(name: str, value: str) -> bytes:
-    """A field; a value with a line break is sent with its length, so that it can't add fields."""
+    """Encode a field; a value with a line break is sent with its length, so that it can't add fields."""
     data = value.encode("utf-8", "replace")[:_LONGEST_VALUE]
     if b"\n" not in data:
         return name.encode() + b"=" + data + b"\n"
@@ -281,10 +281,10 @@ class _TextFormat(logging.Formatter):
 
 
 class _TerminalFormat(_TextFormat):
-    """Lines that are wrapped between words, so that paths can be copied, and colours by level."""
+    """Lines wrapped between words, so that paths can be copied, with colours by level."""
 
     def format(self, record: logging.LogRecord) -> str:
-        import textwrap  # noqa: PLC0415 (for people alone)
+        import textwrap  # noqa: PLC0415 (only for terminals)
 
         width = columns()
         words = super().format(record)
@@ -302,18 +302,18 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 class _TaggedFormat(_TextFormat):
-    """For files and mails with lines of several runs: each line has its run's name."""
+    """For files and mails with lines of several runs: each line begins with its run's name."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{super().format(record)} [run {run_id()}]"
 
 
-#: Further facts of a message (`extra` of the log call), as keys of its line.
+#: Further facts in a message (`extra` of the log call), as keys of its JSON line.
 _ABOUT = ("request", "signer", "requester", "outcome")
 
 
 def facts(record: logging.LogRecord) -> dict[str, object]:
-    """The fields of a message for programs, besides its words; `config/logs/log-line.schema.json` describes them."""
+    """A message's fields for programs; `config/logs/log-line.schema.json` describes them."""
     found: dict[str, object] = {
         "level": "hint" if getattr(record, "is_hint", False) else record.levelname.lower(),
         "run": run_id(),
@@ -334,7 +334,7 @@ class _JsonFormat(logging.Formatter):
 
 
 class _JournalHandler(logging.Handler):
-    """Into systemd's journal; where that does not listen, to standard error."""
+    """To systemd's journal, or to standard error if the journal does not listen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -343,7 +343,7 @@ class _JournalHandler(logging.Handler):
             _write(f"{_TaggedFormat().format(record)}\n")
 
 
-#: RFC 5424 §6.2.1.
+#: Severities of RFC 5424 §6.2.1.
 _PRIORITIES = {logging.ERROR: "3", logging.WARNING: "4", logging.INFO: "6", logging.DEBUG: "7"}
 
 
@@ -357,7 +357,7 @@ def _fields(record: logging.LogRecord) -> Iterator[tuple[str, str]]:
             yield f"CA_BRIDGE_{name}", printable(one)
 
 
-#: Where it is not the key in capital letters.
+#: Journal names that are not the key in capitals.
 _FIELD_NAMES = {"certificates": "CERTIFICATE", "exitCode": "EXIT_CODE"}
 
 
@@ -372,7 +372,7 @@ def _handler(log_format: LogFormat) -> logging.Handler:
 
 
 def set_up(verbose: int, log_format: LogFormat) -> None:
-    """Our own messages only: what libraries log at a high level may hold headers."""
+    """Set up our own messages only: libraries' messages at a verbose level may contain headers."""
     log.handlers = [_handler(log_format)]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -1,4 +1,4 @@
-"""Files that survive a power cut, the space that there is for them, and those that are installed with the program."""
+"""Files that survive a power cut, free disk space, and the files that are installed with the program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIRECTORY_MODE = 0o700
 SECRET_MODE = 0o600
 
 _ACCESS_ACL = "system.posix_acl_access"  # acl(5)
-#: Hashes and signatures of the old content: copied, they would make the new one unreadable (Linux IMA/EVM).
+#: Hashes and signatures of the old content; copied, they would make the new content unreadable (Linux IMA/EVM).
 _OF_THE_CONTENT = {"security.ima", "security.evm"}
 
 # linux/fs.h
@@ -38,18 +38,18 @@ _FS_APPEND_FL = 0x20
 
 
 def digest(data: bytes) -> str:
-    """SHA-256, in hexadecimal."""
+    """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def version(status: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was changed, or another one is in its place."""
+    """Values of which at least one differs once a file was changed or replaced."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @contextlib.contextmanager
 def reasons(kind: Callable[..., BridgeError], wanted: str, **more: Any) -> Iterator[None]:
-    """Turn an OSError into one of ours, which says what was `wanted`, such as `PATH: wanted to write it`, and found."""
+    """Turn an OSError into a BridgeError that says what was `wanted`, such as `PATH: wanted to write it`, and found."""
     try:
         yield
     except OSError as e:
@@ -58,27 +58,27 @@ def reasons(kind: Callable[..., BridgeError], wanted: str, **more: Any) -> Itera
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
-    """The attributes of a file that stay when its content is replaced."""
+    """File attributes that stay when the content is replaced."""
 
     mode: int  #: Permission bits.
     uid: int
     gid: int
-    #: POSIX ACLs, SELinux label and whatever else (see xattr(7)); those that the file system lets us read.
+    #: POSIX ACLs, SELinux label and others (see xattr(7)), if the file system lets us read them.
     extended: dict[str, bytes]
 
     @classmethod
     def of(cls, path: Path) -> Attributes:
-        """The attributes of the file that the path leads to."""
+        """The attributes of the file at the end of a path."""
         status = path.stat()
         return cls(mode=stat.S_IMODE(status.st_mode), uid=status.st_uid, gid=status.st_gid, extended=_extended(path))
 
     @classmethod
     def private(cls) -> Attributes:
-        """Attributes of a file that only we can read."""
+        """The attributes of a file that only we can read."""
         return cls(mode=SECRET_MODE, uid=os.geteuid(), gid=os.getegid(), extended={})
 
     def narrowed(self, mask: int) -> Attributes:
-        """The same with no permission outside `mask`."""
+        """The same attributes, without permissions outside `mask`."""
         return replace(self, mode=self.mode & mask)
 
 
@@ -86,15 +86,15 @@ def _extended(path: Path) -> dict[str, bytes]:
     extended = {}
     with contextlib.suppress(OSError):  # a file system without extended attributes has none to keep
         for name in set(os.listxattr(path)) - _OF_THE_CONTENT:
-            with contextlib.suppress(OSError):  # an attribute that we may not read does not hide the others
+            with contextlib.suppress(OSError):  # one unreadable attribute does not hide the others
                 extended[name] = os.getxattr(path, name)
     return extended
 
 
 def is_frozen(path: Path) -> bool:
-    """Whether the file or directory is immutable or append-only (chattr(1)), which not even root can rename over."""
+    """Whether a file or directory is immutable or append-only (chattr(1)): not even root can rename over it."""
     flags = array.array("i", [0])
-    with contextlib.suppress(OSError):  # its reader says so; a file system without such flags
+    with contextlib.suppress(OSError):  # reading it reports the error; or the file system lacks such flags
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, flags)
@@ -104,15 +104,15 @@ def is_frozen(path: Path) -> bool:
     return False
 
 
-#: Files that go to disk at the same time.
+#: Files that are written at the same time.
 _SIDE_BY_SIDE = 16
 
 
 def side_by_side(write: Callable[[T], R], files: Iterable[T]) -> list[R]:
     """
-    Write each file in a thread: a disk takes many at the same time by few writes of its journal.
+    Write each file in a thread: a disk writes many at once with few writes to its journal.
 
-    No write is under way when this returns or raises an error, be it an interruption.
+    No write is in progress when this returns or raises an error, even an interruption.
     """
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 (every command loads this module)
 
@@ -121,11 +121,11 @@ def side_by_side(write: Callable[[T], R], files: Iterable[T]) -> list[R]:
 
 
 def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
-    """Write a new file, safe on disk when this returns and never readable for others; FileExistsError: it exists."""
+    """Write a new file, safe on disk and never readable by others; FileExistsError: it exists."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(descriptor, SECRET_MODE)  # whatever the umask is
+            os.fchmod(descriptor, SECRET_MODE)  # whatever the umask
             if (attributes.uid, attributes.gid) != (os.geteuid(), os.getegid()):
                 os.fchown(descriptor, attributes.uid, attributes.gid)
             _set_extended(descriptor, attributes.extended)
@@ -134,13 +134,13 @@ def write_staged(path: Path, data: bytes, attributes: Attributes) -> None:
             file.flush()
             os.fsync(descriptor)
     except BaseException as e:  # noqa: BLE001 (raised again)
-        with contextlib.suppress(OSError):  # what went wrong first is the cause; `recover` removes the rest
+        with contextlib.suppress(OSError):  # the first error is the cause; `recover` removes the rest
             path.unlink()
         raise _with_name(e, path) from None
 
 
 def _with_name(error: BaseException, path: Path) -> BaseException:
-    """An error of write(2) or fsync(2) does not tell which file it was."""
+    """Add the file's name to an error of write(2) or fsync(2), which lacks it."""
     if isinstance(error, OSError) and error.filename is None:
         return OSError(error.errno, error.strerror, str(path))
     return error
@@ -148,19 +148,19 @@ def _with_name(error: BaseException, path: Path) -> BaseException:
 
 def _set_extended(descriptor: int, extended: dict[str, bytes]) -> None:
     if _ACCESS_ACL not in extended:
-        with contextlib.suppress(OSError):  # there is none, as a rule
-            os.removexattr(descriptor, _ACCESS_ACL)  # of the directory's default ACL, which the old file did not have
+        with contextlib.suppress(OSError):  # usually it does not exist
+            os.removexattr(descriptor, _ACCESS_ACL)  # from the directory's default ACL, which the old file did not have
     for name, value in extended.items():
         try:
             os.setxattr(descriptor, name, value)
         except OSError as e:
-            # security.* may be the kernel's own to set (SELinux gives the label by policy); others are the user's
+            # security.* may be reserved for the kernel (SELinux sets the label by policy); others are the user's
             if not (name.startswith("security.") and e.errno in (errno.EPERM, errno.EACCES, errno.ENOTSUP)):
                 raise
 
 
 def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
-    """The old content or the new, never half, and never a moment with a looser mode."""
+    """Replace a file atomically: never half-written, and never with a looser mode."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -170,37 +170,37 @@ def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
             os.fsync(descriptor)
         Path(temporary).rename(path)
     except BaseException as e:  # noqa: BLE001 (raised again)
-        with contextlib.suppress(OSError):  # what went wrong first is the cause
+        with contextlib.suppress(OSError):  # the first error is the cause
             Path(temporary).unlink()
         raise _with_name(e, path) from None
-    sync_directory(path.parent)  # or a power cut may bring the old content back
+    sync_directory(path.parent)  # or a power cut may restore the old content
 
 
 def exchange(path: Path, data: bytes, staged: Path) -> None:
-    """Give a file another content in one step, by way of `staged` on the same file system; mode, owner and the rest stay."""
-    staged.unlink(missing_ok=True)  # of a run that was killed
+    """Replace a file's content in one step, through `staged` on the same file system; mode, owner and so on stay."""
+    staged.unlink(missing_ok=True)  # a killed run left it
     write_staged(staged, data, Attributes.of(path))
     staged.rename(path)
     sync_directory(path.parent)
 
 
 def append(path: Path, data: bytes) -> os.stat_result:
-    """Append lines to a file of ours with one write; the file as it is then, safe on disk. An OSError: none of it is."""
+    """Append lines to a file of ours with one write, safe on disk; return its status. OSError: nothing was appended."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, SECRET_MODE)
     try:
         before = os.fstat(descriptor)
-        if stat.S_IMODE(before.st_mode) != SECRET_MODE:  # whatever the umask is
+        if stat.S_IMODE(before.st_mode) != SECRET_MODE:  # whatever the umask
             os.fchmod(descriptor, SECRET_MODE)
         try:
             _write_at_once(descriptor, data)
             os.fsync(descriptor)
         except OSError:
-            os.ftruncate(descriptor, before.st_size)  # no torn line that need not be
+            os.ftruncate(descriptor, before.st_size)  # leave no torn line
             raise
         after = os.fstat(descriptor)
     finally:
         os.close(descriptor)
-    if before.st_size == 0:  # it may be new
+    if before.st_size == 0:  # the file may be new
         sync_directory(path.parent)
     return after
 
@@ -211,27 +211,27 @@ def _write_at_once(descriptor: int, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make what was created, renamed and removed in a directory survive a power cut."""
+    """Sync a directory, so that creations, renames and removals in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno != errno.EINVAL:  # of a file system that can't flush a directory, such as a share's (fsync(2))
+        if e.errno != errno.EINVAL:  # a file system that can't sync a directory, such as a network share (fsync(2))
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_unfinished(directory: Path, pattern: str) -> None:
-    """Remove what a killed process left half written; whatever else is there under such a name is not ours."""
+    """Remove files that a killed process left half-written; anything else under such a name is not ours."""
     for path in directory.glob(pattern):
-        with contextlib.suppress(OSError):  # it does no harm
+        with contextlib.suppress(OSError):  # a leftover does no harm
             if stat.S_ISREG(path.lstat().st_mode):
                 path.unlink()
 
 
 def make_directories(path: Path, mode: int = 0o755) -> None:
-    """Make a directory, and those above it, past no link that others could have made, and closed to them at any umask."""
+    """Make a directory and its parents, through no link that others could have made, and closed to others at any umask."""
     for missing in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
         try:
             with opened(missing) as place:
@@ -242,7 +242,7 @@ def make_directories(path: Path, mode: int = 0o755) -> None:
 
 @contextlib.contextmanager
 def held_directory(path: Path) -> Iterator[Path]:
-    """Make a directory, or take such a one, and hold it open, so that no other user can exchange it (ForeignLinkError)."""
+    """Make or open a directory, and hold it open, so that no other user can exchange it (ForeignLinkError)."""
     make_directories(path)
     with opened(path) as place:
         how = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -254,13 +254,13 @@ def held_directory(path: Path) -> Iterator[Path]:
 
 
 def assert_holds_keys(directory: Path) -> None:
-    """Raise a BridgeError where another user can replace what is in a directory."""
+    """Raise a BridgeError if another user can replace files in a directory."""
     if (found := exposure(directory)) is not None:
         raise BridgeError(f"{directory} can't hold keys: {found}", hint=found.hint)
 
 
 def private_directory(path: Path) -> None:
-    """Make a directory that only we can enter, or accept such a directory."""
+    """Make a directory that only we can enter, or accept an existing one."""
     make_directories(path, DIRECTORY_MODE)
     assert_holds_keys(path.parent)
     status = path.stat()
@@ -273,7 +273,7 @@ def private_directory(path: Path) -> None:
 
 
 def user_name(uid: int) -> str:
-    """The user's name; where there is none, the number."""
+    """The user's name; without a name, the number."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -281,7 +281,7 @@ def user_name(uid: int) -> str:
 
 
 def how_to_own(path: Path, owner: int) -> str:
-    """A hint for a directory of another user, which may be a CA desk's that root must not use."""
+    """A hint about another user's directory, which may belong to a CA desk that root must not use."""
     hint = f"chown {os.geteuid()} {path} && chmod 700 {path}, after a look at who else uses it"
     return hint if owner == os.geteuid() else f"is it a CA desk's or a door's? {_run_as(owner)}; otherwise {hint}"
 
@@ -292,12 +292,12 @@ def _run_as(uid: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpace:
-    """The free space of one file system, for us."""
+    """The space on one file system that is free for us."""
 
     place: Path  #: A directory on it.
     free: int  #: Bytes.
-    inodes: int | None  #: None: the file system makes them as it needs them.
-    is_read_only: bool = False  #: As it is mounted there.
+    inodes: int | None  #: None: the file system creates inodes on demand.
+    is_read_only: bool = False  #: At this mount point.
 
 
 def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
@@ -313,29 +313,29 @@ def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
 
 def _space(place: Path) -> DiskSpace:
     found = os.statvfs(place)
-    for_us = os.geteuid() == 0  # the last few per cent are root's
+    for_us = os.geteuid() == 0  # the last few per cent are reserved for root
     free = found.f_frsize * (found.f_bfree if for_us else found.f_bavail)
-    inodes = (found.f_ffree if for_us else found.f_favail) if found.f_files else None  # some file systems say 0
+    inodes = (found.f_ffree if for_us else found.f_favail) if found.f_files else None  # some file systems report 0
     return DiskSpace(place=place, free=free, inodes=inodes, is_read_only=bool(found.f_flag & os.ST_RDONLY))
 
 
-# --- what is installed with the program -------------------------------------------------------------------------------
+# --- files that are installed with the program ------------------------------------------------------------------------
 
 _SHARE, _PAGES = "share/kubeadm-ca-bridge", "share/doc/kubeadm-ca-bridge"
 
 
 def shipped(name: str) -> Path | None:
-    """An example, policy, manifest or unit by its path below `config/`; None: the installation lacks it."""
+    """The path of an example, policy, manifest or unit, given below `config/`; None: it is not installed."""
     return next((place / name for place in _places(_SHARE, "config") if (place / name).exists()), None)
 
 
 def pages() -> Path | None:
-    """The directory of the documents; None: the installation lacks it."""
+    """The directory of the documents; None: they are not installed."""
     return next((place for place in _places(_PAGES, "docs") if (place / "README.md").exists()), None)
 
 
 def _places(installed: str, in_clone: str) -> tuple[Path, ...]:
-    """In the tree of a release, in a virtual environment, in a clone."""
+    """The paths in a release, in a virtual environment and in a clone."""
     here = Path(__file__)
     return (
         here.parents[min(4, len(here.parents) - 1)] / installed,
@@ -345,5 +345,5 @@ def _places(installed: str, in_clone: str) -> tuple[Path, ...]:
 
 
 def how_to_begin(example: str, place: Path) -> str:
-    """A hint for a file that is missing: the command that puts the example there."""
+    """A hint for a missing file: the command that copies the example there."""
     return f"begin with the example: install -m 0644 {shipped(example) or f'config/{example}'} {place}"

@@ -2,9 +2,9 @@
 HTTP/1.1 for the cluster's API, components, neighbours and CAs, on connections that are kept or used once.
 
 `http.client` reads an answer's body; this module reads its head, and adds a time limit for the whole request, a limit on
-the bytes that a server sends (counted below the parser), and the guarantee that no request gets the rest of another one's
+the bytes that a server sends (counted below the parser), and the guarantee that no request gets the rest of an earlier
 answer. A connection carries one request at a time. There are no redirects, proxies, environment variables, keys on disk
-or repetitions.
+or retries.
 """
 
 from __future__ import annotations
@@ -37,40 +37,40 @@ from bridge.words import one_line
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-#: Answers to a probe, and a signed certificate with thousands of SANs, are far below.
+#: Far above answers to a probe, and above a signed certificate with thousands of SANs.
 MAX_ANSWER_BYTES = 1 << 20
-#: For an answer's head, the lengths of its chunks and its trailers, together.
+#: The limit for an answer's head, chunk lengths and trailers, together.
 _SPARE_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 16
 
-#: Alerts (RFC 8446 §6) with which a server turns a client certificate away, as OpenSSL spells them.
+#: Alerts (RFC 8446 §6) by which a server rejects a client certificate, as OpenSSL spells them.
 _TURNED_AWAY = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
-#: A connection's end that may have any cause.
+#: Ends of a connection that may have any cause.
 _CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError)
 
 
 class HttpsError(BridgeError):
-    """No answer, whatever the cause."""
+    """The request failed, for whatever reason."""
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
 
 
 class UnreachableError(HttpsError):
-    """No connection, one that ended too early, or no answer in HTTP; the text is the operating system's or OpenSSL's."""
+    """No connection, one that ended early, or an answer that is no HTTP; the text is the operating system's or OpenSSL's."""
 
 
 class LateError(UnreachableError):
-    """No answer in time."""
+    """The answer did not come in time."""
 
 
 class BrokenOffError(UnreachableError):
-    """The answer's head was there, and its body ended too early."""
+    """The answer's head arrived, but its body ended too early."""
 
-    status = 0  #: The head's.
+    status = 0  #: The status in the head.
 
 
 class HandshakeError(UnreachableError):
-    """TLS failed, for another reason than a certificate."""
+    """TLS failed, for a reason other than a certificate."""
 
 
 class UntrustedError(HttpsError):
@@ -78,11 +78,11 @@ class UntrustedError(HttpsError):
 
 
 class ClientRefusedError(HttpsError):
-    """The server turned the client certificate away (TLS), or certificate and key can't be used here."""
+    """The server rejected the client certificate (TLS), or certificate and key can't be used here."""
 
 
 class TooLongError(HttpsError):
-    """The server sends more than the answer may have."""
+    """The server's answer exceeds the limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,27 +90,27 @@ class Answer:
     """A server's answer."""
 
     status: int
-    #: By name in small letters; the last of several.
+    #: By lower-case name; of repeated fields the last.
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A server, and how we come to it."""
+    """A server, and how to connect to it."""
 
-    host: str  #: Name or address.
+    host: str  #: Host name or address.
     port: int
     tls: Callable[[], ssl.SSLContext] | None = None  #: Makes the client's context; None: without TLS.
-    server_name: str | None = None  #: For SNI and in the server's certificate, where that is not the host.
-    host_header: str = ""  #: Where that is not host and port.
-    alert_seconds: float = 0.0  #: To listen for why a connection broke, see `_alert`; 0: that is not asked.
-    #: When `_alert` listened last, and the alert.
+    server_name: str | None = None  #: For SNI and the server's certificate, if it differs from the host.
+    host_header: str = ""  #: If it differs from host and port.
+    alert_seconds: float = 0.0  #: How long to listen for why a connection broke, see `_alert`; 0: do not.
+    #: When `_alert` last listened, and the alert that it got.
     heard: list[tuple[float, ssl.SSLError | None]] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def of(cls, url: str, tls: Callable[[], ssl.SSLContext] | None, **more: Any) -> Peer:
-        """The server of a URL, `https:` with this TLS or `http:`; an UnreachableError where there is no such URL."""
+        """The server of a URL: `https:` with this TLS, or `http:`; UnreachableError: the URL is invalid."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -124,7 +124,7 @@ class Peer:
 
 
 def served(peer: Peer, seconds: float) -> x509.Certificate:
-    """The leaf that a server shows in a handshake (an HttpsError where there is none); no request is sent."""
+    """The leaf that a server presents in a handshake (HttpsError: none); no request is sent."""
     try:
         with _connected(peer, seconds) as opened:
             der = opened.getpeercert(binary_form=True) if isinstance(opened, ssl.SSLSocket) else None
@@ -134,12 +134,12 @@ def served(peer: Peer, seconds: float) -> x509.Certificate:
         raise UnreachableError("wanted a server certificate, found none")
     try:
         return x509.load_der_x509_certificate(der)
-    except UNREADABLE as e:  # OpenSSL takes more than RFC 5280 allows
+    except UNREADABLE as e:  # OpenSSL accepts more than RFC 5280 allows
         raise UntrustedError(f"wanted a server certificate that can be read, found: {one_line(e, 80)}") from None
 
 
 def reach(url: str, seconds: float) -> None:
-    """Connect to a URL's host and port, and send nothing; an UnreachableError where that is not possible."""
+    """Connect to a URL's host and port without sending anything (UnreachableError)."""
     try:
         _connected(Peer.of(url, None), seconds).close()
     except OSError as e:
@@ -148,7 +148,7 @@ def reach(url: str, seconds: float) -> None:
 
 def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
     """
-    A TLS client's context; the key is in memory only. Without anchors any server passes, and the caller checks it.
+    A TLS client's context; the key stays in memory. Without anchors any server passes, and the caller checks it.
     UntrustedError: an anchor can't be read; ClientRefusedError: our certificate or key can't be used.
     """
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -169,12 +169,12 @@ def context(trust_pem: bytes | None, certificate_pem: bytes | None, key_pem: byt
 
 
 def _load_pair(tls: ssl.SSLContext, certificate_pem: bytes, key_pem: bytes) -> None:
-    """OpenSSL reads from a path alone: this one leads to memory."""
+    """Load the pair through a path to memory, since OpenSSL reads only from paths."""
     with os.fdopen(os.memfd_create("pair"), "wb") as file:
         file.write(certificate_pem.rstrip() + b"\n" + key_pem)
         file.flush()
         try:
-            # A password that is wrong, or else OpenSSL asks the terminal for that of an encrypted key.
+            # a wrong password, since OpenSSL would ask the terminal for an encrypted key's
             tls.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")
         except ssl.SSLError as e:
             found = (e.reason or "something else").replace("_", " ").lower()
@@ -182,13 +182,13 @@ def _load_pair(tls: ssl.SSLContext, certificate_pem: bytes, key_pem: bytes) -> N
 
 
 class KeptConnection:
-    """A connection to one server, made when it is needed; for one thread at a time."""
+    """A connection to one server, opened on demand; for one thread at a time."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
         self._host = peer.host_header or (f"[{peer.host}]" if ":" in peer.host else peer.host) + f":{peer.port}"
         self._socket: socket.socket | None = None
-        self.is_kept = False  #: The latest request went over a connection that was in use before.
+        self.is_kept = False  #: The last request used a connection that was open before.
 
     def sent(
         self,
@@ -211,7 +211,7 @@ class KeptConnection:
                 limits.bear(received)
                 response = _begun(received, method)
                 content = _body(response, longest)
-                if response.will_close or received.has_more():  # what came unasked is no request's answer
+                if response.will_close or received.has_more():  # unrequested data is no answer
                     self.close()
                 return Answer(status=response.status, headers=response.fields, body=content)
 
@@ -225,24 +225,24 @@ class KeptConnection:
         return Stream(response, self, limits)
 
     def end(self) -> None:
-        """End it from another thread; this one, if it reads, wakes up and gets no more."""
+        """End the connection from another thread; a thread that is reading wakes up and gets no more."""
         opened = self._socket
         with contextlib.suppress(OSError):
             if opened is not None:
                 opened.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection; the next request makes another one."""
+        """End the connection; the next request opens a new one."""
         opened, self._socket = self._socket, None
         if opened is not None:
             with contextlib.suppress(OSError):
                 opened.close()
 
-    __del__ = close  # of a thread that has ended
+    __del__ = close  # if its thread has ended
 
     @contextlib.contextmanager
     def in_time(self, limits: _Limits) -> Iterator[None]:
-        """Turn what goes wrong into our errors; the connection ends then."""
+        """Turn exceptions into our errors, and end the connection after one."""
         try:
             yield
         except (OSError, HTTPException) as e:
@@ -267,7 +267,7 @@ class KeptConnection:
         return opened
 
     def _opened(self, limits: _Limits) -> socket.socket:
-        if self._socket is not None and _has_come(self._socket):  # something unasked
+        if self._socket is not None and _has_come(self._socket):  # unrequested data
             self.close()
         self.is_kept = self._socket is not None
         if self._socket is None:
@@ -296,33 +296,33 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n
 _FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n", re.MULTILINE)
 _LENGTH = re.compile("[0-9]{1,18}")
 _MOST_FIELDS = 100
-#: The line after the fields, or the end of what comes.
+#: The line after the fields, or the end of the data.
 _NO_LINE = frozenset({b"\r\n", b"\n", b""})
 _NO_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 
 
 class _Response(HTTPResponse):
     """
-    An answer whose head is read here (RFC 9112): the library has its parser of mail read it, which takes as much processor
-    time as TLS and the rest together, and takes what follows an odd line for no part of the head.
+    An answer whose head is read here (RFC 9112): the library reads it with its mail parser, which takes as much processor
+    time as TLS and the rest together, and excludes the lines after an odd line from the head.
     """
 
-    fields: dict[str, str]  #: By name in small letters; the last of several.
+    fields: dict[str, str]  #: By lower-case name; of repeated fields the last.
 
     def flush(self) -> None:
-        """Nothing; from Python 3.13 on the library's prints a traceback where what it reads from was closed before it."""
+        """Do nothing; since Python 3.13 the library's method prints a traceback if its stream was closed first."""
 
     def begin(self) -> None:
-        """Read the head, and how the body ends."""
+        """Read the head, and determine how the body ends."""
         self.status = HTTPStatus.CONTINUE
-        while self.status < HTTPStatus.OK:  # interim (RFC 9110 §15.2), and as many as the bytes of an answer allow
+        while self.status < HTTPStatus.OK:  # interim (RFC 9110 §15.2), as many as the limit of bytes allows
             line = self.fp.readline(_SPARE_BYTES)
             if not line:
                 raise RemoteDisconnected("no answer")
             if (found := _STATUS_LINE.fullmatch(line)) is None:
                 raise HTTPException(repr(line[:40]))
             is_old, self.status = found[1] == b"0", int(found[2])
-            if self.status == HTTPStatus.SWITCHING_PROTOCOLS:  # what follows is no HTTP
+            if self.status == HTTPStatus.SWITCHING_PROTOCOLS:  # no HTTP follows
                 raise HTTPException("another protocol")
             self.fields = self._read_fields()
         coding, connection = self.fields.get("transfer-encoding"), self.fields.get("connection", "").lower()
@@ -372,7 +372,7 @@ def _broken_off(response: HTTPResponse, error: Exception | None) -> BrokenOffErr
 
 
 class Stream:
-    """An answer whose body is read in pieces, as it comes."""
+    """An answer whose body is read in pieces as it arrives."""
 
     def __init__(self, response: HTTPResponse, connection: KeptConnection, limits: _Limits) -> None:
         self._response = response
@@ -382,36 +382,36 @@ class Stream:
         self.end = connection.end
 
     def rest(self) -> bytes:
-        """The whole body of a short answer, such as an error's."""
+        """The whole body of a short answer, such as an error."""
         with self._connection.in_time(self._limits):
             return _body(self._response, _PIECE_BYTES)
 
     def go_on(self, silence_seconds: float) -> None:
-        """Allow an answer of any length from now on, and limit only silence."""
+        """From now on allow an answer of any length, and limit only silence."""
         self._limits.silence = silence_seconds
 
     def piece(self) -> bytes:
-        """The next piece; empty: the end. An UnreachableError: it broke, or was silent for too long."""
+        """The next piece; empty: the end (UnreachableError: the connection broke, or was silent for too long)."""
         try:
             return self._response.read1(_PIECE_BYTES)
         except TimeoutError as e:
             raise LateError("nothing came for too long") from e
-        except (OSError, HTTPException, ValueError, AttributeError) as e:  # the last: ended from another thread
+        except (OSError, HTTPException, ValueError, AttributeError) as e:  # AttributeError: another thread ended it
             raise _as_ours(e, self._limits.seconds) from e
 
 
 class _Limits:
-    """How long an answer may take, and how many bytes may come for it, its head and its frames included."""
+    """How long an answer may take, and how many bytes it may have, including head and framing."""
 
     def __init__(self, seconds: float, longest: int) -> None:
         self.seconds, self.began = seconds, time.monotonic()
         self._budget = Budget(longest + _SPARE_BYTES, seconds=seconds, clock=time.monotonic)
         self._longest = longest
-        self._spare = 0.0  # Seconds beyond the budget.
-        self.silence: float | None = None  #: Seconds; then nothing else is limited any more.
+        self._spare = 0.0  # seconds beyond the budget
+        self.silence: float | None = None  #: In seconds; if set, it is the only limit.
 
     def bear(self, received: _Received) -> None:
-        """Leave a tenth of the time to an answer that came while its caller read others'."""
+        """Leave a tenth of the time for an answer that arrived while its caller read others."""
         lacking = self.seconds / 10 - self._budget.seconds_left()
         if lacking > 0 and received.has_begun():
             self._spare = lacking
@@ -425,20 +425,20 @@ class _Limits:
         return left
 
     def hold(self, opened: socket.socket) -> None:
-        """Let a socket wait for no longer than is left, to a hundredth of the whole."""
-        # each change is a system call for which Python lets all other threads go first, and a request has ten of them
+        """Set a socket's time limit to the remaining time, rounded to a hundredth of the whole."""
+        # each change is a system call during which Python lets all other threads run, and a request has ten of them
         left, now = self.seconds_left(), opened.gettimeout()
         if not now or abs(now - left) > self.seconds / 100:
             opened.settimeout(left)
 
     def count(self, received: int) -> None:
-        """Count what came, below the parser: a server's word for a length (a chunk of -1) is no limit."""
+        """Count received bytes below the parser: a length that a server sends (a chunk of -1) is no limit."""
         if self.silence is None and not self._budget.allows(received):
             raise TooLongError(f"wanted an answer of at most {self._longest} bytes, found a longer one")
 
 
 class _Received(io.BufferedReader):
-    """The stream that `http.client` reads of a socket; it has limits, and stays open when an answer was read."""
+    """The stream that `http.client` reads from a socket; it has limits, and stays open after an answer."""
 
     def __init__(self, opened: socket.socket, limits: _Limits) -> None:
         self._opened = opened
@@ -446,15 +446,15 @@ class _Received(io.BufferedReader):
         super().__init__(self._reader, _PIECE_BYTES)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """The stream itself, in the place of a socket's file."""
+        """Return the stream itself, instead of a socket's file."""
         del mode
         return self
 
     def close(self) -> None:
-        """The connection is kept."""
+        """Do nothing: the connection is kept."""
 
     def has_begun(self) -> bool:
-        """Whether the answer's beginning has come, or the connection's end; the tickets of TLS are neither, and read before."""
+        """Whether the answer has begun or the connection has ended; TLS session tickets are neither, and are read before."""
         self._reader.waits = False
         self._opened.settimeout(0)
         begun = bool(self.peek(1)) or _has_come(self._opened)
@@ -470,7 +470,7 @@ class _Reader(io.RawIOBase):
     def __init__(self, opened: socket.socket, limits: _Limits) -> None:
         self._opened = opened
         self._limits = limits
-        self.waits = True  #: For what has not come yet.
+        self.waits = True  #: Whether to wait for data that has not arrived yet.
         self.is_over = False  #: Nothing more is received.
 
     def readable(self) -> bool:
@@ -490,7 +490,7 @@ class _Reader(io.RawIOBase):
 
 
 def _has_come(opened: socket.socket) -> bool:
-    """Whether there is something to read: the beginning of an answer, or the connection's end."""
+    """Whether the socket has data to read: the beginning of an answer, or the connection's end."""
     if isinstance(opened, ssl.SSLSocket) and opened.pending():
         return True
     poll = select.poll()
@@ -499,9 +499,9 @@ def _has_come(opened: socket.socket) -> bool:
 
 
 class TlsSocket(ssl.SSLSocket):
-    """Closed also where the peer has reset it before the handshake, when `SSLSocket._create` reads from it and leaves it open."""
+    """Closes also if the peer reset it before the handshake, when `SSLSocket._create` reads from it and leaves it open."""
 
-    __del__ = ssl.SSLSocket.close  # it may go before the connection that keeps it, with an error's frames
+    __del__ = ssl.SSLSocket.close  # an error's frames may release it before the connection that holds it
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """Receive bytes; a reset ends the connection."""
@@ -513,7 +513,7 @@ class TlsSocket(ssl.SSLSocket):
 
 
 def _connected(peer: Peer, seconds: float) -> socket.socket:
-    """A new connection, on which small requests are not held back; an OSError of any kind where there is none."""
+    """Open a connection without Nagle's delay for small requests; any OSError: it failed."""
 
     def connect() -> socket.socket:
         tls = None if peer.tls is None else peer.tls()
@@ -524,7 +524,7 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
                 return raw
             tls.sslsocket_class = TlsSocket
             name = peer.server_name or peer.host
-            # An end without close_notify is an error, too: the answer may have been cut short. Python 3.11.2 sets the option.
+            # an end without close_notify is an error, too: the answer may be cut short; Python 3.11.2 sets the option
             tls.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
             return tls.wrap_socket(raw, server_hostname=name, suppress_ragged_eofs=False)
         except BaseException:
@@ -533,15 +533,15 @@ def _connected(peer: Peer, seconds: float) -> socket.socket:
 
     try:
         return within(seconds, connect)
-    except UnicodeError as e:  # a name that is none
+    except UnicodeError as e:  # no valid host name
         raise OSError(one_line(e)) from e
 
 
 def _alert(peer: Peer, since: float) -> HttpsError | None:
     """
-    The TLS alert that a broken connection may have swallowed, on a new connection where nothing is sent.
+    The TLS alert that a broken connection may have swallowed, read from a new connection on which nothing is sent.
 
-    It is listened for once for all requests that were under way then, of which each would wait as long.
+    It listens once for all requests that were in progress then, each of which would wait as long.
     """
     # in TLS 1.3 a server judges the client late (RFC 8446 §4.4.2.4); the kernel drops the alert if a request is unread
     if peer.tls is None or not peer.alert_seconds:
@@ -565,12 +565,12 @@ def _alert(peer: Peer, since: float) -> HttpsError | None:
 
 
 def is_cut_off(error: BaseException | None) -> bool:
-    """Whether the other side ended the connection; Python 3.11.2 has no class of its own for an end in the midst of TLS."""
+    """Whether the other side ended the connection; Python 3.11.2 has no exception of its own for an end within TLS."""
     return isinstance(error, _CUT_OFF) or getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"
 
 
 def _as_ours(error: Exception, seconds: float) -> HttpsError:
-    """The one place where Python's errors become ours."""
+    """Turn Python's errors into ours, in this one place."""
     if isinstance(error, TimeoutError):
         return LateError(f"no answer within {seconds:g} s")
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -1,4 +1,4 @@
-"""Jobs for systemd and cron: the units and crontabs below `config/`, with this machine's paths."""
+"""Jobs for systemd and cron: the units and crontabs below `config/`, adapted to this machine's paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bridge.system.paths import program_exposure
 from bridge.system.run_command import Command, run
 from bridge.words import has_controls
 
-#: Where the shipped files have the program.
+#: The program's paths in the shipped files.
 _SHIPPED_PROGRAM = "/usr/bin/ca-bridge"
 UNIT_DIRECTORY = Path("/etc/systemd/system")
 CRON_DIRECTORY = Path("/etc/cron.d")
@@ -38,7 +38,7 @@ class JobError(BridgeError):
 class Job:
     """One file of a job."""
 
-    path: Path  #: Where it has to be.
+    path: Path  #: The path to install it at.
     text: str
 
 
@@ -46,17 +46,17 @@ class Job:
 class Places:
     """The program, options and paths of this machine, for units and cron jobs."""
 
-    program: Path  #: Absolute.
-    options: Sequence[str]  #: Of each command, such as `--config FILE`; none where the default is meant.
-    #: In the shipped files and here, by the shipped path.
+    program: Path  #: An absolute path.
+    options: Sequence[str]  #: Options of each command, such as `--config FILE`; empty for the default settings.
+    #: This machine's paths, by the path in the shipped files.
     paths: Mapping[str, str]
-    user: str  #: Who runs the job.
+    user: str  #: The user that runs the job.
     writable: Sequence[Path]  #: Directories that the job writes into.
-    maybe_writable: Sequence[Path] = ()  #: Likewise, and they may be missing.
+    maybe_writable: Sequence[Path] = ()  #: Further ones, which may be missing.
 
 
 def this_program(user: str) -> Path:
-    """The running program's path, for cron and systemd to call it as this user."""
+    """The running program's path, in a form that cron and systemd can call as this user."""
     called = Path(sys.argv[0])
     found = called if called.is_absolute() else Path(shutil.which(sys.argv[0]) or called).absolute()
     if found.name != "ca-bridge" or not found.is_file():
@@ -78,7 +78,7 @@ def _uid(user: str) -> int | None:
 
 
 def unit(name: str, shipped: str, places: Places) -> Job:
-    """A systemd unit from its shipped text, with this machine's paths. JobError: a path has a control character."""
+    """Adapt a systemd unit's shipped text to this machine's paths (JobError: a path has a control character)."""
     text = _placed(shipped, places, _systemd_word).replace(_WHERE, "")
     listed = [*map(str, places.writable), *(f"-{path}" for path in places.maybe_writable)]
     writable = " ".join(_systemd_word(path, "ReadWritePaths=") for path in listed)
@@ -92,19 +92,19 @@ _STATE = "/var/lib/ca-bridge"
 _STATE_LINES = re.compile(r"^StateDirectory(Mode)?=.*\n", re.MULTILINE)
 _WRITABLE = re.compile(r"^ReadWritePaths=.*$", re.MULTILINE)
 _USER = re.compile(r"^User=.*$", re.MULTILINE)
-#: For an administrator who copies the shipped file by hand.
+#: Only for administrators who copy the shipped file by hand.
 _WHERE = "# The path of the installed program: see `command -v ca-bridge`.\n"
 _CRON_LINE = re.compile(r"^((?:\S+\s+){5})(\S+)(\s+)(?=/)", re.MULTILINE)
 
 
 def crontab(name: str, shipped: str, places: Places) -> Job:
-    """A file for /etc/cron.d; as `unit`."""
+    """Adapt a shipped crontab for /etc/cron.d, like `unit`."""
     text = _placed(shipped, places, _cron_word)
     return Job(path=CRON_DIRECTORY / name, text=_CRON_LINE.sub(rf"\g<1>{places.user}\g<3>", text))
 
 
 def _placed(shipped: str, places: Places, word: Callable[[str, str], str]) -> str:
-    """The shipped text with this machine's paths, longest first, so that no path replaces the start of another."""
+    """The shipped text with this machine's paths, longest first, so that no path replaces the start of a longer one."""
     by_length = sorted(places.paths, key=len, reverse=True)
     paths = "|".join(rf"{re.escape(path)}(?![\w.-])" for path in by_length) or "(?!)"
 
@@ -120,7 +120,7 @@ def _systemd_word(text: str, line: str) -> str:
     """Quote a word for a line of a unit (systemd.syntax(7), "Quoting"; systemd.unit(5), "Specifiers")."""
     escaped = _one_line(text).replace("%", "%%")
     if line.startswith("Condition"):
-        return escaped  # taken as it is, up to the end of the line
+        return escaped  # taken literally up to the end of the line
     escaped = escaped.replace("\\", "\\\\").replace('"', '\\"')
     if line.startswith("Exec"):
         escaped = escaped.replace("$", "$$")
@@ -133,7 +133,7 @@ def _cron_word(text: str, _: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """The same text, unless it could begin a new line in a unit or a crontab."""
+    """Return the text, unless it could begin a new line in a unit or a crontab (JobError)."""
     if has_controls(text):
         raise JobError(
             f"wanted a path in UTF-8 without line breaks and other control characters, found {text!r}",
@@ -143,7 +143,7 @@ def _one_line(text: str) -> str:
 
 
 def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
-    """Write the files, each at once and whole."""
+    """Write each file atomically."""
     places = [job.path if directory is None else directory / job.path.name for job in jobs]
     for job, path in zip(jobs, places, strict=True):
         try:
@@ -155,15 +155,15 @@ def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
     return places
 
 
-#: Programs that read /etc/cron.d, as the process table has them.
+#: Names in the process table of programs that read /etc/cron.d.
 _CRONS = frozenset({"cron", "crond", "fcron", "bcron-start", "busybox"})
-#: systemd-cron has no process of its own: it makes timers of what is in /etc/cron.d.
+#: systemd-cron has no process of its own: it turns the files in /etc/cron.d into timers.
 _GENERATOR = "systemd/system-generators/systemd-crontab-generator"
 _ROOTS = (Path("/usr/lib"), Path("/lib"), Path("/usr/local/lib"))
 
 
 def cron_runs(proc: Path = Path("/proc"), roots: Sequence[Path] = _ROOTS) -> bool:
-    """Whether something on this machine runs the jobs of /etc/cron.d."""
+    """Whether a program on this machine runs the jobs of /etc/cron.d."""
     return any((root / _GENERATOR).exists() for root in roots) or any(map(_is_cron, proc.glob("[0-9]*")))
 
 
@@ -177,12 +177,12 @@ def _is_cron(process: Path) -> bool:
 
 
 def crontabs() -> list[Path]:
-    """The files of our jobs that are there."""
+    """The crontabs of our jobs that exist."""
     return [path for name in ("ca-bridge", "ca-bridge-desk") if (path := CRON_DIRECTORY / name).exists()]
 
 
 def assert_user(user: str) -> None:
-    """Raise a JobError where a job's user is not there, so that it would run nothing."""
+    """Raise a JobError if a job's user does not exist, since nothing would run."""
     if _uid(user) is None:
         raise JobError(
             f"wanted the job's user {user}, found none: nothing would run as an unknown user",
@@ -191,7 +191,7 @@ def assert_user(user: str) -> None:
 
 
 def assert_cron_takes(user: str) -> None:
-    """Raise a JobError where a file in /etc/cron.d would run nothing: without that user, or without a cron."""
+    """Raise a JobError if nothing would run from /etc/cron.d: the user does not exist, or cron does not run."""
     assert_user(user)
     if not cron_runs():
         raise JobError(
@@ -201,12 +201,12 @@ def assert_cron_takes(user: str) -> None:
         )
 
 
-#: As sd_booted(3) looks.
+#: The directory that sd_booted(3) checks.
 _SYSTEMD_RUNS = Path("/run/systemd/system")
 
 
 def assert_systemd_takes(user: str) -> None:
-    """Raise a JobError where units would run nothing: without that user, or where systemd is not the init."""
+    """Raise a JobError if units would not run: the user does not exist, or systemd is not the init."""
     assert_user(user)
     if not _SYSTEMD_RUNS.is_dir():
         raise JobError(
@@ -216,7 +216,7 @@ def assert_systemd_takes(user: str) -> None:
 
 
 def others(made: Sequence[Job]) -> list[Path]:
-    """Jobs of the other kind that do the same as these, and are enabled: a crontab's timer, a timer's crontab."""
+    """Enabled jobs of the other kind (crontab or timer) that do the same as these."""
     timers = {f"{job.path.name}.timer" for job in made if job.path.parent == CRON_DIRECTORY}
     crontab = {job.path.stem for job in made if job.path.suffix == ".timer"}
     wanted = (UNIT_DIRECTORY / "timers.target.wants" / name for name in timers)
@@ -227,7 +227,7 @@ def others(made: Sequence[Job]) -> list[Path]:
 
 
 def make_directory(path: Path, user: str, mode: int) -> None:
-    """Make a directory of a job's user, or accept one that the user may write to (JobError: there is another one)."""
+    """Make a directory of a job's user, or accept one that the user may write to (JobError: neither is possible)."""
     if path.exists():
         assert_may_write(path, user, "of the job's user")
         return
@@ -235,7 +235,7 @@ def make_directory(path: Path, user: str, mode: int) -> None:
     with reasons(JobError, f"{path}: wanted to make it", hint=_install(path, user)):
         make_directories(path.parent)
         path.mkdir(mode=DIRECTORY_MODE)
-        # by a descriptor, so that a link in its place is not followed
+        # by descriptor, so that a link in its place is not followed
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if os.fstat(descriptor).st_uid == os.geteuid():
@@ -247,7 +247,7 @@ def make_directory(path: Path, user: str, mode: int) -> None:
 
 
 def assert_may_write(path: Path, user: str, which: str) -> None:
-    """Raise a JobError where a job's user can't add and remove files in a directory."""
+    """Raise a JobError if a job's user can't add and remove files in a directory."""
     found = trouble_with(path, user)
     if found == _NO_DIRECTORY:
         hint = f"mount it, or make it: {_install(path, user)}"
@@ -264,7 +264,7 @@ _NO_DIRECTORY = "no directory"
 
 
 def trouble_with(path: Path, user: str) -> str:
-    """The reason why a user can't add and remove files in a directory, by its owner and mode; empty: the user can."""
+    """Why a user can't add and remove files in a directory, by its owner and mode; empty: the user can."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -292,7 +292,7 @@ class DeskPlaces:
 
 
 def desk_places() -> list[DeskPlaces]:
-    """The places of the desks' jobs that are installed here."""
+    """The directories of the desk jobs that are installed here."""
     found = []
     for job in (CRON_DIRECTORY / "ca-bridge-desk", UNIT_DIRECTORY / "ca-bridge-desk.service"):
         with contextlib.suppress(OSError, ValueError):
@@ -311,7 +311,7 @@ def desk_places() -> list[DeskPlaces]:
 
 
 def enable(units: Sequence[str]) -> None:
-    """Make systemd read its units again, and start and enable these."""
+    """Make systemd reload its units, and enable and start these."""
     for arguments in (["daemon-reload"], ["enable", "--now", *units]):
         said, words = bytearray(), ["systemctl", *arguments]
         command = Command(words=words, environment=os.environ, limit=_SYSTEMCTL_LIMIT, most_output=_MOST_SAID)

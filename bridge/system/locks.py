@@ -19,7 +19,7 @@ from bridge.system.waiting import wait_until
 
 
 class LockedError(BridgeError):
-    """Another run works on this node."""
+    """Another run is working on this node."""
 
     exit_code: ClassVar[int] = Exit.LOCKED
     hint = "run again when it has ended, or with --wait 10m where the command has that; `ca-bridge doctor` says whether it hangs"
@@ -33,7 +33,7 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
         if not take_lock(descriptor, max(wait, _LOOK)):
             raise LockedError(f"wanted the lock {path}, found it held by {_holder(descriptor)}")
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        with contextlib.suppress(OSError):  # on a full disk the lock still holds
+        with contextlib.suppress(OSError):  # on a full disk the lock is held without a name
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "command": command, "since": since}).encode(), 0)
         yield
@@ -41,9 +41,9 @@ def lock(path: Path, command: str, wait: timedelta = timedelta()) -> Iterator[No
         os.close(descriptor)
 
 
-#: For a look by `held_by`, which holds the lock for a moment.
+#: For `held_by`, which takes the lock for a moment to look.
 _LOOK = timedelta(seconds=0.1)
-#: flock(2) has no time limit of its own, and an alarm would belong to the whole process.
+#: flock(2) has no timeout of its own, and an alarm would affect the whole process.
 _LOCK_POLL_SECONDS = 0.1
 
 
@@ -62,7 +62,7 @@ def take_lock(descriptor: int, wait: timedelta) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """The holder of a lock, by its file."""
+    """The holder of a lock, as named in its file."""
 
     pid: int | None = None
     command: str = ""
@@ -76,7 +76,7 @@ class Holder:
 
 
 def held_by(path: Path) -> Holder | None:
-    """The holder of a lock; None: it is free."""
+    """The holder of a lock; None: the lock is free."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -98,7 +98,7 @@ _SAYING_SECONDS = 0.1
 
 
 def _holder(descriptor: int) -> Holder:
-    """The holder in the lock's file; one that is not written in time has no name."""
+    """The holder named in the lock's file; if no name appears in time, it is unknown."""
 
     def stated() -> Holder | None:
         try:

@@ -1,4 +1,4 @@
-"""Where a path leads, and who can change that: owners and modes on the way, and reading the file at its end."""
+"""Where a path leads, and who can change that: owners and modes along the way, and reading the file at its end."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from bridge import dataclass
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates
 
-#: As the kernel counts them (path_resolution(7)).
+#: The kernel's limit (path_resolution(7)).
 MOST_LINKS = 40
-#: Certificates, kubeconfigs and manifests are far below.
+#: Certificates, kubeconfigs and manifests are far smaller.
 MAX_FILE_BYTES = 1 << 20
-#: Bundles of all public CAs with their texts have one MiB.
+#: Bundles of all public CAs with their texts take one MiB.
 _MOST_OPENED = 16 << 20
-#: Also what is bound within one file system, which `os.path.ismount` misses.
+#: It also shows bind mounts within one file system, which `os.path.ismount` misses.
 MOUNTS = Path("/proc/self/mountinfo")
-_OVERFLOW_UID = 65534  # unless the administrator has set another (linux/highuid.h)
+_OVERFLOW_UID = 65534  # the default (linux/highuid.h)
 _LOOK = os.O_PATH | os.O_CLOEXEC
 
 
@@ -34,15 +34,15 @@ _LOOK = os.O_PATH | os.O_CLOEXEC
 
 
 class UnreadableError(Exception):
-    """Something is there and can't be read; the text says why."""
+    """A path exists and can't be read; the message says why."""
 
 
 class _DirectoryError(UnreadableError):
-    """A directory is there."""
+    """The path is a directory."""
 
 
 def read(path: Path) -> bytes | None:
-    """A file's content; None: no file, a dangling link or a directory, as for kubeadm; else an UnreadableError."""
+    """A file's content; None: no file, a dangling link or a directory, as for kubeadm; else UnreadableError."""
     try:
         with regular_file(path) as (descriptor, _):
             return _content(descriptor)
@@ -51,7 +51,7 @@ def read(path: Path) -> bytes | None:
 
 
 def read_present(path: Path) -> bytes:
-    """The content of a file that has to be there (UnreadableError: it is not, too)."""
+    """The content of a file that must exist (UnreadableError also if it does not)."""
     data = read(path)
     if data is None:
         raise UnreadableError("no file")
@@ -59,7 +59,7 @@ def read_present(path: Path) -> bytes:
 
 
 def read_once(path: Path) -> tuple[bytes, os.stat_result]:
-    """Content and status of a file, opened once, without following a link; keep these bytes, not the name."""
+    """Content and status of a file, opened once, without following a link; keep these bytes rather than the name."""
     try:
         with regular_file(path, os.O_NOFOLLOW) as (descriptor, status):
             return _content(descriptor), status
@@ -69,7 +69,7 @@ def read_once(path: Path) -> tuple[bytes, os.stat_result]:
 
 @contextlib.contextmanager
 def regular_file(path: Path, flags: int = 0, *, most: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
-    """Open a regular file, of `most` bytes, to read it; FileNotFoundError, NotADirectoryError or UnreadableError."""
+    """Open a regular file of at most `most` bytes; FileNotFoundError, NotADirectoryError or UnreadableError."""
     with contextlib.ExitStack() as stack:
         try:
             found = os.open(path, _LOOK | flags)
@@ -94,7 +94,7 @@ def regular_file(path: Path, flags: int = 0, *, most: int | None = None) -> Iter
 
 
 def open_regular(path: Path, most: int | None = _MOST_OPENED) -> io.FileIO:
-    """A regular file of `most` bytes, opened for reading; an OSError for a longer one, or what is none, such as a FIFO."""
+    """Open a regular file of at most `most` bytes; OSError for a longer file or another kind, such as a FIFO."""
     try:
         with regular_file(path, most=most) as (descriptor, _):
             return io.FileIO(os.dup(descriptor))
@@ -114,18 +114,18 @@ def _content(descriptor: int) -> bytes:
 
 
 def kind(mode: int) -> str:
-    """The words for what a mode (stat) stands for."""
+    """The name of a file's kind, by its mode (stat)."""
     names = {stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link"}
     return (names | {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}).get(stat.S_IFMT(mode), "a device")
 
 
 class NoCaFileError(UnreadableError):
-    """There is no such file."""
+    """The CA file does not exist."""
 
 
 def read_public_key(path: Path, setting: str) -> PublicKeyTypes:
-    """The key of a certificate or a public key, in PEM, in the file that a setting names (SettingsError: it is none)."""
-    from bridge.pki.signatures import public_key  # noqa: PLC0415 (15 ms; only where something is signed)
+    """Read a public key or a certificate's key (PEM) from the file that a setting names (SettingsError: it has none)."""
+    from bridge.pki.signatures import public_key  # noqa: PLC0415 (15 ms; only if something is signed)
 
     try:
         return public_key(read(path) or b"")
@@ -146,7 +146,7 @@ def read_ca_file(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def own_text(path: Path, what: str, hint: str) -> str:
-    """The text of a file that only root and the effective user can change; `what` names it in the SettingsError."""
+    """Read a text file that only root and the effective user can change; `what` names it in the SettingsError."""
     try:
         assert_ours(path)
         data = read(path)
@@ -171,12 +171,12 @@ def assert_ours(path: Path) -> None:
 
 
 def real_path(path: Path, *, strict: bool = False) -> Path:
-    """Follow a path's links, whether its target exists or not; unlike `Path.resolve` it does not fail at a loop of them."""
+    """Follow a path's links, even to a missing target; unlike `Path.resolve` it does not fail on a loop of links."""
     return Path(os.path.realpath(path, strict=strict))
 
 
 def mounts() -> dict[str, str]:
-    """The mount points, with their kinds of file system (proc(5), mountinfo); empty: the kernel does not tell."""
+    """The mount points and their file system types (proc(5), mountinfo); empty: the kernel does not list them."""
     try:
         lines = MOUNTS.read_text(errors="replace").splitlines()
     except OSError:
@@ -186,18 +186,18 @@ def mounts() -> dict[str, str]:
 
 
 def mounted_at(place: str) -> str:
-    """A place as tables of mounts write it: blanks and the like by octal numbers."""
+    """A mount point as mount tables write it: blanks and similar characters in octal."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
 
 
-# --- who decides -----------------------------------------------------------------------------------------------------
+# --- who can change it -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exposure:
-    """Something by which others could change what a path leads to."""
+    """A way for others to change what a path leads to."""
 
-    path: Path  #: The file, directory or link.
+    path: Path  #: The file, directory or link that they can change.
     wanted: str
     found: str
     hint: str
@@ -214,7 +214,7 @@ def exposure(path: Path, also: int | None = None) -> Exposure | None:
 
 
 def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
-    """Why a program must not be run: others can change or replace it, or it is no regular file."""
+    """Why a program must not be run: others can change or replace it, or it is not a regular file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         hint = "a command begins with the path of its program"
@@ -223,7 +223,7 @@ def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
 
 
 def foreign_link(path: Path) -> Exposure | None:
-    """The first link in a directory where users other than root and the effective user can put links."""
+    """The first link in a directory in which users other than root and the effective user can create links."""
     for step in _steps(path):
         if step.status is None or not stat.S_ISLNK(step.status.st_mode):
             continue
@@ -241,7 +241,7 @@ def foreign_link(path: Path) -> Exposure | None:
 
 
 def open_secret(path: Path) -> Exposure | None:
-    """Whether others than the owner, and the groups of root and this process, can read a file with a secret."""
+    """Whether anyone but the owner, and the groups of root and this process, can read a file with a secret."""
     status = path.stat()
     mode = stat.S_IMODE(status.st_mode)
     if not mode & 0o007 and not (mode & 0o070 and status.st_gid not in {0, os.getegid()}):
@@ -255,15 +255,15 @@ def open_secret(path: Path) -> Exposure | None:
 
 
 def trusted_users() -> set[int]:
-    """The users (uids) whose files we trust as our own."""
-    # in a user namespace all users from outside have one uid, and so has root if the namespace has none of its own;
+    """The users (uids) whose files we trust like our own."""
+    # in a user namespace all users from outside share one uid, and so does root if the namespace has none of its own;
     # else (`PrivateUsers=yes`) that uid is not trusted
     ours = {0, os.geteuid()}
     spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
     if not any(int(first) == 0 and int(count) for first, _, count in spans):
         try:
             ours.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
-        except FileNotFoundError:  # a unit with ProcSubset=pid
+        except FileNotFoundError:  # a unit has ProcSubset=pid
             ours.add(_OVERFLOW_UID)
     return ours
 
@@ -287,40 +287,40 @@ def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | Non
 
 
 def _others_can_change(status: os.stat_result) -> bool:
-    # in /tmp the sticky bit keeps others from renaming our files
+    # the sticky bit in /tmp keeps others from renaming our files
     is_shared = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     return bool(status.st_mode & 0o022) and not is_shared
 
 
-# --- the way there ---------------------------------------------------------------------------------------------------
+# --- the steps of a path ---------------------------------------------------------------------------------------------
 
 
 class ForeignLinkError(BridgeError):
-    """A user other than root and the effective user decides where the path leads; the text says how."""
+    """A user other than root and the effective user decides where the path leads; the message says how."""
 
     hint = "name a directory in which no other user can put links"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPath:
-    """A name in an open directory, perhaps another user's, such as a home; it is no link."""
+    """A name in an open directory, perhaps another user's, such as a home; the name is no link."""
 
-    directory: int  #: Its descriptor; good for nothing but as a part of a path.
+    directory: int  #: The directory's descriptor, only for use in a path.
     name: str
-    #: The users besides root and the effective user who own directories on the way.
+    #: Users other than root and the effective user who own directories along the way.
     owners: frozenset[int]
-    #: The first directory on the way that others than its owner can write to; empty: no such directory.
+    #: The first directory along the way that users other than its owner can write to; empty: none.
     shared: str
 
     @property
     def path(self) -> Path:
-        """Leads through the open directory, whatever has its old name now."""
+        """A path through the open directory, even if its name now leads elsewhere."""
         return Path(f"/proc/self/fd/{self.directory}/{self.name}")
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[OpenPath]:
-    """Walk to a file, which need not exist, and past no link that others could have made (ForeignLinkError)."""
+    """Walk to a file, which may be missing, through no link that others could have made (ForeignLinkError)."""
     trusted, owners, shared = trusted_users(), set[int](), ""
     with contextlib.closing(_steps(path)) as steps:
         for step in steps:
@@ -346,12 +346,12 @@ def opened(path: Path) -> Iterator[OpenPath]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """One name on the way, in a directory that is open until the next step."""
+    """One name along a path, in a directory that stays open until the next step."""
 
-    path: Path  #: As it was walked to; good for messages.
-    status: os.stat_result | None  #: Of itself, if it is a link; None: nothing has the name.
-    directory: int  #: The descriptor of the directory that it is in.
-    is_last: bool  #: Only what a link leads to comes after it.
+    path: Path  #: The path walked so far, for messages.
+    status: os.stat_result | None  #: The link's own status, if it is a link; None: the name does not exist.
+    directory: int  #: Descriptor of the name's directory.
+    is_last: bool  #: Only the target of a link can follow.
 
     @property
     def judged(self) -> os.stat_result:
@@ -361,7 +361,7 @@ class _Step:
 
 
 def _steps(path: Path) -> Generator[_Step]:
-    """All that decides where a path leads, from / on, links included; ends at a missing name or a loop."""
+    """All steps that decide where a path leads, from / on, links included; ends at a missing name or a loop."""
     here, reached, links = os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), 0
     rest = list(path.absolute().parts[1:])
     try:

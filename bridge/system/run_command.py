@@ -1,4 +1,4 @@
-"""Running another program: limits of time and output, and the end of all that it started."""
+"""Runs another program with limits on time and output, and ends every process that it started."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ LONGEST_LINE = 500
 USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: The only variables of our own environment that an operator's command gets; others may hold a CA's token.
 _PASSED = ("PATH", "HOME", "LANG")
-#: How soon we notice the end of a program on a kernel without pidfd_open(2).
+#: How soon we notice a program's end on a kernel without pidfd_open(2).
 _POLL_SECONDS = 0.1
-#: How often `is_enough` is asked.
+#: How often `is_enough` is called.
 _TICK_SECONDS = 0.02
-#: For a killed program to be gone; a program that waits for a dead disk, or that we may not kill, outlives it.
+#: The time for a killed program to be gone; one that waits for a dead disk, or that we may not kill, stays longer.
 _KILL_SECONDS = 5.0
-#: For a program's file to be found, which takes longer where it is on a network file system whose server is away.
+#: The time to find a program's file, which takes long on a network file system whose server is gone.
 _REACH_SECONDS = 10.0
-#: An interpreter may be a script itself, so many times (execve(2)).
+#: An interpreter may itself be a script, up to this depth (execve(2)).
 _MOST_INTERPRETERS = 5
 T = TypeVar("T")
 
-Sink = Callable[[bytes], object]  #: Takes what a program prints, as it comes.
+Sink = Callable[[bytes], object]  #: Receives a program's output as it arrives.
 Stopped = Literal["", "time", "output", "enough"]
 
 
@@ -59,7 +59,7 @@ class Account:
 
     @classmethod
     def of(cls, name: str) -> Account:
-        """Look up a user with all of its groups; an empty name means our own user."""
+        """Look up a user with all its groups; an empty name means our own user."""
         try:
             entry = pwd.getpwnam(name) if name else pwd.getpwuid(os.geteuid())
         except KeyError:
@@ -71,45 +71,45 @@ class Account:
 
     @property
     def is_other(self) -> bool:
-        """Whether it is another user than ours, which only root can become."""
+        """Whether it is not our own user, so that only root can run as it."""
         return self.uid != os.geteuid()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A program, what surrounds it, and its limits."""
+    """A program with its environment and limits."""
 
     words: Sequence[str]  #: The program and its arguments.
-    environment: Mapping[str, str]  #: All of it.
+    environment: Mapping[str, str]  #: The complete environment.
     limit: timedelta
     folder: Path = Path("/")
-    account: Account | None = None  #: None: our own.
-    inherited: Sequence[int] = ()  #: Descriptors that stay open in it.
-    umask: int = -1  #: -1: our own.
-    resources: Mapping[int, int] = field(default_factory=dict)  #: The most of each, by its name in `resource`.
-    most_output: int = sys.maxsize  #: Bytes on both outputs; a program that prints more is killed.
-    #: When it ends, what it left in the background is killed, too; only a new session escapes that.
+    account: Account | None = None  #: None: our own account.
+    inherited: Sequence[int] = ()  #: File descriptors that stay open in the program.
+    umask: int = -1  #: -1: our own umask.
+    resources: Mapping[int, int] = field(default_factory=dict)  #: The limit of each, by its name in `resource`.
+    most_output: int = sys.maxsize  #: In bytes, of both outputs together; a program that prints more is killed.
+    #: Kill its background processes when it ends; only those in a new session escape.
     ends_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a program ended."""
+    """The way a program ended."""
 
-    code: int | None  #: As `subprocess` gives it; None: it did not start, or was stopped by us.
-    failure: str = ""  #: What it did, such as "ended with code 3"; empty: it succeeded.
+    code: int | None  #: As `subprocess` reports it; None: it did not start, or we stopped it.
+    failure: str = ""  #: The failure, such as "ended with code 3"; empty: it succeeded.
     stopped: Stopped = field(default="", compare=False)  #: The limit at which we stopped it.
     error: OSError | ValueError | None = field(default=None, compare=False)  #: Why it did not start.
     seconds: float = field(default=0.0, compare=False)
 
 
 def passed_on(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment of an operator's command: these variables, beside our own PATH, HOME and LANG."""
+    """The environment of an operator's command: these variables, and our own PATH, HOME and LANG."""
     return {"PATH": USUAL_PATH, **{name: os.environ[name] for name in _PASSED if os.environ.get(name)}, **variables}
 
 
 def openssl_environment() -> dict[str, str]:
-    """The environment without proxies, OPENSSL_CONF and secrets that came to us in a variable; messages in English."""
+    """Our environment without proxies, OPENSSL_CONF and variables with secrets; messages are in English."""
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if os.environ.get(name)} | {"LC_ALL": "C"}
 
 
@@ -120,8 +120,8 @@ def run(
     is_enough: Callable[[float], bool] | None = None,
 ) -> Ended:
     """
-    Run a program in a session of its own, without standard input; at a limit it is killed with its process group, or
-    abandoned a few seconds later, as `failure` says. True from `is_enough`, which gets the seconds so far, stops it.
+    Run a program in its own session, without standard input; at a limit it is killed with its process group, or
+    abandoned a few seconds later, as `failure` says. `is_enough` gets the elapsed seconds, and returns True to stop it.
     """
     begin, account = time.monotonic(), command.account
     becoming: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def run(
 
 
 def reached(look: Callable[[], T]) -> T:
-    """The result of a look at a program (OSError: its own, or that the file system does not answer)."""
+    """Look at a program in a thread (OSError: the look's own, or the file system does not answer)."""
     try:
         return within(_REACH_SECONDS, look)
     except TimeoutError:
@@ -171,10 +171,10 @@ def reached(look: Callable[[], T]) -> T:
 
 
 def _assert_within_reach(command: Command) -> None:
-    """Open the folder, the program and its interpreter: a start from a dead file system holds up all our threads (vfork(2))."""
+    """Open directory, program and interpreter first: a start from a dead file system would block all our threads (vfork(2))."""
 
     def look() -> None:
-        with contextlib.suppress(OSError, ValueError):  # the start says it better
+        with contextlib.suppress(OSError, ValueError):  # the start reports it better
             os.close(os.open(command.folder, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
             found = shutil.which(command.words[0], path=command.environment.get("PATH"))
             for _ in range(1 + _MOST_INTERPRETERS):
@@ -184,7 +184,7 @@ def _assert_within_reach(command: Command) -> None:
 
 
 def _interpreter(program: Path) -> str | None:
-    """The program that the first line of a script names; None: it names none, or is no script (execve(2))."""
+    """The program in the first line of a script; None: the file is no such script (execve(2))."""
     descriptor = os.open(program, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         line = os.read(descriptor, 256).partition(b"\n")[0]
@@ -194,7 +194,7 @@ def _interpreter(program: Path) -> str | None:
     return os.fsdecode(words[0]) if words else None
 
 
-#: Python would warn of a process that it forgets while it runs.
+#: Python would warn about a process object that is dropped while the process runs.
 _given_up: list[subprocess.Popen[bytes]] = []
 
 
@@ -205,7 +205,7 @@ class _Running:
         self._begin = begin
 
     def watch(self, sinks: Mapping[int, Sink], is_enough: Callable[[float], bool] | None) -> Stopped:
-        """Pass on its output until it ends or reaches a limit, even if others hold the pipes open."""
+        """Pass on its output until it ends or reaches a limit, even if other processes hold the pipes open."""
         left_to_print, limit = self._command.most_output, self._command.limit.total_seconds()
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
             for descriptor, sink in sinks.items():
@@ -216,7 +216,7 @@ class _Running:
                 selector.register(ended, selectors.EVENT_READ)
             tick = _POLL_SECONDS if is_enough is None else _TICK_SECONDS
             while True:
-                has_ended = self._has_ended()  # before the look at the pipes, or its last words could be missed
+                has_ended = self._has_ended()  # before the pipes are read, or its last output could be missed
                 passed = time.monotonic() - self._begin
                 ready = [key for key, _ in selector.select(0 if has_ended else max(0.0, min(limit - passed, tick)))]
                 printed = [key for key in ready if key.data is not None]
@@ -234,7 +234,7 @@ class _Running:
                     return "enough"
 
     def _has_ended(self) -> bool:
-        """Look without reaping it, so that its process id and group stay its own."""
+        """Check without reaping it, so that its process ID and group stay reserved."""
         if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
         if self._command.ends_background:
@@ -242,7 +242,7 @@ class _Running:
         return True
 
     def _kill(self) -> None:
-        if self._process.returncode is None:  # else its number may be another's by now
+        if self._process.returncode is None:  # else its ID may belong to another process by now
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -263,7 +263,7 @@ class _Running:
         return Ended(code, failure, seconds=seconds)
 
     def _outlived(self) -> bool:
-        """Whether something of its process group goes on, since we may not kill it."""
+        """Whether a process of its group still runs, because we may not kill it."""
         dying = timedelta(seconds=_KILL_SECONDS / 5)
         return wait_until(lambda: _is_alive(self._process.pid), lambda alive: not alive, dying, pause_seconds=0.02)
 
@@ -287,17 +287,17 @@ def _size(count: int) -> str:
 
 
 class OutputLines:
-    """The output of a program, logged line by line up to a limit; the rest is only counted."""
+    """A program's output, logged line by line up to a limit; the rest is only counted."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._line = ""
         self._left = MOST_LOGGED
-        self.left_out = 0  #: Bytes.
+        self.left_out = 0  #: Bytes that were not logged.
 
     def add(self, data: bytes) -> None:
-        """Take more of it."""
+        """Add more output."""
         logged = data[: self._left]
         self._left -= len(logged)
         self.left_out += len(data) - len(logged)
@@ -306,7 +306,7 @@ class OutputLines:
             self._cut(line)
 
     def end(self) -> None:
-        """Log the last line, which may have no end."""
+        """Log the last line, which may lack its line break."""
         if self._line:
             self._cut(self._line)
             self._line = ""
@@ -316,7 +316,7 @@ class OutputLines:
 
 
 def unsafe_program(words: Sequence[str]) -> Exposure | None:
-    """How others could change a program that we run; None as well for a missing one, which fails at its start."""
+    """How others could change a program that we run; None also for a missing program, which fails at its start."""
 
     def look() -> Exposure | None:
         found = shutil.which(words[0], path=passed_on({})["PATH"])
@@ -330,7 +330,7 @@ def unsafe_program(words: Sequence[str]) -> Exposure | None:
 
 
 def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timedelta, lines: OutputLines) -> Ended:
-    """Run an operator's command, unless others can change it; its background processes go on."""
+    """Run an operator's command, unless others can change it; its background processes keep running."""
     if (unsafe := unsafe_program(words)) is not None:
         return Ended(None, f"is not run: {unsafe}{f' ({unsafe.hint})' if unsafe.hint else ''}")
     command = Command(words=words, environment=passed_on(variables), limit=limit)
@@ -341,14 +341,14 @@ def run_logged(words: Sequence[str], variables: Mapping[str, str], limit: timede
 
 
 def command_failure(name: str, words: Sequence[str], variables: Mapping[str, str], limit: timedelta) -> str:
-    """Run an operator's command, and log its output under a name; returns why it failed, or nothing."""
+    """Run an operator's command, and log its output under a name; return why it failed, or an empty text."""
     log.info("%s: runs %s", name, words[0])
     ended = run_logged(words, variables, limit, OutputLines(lambda line: log.info("%s: %s", name, line)))
     return f"{words[0]} {ended.failure}" if ended.failure else ""
 
 
 def python_command(code: str, *arguments: str) -> list[str]:
-    """The command that runs code in another process with this Python and the same modules, and no others."""
+    """The command that runs code in a process with this Python and only these modules."""
     options = ["-I", "-S"] if sys.flags.no_site else ["-I"]
     places = [place for place in sys.path if place]
     return [sys.executable, *options, "-c", f"import sys; sys.path[:] = {places!r}; {code}", *arguments]

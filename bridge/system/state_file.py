@@ -1,6 +1,6 @@
 """
-One small JSON document that outlives a run, with a digest of itself (but in earlier versions'): read, validated,
-replaced as a whole, removed. `OnDamage` says what happens to a damaged one; one that can't be read is left as it is.
+One small JSON document that outlives a run, with its own digest (except in earlier versions): read, validated, replaced
+as a whole, removed. `OnDamage` decides what happens to a damaged file; a file that can't be read is left alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _DIGEST = "digest"
 
-#: How parsing says that a document is not what it should be.
+#: Errors of a parser for a document that is not as expected.
 NOT_OURS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, x509.InvalidVersion)
 
 
@@ -39,13 +39,13 @@ class OnDamage(Enum):
 
 
 class StateError(BridgeError):
-    """A state file can't be used, or not be written."""
+    """A state file can't be used or written."""
 
     hint = "make room, or fix the directory, then run again"
 
 
 class StateUnreadableError(StateError):
-    """The file is there and can't be read at this moment."""
+    """The file exists, but can't be read now."""
 
     hint = "fix the disk or the permissions, then run again; it stays as it is until then"
 
@@ -56,20 +56,20 @@ class StateDamagedError(StateError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateFile(Generic[T]):
-    """One file; a change needs the lock of its directory."""
+    """One state file; changes need the lock of its directory."""
 
     path: Path
-    what: str  #: That is in it, for messages, such as `the requests that are not finished`.
-    parse: Callable[[bytes], T]  #: From its bytes, by `unsealed` (`NOT_OURS`: they are damaged).
+    what: str  #: The content, for messages, such as `the requests that are not finished`.
+    parse: Callable[[bytes], T]  #: Parses the file's bytes with `unsealed` (`NOT_OURS`: they are damaged).
     on_damage: OnDamage
-    afterwards: str = ""  #: What to do when a damaged one is out of the way, for the hint.
-    exit_code: int = Exit.FAILED  #: Of what can't be read.
-    by_command: bool = True  #: `recover --set-aside` finds it; else it is renamed by hand.
-    #: The document of a value, for `put`.
+    afterwards: str = ""  #: For the hint: what to do after a damaged file was moved away.
+    exit_code: int = Exit.FAILED  #: The exit code of an unreadable file.
+    by_command: bool = True  #: `recover --set-aside` handles it; else it is renamed by hand.
+    #: Returns a value's document, for `put`.
     document: Callable[[T], Mapping[str, Any]] | None = None
 
     def read(self) -> T | None:
-        """Its content; None: no file, or one that counts as none (StateUnreadableError, StateDamagedError)."""
+        """Its content; None: the file is missing, or counts as missing (StateUnreadableError, StateDamagedError)."""
         try:
             return self.look()
         except StateDamagedError as e:
@@ -77,12 +77,12 @@ class StateFile(Generic[T]):
                 log.warning("%s; it counts as none", e)
                 return None
             if self.on_damage is OnDamage.SET_ASIDE:
-                with contextlib.suppress(StateError):  # then it is reported again next time
+                with contextlib.suppress(StateError):  # then the next read reports it again
                     e.hint = f"what was in it is in {self.set_aside()} now; {self.afterwards}"
             raise
 
     def damage(self) -> StateDamagedError | None:
-        """Find what is wrong with its content, changing nothing."""
+        """The damage of its content, without changing anything."""
         try:
             self.look()
         except StateDamagedError as e:
@@ -90,7 +90,7 @@ class StateFile(Generic[T]):
         return None
 
     def look(self) -> T | None:
-        """Its content, changing nothing, for those without the lock (StateUnreadableError; StateDamagedError by any policy)."""
+        """Its content, without changes, for readers without the lock (StateUnreadableError; StateDamagedError always)."""
         data = self.content()
         if data is None:
             return None
@@ -106,31 +106,31 @@ class StateFile(Generic[T]):
             ) from None
 
     def content(self) -> bytes | None:
-        """Its bytes; None: no such file."""
+        """Its bytes; None: the file is missing."""
         wanted = f"{self.path}: wanted to read {self.what}"
         with reasons(StateUnreadableError, wanted, exit_code=self.exit_code), contextlib.suppress(FileNotFoundError):
             return self.path.read_bytes()
         return None
 
     def put(self, value: T | None) -> None:
-        """Write another value, safe on disk when this returns; None or an empty one removes the file."""
+        """Write a value, safe on disk when this returns; None or an empty value removes the file."""
         if self.document is None:
             raise AssertionError(f"{self.what} is written as a document")
         self.replace(self.document(value)) if value else self.remove()
 
     def replace(self, document: Mapping[str, Any]) -> None:
-        """Write another content, safe on disk when this returns."""
+        """Write a document, safe on disk when this returns."""
         with reasons(StateError, f"{self.path}: wanted to write down {self.what}"):
             write_atomically(self.path, sealed(document))
 
     def remove(self) -> None:
-        """Remove it for good; there may be none."""
+        """Remove the file durably, if it exists."""
         with reasons(StateError, f"{self.path}: wanted to remove it"):
             self.path.unlink(missing_ok=True)
             sync_directory(self.path.parent)
 
     def set_aside(self) -> Path:
-        """Give it another name, beside it, and return that; nothing is lost."""
+        """Rename the file within its directory, and return the new path; nothing is lost."""
         data = self.content() or b""
         kept = self.path.with_name(f"{self.path.name}.damaged-{digest(data)[:8]}")
         with reasons(StateError, f"{self.path}: wanted to rename it to {kept.name}"):
@@ -150,7 +150,7 @@ def coded(
     afterwards: str = "",
     exit_code: int = Exit.FAILED,
 ) -> StateFile[T]:
-    """A file whose document the codec writes and reads: a dataclass, or with `key` anything below that key."""
+    """A file that the codec writes and reads: a dataclass, or with `key` any value below that key."""
     constant = {} if version is None else {"version": version}
     keys = frozenset({*constant, *([key] if key else codec.keys_of(kind))})
 
@@ -176,22 +176,22 @@ def coded(
 
 
 class _DigestError(ValueError):
-    """The text says which digest."""
+    """The message says which digest."""
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:
-    """Write a document out, with a digest of all of it."""
+    """Encode a document with its digest."""
     return json.dumps({_DIGEST: _digest(document), **document}, indent=1).encode() + b"\n"
 
 
 def sealed_line(document: Mapping[str, Any]) -> bytes:
-    """Write a document that is not empty out as one line of a file that has thousands, with a digest of it."""
+    """Encode a document, which is not empty, as one line with its digest, for a file of thousands of lines."""
     text = json.dumps(document)
     return f'{{"{_DIGEST}": "{digest(text.encode())}", {text[1:]}\n'.encode()
 
 
 def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
-    """Read what `sealed` or `sealed_line` wrote, or an earlier version's document, without a digest and with these keys."""
+    """Decode what `sealed` or `sealed_line` wrote, or an earlier version's document with these keys and no digest."""
     document = json.loads(data)
     if not isinstance(document, dict):
         raise _DigestError(f"wanted a JSON object, found {type(document).__name__}")
@@ -204,5 +204,5 @@ def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
 
 
 def _digest(document: Mapping[str, Any]) -> str:
-    """SHA-256 in hex of the document's content and order, not of how it is spaced."""
+    """SHA-256 in hex of the document's content and order, independent of spacing."""
     return digest(json.dumps(document).encode())

@@ -1,6 +1,6 @@
 """
-Waiting: until something has happened, after failures, for threads and for one's turn among them, and until a run is
-interrupted by Ctrl-C (SIGINT) or SIGTERM.
+Waiting: for an event, after failures, for threads, for a turn among threads; and the interruption of a run by Ctrl-C
+(SIGINT) or SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ K = TypeVar("K")
 R = TypeVar("R")
 T = TypeVar("T")
 V = TypeVar("V")
-#: More doublings would only make a larger number of what is cut off anyway.
+#: More doublings would only enlarge a number that is capped anyway.
 _MOST_DOUBLINGS = 30
 
 
@@ -37,7 +37,7 @@ def wait_until(
     """
     Look until the result is enough, and return the last look, which begins when the time is over; `between` may end it.
 
-    A look that the time overtook is not the last: the machine may have stalled in it.
+    A look during which the time ran out is not the last: the machine may have stalled in it.
     """
     end = time.monotonic() + limit.total_seconds()
     while True:
@@ -51,15 +51,15 @@ def wait_until(
 
 
 def back_off_seconds(failures: int, first: float, longest: float) -> float:
-    """The pause after this many failures in a row, the first of which is number 0: each is twice the one before."""
+    """The pause after a number of failures in a row, counted from 0; each pause is twice the one before."""
     return min(first * 2.0 ** min(failures, _MOST_DOUBLINGS), longest)
 
 
-# --- a limit of time -------------------------------------------------------------------------------------------------
+# --- a time limit -----------------------------------------------------------------------------------------------------
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
-    """Call `work` in a thread, since a resolver has no time limit; after a TimeoutError its late result is closed."""
+    """Call `work` in a thread, since a resolver has no timeout; after a TimeoutError its late result is closed."""
     from concurrent.futures import Future  # noqa: PLC0415 (every command loads this module)
 
     future: Future[T] = Future()
@@ -67,7 +67,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as e:  # noqa: BLE001 (it is raised on the other side)
+        except BaseException as e:  # noqa: BLE001 (the caller's thread raises it)
             future.set_exception(e)
 
     threading.Thread(target=run, daemon=True).start()
@@ -89,12 +89,12 @@ _WAKE_SECONDS = 1.0
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does: cleanup on the way out still runs."""
+    """SIGTERM, which ends a run like Ctrl-C: cleanup on the way out still runs."""
 
 
 def listen() -> None:
-    """Have SIGTERM raise a TerminatedError in the main thread, unless our parent ignores it, and see how programs end."""
-    # a parent that ignores it hands that on, and the kernel then forgets each exit code: Python takes it for 0
+    """Make SIGTERM raise TerminatedError in the main thread, unless our parent ignores it, and make exit codes visible."""
+    # a parent that ignores SIGCHLD passes that on, and the kernel then drops each exit code: Python takes it for 0
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
@@ -108,7 +108,7 @@ def _terminated(*_: object) -> NoReturn:
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """128 and the signal's number, as shells have it: 130 or 143."""
+    """128 plus the signal's number, like a shell: 130 or 143."""
     return 128 + (signal.SIGTERM if isinstance(error, TerminatedError) else signal.SIGINT)
 
 
@@ -130,28 +130,28 @@ def workers(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def remember(known: OrderedDict[K, V], key: K, value: V, most: int) -> None:
-    """Keep a value as the newest; of more than `most` the oldest is forgotten, since others choose the keys."""
+    """Keep a value as the newest; above `most` the oldest is dropped, since strangers choose the keys."""
     known[key] = value
     known.move_to_end(key)
     if len(known) > most:
         known.popitem(last=False)
 
 
-#: A look that strangers may ask for counts for so many times as long as it took; not longer, should the machine stall.
+#: A result that strangers may request is kept this many times as long as it took to get; the limit is for stalls.
 _SPARED, _LONGEST_SPARED_SECONDS = 20, 5.0
 
 
 class Spared(Generic[T]):
-    """A look that strangers may ask for, as often as they like, and that takes a twentieth of a processor then. From any thread."""
+    """A result that strangers may request at will, at a twentieth of a processor at most. Usable from any thread."""
 
     def __init__(self, look: Callable[[], T]) -> None:
         self._look = look
         self._mutex = threading.Lock()
-        self._seen: list[T] = []  # the last one, if there was one
+        self._seen: list[T] = []  # the last result, if there is one
         self._good_until = 0.0
 
     def __call__(self) -> T:
-        """What was seen last, or is seen now."""
+        """Return the last result, or a new one."""
         with self._mutex:
             began = time.monotonic()
             if not self._seen or began >= self._good_until:
@@ -166,14 +166,14 @@ _MINUTE_SECONDS = 60.0
 
 
 class Rate:
-    """A rate limit: so many a minute for each name, all of them at once if it has been quiet; as many more wait in line."""
+    """A rate limit for each name: so many a minute, all at once after a quiet minute; as many more may queue."""
 
     def __init__(self, a_minute: int) -> None:
         self._a_minute = a_minute
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def reserve(self, name: str, now: float) -> float | None:
-        """Seconds until one more has its turn, which it then has for sure; None: too many wait for theirs already."""
+        """Reserve a turn, and return the seconds until then; None: the queue is full."""
         left = self._left(name, now)
         if left <= -self._a_minute:
             return None
@@ -181,7 +181,7 @@ class Rate:
         return max(0.0, 1 - left) * _MINUTE_SECONDS / self._a_minute
 
     def take(self, name: str, now: float) -> float:
-        """0: one more has its turn now; otherwise the seconds after which it may ask again, and nothing is reserved."""
+        """Take a turn now, and return 0; otherwise return the seconds until a new try, and reserve nothing."""
         left = self._left(name, now)
         if left < 1:
             return (1 - left) * _MINUTE_SECONDS / self._a_minute
@@ -198,23 +198,23 @@ class Rate:
 
 class Shares(Generic[T]):
     """
-    So many places, and a line for each address, from which each gets its turn; the caller has a lock.
+    A number of places, and a queue for each address, which take turns; the caller holds a lock.
 
-    One address has three quarters of the places at most, so that another one finds a place however long those in them
-    take; beyond that it waits for its own, and is turned away by other limits alone.
+    One address gets at most three quarters of the places, so that other addresses find a place, however long its own
+    requests take; beyond that it waits for its own, and only other limits turn it away.
     """
 
     def __init__(self, places: int) -> None:
         self._free, self._most = places, places - places // 4
         self._has: Counter[str] = Counter()
-        self._lines: dict[str, deque[T]] = {}  #: The address that had its turn last is last.
+        self._lines: dict[str, deque[T]] = {}  #: The address that was served last is last.
 
     def wait(self, peer: str, one: T) -> None:
-        """Put one at the end of its address's line."""
+        """Append an item to its address's queue."""
         self._lines.setdefault(peer, deque()).append(one)
 
     def withdraw(self, peer: str, one: T) -> bool:
-        """Take one out of its line; False: it was not there any more."""
+        """Remove an item from its queue; False: it is no longer there."""
         line = self._lines.get(peer, deque())
         if one not in line:
             return False
@@ -224,7 +224,7 @@ class Shares(Generic[T]):
         return True
 
     def next(self) -> tuple[str, T] | None:
-        """An address and the one that has a place now; None: no place is free for those that wait."""
+        """The next address and item that get a place; None: no place is free for those that wait."""
         peer = next((peer for peer in self._lines if self._free and self._has[peer] < self._most), None)
         if peer is None:
             return None
@@ -237,11 +237,11 @@ class Shares(Generic[T]):
         return peer, one
 
     def open(self) -> None:
-        """Let each have a place from now on."""
+        """From now on give every item a place."""
         self._free = self._most = sys.maxsize
 
     def give_back(self, peer: str) -> None:
-        """One of this address has left its place."""
+        """Free a place of this address."""
         self._free += 1
         self._has[peer] -= 1
         if not self._has[peer]:
@@ -257,7 +257,7 @@ class Places:
 
     @contextlib.contextmanager
     def taken(self, peer: str, seconds: float) -> Iterator[bool]:
-        """Run with a place; False: none came in time."""
+        """Run with a place; False: none became free in time."""
         turn = threading.Event()
         with self._mutex:
             self._shares.wait(peer, turn)
@@ -280,10 +280,10 @@ class Places:
             found[1].set()
 
 
-# --- many threads' calls, one call (docs/evidence/numbers.md) ---------------------------------------------------------
+# --- concurrent calls as one (docs/evidence/numbers.md) ---------------------------------------------------------------
 
-#: Python takes its lock from a thread after 5 ms, for any of dozens that wait for it; ours give it up by themselves with
-#: each request. In `http.KeptConnection` of 16 threads at once a request takes a quarter less processor time with this.
+#: Python takes its lock from a thread after 5 ms if any of dozens waits for it; our threads yield it at each request.
+#: With 16 threads at once this saves a quarter of the processor time of a request in `http.KeptConnection`.
 SWITCH_SECONDS = 0.05
 
 
@@ -292,7 +292,7 @@ class _Place(Generic[T, R]):
 
     def __init__(self, items: Sequence[T]) -> None:
         self.items = items
-        self.turn = threading.Lock()  # held until there are results, or it is our turn to do it for all
+        self.turn = threading.Lock()  # held until there are results, or until this caller leads
         self.turn.acquire()
         self.leads = False
         self.results: list[R] = []
@@ -303,12 +303,12 @@ class Combined(Generic[T, R]):
     """
     Batches concurrent calls into one.
 
-    A caller that comes while no batch is at work calls the function for all that wait, in their order; the others sleep
-    until they have their results, or lead the next batch.
+    A caller that finds no batch at work calls the function for all callers that wait, in order; the others sleep until
+    they have their results, or lead the next batch.
     """
 
     def __init__(self, together: Callable[[Sequence[T]], Sequence[R]], most: int) -> None:
-        """`together` returns one result an item, in their order; what it raises, each caller gets. At most `most` callers at once."""
+        """`together` returns one result for each item, in order; each caller gets its exception. At most `most` callers a batch."""
         self._together = together
         self._most = most
         self._mutex = threading.Lock()
@@ -334,7 +334,7 @@ class Combined(Generic[T, R]):
         return place.results
 
     def _lead(self) -> None:
-        """Call the function for the first in the line, ourselves among them; the next in the line leads then."""
+        """Call the function for the first callers in line, including this one; then the next in line leads."""
         with self._mutex:
             batch = [self._line.popleft() for _ in range(min(len(self._line), self._most))]
         try:
@@ -359,28 +359,28 @@ class Combined(Generic[T, R]):
 
 
 class Together(NamedTuple, Generic[R]):
-    """What a job asks for by `yield`, and gets together with other jobs: an item of one call, with one result for each."""
+    """A request that a job yields, which is combined with other jobs': one item of a call, one result for each item."""
 
     call: Callable[[Sequence[Any]], Sequence[R | Exception]]
     item: object
-    first: bool = False  #: Before the step's other calls, which may take a while.
+    first: bool = False  #: Called before the step's other calls, which may take a while.
 
 
 Steps = Generator[Together[Any], Any, R]
 
 
 def in_step(jobs: Mapping[K, Steps[None]]) -> Iterator[tuple[K, Exception | None]]:
-    """Let jobs go on side by side, and collect what they ask for into one call each time; each job that ends, with its error."""
+    """Run jobs side by side, with one call for their requests of each step; yields each job that ends, with its error."""
     results: dict[K, Any] = dict.fromkeys(jobs)
     while results:
         wanted: dict[tuple[bool, Callable[..., Any]], list[tuple[K, object]]] = {}
         for job in list(results):
-            result = results.pop(job)  # of what others look at, each may be large
+            result = results.pop(job)  # released early, since each may be large
             try:
                 step = jobs[job].throw(result) if isinstance(result, Exception) else jobs[job].send(result)
             except StopIteration:
                 yield job, None
-            except Exception as e:  # noqa: BLE001 (one job's trouble is not the others')
+            except Exception as e:  # noqa: BLE001 (one job's error does not affect the others)
                 yield job, e
             else:
                 wanted.setdefault((not step.first, step.call), []).append((job, step.item))
