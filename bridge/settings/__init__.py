@@ -1,8 +1,8 @@
 """
 The settings: their tables, and how they are read and checked.
 
-Here a TOML table is read into a dataclass, whose fields are the keys: strict, typed, all problems with their lines.
-`tables` has the dataclasses of the settings file; a CA's backend, a desk and the gateway have their own.
+A TOML table is read into a dataclass whose fields are the keys: strictly, with types, and with all problems and their
+lines. `tables` has the dataclasses of the settings file; a CA's backend, a desk and the gateway have their own.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 Key = tuple[str, ...]
 
 _LONGEST_FOUND = 60
-#: Finding the lines of keys reads a value of several lines once a line.
+#: The longest text in which keys' lines are found, since a multi-line value is parsed again at each of its lines.
 _LONGEST_WITH_LINES = 100_000
-#: One of them is in the last line of such a value.
+#: The last line of a multi-line value has one of them.
 _ENDS = ("]", '"""', "'''")
 _SECRET_KINDS = ("file", "env", "credential")
-#: Types of a dataclass's fields: an inventory has thousands of tables of one type.
+#: Field types of a dataclass, cached since an inventory has thousands of tables of one type.
 _known_hints: dict[type[Any], dict[str, Any]] = {}
 
 
@@ -43,14 +43,14 @@ def _hints(schema: type[Any]) -> dict[str, Any]:
 
 
 class Source:
-    """A TOML text that can tell the line of a key."""
+    """A TOML text that can find the line of a key."""
 
     def __init__(self, file: Path | None, text: str) -> None:
         self.file = file
         self._text = text
 
     def line(self, key: Key) -> int | None:
-        """The line (from 1) of a key or table, or of the nearest table above it: the first with that text."""
+        """The line (from 1) of a key or table, or of the nearest table above it; of equal ones the first."""
         above = (key[:length] for length in range(len(key), 0, -1))
         return next((self._lines[one] for one in above if one in self._lines), None)
 
@@ -63,17 +63,17 @@ class Source:
             keys = list(_keys(document, () if is_header else table))
             for key in keys:
                 found.setdefault(key, number)
-            if is_header:  # what is in a list of tables has no key
+            if is_header:  # tables in a list have no key
                 table = None if statement.startswith("[[") else keys[-1]
         return found
 
     def problem(self, key: Key, wanted: str, found: str) -> SettingsProblem:
-        """A problem with the file's name and the key's line in it."""
+        """A problem with the file's name and the key's line."""
         return SettingsProblem(".".join(key), wanted, found, self.file, self.line(key))
 
 
 def _statements(text: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """Each statement: the line where it begins, itself, and what it says when it is read alone."""
+    """Each statement: its first line, its text, and its values when parsed alone."""
     statement, begin = "", 1
     for number, line in enumerate(text.split("\n"), 1):
         begin = begin if statement else number
@@ -82,13 +82,13 @@ def _statements(text: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
             try:
                 document = tomllib.loads(statement)
             except tomllib.TOMLDecodeError:
-                continue  # within a value of several lines
+                continue  # inside a value of several lines
             yield begin, statement, document
             statement = ""
 
 
 def _keys(value: Any, above: Key | None) -> Iterator[Key]:
-    """All keys in a value that is a table, each after the one that it is below."""
+    """All keys in a value that is a table, each after its parent key."""
     if isinstance(value, dict) and above is not None:
         for name, one in value.items():
             yield (*above, name)
@@ -101,7 +101,7 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
         document = tomllib.loads(text)
     except RecursionError:
         raise SettingsError([SettingsProblem("", "TOML", "nesting without end", file)]) from None
-    except ValueError as e:  # also a number of thousands of digits, which Python does not read
+    except ValueError as e:  # also a number with thousands of digits, which Python does not parse
         # it quotes single characters at most, never a value; a table is a tuple, such as ('restart', 'commands')
         found = re.sub(
             r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(e)
@@ -114,7 +114,7 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
 
 
 def _declared_before(text: str, message: str) -> str:
-    """A hint for a table or key that is there twice: where it is first, which TOML's parser does not say."""
+    """A hint where a duplicate table or key first occurs, which TOML's parser does not say."""
     named = re.search(r"(?:twice|overwrite).*\(at line (\d+), ", message)
     if named is None:
         return ""
@@ -124,7 +124,7 @@ def _declared_before(text: str, message: str) -> str:
         statement = next((line for line in reversed(before) if line.lstrip().startswith("[")), "") + statement
     try:
         table: Any = tomllib.loads(statement)
-    except tomllib.TOMLDecodeError:  # a value of several lines
+    except tomllib.TOMLDecodeError:  # inside a value of several lines
         return ""
     key: Key = ()
     while isinstance(table, dict) and len(table) == 1:
@@ -137,13 +137,13 @@ class Reader:
     """Reads tables into dataclasses and collects all problems."""
 
     def __init__(self, source: Source, locate: Callable[[Key], Key] = lambda key: key) -> None:
-        """`locate` turns a key as it is read into the key in the file; they differ in merged tables."""
+        """`locate` turns a key as read into the key in the file; they differ in merged tables."""
         self.source = source
         self._locate = locate
         self.problems: list[SettingsProblem] = []
 
     def add(self, key: Key, wanted: str, found: str) -> None:
-        """Note one problem, once."""
+        """Record a problem once."""
         problem = self.source.problem(self._locate(key), wanted, found)
         if problem not in self.problems:
             self.problems.append(problem)
@@ -154,11 +154,11 @@ class Reader:
             raise SettingsError(self.sorted_problems())
 
     def sorted_problems(self) -> list[SettingsProblem]:
-        """Those so far, by line."""
+        """The problems so far, by line."""
         return sorted(self.problems, key=lambda problem: problem.line or 0)
 
     def tables(self, document: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
-        """The top-level tables; a missing one is empty, an unknown one a problem."""
+        """The top-level tables; a missing table is empty, an unknown one a problem."""
         for name, value in document.items():
             if name not in names:
                 self.add((name,), f"one of {', '.join(names)}", name_found(name, names))
@@ -175,7 +175,7 @@ class Reader:
         partial: bool = False,
         given: Mapping[str, Any] | None = None,
     ) -> T | None:
-        """An instance of `schema`; None: there was a problem, or a required key is missing from a `partial` one."""
+        """An instance of `schema`; None: there was a problem, or a required key is missing from a `partial` table."""
         before = len(self.problems)
         values = self.values(schema, table, prefix)
         all_fields, hints = fields(typing.cast(Any, schema)), _hints(schema)
@@ -193,7 +193,7 @@ class Reader:
         return None if found else instance
 
     def table(self, schema: type[T], value: object, key: Key, *, given: Mapping[str, Any] | None = None) -> T | None:
-        """As `read`, of a value that has to be a table."""
+        """Like `read`, for a value that has to be a table."""
         if isinstance(value, dict):
             return self.read(schema, value, key, given=given)
         self.add(key, "a table", found_text(value))
@@ -202,7 +202,7 @@ class Reader:
     def each(
         self, schema: type[T], tables: Mapping[str, Any], key: Key, is_name: Callable[[str], bool], wanted: str
     ) -> dict[str, T]:
-        """The tables below a key that can be read, by name; a name that can't be is a problem."""
+        """The readable tables below a key, by name; an unreadable name is a problem."""
         for name in tables:
             if not is_name(name):
                 self.add((*key, name), wanted, repr(name))
@@ -210,8 +210,8 @@ class Reader:
         return {name: one for name, one in found.items() if one is not None}
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
-        """The values of the given keys, by field; an unreadable value is None, and a problem."""
-        if not table:  # most of them
+        """The values of the given keys, by field; an unreadable value is None and a problem."""
+        if not table:  # most tables are empty
             return {}
         hints, known = _hints(schema), set()
         values: dict[str, Any] = {}
@@ -244,7 +244,7 @@ class Reader:
         try:
             return _scalar(hint, value, key)
         except ValueError as e:
-            # the value may be the secret itself instead of its place
+            # the value may be the secret itself instead of its source
             self.add(key, str(e), "something else" if hint is Secret else found_text(value))
             return None
 
@@ -270,7 +270,7 @@ def _keys_of(name: str, hint: Any) -> list[str]:
 
 
 def _wanted(hint: Any) -> str:
-    """The wanted value of a missing key, in words."""
+    """A description of the wanted value of a missing key."""
     bare = _bare(hint)
     if typing.get_origin(bare) is Literal:
         return f"one of {', '.join(map(repr, typing.get_args(bare)))}"
@@ -278,7 +278,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _scalar(hint: Any, value: Any, key: Key) -> Any:
-    """A value of this type; a ValueError's text says what was wanted."""
+    """Convert a value to this type; a ValueError says what was wanted."""
     if hasattr(hint, "from_setting"):
         return hint.from_setting(value)
     if hint is timedelta:
@@ -312,16 +312,16 @@ def _text(hint: Any, value: Any, key: Key) -> Any:
 def _absolute(value: str) -> Path:
     if not value.startswith("/"):
         raise ValueError("an absolute path")
-    if has_controls(value):  # which may be lines of their own in units, crontabs and scripts
+    if has_controls(value):  # they could become lines in units, crontabs and scripts
         raise ValueError("an absolute path without control characters")
     return Path(value)
 
 
 def found_text(value: object) -> str:
-    """A found value in words, short; `nothing` for a missing key."""
+    """A short description of a found value; `nothing` for a missing key."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):
         return "a table"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)  # as TOML has it
+    text = str(value).lower() if isinstance(value, bool) else repr(value)  # as TOML writes it
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"

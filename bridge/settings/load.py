@@ -1,4 +1,4 @@
-"""Reads the settings file into `Settings`; `bridge.ca.registry` reads the backends' tables, when a CA is asked."""
+"""Reads the settings file into `Settings`; `bridge.ca.registry` reads the backends' tables when a CA is used."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """The places that every command takes as options; None: as the settings file has it."""
+    """Options of every command that override the settings file; None: the file's value."""
 
-    config: Path | None = None  #: The settings file; else $CA_BRIDGE_CONFIG, else the default one.
+    config: Path | None = None  #: The settings file; else $CA_BRIDGE_CONFIG, else the default file.
     pki_dir: Path | None = None
     kubeconfig_dir: Path | None = None
     state_dir: Path | None = None
@@ -44,22 +44,22 @@ class Overrides:
         return [word for option, path in places.items() if path for word in (option, str(path.absolute()))]
 
     def settings(self) -> Settings:
-        """The settings file with the options over it; relative paths are below the working directory."""
+        """The settings file, overridden by the options; relative paths are below the working directory."""
         return overridden(load(self.file()), self.pki_dir, self.kubeconfig_dir, self.state_dir)
 
     def examined(self) -> tuple[Settings, list[SettingsProblem]]:
-        """As `settings`, as far as they can be read, with every problem instead of an error."""
+        """Like `settings`, as far as they can be read, with all problems instead of an error."""
         settings, problems = examined(self.file())
         return overridden(settings, self.pki_dir, self.kubeconfig_dir, self.state_dir), problems
 
     def file(self) -> Path | None:
-        """The settings file that is named; None: the default one, if it is there."""
+        """The settings file that was named; None: the default file, if it exists."""
         named = os.environ.get("CA_BRIDGE_CONFIG")
         return self.config or (Path(named) if named else None)
 
 
 def load(file: Path | None) -> Settings:
-    """The settings of a file; None: of the default file, or the defaults if there is none."""
+    """The settings of a file; None: of the default file, or the defaults without it."""
     settings, problems = examined(file)
     if problems:
         raise SettingsError(problems)
@@ -67,7 +67,7 @@ def load(file: Path | None) -> Settings:
 
 
 def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
-    """The settings as far as they can be read, and every problem by line (SettingsError: they are not TOML)."""
+    """The settings as far as they can be read, and all problems by line (SettingsError: the file is not TOML)."""
     if file is None and _is_missing(DEFAULT_FILE):
         return Settings(source=Source(None, "")), []
     path = file or DEFAULT_FILE
@@ -79,8 +79,8 @@ def examined(file: Path | None) -> tuple[Settings, list[SettingsProblem]]:
 
 
 def _is_missing(file: Path) -> bool:
-    """Whether there is surely none: a link that leads nowhere, and a directory that we may not enter, may have settings."""
-    with contextlib.suppress(OSError):  # who reads it says why that is not possible
+    """Whether the file surely does not exist: a dangling link, or a directory that we may not enter, may hide settings."""
+    with contextlib.suppress(OSError):  # reading it reports the reason
         try:
             file.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -89,7 +89,7 @@ def _is_missing(file: Path) -> bool:
 
 
 def _key_problems(settings: Settings, key: str, whose: str) -> Iterator[SettingsProblem]:
-    """Only root and the effective user may change the key, since it decides which answers or orders count."""
+    """Only root and the effective user may change the key, since it decides which answers or orders are accepted."""
     path = getattr(settings.node, key)
     if path is None:
         return
@@ -103,7 +103,7 @@ def _key_problems(settings: Settings, key: str, whose: str) -> Iterator[Settings
 def overridden(
     settings: Settings, pki_dir: Path | None, kubeconfig_dir: Path | None, state_dir: Path | None
 ) -> Settings:
-    """The settings with other places; relative ones are below the working directory."""
+    """The settings with other paths; relative paths are below the working directory."""
     node = replace(
         settings.node,
         pki_dir=(pki_dir or settings.node.pki_dir).absolute(),
@@ -113,14 +113,14 @@ def overridden(
     return replace(settings, node=node)
 
 
-#: Tables with keys of our own.
+#: Tables whose keys are fixed.
 _TABLES: dict[str, type[Any]] = {
     one.name: cast("type[Any]", one.default_factory) for one in fields(Settings) if is_dataclass(one.default_factory)
 }
 
 
 def parse(text: str, file: Path | None = None) -> Settings:
-    """Settings from TOML text; a SettingsError has every problem of the tables that are not a backend's."""
+    """Parse settings from TOML text; a SettingsError has all problems except those of the backends' tables."""
     settings, problems = _examined(text, file)
     if problems:
         raise SettingsError(problems)
@@ -149,7 +149,7 @@ def _examined(text: str, file: Path | None) -> tuple[Settings, list[SettingsProb
 
 
 def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Those of a type; the others are problems."""
+    """The tables with a `type`; others are problems."""
     read: dict[str, Mapping[str, Any]] = {}
     for name, backend in table.items():
         if not isinstance(backend, dict):
@@ -162,11 +162,11 @@ def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str
 
 
 def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tuple[PairSettings, ...]:
-    """The further pairs; kubeadm's own certificates keep their names, whatever the settings say."""
+    """The further pairs; a kubeadm certificate's name is never one of theirs, whatever the settings say."""
     others = {name: one for name, one in table.items() if name != KUBELET_SERVER}
     if not others:
         return ()
-    from bridge.settings.pairs import collisions  # noqa: PLC0415 (only where there is one)
+    from bridge.settings.pairs import collisions  # noqa: PLC0415 (only if there are further pairs)
 
     found = []
     for name, one in others.items():
@@ -208,7 +208,7 @@ def _authorities(
     rest: dict[str, Mapping[str, Any]] = {}
     for name, authority in table.items():
         key = ("authority", name)
-        if name not in SIGNING_AUTHORITIES:  # its backend's keys are looked at all the same
+        if name not in SIGNING_AUTHORITIES:  # its backend's keys are checked all the same
             reader.add(key, f"one of {', '.join(SIGNING_AUTHORITIES)}", name_found(name, SIGNING_AUTHORITIES))
         if not isinstance(authority, dict):
             reader.add(key, "a table", found_text(authority))

@@ -1,4 +1,4 @@
-"""Tables `[certificate.NAME]` of further pairs: files on this node that kubeadm does not know, and what each is to be."""
+"""Tables `[certificate.NAME]` of further pairs: files on this node that kubeadm does not know, and what they must be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.secret import GIVEN
 from bridge.settings.tables import address_of, command_words
 from bridge.specs import EKU, MASTERS, CertificateSpec, Component, KeyAlgorithm, pair_spec
 
-if TYPE_CHECKING:  # a night with nothing due makes none of them
+if TYPE_CHECKING:  # a night with nothing due needs none of these
     from bridge.pki.csr import Naming
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
@@ -24,13 +24,13 @@ _MOST_OF_A_KEY = 0o640
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """The permissions of a file with a key: its owner, and at most a group that may read it."""
+    """The permissions of a key's file: for its owner, and at most for a group that may read it."""
 
     bits: int
 
     @classmethod
     def from_setting(cls, value: object) -> Mode:
-        """Such as `"0640"`."""
+        """A mode such as `"0640"`."""
         bits = int(value, 8) if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value) else 0
         if not bits & 0o400 or bits & ~_MOST_OF_A_KEY:
             raise ValueError('"0600", "0640", "0400" or "0440": a key is for its owner, and perhaps for a group')
@@ -42,17 +42,17 @@ class Mode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairFiles:
-    """The files of one place of a pair."""
+    """The files of a pair at one place."""
 
     certificate_file: Path  #: The certificate, then its intermediates.
-    key_file: Path  #: Its private key; the same file as `certificate_file` for a program that reads both from one.
-    #: A file for what verifies the certificate: its intermediates, then the certificates of the CA. ca-bridge writes it,
-    #: so each pair has one of its own.
+    key_file: Path  #: Its private key; the same file as `certificate_file` if the program reads both from one file.
+    #: A file for programs that verify the certificate: its intermediates, then the certificates of the CA. ca-bridge
+    #: writes it, so each pair needs a file of its own.
     ca_file: Path | None = None
-    #: The owner of the files, such as `"haproxy"` or `"root:haproxy"`. If empty, the files keep theirs, and new ones
+    #: The owner of the files, such as `"haproxy"` or `"root:haproxy"`. If empty, files keep their owner, and new files
     #: belong to root.
     owner: str = ""
-    #: The mode of `key_file`. If not set, the file keeps its mode as far as a key may have it, and a new one gets
+    #: The mode of `key_file`. If not set, the file keeps its mode as far as a key may have it, and a new file gets
     #: `"0600"`.
     key_mode: Mode | None = None
 
@@ -67,7 +67,7 @@ class PairFiles:
             yield SettingsProblem("owner", 'a user, or a user and a group such as "root:haproxy"', repr(self.owner))
 
     def paths(self) -> list[tuple[str, Path]]:
-        """Each file with its key."""
+        """Each file with its settings key."""
         found = [("certificate_file", self.certificate_file), ("key_file", self.key_file)]
         found += [("ca_file", self.ca_file)] if self.ca_file is not None else []
         return found if self.key_file != self.certificate_file else found[:1] + found[2:]
@@ -81,29 +81,29 @@ class PairSettings(PairFiles):
     node: str = field(default="node", metadata={GIVEN: True})
     copies: tuple[PairFiles, ...] = field(default=(), metadata={GIVEN: True})
     authority: Literal["ca", "etcd-ca", "front-proxy-ca"]  #: The CA that signs it.
-    common_name: str  #: The CN of its subject; `{node}` stands for the node's name here and in `sans`.
-    organizations: tuple[str, ...] = ()  #: The O values of its subject: for Kubernetes, the groups of a client.
+    common_name: str  #: The CN of its subject; here and in `sans`, `{node}` stands for the node's name.
+    organizations: tuple[str, ...] = ()  #: The O values of its subject; for a Kubernetes client, its groups.
     sans: tuple[str, ...] = ()  #: Its DNS names and IP addresses.
     usages: tuple[str, ...] = ("server",)  #: `"server"`, `"client"`, or both.
-    #: The type of its next key; `"same"` keeps the type and size of the old one. If not set, as in `[renewal]`.
+    #: The type of its next key; `"same"` keeps the type and size of the old key. If not set, as in `[renewal]`.
     key: KeyAlgorithm | Literal["same"] | None = None
-    #: The command by which the program that uses it reads it again, such as `"systemctl reload haproxy"`. It runs as
-    #: root after each installation, and after a rollback.
+    #: The command that makes its program read it again, such as `"systemctl reload haproxy"`. It runs as root after
+    #: each installation, and after a rollback.
     reload: str = ""
-    #: The manifest of the static pod that reads it at its start, such as a load balancer's or a KMS plug-in's: it is moved
-    #: out of its directory and back, as a component's is.
+    #: The manifest of the static pod that reads it when it starts, such as a load balancer's or a KMS plug-in's: ca-bridge
+    #: moves it out of its directory and back, like a component's.
     static_pod: Path | None = None
     #: The component that reads it, such as an API server with `--tls-sni-cert-key`; it is restarted as after a renewal
     #: of its other certificates.
     component: Literal["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet"] | None = None
-    #: An address and port at which the pair is served. After an installation a TLS handshake has to show the new
-    #: certificate there, or the old pair comes back.
+    #: An address and port that serves the pair. After an installation a TLS handshake there has to show the new
+    #: certificate, or ca-bridge restores the old pair.
     prove: str = ""
-    #: The name that the handshake asks for and that has to be in the certificate. If empty, the first of `sans`.
+    #: The name that the handshake requests, and that has to be in the certificate. If empty, the first of `sans`.
     server_name: str = ""
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Check what the types can't express."""
+        """Check what types can't express."""
         yield from PairFiles.problems(self)
         yield from self._name_problems()
         if not self.usages or set(self.usages) - {"server", "client"} or len(set(self.usages)) != len(self.usages):
@@ -122,7 +122,7 @@ class PairSettings(PairFiles):
             yield SettingsProblem("prove", "sans or a server_name to look for", "neither")
 
     def _name_problems(self) -> Iterator[SettingsProblem]:
-        from bridge.pki import csr  # noqa: PLC0415 (only where there is a pair)
+        from bridge.pki import csr  # noqa: PLC0415 (only if there are further pairs)
 
         if MASTERS in self.organizations:
             yield SettingsProblem("organizations", "no group that no RBAC rule can hold back", MASTERS)
@@ -141,7 +141,7 @@ class PairSettings(PairFiles):
 
     @property
     def places(self) -> tuple[PairFiles, ...]:
-        """Its own files, then those of its copies."""
+        """Its own files, then its copies' files."""
         return (self, *self.copies)
 
     @property
@@ -159,7 +159,7 @@ class PairSettings(PairFiles):
 
     @property
     def spec(self) -> CertificateSpec:
-        """The pair as a certificate's kind, for its CA and for the node."""
+        """The spec of the pair's certificate, for its CA and for the node."""
         return pair_spec(self.name, self.authority, (_EKUS[usage] for usage in self.usages), self.reader)
 
     @property
@@ -175,7 +175,7 @@ class PairSettings(PairFiles):
 
     @property
     def shown_name(self) -> str:
-        """The name that a handshake asks for."""
+        """The name that a handshake requests."""
         return self.server_name or next((san for san in self.named_sans if not san.startswith("*")), "")
 
     @property
@@ -188,7 +188,7 @@ _EKUS = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 
 
 def collisions(pairs: Sequence[PairSettings], taken: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
-    """Pairs with a file of another pair, or one that is `taken`: pair, wanted, found. Links are looked at later."""
+    """Pairs that share a file with another pair, or with `taken`: pair, wanted, found. Links are resolved later."""
     users: dict[Path, str] = {}
     others = frozenset(taken)
     for pair in pairs:

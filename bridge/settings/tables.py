@@ -1,4 +1,4 @@
-"""The tables of the settings file, as dataclasses: keys, defaults, and what types alone can't say."""
+"""The tables of the settings file, as dataclasses: keys, defaults, and checks that types alone can't express."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe
 
 @dataclass(frozen=True, slots=True)
 class Zone:
-    """A name of the IANA database; empty: the machine's own zone."""
+    """A time zone's name in the IANA database; empty: the machine's own zone."""
 
     name: str = ""
 
     @classmethod
     def from_setting(cls, value: object) -> Zone:
-        """Such as `"Europe/Berlin"`."""
+        """A time zone such as `"Europe/Berlin"`."""
         if not isinstance(value, str) or (value and _named_zone(value) is None):
             raise ValueError(_WANTED_ZONE)
         return cls(value)
@@ -49,7 +49,7 @@ class Zone:
         return str(self.resolve())
 
     def resolve(self) -> tzinfo:
-        """The zone, whose `str` is its name; a SettingsError if the machine's own zone is not in its database."""
+        """Return the zone, whose `str` is its name; SettingsError: the machine's own zone is not in its database."""
         zone = _named_zone(self.name) if self.name else _machines_zone()
         if zone is None:
             wanted = "the name of a time zone, since the machine's own is not in its database"
@@ -70,7 +70,7 @@ def _machines_zone() -> tzinfo | None:
 
 
 def _zone_of_file(path: Path) -> tzinfo | None:
-    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only where a window is set)
+    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only if a window is set)
 
     try:
         real = path.resolve()
@@ -85,24 +85,24 @@ def _zone_of_file(path: Path) -> tzinfo | None:
 
 
 def _named_zone(name: str) -> tzinfo | None:
-    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only where a window is set)
+    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only if a window is set)
 
     try:
         return ZoneInfo(name)
-    except (OSError, ValueError, KeyError):  # a directory, not a zone's file, not there
+    except (OSError, ValueError, KeyError):  # a directory, not a zone's file, or missing
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A Kubernetes version, as far as the program's behaviour depends on it."""
+    """A Kubernetes version, as far as the program depends on it."""
 
     major: int
     minor: int
 
     @classmethod
     def from_setting(cls, value: object) -> Version:
-        """Such as `"1.37"` or `"v1.37.2"`."""
+        """A version such as `"1.37"` or `"v1.37.2"`."""
         match = re.fullmatch(r"v?(\d+)\.(\d+)(\.\d+)?", value) if isinstance(value, str) else None
         if match is None:
             raise ValueError('a Kubernetes version such as "1.37"')
@@ -130,21 +130,21 @@ class NodeSettings:
     #: kubeadm's clusterName, or your own name for the cluster; people and a CA desk's policy read it.
     cluster: str = DEFAULT_CLUSTER
 
-    #: The CA desk's certificate or public key in PEM. If set, only answer bundles that are signed with this key are
-    #: accepted.
+    #: The CA desk's certificate or public key in PEM. If set, ca-bridge accepts only answer bundles that are signed
+    #: with this key.
     desk_key: Path | None = None
     #: The certificate or public key of the administrator who signs orders (`bootstrap orders --sign-with`). If set,
-    #: only orders that are signed with this key are accepted.
+    #: ca-bridge accepts only orders that are signed with this key.
     order_key: Path | None = None
     pairs: tuple[PairSettings, ...] = field(default=(), metadata={GIVEN: True})
 
     @property
     def node_name(self) -> str:
-        """The node's name as it is set, or else the host's."""
+        """The node's name from the settings, or else the host's."""
         return self.name or os.uname().nodename.strip().lower()
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A name that no node has: no request bundle can carry it."""
+        """A name that no node can have, so that no request bundle can carry it."""
         if self.name and re.fullmatch(_NODE_NAME, self.name) is None:
             wanted = "a node's name, as `kubectl get nodes` has it (a-z, 0-9, '-' and '.')"
             yield SettingsProblem("name", wanted, repr(self.name))
@@ -156,14 +156,14 @@ class RenewalSettings:
 
     #: A certificate is due when less than this is left; a percentage is of its whole lifetime.
     before: Before = Before(remaining=timedelta(days=30))
-    validity: timedelta = timedelta(days=365)  #: The lifetime that the CA is asked for; the CA may give less.
+    validity: timedelta = timedelta(days=365)  #: The lifetime to request; the CA may grant less.
     min_validity: timedelta = timedelta(days=7)  #: A new certificate with a shorter lifetime is refused.
-    #: Whether a new certificate may end before the one that it replaces.
+    #: Whether a new certificate may end before the certificate that it replaces.
     shorter: Literal["refuse", "allow"] = "refuse"
-    #: The type of each new key; `"same"` keeps the type and size of the old one.
+    #: The type of each new key; `"same"` keeps the type and size of the old key.
     key: KeyAlgorithm | Literal["same"] = "same"
     #: When `renew` without names may act. It also acts outside a window if a certificate would expire before the next
-    #: two windows are over.
+    #: two windows end.
     window: Windows = field(default_factory=Windows)
     window_zone: Zone = field(default_factory=Zone)  #: The time zone of `window`; if empty, the machine's.
     #: A run without a terminal first waits for a random time below this.
@@ -172,13 +172,13 @@ class RenewalSettings:
     revoke: Literal["never", "superseded"] = "never"
     #: How long after the installation a replaced certificate is revoked; until then you can still go back to it.
     revoke_after: timedelta = timedelta(days=1)
-    #: Whether runs renew a super-admin.conf that is here when it is due; with `"by-name"` only
+    #: Whether `renew` without names renews a super-admin.conf on this node when it is due; with `"by-name"` only
     #: `ca-bridge renew super-admin.conf` does.
     super_admin: Literal["due", "by-name"] = "due"
 
     @property
     def left_alone(self) -> tuple[str, ...]:
-        """Names of certificates that are renewed by name alone."""
+        """Names of certificates that are renewed only by name."""
         return (SUPER_ADMIN,) if self.super_admin == "by-name" else ()
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -194,8 +194,8 @@ class RenewalSettings:
 class PolicySettings:
     """Table `[policy]`; see `bridge.renewal.prepare`."""
 
-    #: A CA desk's policy that also holds on this node: a certificate whose names, key or lifetime it does not allow is
-    #: not renewed. If not set, a renewal takes over the names of the live certificate, whatever they are.
+    #: A CA desk's policy that also applies on this node: it does not renew a certificate whose names, key or lifetime
+    #: the policy does not allow. If not set, a renewal copies the names of the live certificate, whatever they are.
     file: Path | None = None
 
 
@@ -203,7 +203,7 @@ class PolicySettings:
 class Components:
     """The components that are restarted after a renewal."""
 
-    #: needed: those that go on with an old certificate; all: every user of a new one; listed: these of them.
+    #: needed: those that keep using an old certificate; all: every user of a new one; listed: these of them.
     which: Literal["needed", "all", "listed"]
     listed: tuple[Component, ...] = ()
 
@@ -229,9 +229,9 @@ class RestartSettings:
     #: away and back; `"command"`: it runs `commands`.
     method: Literal["none", "static-pods", "command"] = "none"
     #: What to restart after a renewal: components that still run on an old certificate, every component that uses a
-    #: new one, or those in the list.
+    #: new certificate, or those in the list.
     components: Components = Components("needed")
-    #: The restart command of each component; with `"static-pods"` the kubelet's is used as well.
+    #: The restart command of each component; with `"static-pods"` ca-bridge also uses the kubelet's.
     commands: dict[str, str] = field(default_factory=dict)
     #: The limit for a component to stop, for it to start again, and for a command. A kubelet may wait 5 minutes
     #: before it restarts a crashed container.
@@ -239,10 +239,10 @@ class RestartSettings:
     min_interval: timedelta = timedelta(minutes=10)  #: The shortest time between two restarts of the same component.
     #: What to do if the control plane does not work with the new certificates.
     on_failure: Literal["rollback", "keep"] = "rollback"
-    prove_for: timedelta = timedelta(minutes=1)  #: The limit for the proof that everything works.
+    prove_for: timedelta = timedelta(minutes=1)  #: The time limit for the proof that everything works.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Commands of unknown components, empty commands, or none."""
+        """Commands for unknown components, empty commands, or none."""
         known = [component.value for component in Component]
         for name, command in self.commands.items():
             if name not in known:
@@ -253,7 +253,7 @@ class RestartSettings:
             yield SettingsProblem("commands", 'a command for each component, for method = "command"', "none")
 
     def command(self, component: Component) -> list[str]:
-        """The words of a component's command; none if it has none."""
+        """The words of a component's command; empty if it has none."""
         return command_words(self.commands.get(component.value, ""))
 
 
@@ -261,11 +261,11 @@ class RestartSettings:
 class Commands:
     """Programs with their arguments."""
 
-    texts: tuple[str, ...] = ()  #: Each split into words as a shell does it; no shell runs it.
+    texts: tuple[str, ...] = ()  #: Each is split into words as a shell does it, but no shell runs it.
 
     @classmethod
     def from_setting(cls, value: object) -> Commands:
-        """A command, or a list of them."""
+        """A command, or a list of commands."""
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) and command_words(text) for text in texts):
             raise ValueError("a command such as \"/usr/local/bin/tell 'control plane'\", or a list of them")
@@ -281,11 +281,11 @@ class Commands:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookSettings:
-    """Table `[hooks]`; see `hooks`."""
+    """Table `[hooks]`; see `bridge.renewal.hooks`."""
 
-    #: The limit for each command; after it the command and all its child processes are killed.
+    #: The time limit for each command; after it, ca-bridge kills the command and all its child processes.
     timeout: timedelta = timedelta(minutes=1)
-    #: Runs before a CA is asked. If it fails, the renewal stops; exit status 75 means "not now".
+    #: Runs before a CA gets a request. If it fails, the renewal stops; exit status 75 means "not now".
     before: Commands = Commands()
     after_install: Commands = Commands()  #: Runs when new files are in place.
     success: Commands = Commands()  #: Runs when everything works with the new certificates.
@@ -293,17 +293,17 @@ class HookSettings:
 
 
 def command_words(command: str) -> list[str]:
-    """Split a command into words; none for a text that no shell accepts."""
+    """Split a command into words; empty for a text that no shell accepts."""
     try:
         return shlex.split(command)
     except ValueError:
         return []
 
 
-#: A label of DNS, as the API wants names of leases.
+#: A DNS label, as the API requires for names of leases.
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _WANTED_LABEL = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
-#: Three renewals, of some seconds each, must fit into it, and others wait that long for a dead node.
+#: Three renewals, of some seconds each, must fit into it, and other nodes wait that long for a dead one.
 _SHORTEST_LEASE, _LONGEST_LEASE = timedelta(seconds=15), timedelta(hours=1)
 
 
@@ -323,7 +323,7 @@ class ClusterSettings:
     lease_wait: timedelta = timedelta(minutes=15)  #: How long to wait for the node that holds the lease.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that the API does not accept or the clock does not allow."""
+        """Settings that the API does not accept or that the clock does not allow."""
         if not re.fullmatch(_LABEL, self.lease_name):
             yield SettingsProblem("lease_name", _WANTED_LABEL, repr(self.lease_name))
         if not _SHORTEST_LEASE <= self.lease_duration <= _LONGEST_LEASE:
@@ -339,7 +339,7 @@ class Size:
 
     @classmethod
     def from_setting(cls, value: object) -> Size:
-        """Such as `"10MiB"`."""
+        """A size such as `"10MiB"`."""
         match = re.fullmatch(r"([1-9][0-9]{0,6})(KiB|MiB|GiB)", value) if isinstance(value, str) else None
         if match is None:
             raise ValueError('a size such as "512KiB" or "10MiB"')
@@ -359,25 +359,25 @@ class AuditSettings:
 
     #: When `audit.jsonl` is larger than this, it is renamed to `audit-NUMBER.jsonl`.
     rotate_at: Size = Size(10 << 20)
-    #: The limit for all files of the log together; above it the oldest are deleted. If not set, all are kept.
+    #: The limit for all files of the log together; above it ca-bridge deletes the oldest. If not set, it keeps all.
     keep_total: Size | None = None
     syslog: bool = False  #: Also send each line to /dev/log, where journald reads it.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A file is complete before it is deleted."""
+        """Limits by which a file would be deleted before it is complete."""
         if self.keep_total is not None and self.keep_total.count < 2 * self.rotate_at.count:
             yield SettingsProblem("keep_total", f"at least twice rotate_at ({self.rotate_at})", str(self.keep_total))
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Absolute paths, each once."""
+    """Absolute paths without duplicates."""
 
     paths: tuple[Path, ...] = ()
 
     @classmethod
     def from_setting(cls, value: object) -> Paths:
-        """A list of texts."""
+        """A list of paths."""
         texts = value if isinstance(value, list) else [None]
         paths = tuple(Path(text) for text in texts if isinstance(text, str) and text.startswith("/"))
         if len(paths) != len(texts) or len(set(paths)) != len(paths) or any(_is_odd(path) for path in paths):
@@ -414,15 +414,15 @@ class MetricsSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserSettings:
-    """Table `[users]`: what `kubeconfig user` may have signed; see `bridge.users`."""
+    """Table `[users]`: limits for `kubeconfig user`; see `bridge.users`."""
 
-    #: The lifetime that the CA is asked for, unless the command names another.
+    #: The lifetime to request, unless the command names another.
     validity: timedelta = timedelta(hours=8)
-    #: The longest lifetime that the command may ask for and that a CA may give.
+    #: The longest lifetime that the command may request and that a CA may grant.
     max_validity: timedelta = timedelta(hours=24)
     groups: tuple[str, ...] = ("*",)  #: Groups that may be requested, with `*` and `?` as in a shell.
-    #: Names and groups of Kubernetes and kubeadm (`system:…`, `kubeadm:…`) that may be requested; all others of these
-    #: are refused.
+    #: Names and groups of Kubernetes and kubeadm (`system:…`, `kubeadm:…`) that may be requested; all others of
+    #: these prefixes are refused.
     allow: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -433,23 +433,23 @@ class UserSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackupSettings:
-    """Table `[backups]`; see `backups.retire`."""
+    """Table `[backups]`; see `bridge.state.backups.retire`."""
 
-    #: How many backups to keep. After an installation the oldest above this number are deleted, but never the newest
-    #: one, the newest that can be restored, nor, while a CA is replaced, that of `rotate-ca issue`.
+    #: How many backups to keep. After an installation ca-bridge deletes the oldest above this number, but never the
+    #: newest, the newest that can be restored, nor, while a CA is replaced, the backup of `rotate-ca issue`.
     keep: int = 10
-    #: Backups that are older than this are deleted as well; usually longer than a certificate's lifetime.
+    #: ca-bridge also deletes backups that are older than this; usually longer than a certificate's lifetime.
     keep_for: timedelta = timedelta(days=400)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """The newest is always kept."""
+        """A `keep` below 1, since the newest backup is always kept."""
         if self.keep < 1:
             yield SettingsProblem("keep", "at least 1", str(self.keep))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuthoritySettings:
-    """Table `[authority.NAME]`; its other keys go to the backend."""
+    """Table `[authority.NAME]`; its other keys belong to the backend."""
 
     backend: str  #: The name of a `[backend.NAME]` table.
     #: Subject attributes that this CA adds to every certificate, such as `"OU=Platform"`; CN and O are never allowed
@@ -458,14 +458,14 @@ class AuthoritySettings:
     #: For `renew --rehearse`: another `backend`, another `anchor` (a file with CA certificates), or other values for
     #: the backend's keys, such as `role`.
     rehearsal: dict[str, str] = field(default_factory=dict)
-    #: For `rotate-ca`: the CA that takes this one's place. `anchor` is a file with its certificate; another `backend`, or
-    #: other values for the backend's keys, such as `mount`, are in force from the moment at which it signs. With `anchor`
-    #: alone the backend is the next CA's already, and nothing is asked of it before `rotate-ca issue`. With `cross`
-    #: (see below) no node has to trust the next CA before it signs. With `above = "allowed"` the anchor may be a CA above
-    #: the one that signs, whose certificates are then all trusted.
+    #: For `rotate-ca`: the CA that replaces this one. `anchor` is a file with its certificate; another `backend`, or
+    #: other values for the backend's keys, such as `mount`, apply from the moment at which it signs. With `anchor`
+    #: alone the backend already belongs to the next CA, which gets no request before `rotate-ca issue`. With `cross`
+    #: (see below) no node has to trust the next CA before it signs. With `above = "allowed"` the anchor may be a CA
+    #: above the one that signs; nodes then trust all certificates below it.
     next: dict[str, str] = field(default_factory=dict)
-    #: A file with a certificate that an earlier CA gave to this one (the same name and key). It goes behind each new
-    #: certificate, so that clients which trust the earlier CA alone accept that.
+    #: A file with a certificate that an earlier CA issued for this CA (the same name and key). ca-bridge appends it to
+    #: each new certificate, so that clients that trust only the earlier CA accept the certificate.
     cross: Path | None = None
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -488,7 +488,7 @@ class AuthoritySettings:
 
     @property
     def names_next_alone(self) -> bool:
-        """Whether the backend is the next CA's, and none is named for the CA of before."""
+        """Whether the backend belongs to the next CA, and none is named for the former CA."""
         return bool(self.next) and set(self.next) <= {"anchor", "cross", "above"}
 
     @property
@@ -498,7 +498,7 @@ class AuthoritySettings:
         return frozenset((EXTRA_SUBJECT_OIDS[name], value) for name, _, value in pairs)
 
 
-#: Kubernetes only reads CN (user) and O (groups), so these attributes change no rights.
+#: Kubernetes reads only CN (user) and O (groups), so these attributes change no rights.
 EXTRA_SUBJECT_OIDS = {
     "OU": "2.5.4.11",
     "C": "2.5.4.6",
@@ -511,14 +511,14 @@ EXTRA_SUBJECT_OIDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateSettings:
-    """Table `[certificate.NAME]`: what is asked for one certificate, whatever the live one has."""
+    """Table `[certificate.NAME]`: properties to request for one certificate, whatever the live one has."""
 
-    #: The DNS names and IP addresses of the kubelet's serving certificate. If set, a serving certificate that the
-    #: cluster's CA did not sign is replaced as well.
+    #: The DNS names and IP addresses of the kubelet's serving certificate. If set, a renewal also replaces a serving
+    #: certificate that the cluster's CA did not sign.
     sans: tuple[str, ...] = ()
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """SANs that are no host of this node."""
+        """SANs that can't be this node's."""
         for san in self.sans:
             if not is_host(san):
                 yield SettingsProblem("sans", "names and addresses of this node", repr(san))
@@ -527,7 +527,7 @@ class CertificateSettings:
 
 
 def is_host(text: str) -> bool:
-    """A DNS name without a wildcard, or an address."""
+    """Whether a text is a DNS name without a wildcard, or an address."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -538,13 +538,13 @@ def is_host(text: str) -> bool:
 
 
 def is_service(name: str) -> bool:
-    """Whether pods reach a service, such as the API server, by this name, which no kubelet may have."""
+    """Whether pods reach a service, such as the API server, by this name; no kubelet may have it."""
     labels = name.split(".")
     return labels[0] == "kubernetes" or "svc" in labels[1:] or name == "localhost"
 
 
 _LONGEST_NAME = 253
-#: As `bridge.pki.kubeadm_names` has it, but for empty labels.
+#: Like `bridge.pki.kubeadm_names`, except for empty labels.
 _NODE_NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 _IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
 _LISTEN = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
@@ -558,15 +558,15 @@ _MOST_THREADS = 64
 class GatewaySettings:
     """Table `[gateway]`."""
 
-    #: The policy: who may get which certificate; a desk's policy with `[signer]` tables.
+    #: The policy, which says who may get which certificate: a desk's policy with `[signer]` tables.
     policy: Path = Path("/etc/ca-bridge/gateway-policy.toml")
     inventory: Path = Path("/etc/ca-bridge/inventory.toml")  #: The nodes, with their names and addresses.
     #: A program that looks up a node that is not in the inventory; its only argument is the node's name.
     inventory_command: Path | None = None
-    #: Also accept an address if DNS leads from it to the node's name and from the name back to it.
+    #: Also accept an address if DNS maps it to the node's name, and the name back to it.
     reverse_dns: bool = False
     kubeconfig: Path | None = None  #: How to reach the API server; if not set, the pod's service account is used.
-    #: The directory of the audit log and the requests that wait for a CA; if not set, `gateway` below
+    #: The directory of the audit log and of requests that wait for a CA; if not set, `gateway` below
     #: `node.state_dir`.
     state_dir: Path | None = None
     listen: str = "127.0.0.1:9880"  #: The address and port of `/metrics`, `/healthz` and `/readyz`.
@@ -574,21 +574,21 @@ class GatewaySettings:
     lease: bool = True  #: Let one of several replicas work at a time. Without it, run only one.
     lease_namespace: str = "kube-system"  #: The lease's namespace.
     lease_name: str = "ca-bridge-gateway"  #: The lease's name.
-    lease_duration: timedelta = timedelta(seconds=10)  #: After this time another replica takes the lease over.
+    lease_duration: timedelta = timedelta(seconds=10)  #: After this time another replica takes over the lease.
     identity: str = ""  #: The replica's name in the lease, before a random part; if empty, the host name.
     concurrency: int = 32  #: How many requests are processed at the same time.
-    #: New requests a minute from one user. For a node of the inventory whose request is allowed, only `node_rate`
+    #: New requests a minute from one user. For a node in the inventory whose request is allowed, only `node_rate`
     #: counts.
     requester_rate: int = 120
-    node_rate: int = 12  #: New requests a minute from one user for one node; also for one pod.
+    node_rate: int = 12  #: New requests a minute from one user for one node, and also for one pod.
     pod_rate: int = 600  #: New requests a minute for the pods of one namespace on one node.
     pod_namespace_rate: int = 3000  #: New requests a minute for all pods of one namespace.
-    collect_every: timedelta = timedelta(seconds=30)  #: How often a CA is asked whether it has answered.
-    pending_for: timedelta = timedelta(hours=24)  #: A request that the CA has not answered after this time fails.
+    collect_every: timedelta = timedelta(seconds=30)  #: How often the gateway asks a CA for an answer.
+    pending_for: timedelta = timedelta(hours=24)  #: A request fails if the CA has not answered it after this time.
     min_validity: timedelta = timedelta(minutes=5)  #: A certificate that ends sooner than this is not issued.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that the API or this machine does not accept or the clock does not allow."""
+        """Settings that the API or this machine does not accept, or that the clock does not allow."""
         for key in ("lease_namespace", "lease_name"):
             if not re.fullmatch(_LABEL, getattr(self, key)):
                 yield SettingsProblem(key, _WANTED_LABEL, repr(getattr(self, key)))
@@ -607,7 +607,7 @@ class GatewaySettings:
 
 
 def address_of(text: str) -> tuple[str, int] | None:
-    """Host and port of such as `127.0.0.1:9880`; None: the text is something else."""
+    """Host and port of a text such as `127.0.0.1:9880`; None: it is another text."""
     match = re.fullmatch(_LISTEN, text)
     if match is None or int(match[2]) > _LAST_PORT:
         return None
@@ -618,29 +618,29 @@ def address_of(text: str) -> tuple[str, int] | None:
 class ServeSettings:
     """Table `[serve]`."""
 
-    #: The address and port that nodes reach.
+    #: The address and port that nodes connect to.
     listen: str = "0.0.0.0:9443"
     certificate: Path = Path("/etc/ca-bridge/serve.crt")  #: The server certificate with its chain, in PEM.
     key: Path = Path("/etc/ca-bridge/serve.key")  #: The private key of `certificate`, not encrypted.
-    #: The CA certificates (PEM) that sign the certificates of people who decide; without it no person is let in.
+    #: The CA certificates (PEM) for the certificates of people who decide; without it no person can log in.
     approvers_ca: Path | None = None
     #: The URL of a PostgreSQL database, without a password in it; if empty, SQLite in the file `door.db` of `node.state_dir`.
     database: str = ""
     database_password: Secret | None = None  #: The password of the database's user.
     connections: int = 1000  #: How many connections may be open at the same time.
     connections_per_peer: int = 64  #: The same for one address.
-    #: How many requests a minute one address may send; behind a load balancer that hides addresses all nodes are one.
+    #: How many requests a minute one address may send; all nodes behind a load balancer that hides addresses share one.
     requests_per_minute: int = 6000
     threads: int = 32  #: How many requests are read and answered at the same time.
-    exchange_for: timedelta = timedelta(seconds=20)  #: A request that takes longer, with its answer, is cut off.
-    #: How many requests may wait for an answer; a tenth of them while their CA was not reached yet, to judge them by.
+    exchange_for: timedelta = timedelta(seconds=20)  #: A request that takes longer, including its answer, is cut off.
+    #: How many requests may wait for an answer; a tenth of them if the door has not reached their CA yet.
     waiting: int = 10000
     waiting_per_peer: int = 500  #: The same for one address.
-    #: How long requests and answers are kept once they are answered, and certificates once they have ended.
+    #: How long answered requests are kept with their answers, and certificates after their end.
     keep: timedelta = timedelta(days=90)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """An address that is none, and numbers that let no request in."""
+        """An invalid address, and numbers that let no request in."""
         if address_of(self.listen) is None:
             yield SettingsProblem("listen", "an address and a port such as 0.0.0.0:9443", repr(self.listen))
         for key in ("connections", "connections_per_peer", "requests_per_minute", "waiting", "waiting_per_peer"):
@@ -654,14 +654,14 @@ class ServeSettings:
             yield SettingsProblem("keep", "at least 1d", duration_text(self.keep))
         if self.database and not re.match(r"(postgresql(\+psycopg)?|sqlite)://", self.database):
             yield SettingsProblem("database", "a URL such as postgresql://USER@HOST/NAME", "another text")
-        # whatever a URL's reader takes for a password, which may have any character
+        # the part of a URL that parsers take for a password, which may have any character
         if re.match(r"\w[^:]*://.*:.*@", self.database) or re.search(r"[?&][^=]*password=", self.database):
             yield SettingsProblem("database", "no password in it: `database_password_file` says where it is", "one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApproverSettings:
-    """Table `[approver]`: for the person who decides, on that person's machine."""
+    """Table `[approver]`: for a person who decides, on that person's machine."""
 
     url: str = ""  #: The door's URL, such as `https://ca-door.corp.example:9443`.
     ca_file: Path | None = None  #: CA certificates (PEM) for the door's server certificate.
@@ -669,14 +669,14 @@ class ApproverSettings:
     key: Path | None = None  #: The private key of `certificate` (PEM, not encrypted), which signs each decision.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A URL that leads to no door."""
+        """A URL that can't be a door's."""
         if self.url and not re.fullmatch(r"https://[^/@\s?#]+/?", self.url):
             yield SettingsProblem("url", "https://HOST[:PORT], without a path", repr(self.url))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The whole settings file; backends' tables are raw."""
+    """The complete settings file; backends' tables are raw."""
 
     source: Source
     node: NodeSettings = field(default_factory=NodeSettings)
@@ -695,13 +695,13 @@ class Settings:
     users: UserSettings = field(default_factory=UserSettings)
     backends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     authorities: Mapping[str, AuthoritySettings] = field(default_factory=dict)
-    kubelet_server: CertificateSettings | None = None  #: Table `[certificate.kubelet-server]`; None: there is none.
-    #: By authority: the keys of its table that are the backend's.
+    kubelet_server: CertificateSettings | None = None  #: Table `[certificate.kubelet-server]`; None: it is not set.
+    #: By authority: the keys of its table that belong to the backend.
     authority_tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def serving_sans(self) -> tuple[str, ...]:
-        """The SANs of the kubelet's serving certificate, where the settings say which."""
+        """The SANs of the kubelet's serving certificate, if the settings have any."""
         return self.kubelet_server.sans if self.kubelet_server is not None else ()
 
     def extra_subject(self, authority: str) -> frozenset[tuple[str, str]]:
@@ -710,12 +710,12 @@ class Settings:
         return ours.extra_subject if ours is not None else frozenset()
 
     def embedded(self, authority: str, bundle: tuple[Certificate, ...]) -> tuple[Certificate, ...]:
-        """The CAs of a new kubeconfig: all while the CA is replaced, else the first, which every version of kubeadm accepts."""
+        """The CAs for a new kubeconfig: all while the CA is replaced, else the first, which every kubeadm version accepts."""
         ours = self.authorities.get(authority)
         return bundle if ours is not None and ours.next else bundle[:1]
 
 
-#: Keys of the table that are not the backend's.
+#: Keys of the table that do not belong to the backend.
 _OURS = ("backend", "anchor", "cross", "above")
 
 
@@ -725,12 +725,12 @@ def for_rehearsal(settings: Settings) -> Settings:
 
 
 def for_next(settings: Settings, authorities: Collection[str]) -> Settings:
-    """The settings where these authorities' next CAs sign (pure)."""
+    """The settings with which these authorities' next CAs sign (pure)."""
     return _overlaid(settings, {name: one.next for name, one in settings.authorities.items() if name in authorities})
 
 
 def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Settings:
-    """With other values for authorities; their own keys don't count where another backend takes their place."""
+    """Override authorities' values; if another backend replaces theirs, their own keys do not count."""
     authorities, own = dict(settings.authorities), dict(settings.authority_tables)
     for name, over in tables.items():
         backend = over.get("backend", authorities[name].backend)

@@ -1,4 +1,4 @@
-"""When a due certificate may be renewed: windows of the week, and when they give way. Pure: time and zone are arguments."""
+"""When a due certificate may be renewed: weekly windows, and when they give way. Pure: time and zone are arguments."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ DAY_MINUTES = 24 * 60
 _WANTED = 'a list of windows such as "Sat-Sun 02:00-06:00", "Wed 22:00-02:00" or "03:00-05:00" (every day)'
 _HOURS = r"([0-9]{1,2}):([0-9]{2})-([0-9]{1,2}):([0-9]{2})"
 
-#: Whatever the windows are, a certificate does not wait any more when less is left: a nightly timer then has two tries.
+#: With less than this left, a certificate no longer waits for a window; a nightly timer then has two tries.
 LAST_DAYS = timedelta(days=2)
-#: A weekly window that one spring day lacks comes a week later, and we look for two of them.
+#: If the clock skips a weekly window in spring, the next is a week later, and we look for two of them.
 _LOOK_AHEAD_DAYS = 23
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Hours of some days of the week, by the clock on the wall."""
+    """Hours on some days of the week, by local time."""
 
-    days: frozenset[int]  #: On which it begins; Monday is 0.
-    begin: int  #: Minutes from midnight.
-    end: int  #: The same; past midnight it is more than a day's.
+    days: frozenset[int]  #: Days on which it begins; Monday is 0.
+    begin: int  #: In minutes from midnight.
+    end: int  #: In minutes from the same midnight; more than a day's if it ends on the next day.
 
     @classmethod
     def parse(cls, text: str) -> Window:
-        """Parse such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"`, `"03:00-05:00"`; or a ValueError."""
+        """Parse a text such as `"Sat-Sun 02:00-06:00"`, `"Mon,Wed 22:00-02:00"` or `"03:00-05:00"` (ValueError)."""
         days, _, hours = text.strip().rpartition(" ")
         match = re.fullmatch(_HOURS, hours)
         if match is None:
@@ -53,7 +53,7 @@ def _clock(minutes: int) -> str:
 
 
 def _days(text: str) -> frozenset[int]:
-    """`Mon`, `Sat-Sun`, `Fri-Mon`, several with commas; none: every day."""
+    """Parse `Mon`, `Sat-Sun`, `Fri-Mon`, or several with commas; empty: every day."""
     if not text:
         return frozenset(range(len(DAYS)))
     found: set[int] = set()
@@ -68,7 +68,7 @@ def _days(text: str) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """The windows of maintenance; none: any time will do."""
+    """Maintenance windows; empty: any time."""
 
     windows: tuple[Window, ...] = ()
 
@@ -89,7 +89,7 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class Jitter:
-    """A delay of less than this, so that not all nodes come at once."""
+    """A random delay below this, so that nodes do not all start at once."""
 
     most: timedelta = timedelta()
 
@@ -108,11 +108,11 @@ class Decision:
 
     act: bool
     reason: str  #: A clause for the operator.
-    until: datetime | None = None  #: When the window that is open ends.
+    until: datetime | None = None  #: When the open window ends.
 
 
 def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) -> Decision:
-    """Whether to renew now: it waits for a window while two whole ones and `LAST_DAYS` are left before `expires`."""
+    """Whether to renew now: wait for a window while two complete ones and `LAST_DAYS` are left before `expires`."""
     if not windows:
         return Decision(act=True, reason="renewal.window is not set")
     coming = spans(now, windows, zone)
@@ -127,13 +127,13 @@ def may_act(now: datetime, windows: Windows, zone: tzinfo, expires: datetime) ->
 
 
 def ever_waits(now: datetime, windows: Windows, zone: tzinfo, before: timedelta) -> bool:
-    """Whether a certificate that is due so long before its end may wait for one of the windows to come."""
+    """Whether a certificate that becomes due `before` its end may wait for one of the next windows."""
     moments = (begin - timedelta(seconds=1) for begin, _ in spans(now, windows, zone))
     return any(not may_act(moment, windows, zone, moment + before).act for moment in moments)
 
 
 def local_text(moment: datetime, zone: tzinfo) -> str:
-    """A time for the operator, by the clock on the wall."""
+    """A time for the operator, in local time."""
     try:
         return f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
     except OverflowError:  # year 9999 (RFC 5280 §4.1.2.5 uses its end for "never")
@@ -142,8 +142,8 @@ def local_text(moment: datetime, zone: tzinfo) -> str:
 
 def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime, datetime]]:
     """
-    The times from now on in which a window is open, in order and merged; at least two if the windows leave a gap. A
-    window that the clock skips in spring is missing that day; in autumn it has the hour twice.
+    The times from now on in which a window is open, in order and merged; at least two if the windows leave a gap.
+    A window that the clock skips in spring is missing that day; in autumn it has the repeated hour twice.
     """
     today = now.astimezone(zone).date()
     found = sorted(
