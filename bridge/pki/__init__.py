@@ -1,1 +1,1 @@
-"""Certificates, CSRs, bundles and the checks on them: no file, no network and no clock; the time is an argument."""
+"""Certificates, CSRs, bundles and checks on them, without files, network or clock; the time is an argument."""

@@ -1,4 +1,4 @@
-"""What a reader may spend: bytes, time, and steps (values, keys, files), since a megabyte of `[],` is 350,000 lists."""
+"""A reader's limits: bytes, time, and steps (values, keys, files), since a megabyte of `[],` is 350,000 lists."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 #: A kubeconfig with a thousand clusters has about 30,000 values, a bundle of a dozen requests 500.
 MOST_BYTES, MOST_STEPS = 1 << 20, 100_000
-#: A page of a thousand Node objects' metadata has up to 400 values a node; so many take 70 MB at most.
+#: A page of a thousand Node objects' metadata has up to 400 values a node; this limit takes 70 MB at most.
 MOST_OF_SERVER = 1_000_000
 
 
 class OverBudgetError(ValueError):
-    """There is more than a reader may spend on it."""
+    """The input exceeds a reader's budget."""
 
     def __init__(self, wanted: str, found: str) -> None:
         self.wanted = wanted
@@ -26,7 +26,7 @@ class OverBudgetError(ValueError):
 
 
 class Budget:
-    """The remaining budget; one object is passed along while one document is read."""
+    """The remaining budget; all functions that read one document share it."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class Budget:
         seconds: float | None = None,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Begin; `clock` counts seconds, and is needed for a limit of time alone."""
+        """Begin; `clock` returns seconds, and only a time limit needs it."""
         self._size, self._steps, self._seconds = size, steps, seconds
         self._bytes_left, self.steps_left = size, steps
         self._clock = clock
         self._end = None if seconds is None else clock() + seconds
 
     def spend(self, size: int = 0, steps: int = 0) -> None:
-        """Take bytes and steps, or raise an OverBudgetError: they, or the time, are used up."""
+        """Spend bytes and steps; OverBudgetError: they, or the time, are used up."""
         if not self.allows(size):
             raise OverBudgetError(f"at most {self._size} bytes", f"{self._size - self._bytes_left}")
         self.steps_left -= steps
@@ -53,24 +53,24 @@ class Budget:
             raise OverBudgetError(f"no more than can be read within {self._seconds:g} s", "more")
 
     def allows(self, size: int) -> bool:
-        """Take bytes alone, and say whether there were as many."""
+        """Spend bytes only, and return whether the budget had as many."""
         self._bytes_left -= size
         return self._bytes_left >= 0
 
     def seconds_left(self) -> float:
-        """The time that is left; without a limit it is infinite."""
+        """The remaining time; infinite without a limit."""
         return float("inf") if self._end is None else self._end - self._clock()
 
 
 def of_server(body: bytes) -> Any:
-    """The JSON of a server or a program, whose length was bounded when it was received."""
+    """Parse a server's or program's JSON, whose length was limited on receipt."""
     return json_of(body, Budget(len(body), MOST_OF_SERVER))
 
 
 def json_of(
     data: bytes, budget: Budget | None = None, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """A JSON document in UTF-8 whose objects `pairs` makes (OverBudgetError: above the budget, None: a new one; ValueError)."""
+    """Parse JSON in UTF-8; `pairs` makes its objects (OverBudgetError: above `budget`, None: a new one; ValueError)."""
     spent = Budget() if budget is None else budget
     spent.spend(len(data))
     steps = _most_values(data)
@@ -81,19 +81,19 @@ def json_of(
         raise OverBudgetError("JSON", "nesting without end") from None
 
 
-#: A text, be it without an end.
+#: A text, even without an end.
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 def _most_values(data: bytes) -> int:
-    """A JSON document has no more values: each but the first comes after one of these."""
+    """An upper bound of a JSON document's values: each but the first follows one of these characters."""
     return 1 + sum(map(data.count, (b",", b"[", b"{")))
 
 
 @lru_cache(maxsize=8)
 def _decoder(pairs: Callable[[list[tuple[str, Any]]], Any] | None) -> json.JSONDecoder:
-    """What `json.loads` would make again for each document, a third of a small one's time (docs/gateway.md)."""
-    import json  # noqa: PLC0415 (not where a kubeconfig is only read)
+    """The decoder, cached: `json.loads` would make it again, a third of a small document's time (docs/gateway.md)."""
+    import json  # noqa: PLC0415 (reading a kubeconfig does not need it)
 
     return json.JSONDecoder(object_pairs_hook=pairs, parse_constant=_no_constant)
 

@@ -1,4 +1,4 @@
-"""Bundles: what is carried between a node and a CA desk (pure); no field of theirs would fit a private key."""
+"""Bundles: requests and answers between a node and a CA desk (pure); no field of theirs would fit a private key."""
 
 from __future__ import annotations
 
@@ -14,59 +14,59 @@ from bridge.errors import BridgeError
 from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_spec
 from bridge.words import one_line
 
-#: In version 2 the continuity proofs cover the validity and the time as well.
+#: In version 2 the continuity proofs also cover the validity and the time.
 REQUEST_VERSIONS = (1, 2)
 
-#: Certificates that bundles may ask for: kubeadm's, and a user's in its own bundle; and further pairs of a node.
+#: Certificates that bundles may request: kubeadm's, and a user's in its own bundle; further pairs come in addition.
 CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
 LONGEST_TEXT = 2000
 
-#: What a door takes. A control plane's with keys of 4096 bits has 70,000, and 4,600 for each further pair; of a node's
-#: junk beside a good request each byte may take 35 of memory.
+#: The largest bundle that a door accepts. A control plane's with keys of 4096 bits has 70,000 bytes, and 4,600 more for
+#: each further pair; each byte of junk beside a node's good request may take 35 bytes of memory.
 LARGEST_REQUEST_BYTES = 256 << 10
 
 
 def is_carried(name: object) -> bool:
-    """Whether a bundle may ask for a certificate of this name."""
+    """Whether a bundle may request a certificate of this name."""
     return isinstance(name, str) and (name in CARRIED or is_pair_name(name))
 
 
 class BundleError(BridgeError):
-    """A bundle is not as it should be."""
+    """A bundle is invalid."""
 
     hint = "carry it again, unchanged; if that does not help, it was changed on the way"
 
     def __init__(self, field: str, wanted: str, found: str, *, hint: str | None = None) -> None:
-        self.field = field  #: Such as `requests[2].csr`; empty for the bundle as a whole.
+        self.field = field  #: Such as `requests[2].csr`; empty for the whole bundle.
         self.wanted = wanted
         self.found = found
         super().__init__(f"{field or 'bundle'}: wanted {wanted}, found {found}", hint=hint)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A worker process sends it."""
+        """Pickle it, since a worker process sends it."""
         return type(self), (self.field, self.wanted, self.found), self.__dict__
 
 
 class IncompleteBundleError(BundleError):
-    """It is no JSON document yet: the file may still be being copied."""
+    """The file is not a JSON document yet: it may still be being copied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundledRequest:
-    """One certificate that is asked for."""
+    """A request for one certificate."""
 
-    name: str  #: kubeadm's, or `user`: one of `CARRIED`; or a further pair's.
+    name: str  #: A name in `CARRIED` (kubeadm's, or `user`), or a further pair's.
     authority: str
     ekus: frozenset[EKU]
-    validity: timedelta  #: Wanted; whole seconds.
+    validity: timedelta  #: The requested validity, in whole seconds.
     csr: x509.CertificateSigningRequest
     replaces: x509.Certificate | None
     proof: bytes | None  #: See `bridge.pki.signatures`.
 
     @property
     def spec(self) -> CertificateSpec:
-        """From our table; a further pair's CA and usages are the request's, and the desk's policy judges them."""
+        """The spec; a further pair's CA and usages are the request's, and the desk's policy checks them."""
         return CARRIED.get(self.name) or pair_spec(self.name, self.authority, self.ekus)
 
 
@@ -74,40 +74,40 @@ class BundledRequest:
 class RequestBundle:
     """One node's requests."""
 
-    batch: str  #: 32 hex digits, another for each set of requests.
+    batch: str  #: 32 hex digits, different for each set of requests.
     node: str
     cluster: str
     created: datetime  #: UTC, whole seconds.
-    requests: tuple[BundledRequest, ...]  #: Each name once.
+    requests: tuple[BundledRequest, ...]  #: No name occurs twice.
     version: int = REQUEST_VERSIONS[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a desk did not sign."""
+    """A desk's reason not to sign."""
 
-    reason: str  #: One line for people.
+    reason: str  #: One line for the operator.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerBundle:
-    """A desk's answers to one request bundle, by name; authorities that the desk does not sign for are left out."""
+    """A desk's answers to one request bundle, by name; it leaves out authorities that the desk does not sign for."""
 
     request_digest: str  #: `digest` of the request bundle.
     batch: str
     node: str
     cluster: str
-    signer: str  #: For people: which desk, which backend, who approved it.
+    signer: str  #: For people: the desk, its backend, and the approver.
     signed: datetime  #: UTC, whole seconds.
     answers: Mapping[str, Issued | Refusal]
-    signature: bytes | None = None  #: The desk's, over `answer_message`; None: the desk signs no answers.
+    signature: bytes | None = None  #: The desk's signature over `answer_message`; None: the desk signs no answers.
 
 
 Bundle = RequestBundle | AnswerBundle
 
 
 def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBundle:
-    """A bundle of one batch; `created` is used for requests of an earlier version, which have no time."""
+    """Bundle the requests of one batch; `created` is for requests of an earlier version, which have no time."""
     batches = {
         (who.batch, who.node, who.cluster, who.asked) for request in requests if (who := request.continuity) is not None
     }
@@ -136,7 +136,7 @@ def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBund
 
 
 def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
-    """The request for a backend; EKUs and authority of kubeadm's come from our table, not from the bundle."""
+    """The request for a backend; kubeadm certificates' EKUs and authority are our table's, not the bundle's."""
     result = SignRequest(
         spec=request.spec,
         csr_pem=request.csr.public_bytes(Encoding.PEM),
@@ -150,10 +150,10 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
             asked=bundle.created if bundle.version > 1 else None,
         ),
     )
-    vars(result)["csr"] = request.csr  # parsed already, and so are its extensions
+    vars(result)["csr"] = request.csr  # it is parsed already, and so are its extensions
     return result
 
 
 def refusal(reason: str) -> Refusal:
-    """A refusal whose reason, from any text, can be carried and shown."""
+    """Make a refusal whose reason, from any text, can be carried and displayed."""
     return Refusal(reason=one_line(reason, LONGEST_TEXT) or "no reason was given")

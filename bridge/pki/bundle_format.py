@@ -1,4 +1,4 @@
-"""Bundles as JSON and as text for people (pure); the digest finds accidents, and proofs, policy and people find changes."""
+"""Bundles as JSON and as text for people (pure); the digest detects accidents; proofs, policy and people detect changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REQUEST_SCHEMA = "ca-bridge/request-bundle"
 ANSWER_SCHEMA = "ca-bridge/answer-bundle"
 ANSWER_VERSION = 1
 
-LONGEST_NAME = 253  #: As Kubernetes has it for a node's.
+LONGEST_NAME = 253  #: Kubernetes' limit for a node's name.
 _LONGEST_VALIDITY = timedelta(days=36500)
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")  # it becomes part of file names
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -54,7 +54,7 @@ _BATCH = re.compile(r"[0-9a-f]{32}")
 
 
 def dumps(bundle: Bundle) -> bytes:
-    """The bundle as a file; the same bundle gives the same bytes."""
+    """Encode the bundle as a file; equal bundles give equal bytes."""
     document = _document(bundle)
     _assert_readable(document)
     signature = bundle.signature if isinstance(bundle, AnswerBundle) else None
@@ -84,24 +84,24 @@ def _assert_readable(document: Mapping[str, Any]) -> None:
 
 
 def digest(bundle: Bundle) -> str:
-    """The SHA-256 (hex) of the bundle's values; white space between them does not count."""
+    """The SHA-256 (hex) of the bundle's values, independent of white space between them."""
     return _digest(_document(bundle))
 
 
 def answer_message(bundle: AnswerBundle) -> bytes:
-    """The bytes that a desk signs: a prefix of their own, and the digest of the whole answer."""
+    """The bytes that a desk signs: a prefix of its own, and the digest of the whole answer."""
     return b"ca-bridge answer bundle 1\n" + digest(bundle).encode()
 
 
 def is_authentic(answer: AnswerBundle, desk_key: PublicKeyTypes | None) -> bool:
-    """Whether the desk has signed it, where the settings name its key."""
+    """Whether the desk signed the answer, if the settings name its key."""
     if desk_key is None:
         return True
     return answer.signature is not None and is_by(desk_key, answer.signature, answer_message(answer))
 
 
 def short_fingerprint(bundle: Bundle) -> str:
-    """The bundle's digest, short enough to be read over the phone."""
+    """The bundle's digest, short enough to read out over the phone."""
     return fingerprint_text(digest(bundle))
 
 
@@ -152,18 +152,18 @@ def _answer_document(answer: Issued | Refusal) -> dict[str, Any]:
 
 
 def request_file_name(bundle: RequestBundle) -> str:
-    """The default name of its file, different for each bundle."""
+    """The default file name, different for each bundle."""
     return file_names(bundle.node, digest(bundle))[0]
 
 
 def file_names(node: str, request_digest: str, authorities: Collection[str] = tuple(AUTHORITIES)) -> tuple[str, str]:
-    """The names of a request's file, and of its answer's by a desk with the CAs of these authorities."""
+    """The file names of a request, and of its answer from a desk with the CAs of these authorities."""
     stem = f"{node}-{request_digest[:32]}"
     return f"{stem}.request.json", f"{stem}{answer_suffix(authorities)}"
 
 
 def answer_suffix(authorities: Collection[str]) -> str:
-    """The end of an answer's file name; with some of the CAs it names them, so that two desks' answers differ."""
+    """The end of an answer's file name; it names the authorities unless it has all, as two desks' answers must differ."""
     ours = [name for name in AUTHORITIES if name in authorities]
     return "".join(f".{name}" for name in ours if len(ours) < len(AUTHORITIES)) + ".answer.json"
 
@@ -172,7 +172,7 @@ def answer_suffix(authorities: Collection[str]) -> str:
 
 
 def loads(data: bytes) -> Bundle:
-    """A bundle of either kind; IncompleteBundleError: no JSON document; BundleError: another or changed document."""
+    """Decode a bundle of either kind; IncompleteBundleError: no JSON document; BundleError: invalid or changed."""
     document = parse(data)
     schema = document.get("schema")
     if schema == REQUEST_SCHEMA:
@@ -184,7 +184,7 @@ def loads(data: bytes) -> Bundle:
 
 
 def loads_request(data: bytes) -> RequestBundle:
-    """A request bundle."""
+    """Decode a request bundle."""
     bundle = loads(data)
     if not isinstance(bundle, RequestBundle):
         raise BundleError(
@@ -194,7 +194,7 @@ def loads_request(data: bytes) -> RequestBundle:
 
 
 def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
-    """A request bundle and its `digest`, which was computed to read it."""
+    """Decode a request bundle, and return it with its `digest`, which reading computes anyway."""
     document = parse(data)
     if document.get("schema") != REQUEST_SCHEMA:
         raise BundleError("schema", REQUEST_SCHEMA, excerpt(document.get("schema")))
@@ -202,7 +202,7 @@ def loads_digested(data: bytes) -> tuple[RequestBundle, str]:
 
 
 def loads_answer(data: bytes) -> AnswerBundle:
-    """An answer bundle. Whether the answers are right is not checked here: see `bridge.pki.verify`."""
+    """Decode an answer bundle, without verifying the answers: see `bridge.pki.verify`."""
     bundle = loads(data)
     if not isinstance(bundle, AnswerBundle):
         raise BundleError(
@@ -319,25 +319,25 @@ def _assert_digest(fields: Fields) -> None:
         raise BundleError("digest", f"{wanted}, which is that of what it holds", given)
 
 
-#: No object in a bundle has more than a dozen; answers have one for each certificate.
+#: The most keys of an object: no bundle has more than a dozen, but answers have one for each certificate.
 _MOST_KEYS = 1000
 _LONGEST_FOUND = 60
 
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TIME_SHAPE = re.compile(r"[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z")
 
-#: For what is no bundle, and is a CSR.
+#: For a CSR that is not in a bundle.
 _CSR_HINT = (
     "this is a CSR: a person's is signed by `ca-bridge kubeconfig user NAME --csr FILE`, kubeadm's by `ca-bridge sign` "
     "of the directory that they are in"
 )
 
-#: For JSON that is no bundle.
+#: For JSON that is not a bundle.
 _OTHER_HINT = "another program wrote this file: name what `ca-bridge export`, the outbox or the desk has made"
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The JSON object that the bytes are."""
+    """Parse the bytes as one JSON object."""
     try:
         document = json_of(data, pairs=_unique)
     except OverBudgetError as e:
@@ -350,7 +350,7 @@ def parse(data: bytes) -> dict[str, Any]:
         is_csr = b"CERTIFICATE REQUEST-----" in data and not data.lstrip().startswith(b"{")
         hint = _CSR_HINT if is_csr else "is it still being copied? a copy that was cut off has to be made again"
         raise IncompleteBundleError("", "one JSON document", reason, hint=hint) from None
-    except ValueError:  # a number of thousands of digits, or NaN
+    except ValueError:  # a number with thousands of digits, or NaN
         raise BundleError("", "a bundle", "NaN or an infinite number") from None
     if not isinstance(document, dict):
         raise BundleError("", "a JSON object", excerpt(document), hint=_OTHER_HINT)
@@ -358,13 +358,13 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def excerpt(value: object) -> str:
-    """A value from a document for an error: short, and without control characters."""
+    """A document's value for an error message: short, and without control characters."""
     text = repr(value)
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object with each key once, since two readers may take different values of a repeated key."""
+    """An object without duplicate keys, since two readers may use different values of a repeated key."""
     if len(pairs) > _MOST_KEYS:
         raise BundleError("", f"objects of at most {_MOST_KEYS} keys", f"{len(pairs)}")
     values: dict[str, Any] = {}
@@ -377,14 +377,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """One JSON object; each method returns a key's value, or raises a BundleError with place, wanted and found."""
+    """One JSON object; each method returns a key's value, or raises a BundleError with path, wanted and found."""
 
     values: Mapping[str, Any]
-    place: str  #: Of the object in the bundle, such as `requests[2].`; empty for the whole.
+    place: str  #: The object's path in the bundle, such as `requests[2].`; empty for the whole bundle.
 
     @classmethod
     def of(cls, value: object, place: str, keys: Sequence[str]) -> Fields:
-        """An object that has exactly these keys."""
+        """Read an object that has exactly these keys."""
         if not isinstance(value, dict):
             raise BundleError(place.rstrip("."), "an object", excerpt(value))
         for key in value:
@@ -396,11 +396,11 @@ class Fields:
         return cls(value, place)
 
     def fail(self, key: str, wanted: str, found: str | None = None) -> NoReturn:
-        """Refuse the key's value, which is shown unless `found` describes it."""
+        """Refuse the key's value; without `found` the message quotes it."""
         raise BundleError(f"{self.place}{key}", wanted, excerpt(self.values[key]) if found is None else found)
 
     def text(self, key: str, longest: int = LONGEST_TEXT) -> str:
-        """A text that is not empty, and printable: it is shown on terminals."""
+        """A text that is not empty, and printable, since terminals show it."""
         value = self.values[key]
         if not isinstance(value, str) or not value.strip():
             self.fail(key, "a text")
@@ -411,21 +411,21 @@ class Fields:
         return value
 
     def shaped(self, key: str, shape: re.Pattern[str], wanted: str) -> str:
-        """A text of this shape, which `wanted` names."""
+        """A text that matches `shape`, which `wanted` names."""
         value = self.values[key]
         if not isinstance(value, str) or not shape.fullmatch(value):
             self.fail(key, wanted)
         return value
 
     def choice(self, key: str, choices: Sequence[object]) -> Any:
-        """One of these, with its type: `true` is not 1."""
+        """One of these values with its type: `true` is not 1."""
         value = self.values[key]
         if not any(value == choice and type(value) is type(choice) for choice in choices):
             self.fail(key, f"one of {', '.join(map(str, choices))}" if len(choices) > 1 else str(choices[0]))
         return value
 
     def time(self, key: str) -> datetime:
-        """A time in UTC, whole seconds, written as `TIME` writes it."""
+        """A time in UTC and whole seconds, in the form of `TIME`."""
         value = self.shaped(key, _TIME_SHAPE, "a time such as 2026-01-31T12:00:00Z")
         try:
             time = datetime.strptime(value, TIME).replace(tzinfo=UTC)
@@ -436,14 +436,14 @@ class Fields:
         return time
 
     def items(self, key: str, read: Callable[[object, str], Any]) -> list[Any]:
-        """A list that is not empty, each item read by a function of the item and its place (`requests[2]`)."""
+        """A list that is not empty; `read` gets each item and its path (`requests[2]`)."""
         value = self.values[key]
         if not isinstance(value, list) or not value:
             self.fail(key, "a list, not empty")
         return [read(item, f"{self.place}{key}[{number}]") for number, item in enumerate(value)]
 
     def encoded(self, key: str) -> bytes | None:
-        """Base64 in its one plain form, or null."""
+        """Base64 in its canonical form, or null."""
         value = self.values[key]
         if value is None:
             return None
@@ -457,7 +457,7 @@ class Fields:
 
 
 def certificate(value: object, place: str, or_else: str = "") -> x509.Certificate:
-    """A certificate as one PEM block, all of which can be read; `or_else` is what else errors say was wanted."""
+    """A certificate as one PEM block, all readable; `or_else` names another type that was allowed."""
     return _block(x509.load_pem_x509_certificate, value, place, "a certificate", or_else)
 
 
@@ -465,7 +465,7 @@ def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: st
     wanted = f"{what} as one PEM block, and not a byte more{or_else}"
     try:
         if not isinstance(value, str):
-            raise ValueError("no text")  # noqa: TRY004, TRY301 (like what is no PEM)
+            raise ValueError("no text")  # noqa: TRY004, TRY301 (like text that is no PEM)
         found = load(value.encode("ascii"))
     except (ValueError, x509.InvalidVersion) as e:
         raise BundleError(place, wanted, f"something else ({one_line(e)})") from None
@@ -477,7 +477,7 @@ def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: st
 
 
 def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
-    """Why a part of a CSR or certificate can't be read; all parts are tried, since the library reads lazily."""
+    """Why a part of a CSR or certificate can't be read; all parts are read, since the library parses lazily."""
     try:
         _ = one.subject, one.public_key(), san_counts(one), extended_key_usages(one)
         if isinstance(one, x509.Certificate):
@@ -492,7 +492,7 @@ def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | Non
 
 
 def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
-    """All that a person who approves or receives a bundle must know; `cas` are the CAs by authority."""
+    """All that a person who approves or receives a bundle has to know; `cas` are the CAs by authority."""
     if isinstance(bundle, RequestBundle):
         lines, summary = list(_request_lines(bundle, now, cas)), _asked_in_short(bundle, cas)
     else:
@@ -503,7 +503,7 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
 
 
 def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
-    """A summary in which unusual parts stand out: proofs, other CAs, changes, and the group that may do everything."""
+    """A summary that highlights unusual parts: proofs, other CAs, changes, and the group with all rights."""
     every = bundle.requests
     proven = [one for one in every if (proof_problem(one, bundle) or usages_problem(one)) is None]
     ours = [one for one in every if one.authority in cas and origin_problem(one, cas[one.authority]) is None]

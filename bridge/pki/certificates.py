@@ -1,4 +1,4 @@
-"""Reading X.509: PEM files as Kubernetes reads them, and certificates as plain values. No file, no clock, no key."""
+"""Reads X.509: PEM files as Kubernetes reads them, and certificates as plain values. No files, no clock, no keys."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ from bridge.specs import EKU
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-# Every CA that kubeadm made up to 1.20 has serial number 0 and is in use for ten years. cryptography says so at
-# each load and at each look at the number; a filter for the whole process, since `warnings.catch_warnings` swaps
-# global state and is not for threads.
+# Every CA that kubeadm made up to 1.20 has serial number 0 and is used for ten years. cryptography warns about that at
+# each load and each access to the number; a filter for the whole process, since `warnings.catch_warnings` swaps
+# global state and is not thread-safe.
 warnings.filterwarnings(
     "ignore", message="Parsed a serial number which wasn't positive", category=CryptographyDeprecationWarning
 )
 
-# Long node names make a CN of more than the 64 characters of RFC 5280's upper bound; Kubernetes does not mind.
+# Long node names make a CN longer than the 64 characters of RFC 5280's upper bound, which Kubernetes accepts.
 warnings.filterwarnings("ignore", message="Attribute's length must be", category=UserWarning)
-# Servers and Windows write PKCS#7 in BER (RFC 5652 §10.1 allows it), which is read all the same.
+# Servers and Windows write PKCS#7 in BER (RFC 5652 §10.1 allows it), which is read anyway.
 warnings.filterwarnings("ignore", message="PKCS#7 certificates could not be parsed as DER", category=UserWarning)
 
 CN_OID, O_OID = NameOID.COMMON_NAME.dotted_string, NameOID.ORGANIZATION_NAME.dotted_string
 
-#: A P-256 point, the shortest public half of a key, has 65 bytes and a zero before them.
+#: The shortest public half of a key, a P-256 point, has 65 bytes after a zero byte.
 _SHORTEST_PUBLIC = 64
 
 _BEGIN = re.compile(rb"^-----BEGIN CERTIFICATE-----[ \t]*\r?$", re.MULTILINE)
 _END = b"-----END CERTIFICATE-----"
 
-#: What the library raises for a certificate, and for parts of it, which it reads only when they are asked for: a name
-#: or a key that can't be decoded, an attribute whose type does not fit, an extension that is there twice or of a kind
-#: it does not know.
+#: The library's errors for a certificate, and for parts of it that it parses on demand: a name or key that can't be
+#: decoded, an attribute of the wrong type, an extension that occurs twice or is of an unknown kind.
 UNREADABLE = (
     ValueError,
     TypeError,
@@ -57,7 +56,7 @@ _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
-    """All certificates of a PEM text, in order; all else is skipped as by Go's `cert.ParseCertsPEM`, a damaged block is an error."""
+    """All certificates of a PEM text, in order; like Go's `cert.ParseCertsPEM` it skips all else; a damaged block is an error."""
     found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
     if not found:
         raise ValueError("no PEM block of type CERTIFICATE")
@@ -65,7 +64,7 @@ def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
 
 
 def _bodies(data: bytes) -> Iterator[bytes]:
-    """The bytes between the lines BEGIN and END of each PEM block."""
+    """The bytes between the BEGIN and END lines of each PEM block."""
     for begin in _BEGIN.finditer(data):
         end = data.find(_END, begin.end())
         body = data[begin.end() : end]
@@ -86,10 +85,10 @@ def _load(body: bytes, number: int) -> x509.Certificate:
 
 
 def load_der_certificate(der: bytes) -> x509.Certificate:
-    """One certificate with readable names; its key and extensions may still be `UNREADABLE`."""
+    """Load a certificate with readable names; its key and extensions may still be `UNREADABLE`."""
     try:
         certificate = x509.load_der_x509_certificate(der)
-        _ = certificate.subject, certificate.issuer  # or the code that prints them would fail
+        _ = certificate.subject, certificate.issuer  # or printing them would fail
     except UNREADABLE as e:
         raise ValueError(str(e)) from e
     return certificate
@@ -104,7 +103,7 @@ def pem(*certificates: x509.Certificate) -> bytes:
 
 def serial_hex(certificate: x509.Certificate) -> str:
     """The serial number as `openssl x509 -serial` prints it: upper-case pairs of hex digits."""
-    number = certificate.serial_number  # 0 for a CA that kubeadm made up to 1.20
+    number = certificate.serial_number  # 0 for a CA that kubeadm up to 1.20 made
     digits = f"{abs(number):X}"
     return f"{'-' if number < 0 else ''}{digits.zfill(len(digits) + len(digits) % 2)}"
 
@@ -124,13 +123,13 @@ def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
 
 
 def attributes(name: x509.Name) -> list[tuple[str, str]]:
-    """(dotted OID, value) of every attribute, in the order of the certificate; a value that is no text as `#HEX`."""
+    """The (dotted OID, value) of every attribute, in the certificate's order; a value that is no text as `#HEX`."""
     found = [(attribute.oid.dotted_string, attribute.value) for attribute in name]
     return [(oid, value if isinstance(value, str) else f"#{value.hex()}") for oid, value in found]
 
 
 def subject_pattern(text: str, node: str) -> list[tuple[str, str]] | None:
-    """A pattern's attributes in alphabetical order; None when it can't be read."""
+    """A pattern's attributes in alphabetical order; None: it is not a subject."""
     try:
         return sorted(attributes(x509.Name.from_rfc4514_string(text.replace("{node}", node))))
     except ValueError:
@@ -138,24 +137,24 @@ def subject_pattern(text: str, node: str) -> list[tuple[str, str]] | None:
 
 
 def subject_text(items: Sequence[tuple[str, str]]) -> str:
-    """A subject as text, for people."""
+    """A subject as text for people."""
     labels = {CN_OID: "CN", O_OID: "O"}
     return ",".join(f"{labels.get(oid, oid)}={value}" for oid, value in items) or "(empty)"
 
 
 def common_names(name: x509.Name) -> list[str]:
-    """The CNs of a name; a certificate has one, and of several Go takes the last."""
+    """The CNs of a name; a certificate has one CN, and of several Go uses the last."""
     return [value for oid, value in attributes(name) if oid == CN_OID]
 
 
 def name_text(name: x509.Name) -> str:
-    """The name for people (RFC 4514, so the last attribute comes first)."""
+    """A name as text for people (RFC 4514, so the last attribute comes first)."""
     return name.rfc4514_string()
 
 
 def oid_label(oid: str) -> str:
-    """An OID with its name where the library knows one, such as `codeSigning (1.3.6.1.5.5.7.3.3)`."""
-    name = x509.ObjectIdentifier(oid)._name  # noqa: SLF001 (the only table of names there is)
+    """An OID with its name if the library knows one, such as `codeSigning (1.3.6.1.5.5.7.3.3)`."""
+    name = x509.ObjectIdentifier(oid)._name  # noqa: SLF001 (no public table of names exists)
     return oid if name == "Unknown OID" else f"{name} ({oid})"
 
 
@@ -165,7 +164,7 @@ def san_entries(subject: x509.Certificate | x509.CertificateSigningRequest) -> s
 
 
 def san_counts(subject: x509.Certificate | x509.CertificateSigningRequest) -> Counter[tuple[str, str]]:
-    """How often each of `san_entries` stands in the extension."""
+    """How often each of `san_entries` occurs in the extension."""
     return Counter(map(san_entry, extension(subject, x509.SubjectAlternativeName) or ()))
 
 
@@ -181,7 +180,7 @@ _SAN_TYPES: dict[type[x509.GeneralName], str] = {
 
 
 def san_entry(name: x509.GeneralName) -> tuple[str, str]:
-    """One SAN as (type, value), as in `san_entries`."""
+    """One SAN as (type, value), like `san_entries`."""
     match name:
         case x509.DirectoryName():
             value = name_text(name.value)
@@ -195,13 +194,13 @@ def san_entry(name: x509.GeneralName) -> tuple[str, str]:
 
 
 def extended_key_usages(subject: x509.Certificate | x509.CertificateSigningRequest) -> frozenset[str] | None:
-    """The EKUs' OIDs in dotted form; None: no such extension, which allows any purpose."""
+    """The EKUs' OIDs in dotted form; None: the extension is missing, which allows any purpose."""
     usages = extension(subject, x509.ExtendedKeyUsage)
     return None if usages is None else frozenset(usage.dotted_string for usage in usages)
 
 
 def is_ca(certificate: x509.Certificate) -> bool:
-    """Whether BasicConstraints say CA:TRUE; not if the extensions can't be read."""
+    """Whether BasicConstraints has CA:TRUE; False if the extensions can't be read."""
     try:
         constraints = extension(certificate, x509.BasicConstraints)
     except UNREADABLE:
@@ -210,7 +209,7 @@ def is_ca(certificate: x509.Certificate) -> bool:
 
 
 def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: type[_Extension]) -> _Extension | None:
-    """The value of one extension, None when it is absent."""
+    """The value of one extension, None if it is absent."""
     try:
         listed = subject.extensions
     except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
@@ -226,8 +225,8 @@ _PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKC
 
 
 def certificates_in(data: bytes) -> list[x509.Certificate]:
-    """All certificates in a file of a person or program: PEM, DER or PKCS#7, with any file name."""
-    from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (4 ms, which few need)
+    """All certificates of a file from a person or program: PEM, DER or PKCS#7, under any name."""
+    from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (4 ms, rarely needed)
 
     for label in _PKCS7_PEM:
         if label in data:
@@ -246,14 +245,14 @@ def certificates_in(data: bytes) -> list[x509.Certificate]:
 def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> list[x509.Certificate]:
     try:
         found = load(data)
-        _ = [(one.subject, one.issuer) for one in found]  # which are read only now
+        _ = [(one.subject, one.issuer) for one in found]  # the library reads them only now
     except UNREADABLE:
         raise ValueError("no certificate in PEM, DER or PKCS#7") from None
     return found
 
 
 def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> bool:
-    """Whether it certifies the key that the CSR was made with."""
+    """Whether the certificate is for the CSR's key."""
     try:
         return spki(certificate.public_key()) == spki(csr.public_key())
     except UNREADABLE:  # a key of a type that Kubernetes can't use
@@ -261,12 +260,12 @@ def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -
 
 
 def key_and_usages(certificate: x509.Certificate) -> tuple[bytes, frozenset[str] | None]:
-    """By which a CA's answer to a lost request is found: SubjectPublicKeyInfo (DER) and EKUs."""
+    """SubjectPublicKeyInfo (DER) and EKUs, which identify a CA's answer to a lost request."""
     return spki(certificate.public_key()), extended_key_usages(certificate)
 
 
 def asked_key_and_usages(csr_pem: bytes, ekus: Iterable[EKU]) -> tuple[bytes, frozenset[str]]:
-    """As `key_and_usages` of a request; an empty key for a CSR that can't be read, and so was never signed."""
+    """Like `key_and_usages`, for a request; an empty key for an unreadable CSR, which no CA has signed."""
     try:
         return spki(x509.load_pem_x509_csr(csr_pem).public_key()), frozenset(eku.value for eku in ekus)
     except UNREADABLE:
@@ -289,25 +288,25 @@ def is_signed(csr: x509.CertificateSigningRequest) -> bool:
 
 
 def is_signed_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Whether this issuer's key made the certificate's signature, and its name is the issuer's; dates do not count."""
+    """Whether this issuer's key made the signature, and the certificate names this issuer; dates do not count."""
     try:
         certificate.verify_directly_issued_by(issuer)
-    except Exception:  # noqa: BLE001 (whatever the reason is, this issuer did not sign it)
+    except Exception:  # noqa: BLE001 (for whatever reason, this issuer did not sign it)
         return False
     return True
 
 
-#: No CA has longer chains, and a circle must end.
+#: No CA has longer chains, and a loop must end.
 _MOST_INTERMEDIATES = 8
 
 
 def leads_to(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> bool:
-    """Whether the certificates (the leaf, then intermediates) lead to one of these CAs, at any time."""
+    """Whether the certificates (leaf, then intermediates) lead to one of these CAs, at any time."""
     return anchor_of(certificates, anchors) is not None
 
 
 def anchor_of(certificates: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate]) -> x509.Certificate | None:
-    """The CA that the certificates (the leaf, then intermediates) lead to; of several, the last to end."""
+    """The CA that the certificates (leaf, then intermediates) lead to; of several, the last to end."""
     current, *intermediates = certificates
     found: list[x509.Certificate] = []
     for _ in range(_MOST_INTERMEDIATES + 1):
@@ -323,7 +322,7 @@ _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE
 
 
 def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
-    """Whether a PEM text has the certificate's private key, by its public half; None: it can't be seen."""
+    """Whether a PEM text holds the certificate's private key, by its public half; None: it can't be told."""
     found = _KEY.search(pem)
     if found is None:
         return False
@@ -335,7 +334,7 @@ def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
 
 
 def _public_half(encoded: bytes) -> bytes | None:
-    """An RSA key's modulus (RFC 8017 §A.1.2), an elliptic curve key's point (RFC 5915 §3), or one of them in PKCS #8."""
+    """An RSA key's modulus (RFC 8017 §A.1.2), an elliptic curve key's point (RFC 5915 §3), or either in PKCS #8."""
     version, *parts = der.one(encoded, der.SEQUENCE).children()
     if version.tag != der.INTEGER or not parts:
         return None

@@ -1,6 +1,6 @@
 """
-Keys and CSRs (pure: no file, no network, no clock): a renewal's, made from the live certificate alone; what a person reads
-of any CSR or certificate; and a stranger's CSR, read in one way or refused.
+Keys and CSRs (pure: no file, no network, no clock): a renewal's, made from the live certificate alone; texts about any CSR
+or certificate for people; and a stranger's CSR, which has one unambiguous reading or is refused.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _CURVES: dict[str, ec.EllipticCurve] = {"ecdsa-p256": ec.SECP256R1(), "ecdsa-p38
 
 
 class CannotCarryError(BridgeError):
-    """Something of the live certificate can't be put into a CSR."""
+    """Part of the live certificate can't be put into a CSR."""
 
 
 def algorithm_name(key: CertificatePublicKeyTypes) -> str:
-    """A key's algorithm and size, such as `rsa-2048` or `ecdsa-p256`; any other key has a name of its own."""
+    """A key's algorithm and size, such as `rsa-2048` or `ecdsa-p256`; unusual keys get other names."""
     if isinstance(key, rsa.RSAPublicKey):
         return f"rsa-{key.key_size}"
     if isinstance(key, ec.EllipticCurvePublicKey):
@@ -46,7 +46,7 @@ def algorithm_name(key: CertificatePublicKeyTypes) -> str:
 
 
 def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal["same"]) -> KeyAlgorithm:
-    """The algorithm of the new key by the setting `renewal.key`; "same" is the live certificate's."""
+    """The new key's algorithm, by the setting `renewal.key`; "same" is the live certificate's."""
     if wanted != "same":
         return wanted
     try:
@@ -62,21 +62,21 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
 
 
 def known_algorithm(key: CertificatePublicKeyTypes) -> KeyAlgorithm | None:
-    """The algorithm of a key, if kubeadm makes such; None: another kind of key."""
+    """A key's algorithm, if kubeadm makes such keys; None: it does not."""
     found = algorithm_name(key)
     return next((one for one in KEY_ALGORITHMS if one == found), None)
 
 
 def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
-    """A new private key; other threads run meanwhile."""
+    """Generate a private key; other threads run meanwhile."""
     if algorithm in _CURVES:
         return ec.generate_private_key(_CURVES[algorithm])
     return rsa.generate_private_key(public_exponent=65537, key_size=int(algorithm.removeprefix("rsa-")))
 
 
 def key_block(pem: bytes) -> bytes:
-    """The first private key of a PEM text, which may hold certificates before it; the text itself if it holds none."""
-    # none within a block, so that a file of BEGIN lines alone is read once, not once for each line
+    """The first private key of a PEM text, which may have certificates before it; without a key, the text itself."""
+    # no BEGIN within a block, so that a file of BEGIN lines is read once, not once for each line
     found = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(?:(?!-----BEGIN ).)*?-----END \1-----", pem, re.DOTALL)
     return found[0] + b"\n" if found else pem
 
@@ -87,11 +87,11 @@ _KEY_OVERHEAD = 400
 
 def load_key(pem: bytes, of: PublicKeyTypes) -> PrivateKeyTypes:
     """
-    The first private key of a PEM text, for the caller to compare with this public key (ValueError: it is broken, or too
-    long for the public key).
+    Load the first private key of a PEM text, for the caller to compare with this public key (ValueError: it is broken,
+    or too long for the public key).
 
     OpenSSL's own check of an RSA key tests its primes, which takes as long as making a key. The factors of a certificate's
-    modulus are known to be its primes: that the key's numbers fit each other is enough, as for Go (`crypto/rsa`).
+    modulus are known to be primes: it is enough that the key's numbers match each other, as for Go (`crypto/rsa`).
     """
     block = key_block(pem)
     most = (of.key_size if isinstance(of, rsa.RSAPublicKey) else 0) + _KEY_OVERHEAD
@@ -121,12 +121,12 @@ def key_pem(key: PrivateKey) -> bytes:
 
 
 def build(certificate: x509.Certificate, key: PrivateKey) -> bytes:
-    """A CSR in PEM with subject and SANs of the live certificate, which may have expired, and nothing else."""
+    """Make a CSR in PEM with only the subject and SANs of the live certificate, which may have expired."""
     return build_for(naming_of(certificate), key)
 
 
 def build_for(naming: Naming, key: PrivateKey) -> bytes:
-    """A CSR that says exactly this, as PEM (CannotCarryError: the encoder changes rare string types)."""
+    """Make a CSR in PEM with exactly these names (CannotCarryError: the encoder changes rare string types)."""
     csr = _signed(naming, key)
     if attributes(csr.subject) != attributes(naming.subject):
         wanted, found = name_text(naming.subject), name_text(csr.subject)
@@ -137,7 +137,7 @@ def build_for(naming: Naming, key: PrivateKey) -> bytes:
 
 
 def naming_of(certificate: x509.Certificate | x509.CertificateSigningRequest) -> Naming:
-    """The subject and SANs of a certificate, or of a CSR."""
+    """The subject and SANs of a certificate or CSR."""
     try:
         subject = certificate.subject
     except UNREADABLE as e:
@@ -154,18 +154,18 @@ def naming_of(certificate: x509.Certificate | x509.CertificateSigningRequest) ->
 def _signed(naming: Naming, key: PrivateKey) -> x509.CertificateSigningRequest:
     builder = x509.CertificateSigningRequestBuilder().subject_name(naming.subject)
     if naming.sans:
-        # RFC 5280 §4.2.1.6: critical only where the subject is empty
+        # RFC 5280 §4.2.1.6: critical only if the subject is empty
         builder = builder.add_extension(x509.SubjectAlternativeName(naming.sans), critical=not naming.subject)
     return builder.sign(key, signature_hash(key))
 
 
 def signature_hash(key: PrivateKey) -> hashes.SHA256 | hashes.SHA384:
-    """The hash of a signature by this key, as Go and kubeadm choose it: SHA-256, but SHA-384 for P-384."""
+    """The hash of a signature by this key, as Go and kubeadm choose it: SHA-256, or SHA-384 for P-384."""
     is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)
     return hashes.SHA384() if is_p384 else hashes.SHA256()
 
 
-#: As kubeadm takes them for certSANs (`ValidateCertSANs`): an RFC 1123 subdomain, or `*.` and one.
+#: kubeadm's rule for certSANs (`ValidateCertSANs`): an RFC 1123 subdomain, or `*.` and a subdomain.
 _LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 _DNS = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*")
 _LONGEST_NAME = 253
@@ -173,13 +173,13 @@ _LONGEST_NAME = 253
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Naming:
-    """The subject and SANs of a CSR: who its certificate is for."""
+    """The subject and SANs of a CSR: whom its certificate is for."""
 
     subject: x509.Name
     sans: tuple[x509.GeneralName, ...] = ()
 
     def is_of(self, csr: x509.CertificateSigningRequest | x509.Certificate) -> bool:
-        """Whether a CSR, or a certificate, says exactly this; the order makes no difference."""
+        """Whether a CSR or certificate has exactly these names, in any order."""
         sans = set(extension(csr, x509.SubjectAlternativeName) or ())
         return sorted(attributes(csr.subject)) == sorted(attributes(self.subject)) and sans == set(self.sans)
 
@@ -191,29 +191,29 @@ class Naming:
 
 
 def alternative_names(texts: Iterable[str]) -> tuple[x509.GeneralName, ...]:
-    """SANs in their order, each once."""
+    """SANs without duplicates, in their order."""
     return tuple(dict.fromkeys(map(general_name, texts)))
 
 
 def subject_of(common_name: str, groups: Sequence[str] = ()) -> x509.Name:
-    """A subject as Go writes a `pkix.Name`: all O values in one RDN, then CN; UTF8String, which Kubernetes reads as well."""
+    """A subject in Go's form of `pkix.Name`: all O values in one RDN, then CN; UTF8String, which Kubernetes accepts."""
     organizations = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, group) for group in groups]
     rdns = [x509.RelativeDistinguishedName(organizations)] if organizations else []
     return x509.Name([*rdns, x509.RelativeDistinguishedName([common_name_of(common_name)])])
 
 
 def common_name_of(text: str) -> x509.NameAttribute[str]:
-    """A CN of any length, as Go writes it: RFC 5280 has 64 characters, and a kubelet's with a long node name has more."""
+    """A CN of any length, as in Go: RFC 5280 allows 64 characters, and a kubelet's with a long node name has more."""
     return x509.NameAttribute(NameOID.COMMON_NAME, text, _validate=False)
 
 
 def names_of(sans: Iterable[x509.GeneralName]) -> set[tuple[str, str]]:
-    """SANs as (type, value), as `certificates.san_entries` has them."""
+    """SANs as (type, value), like `certificates.san_entries`."""
     return set(map(san_entry, sans))
 
 
 def general_name(text: str) -> x509.GeneralName:
-    """An IP address, or else a DNS name, as in kubeadm's `certSANs`; `DNS:` or `IP:` before it says which is meant."""
+    """Parse an IP address, or else a DNS name, as in kubeadm's `certSANs`; a prefix `DNS:` or `IP:` decides which."""
     kind, colon, value = text.partition(":")
     if colon and kind == "DNS":
         return _dns(value)
@@ -222,11 +222,11 @@ def general_name(text: str) -> x509.GeneralName:
 
 
 def address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Parse an IP address; None: another text, such as one with a zone, which counts on one machine alone (RFC 4007 §11)."""
+    """Parse an IP address; None: other text, such as an address with a zone, which only one machine knows (RFC 4007 §11)."""
     try:
         return ipaddress.ip_address(text) if "%" not in text else None
     except ValueError:
-        return None  # a network, as in name constraints: no host has it
+        return None  # a network, as in name constraints, is no host's address
 
 
 def _dns(value: str) -> x509.DNSName:
@@ -235,7 +235,7 @@ def _dns(value: str) -> x509.DNSName:
     return x509.DNSName(value)
 
 
-# --- for people: one printable line, also where it can't be read ------------------------------------------------------
+# --- for people: one printable line, even for unreadable parts --------------------------------------------------------
 
 _MOST_SANS = 100
 
@@ -251,7 +251,7 @@ def issuer_line(certificate: x509.Certificate) -> str:
 
 
 def sans_line(subject: x509.Certificate | x509.CertificateSigningRequest) -> str:
-    """The SANs in alphabetical order; of more than a policy allows, as many."""
+    """The SANs in alphabetical order; at most as many as a policy allows."""
 
     def line() -> str:
         texts = [one_line(f"{kind}:{value}") for kind, value in sorted(san_counts(subject).elements())]
@@ -273,19 +273,19 @@ def _line(what: str, line: Callable[[], str]) -> str:
         return f"({what} that can't be read: {one_line(e)})"
 
 
-#: Crockford's alphabet, without I, L, O and U, so that nothing is heard or written for something else.
+#: Crockford's alphabet, without I, L, O and U, which are easily confused.
 _CROCKFORD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ")
 
 
 def fingerprint_text(digest_hex: str) -> str:
-    """The first 100 bits of a digest (hex), as four groups of five digits and letters: `7ZK3M-…`."""
+    """The first 100 bits of a digest (hex), as four groups of five characters: `7ZK3M-…`."""
     letters = b32encode(bytes.fromhex(digest_hex)).decode().translate(_CROCKFORD)
     return "-".join(letters[start : start + 5] for start in range(0, 20, 5))
 
 
-# --- a stranger's CSR: all that Go and OpenSSL would ignore or read in two ways is refused --------------------------------
+# --- a stranger's CSR: refused if Go and OpenSSL would ignore a part or read it in two ways ------------------------------
 
-#: A kubelet's request has less than 1 kB, one with an RSA-4096 key and 64 names less than 5.
+#: A kubelet's request has less than 1 kB, a request with an RSA-4096 key and 64 names less than 5.
 MAX_PEM_BYTES = 16 << 10
 MAX_SANS = 64
 
@@ -296,41 +296,41 @@ _BLOCK = re.compile(
 _EXTENSION_REQUEST = "1.2.840.113549.1.9.14"
 _UTF8, _PRINTABLE = 0x0C, 0x13
 _PRINTABLE_VALUE = re.compile(rb"[A-Za-z0-9 '()+,\-./:=?]*")
-#: crypto/tls supports no larger exponent; a small one is weak with some paddings.
+#: crypto/tls supports no larger exponent; a small exponent is weak with some paddings.
 _EXPONENTS = range(65537, 1 << 31, 2)
 
 
 class OddRequestError(ValueError):
-    """The text says what is wrong, without any content of the request."""
+    """The CSR is refused; the message says why, without any content of the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CsrData:
-    """A CSR with all that it asks for, and its one encoding."""
+    """A CSR with all its contents, in a single encoding."""
 
-    pem: bytes  #: Made again from the DER: one block, nothing round it.
-    subject: tuple[tuple[str, str], ...]  #: (dotted OID, value), sorted.
-    sans: frozenset[tuple[str, str]]  #: (type, value), as `certificates.san_entries`.
+    pem: bytes  #: Encoded from the DER: one block without surrounding text.
+    subject: tuple[tuple[str, str], ...]  #: Pairs of (dotted OID, value), sorted.
+    sans: frozenset[tuple[str, str]]  #: Pairs of (type, value), like `certificates.san_entries`.
     key: str  #: Such as `ecdsa-p256`.
 
     @property
     def parsed(self) -> x509.CertificateSigningRequest:
-        """The CSR, parsed again, which takes no time; kept, it would be most of what thousands of them need in memory."""
+        """The CSR, parsed again, which is fast; keeping thousands of parsed CSRs would take most of their memory."""
         return x509.load_pem_x509_csr(self.pem)
 
     @property
     def cn(self) -> str:
-        """The CN; empty: no CN."""
+        """The CN; empty if it has none."""
         return next((value for oid, value in self.subject if oid == CN_OID), "")
 
     @property
     def organizations(self) -> tuple[str, ...]:
-        """The O values."""
+        """All O values."""
         return tuple(value for oid, value in self.subject if oid == O_OID)
 
 
 def read_strictly(pem: bytes) -> CsrData:
-    """Read a CSR, or raise OddRequestError."""
+    """Read a CSR (OddRequestError)."""
     encoded = _strict_der(pem)
     try:
         csr = x509.load_der_x509_csr(encoded)
@@ -339,7 +339,7 @@ def read_strictly(pem: bytes) -> CsrData:
         is_signed = csr.is_signature_valid
     except OddRequestError:
         raise
-    except Exception:  # noqa: BLE001 (whatever a library makes of bytes of a stranger, it is no CSR to sign)
+    except Exception:  # noqa: BLE001 (whatever a library raises for a stranger's bytes, it is no CSR to sign)
         raise OddRequestError("a part of the CSR can't be read") from None
     if not is_signed:
         raise OddRequestError("the CSR is not signed with its own key")
@@ -364,7 +364,7 @@ def _strict_der(pem: bytes) -> bytes:
 
 
 def _strict_subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str], ...]:
-    """Single values of string types that all read alike, at most one CN (RFC 5280 §4.1.2.4)."""
+    """Single values of string types that all parsers read alike, at most one CN (RFC 5280 §4.1.2.4)."""
     name = der.one(csr.tbs_certrequest_bytes, der.SEQUENCE).children()[1]
     for rdn in name.children():
         values = rdn.children()
@@ -384,21 +384,21 @@ def _strict_subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str
 
 
 def odd_attributes(csr: x509.CertificateSigningRequest) -> list[str]:
-    """OIDs of attributes other than one extensionRequest, since CAs in Go read each list of extensions."""
+    """OIDs of attributes other than one extensionRequest, since CAs written in Go read each list of extensions."""
     found = [attribute.oid.dotted_string for attribute in csr.attributes]
     if _EXTENSION_REQUEST in found:
-        found.remove(_EXTENSION_REQUEST)  # the first; looking back from each takes seconds for a megabyte of them
+        found.remove(_EXTENSION_REQUEST)  # only the first; searching back for each takes seconds for a megabyte of them
     return found
 
 
 def requested(csr: x509.CertificateSigningRequest, *besides: x509.ObjectIdentifier) -> list[str]:
-    """OIDs of all that a CSR asks for, `besides` the extensions that it may ask for."""
+    """OIDs of everything that a CSR requests, `besides` the extensions that it may request."""
     extensions = [extension.oid.dotted_string for extension in csr.extensions if extension.oid not in besides]
     return [*odd_attributes(csr), *extensions]
 
 
 def _strict_sans(csr: x509.CertificateSigningRequest) -> frozenset[tuple[str, str]]:
-    """SANs, each once, and no other extension or attribute."""
+    """SANs without duplicates; any other extension or attribute is refused."""
     if odd_attributes(csr):
         raise OddRequestError("the CSR has attributes besides the requested extensions")
     if requested(csr, ExtensionOID.SUBJECT_ALTERNATIVE_NAME):

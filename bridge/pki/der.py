@@ -1,10 +1,10 @@
-"""Reading DER, and writing a little of it, where the library gives values and the bytes count (X.690 §8 and §10). Pure."""
+"""Reads and writes DER where the library gives only values, and the bytes count (X.690 §8 and §10). Pure."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Tags, with the bit for "constructed" where the type has it.
+#: Tags, with the "constructed" bit if the type has it.
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
 
 _CONSTRUCTED = 0x20
@@ -13,34 +13,34 @@ _LONG_TAG = 0x1F
 
 
 def context(number: int, *, constructed: bool = False) -> int:
-    """The tag `[number]`."""
+    """The context-specific tag `[number]`."""
     return _CONTEXT | number | (_CONSTRUCTED if constructed else 0)
 
 
 class Element(NamedTuple):
-    """One value: tag, length, content; a desk reads millions of them."""
+    """One value: tag, length and content; a named tuple, since a desk reads millions of them."""
 
     tag: int
     content: bytes
-    encoded: bytes  #: All three.
+    encoded: bytes  #: Tag, length and content.
 
     def children(self) -> list[Element]:
         """The values inside."""
         return elements(self.content)
 
 
-#: What `Element(…)` does, without a call of Python's own.
+#: Does what `Element(…)` does, without a call in Python.
 _new = tuple.__new__
 
 
 def elements(data: bytes) -> list[Element]:
-    """Values that follow each other."""
+    """Split concatenated values."""
     found, position, size = [], 0, len(data)
     while position < size:
         begin = position
         tag = data[position]
         position += 1
-        if position < size and data[position] < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4: the short form, as a rule)
+        if position < size and data[position] < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4: usually the short form)
             length, position = data[position], position + 1
         else:
             length, position = _length(data, position)
@@ -53,7 +53,7 @@ def elements(data: bytes) -> list[Element]:
 
 
 def _length(data: bytes, position: int) -> tuple[int, int]:
-    """A length in the long form, which is the shortest for 128 and more, and where the content begins."""
+    """A length in the long form, which must be the shortest for 128 and more, and the content's start."""
     if position >= len(data):
         raise ValueError("not DER")
     size = data[position] & 0x7F
@@ -65,7 +65,7 @@ def _length(data: bytes, position: int) -> tuple[int, int]:
 
 
 def one(data: bytes, tag: int) -> Element:
-    """The one value that the bytes are."""
+    """Parse bytes that are exactly one value."""
     found = elements(data)
     if len(found) != 1 or found[0].tag != tag:
         raise ValueError("not DER of the type that was expected")
@@ -73,7 +73,7 @@ def one(data: bytes, tag: int) -> Element:
 
 
 def encoded(tag: int, *contents: bytes) -> bytes:
-    """One value; its content is all of `contents`."""
+    """Encode one value; `contents` are joined."""
     content = b"".join(contents)
     size = len(content)
     if size < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4)

@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING
 
 from bridge import dataclass
 
-if TYPE_CHECKING:  # settings have durations, and need no certificates
+if TYPE_CHECKING:  # settings need durations, but no certificates
     from cryptography import x509
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 YEAR = 365 * DAY
 #: How far a CA's clock may be ahead of ours.
 CLOCK_SKEW = timedelta(minutes=1)
-#: A CA that ends sooner can't give certificates of the usual length for long, and replacing it takes weeks.
+#: A CA that ends sooner soon can't issue certificates of the usual length, and replacing it takes weeks.
 CA_ENDS_SOON = timedelta(days=365)
 
 
 def seconds_left(end: datetime, now: datetime) -> int:
-    """Whole seconds from `now` to `end`, cut toward zero as Go does; negative when it is over."""
+    """Whole seconds from `now` to `end`, truncated toward zero like Go's; negative after `end`."""
     microseconds = (end - now) // timedelta(microseconds=1)
     return microseconds // 1_000_000 if microseconds >= 0 else -(-microseconds // 1_000_000)
 
 
 def rfc3339(time: datetime) -> str:
-    """A time as JSON has it, in UTC and whole seconds, such as `2027-11-24T23:39:32Z`."""
+    """A time for JSON, in UTC and whole seconds, such as `2027-11-24T23:39:32Z`."""
     return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 def minute(time: datetime) -> str:
-    """A time, in UTC, as people have it, such as `2027-11-24 23:39 UTC`."""
+    """A time for people, in UTC, such as `2027-11-24 23:39 UTC`."""
     return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
@@ -49,7 +49,7 @@ def residual(seconds: int) -> str:
 
 
 def left_text(end: datetime, now: datetime) -> str:
-    """The time that is left, for people: `364d left`, `expired 35 days ago`."""
+    """The remaining time for people: `364d left`, `expired 35 days ago`."""
     seconds = seconds_left(end, now)
     if seconds >= 0 and end > now:
         return f"{residual(seconds)} left"
@@ -57,7 +57,7 @@ def left_text(end: datetime, now: datetime) -> str:
     return f"expired {days} days ago" if days > 1 else f"expired {residual(-seconds)} ago"
 
 
-# (below how many seconds, unit and its letter, unit and letter of the rest that is shown too; 0: none)
+# (below how many seconds, unit and its letter, unit and letter of the remainder to show; 0: none)
 _FORMS: tuple[tuple[int | None, int, str, int, str], ...] = (
     (2 * MINUTE, 1, "s", 0, ""),
     (10 * MINUTE, MINUTE, "m", 1, "s"),
@@ -72,28 +72,28 @@ _FORMS: tuple[tuple[int | None, int, str, int, str], ...] = (
 
 
 def first_end(chain: Sequence[x509.Certificate]) -> datetime:
-    """When a leaf with its intermediates is of no use any more: an intermediate that ends takes its leaf with it."""
+    """When a leaf with its intermediates becomes useless: an intermediate that ends takes its leaf with it."""
     return min(certificate.not_valid_after_utc for certificate in chain)
 
 
 def is_early(chain: Sequence[x509.Certificate], now: datetime) -> bool:
-    """Whether a leaf or one of its intermediates begins in the future: a clock is wrong, or was."""
+    """Whether a leaf or intermediate begins in the future: a clock is or was wrong."""
     return any(certificate.not_valid_before_utc > now + CLOCK_SKEW for certificate in chain)
 
 
-# A kubelet asks for a new one when 70 to 90 % of the lifetime are over (client-go,
-# util/certificate/certificate_manager.go): only with less than this left it is late.
+# A kubelet requests a new certificate after 70 to 90 % of the lifetime (client-go,
+# util/certificate/certificate_manager.go): it is late only when less than this is left.
 ROTATION_IS_LATE = 0.1
 
 
 def is_rotation_late(chain: Sequence[x509.Certificate], now: datetime) -> bool:
-    """Whether a kubelet that renews its certificate by itself should have done so."""
+    """Whether a kubelet that renews its certificate by itself should have done so already."""
     end = first_end(chain)
     return end - now < (end - chain[0].not_valid_before_utc) * ROTATION_IS_LATE
 
 
 def due_from(chain: Sequence[x509.Certificate], before: Before, validity: timedelta, *, rotates: bool) -> datetime:
-    """The time from which on a certificate should be renewed."""
+    """The time from which a certificate should be renewed."""
     end = first_end(chain)
     lifetime = end - chain[0].not_valid_before_utc
     # kubeadm up to 1.30 copies notBefore from the CA, which makes lifetimes up to ten years too long
@@ -125,7 +125,7 @@ def parse_duration(value: object) -> timedelta:
 
 
 def duration_text(duration: timedelta) -> str:
-    """A duration as a setting would say it, in the largest unit that fits; in days rather than weeks."""
+    """A duration as in the settings, in the largest unit that fits; in days rather than weeks."""
     for unit, name in reversed([one for one in _UNITS.items() if one[0] != "w"]):
         whole, rest = divmod(duration, timedelta(**{name: 1}))
         if not rest and whole:
@@ -135,14 +135,14 @@ def duration_text(duration: timedelta) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """How long before its end a certificate is due: a duration, or a share of its lifetime. One of the two is set."""
+    """How long before its end a certificate is due: a duration or a share of its lifetime, exactly one of the two."""
 
     remaining: timedelta | None = None
-    share: float | None = None  #: Between 0 and 1.
+    share: float | None = None  #: A number between 0 and 1.
 
     @classmethod
     def from_setting(cls, value: object) -> Before:
-        """Such as `"30d"` or `"33%"`."""
+        """A duration such as `"30d"`, or a share such as `"33%"`."""
         wanted = 'a duration such as "30d", or a share of the lifetime such as "33%"'
         share = re.fullmatch(r"([0-9]{1,2})%", value) if isinstance(value, str) else None
         if share is None:
@@ -158,5 +158,5 @@ class Before:
         return duration_text(self.remaining) if self.remaining is not None else f"{(self.share or 0) * 100:.0f}%"
 
     def of(self, lifetime: timedelta) -> timedelta:
-        """The duration before the end, of a certificate with this lifetime."""
+        """The duration before the end of a certificate with this lifetime."""
         return self.remaining if self.remaining is not None else lifetime * (self.share or 0)

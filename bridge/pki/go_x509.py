@@ -1,5 +1,5 @@
 """
-What Go's crypto/x509 and crypto/tls, and so all components of Kubernetes, refuse to read or to verify (pure).
+Certificates that Go's crypto/x509 and crypto/tls, and so all components of Kubernetes, refuse to read or verify (pure).
 
 The library that verifies our paths accepts more in places, and no component would start with such a certificate. The
 rules are those of Go 1.26 (`parser.go`, `verify.go`, `constraints.go`); `docs/certificates.md` lists where ours are
@@ -27,7 +27,7 @@ from bridge.pki.csr import address, issuer_line, subject_line
 from bridge.specs import EKU
 from bridge.words import one_line
 
-#: crypto/tls makes no connection with a longer key in any certificate that is sent.
+#: crypto/tls makes no connection if any certificate that is sent has a longer key.
 MAX_RSA_BITS = 8192
 
 #: crypto/tls reads no certificate message of more than 256 KiB; certificates of this kind have 1 to 2 KiB.
@@ -36,7 +36,7 @@ MAX_CHAIN_BYTES = 64 * 1024
 ANY_EKU = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE.dotted_string
 _ANY_POLICY = "2.5.29.32.0"
 
-#: Extensions that are for CAs alone (RFC 5280 §4.2.1.5, §4.2.1.10, §4.2.1.11, §4.2.1.14).
+#: Extensions that only CAs may have (RFC 5280 §4.2.1.5, §4.2.1.10, §4.2.1.11, §4.2.1.14).
 _CA_ONLY = (
     ExtensionOID.NAME_CONSTRAINTS,
     ExtensionOID.POLICY_MAPPINGS,
@@ -59,14 +59,14 @@ _HANDLED = {
     ExtensionOID.CRL_DISTRIBUTION_POINTS,
     *_CA_ONLY,
 }
-#: A desk looks at thousands of certificates by the same few issuers, and at each of them more than once in a row.
+#: A desk checks thousands of certificates by the same few issuers, each more than once in a row.
 _REMEMBERED = 64
-#: Types of SANs and name constraints that Go handles.
+#: Types of SANs and name constraints that Go supports.
 _NAMES = (x509.DNSName, x509.IPAddress, x509.RFC822Name, x509.UniformResourceIdentifier)
 
 _VERSION, _EXTENSIONS = (der.context(number, constructed=True) for number in (0, 3))
 _UTF8, _NUMERIC, _PRINTABLE, _T61, _IA5, _BMP = 0x0C, 0x12, 0x13, 0x14, 0x16, 0x1E
-#: A leaf's subject must be in these string types, which all readers read alike.
+#: String types of a leaf's subject, which all parsers read alike.
 _LEAF_STRINGS = (_UTF8, _PRINTABLE, _IA5)
 _STRING_NAMES = {
     _NUMERIC: "NumericString",
@@ -79,17 +79,17 @@ _STRING_NAMES = {
 }
 _PRINTABLE_VALUE = re.compile(rb"[A-Za-z0-9 '()+,\-./:=?*&]*")
 _NUMERIC_VALUE = re.compile(rb"[0-9 ]*")
-#: A host name as Go takes it where constraints are compared; `domainNameValid` in its parser.go.
+#: A host name that Go accepts in constraints; `domainNameValid` in its parser.go.
 _DOMAIN = re.compile(r"(?:[!-\-/-~]{1,63}\.)*[!-\-/-~]{1,63}")
-#: A URI that Go reads: a scheme, and a host of a plain name or address where there is one.
+#: A URI that Go parses: a scheme, and, if there is a host, a plain name or address.
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:(?://[\w-]+(?:\.[\w-]+)*(?:/[\w/.~:@-]*)?|[\w.~:@-][\w/.~:@-]*)", re.ASCII)
 
 
-# --- one certificate by itself ----------------------------------------------------------------------------------------
+# --- a single certificate ---------------------------------------------------------------------------------------------
 
 
 def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
-    """Violations: parts of one certificate that Go can't read, or can't handle."""
+    """Parts of one certificate that Go can't read or does not support."""
     try:
         parts = _parts(certificate)
         yield from _identifiers(certificate, parts, leaf=leaf)
@@ -102,10 +102,10 @@ def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
 
 
 class _Parts(NamedTuple):
-    """A certificate's parts as they are encoded (RFC 5280 §4.1)."""
+    """A certificate's encoded parts (RFC 5280 §4.1)."""
 
-    size: int  #: Of the whole.
-    algorithm: bytes  #: signatureAlgorithm, which stands outside of what is signed.
+    size: int  #: The size of the whole certificate.
+    algorithm: bytes  #: The outer signatureAlgorithm, which the signature does not cover.
     fields: tuple[der.Element, ...]  #: serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, …
 
 
@@ -123,7 +123,7 @@ def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
 
 
 def _identifiers(certificate: x509.Certificate, parts: _Parts, *, leaf: bool) -> Iterator[Violation]:
-    """Serial numbers are not negative (old CAs of kubeadm have 0); the signature's two algorithm names are equal."""
+    """The serial number is not negative (old CAs of kubeadm have 0); the signature's two algorithm names are equal."""
     _small_oid(parts.fields[1].children()[0].content)
     if not leaf and certificate.serial_number < 0:
         yield Violation(subject="serial number", want="a positive number", got=str(certificate.serial_number))
@@ -137,7 +137,7 @@ def _issuer_name(name: der.Element) -> tuple[Violation, ...]:
 
 
 def _name(label: str, name: der.Element, *, leaf: bool) -> Iterator[Violation]:
-    """Each attribute is of a string type that Go reads, and holds what the type allows."""
+    """Each attribute has a string type that Go reads, with content that the type allows."""
     for rdn in name.children():
         for attribute in rdn.children():
             kind, value = attribute.children()
@@ -164,13 +164,13 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _is_bmp(content: bytes) -> bool:
-    """UCS-2 without surrogates and what is no character; a zero at the end is cut."""
+    """UCS-2 without surrogates and noncharacters; a zero at the end is removed."""
     points = [int.from_bytes(content[i : i + 2]) for i in range(0, len(content), 2)]
     odd = (range(0xD800, 0xE000), range(0xFDD0, 0xFDF0), range(0xFFFE, 0x10000))
     return len(content) % 2 == 0 and not any(point in some for point in points for some in odd)
 
 
-#: By string type: what its content may be.
+#: The allowed content of each string type.
 _ALLOWED: dict[int, Callable[[bytes], bool]] = {
     _UTF8: _is_utf8,
     _PRINTABLE: lambda content: _PRINTABLE_VALUE.fullmatch(content) is not None,
@@ -182,7 +182,7 @@ _ALLOWED: dict[int, Callable[[bytes], bool]] = {
 
 
 def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> Iterator[Violation]:
-    """The key is encoded as RFC 3279 §2.3 and the times as RFC 5280 §4.1.2.5 demand, since Go reads nothing else."""
+    """The encoding of the key follows RFC 3279 §2.3, and of times RFC 5280 §4.1.2.5, since Go reads no other."""
     key = certificate.public_key()
     plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if fields[5].encoded != plain:
@@ -197,7 +197,7 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
 
 @lru_cache(maxsize=_REMEMBERED)
 def _small_oid(content: bytes) -> None:
-    """Refuse an OID with a number of more than 31 bits (as in those made of UUIDs), which Go can't read."""
+    """Refuse an OID with a number of more than 31 bits (as in OIDs made of UUIDs), which Go can't read."""
     number = 0
     for byte in content:
         number = number << 7 | byte & 0x7F
@@ -229,7 +229,7 @@ def _raw_extensions(certificate: x509.Certificate) -> tuple[tuple[bytes, bytes],
 
 
 def _critical(each: x509.Extension[x509.ExtensionType]) -> Iterator[Violation]:
-    """Go refuses some that are critical against the RFC, and all that it does not handle."""
+    """Go refuses some extensions that are critical against the RFC, and every unknown critical extension."""
     if each.oid in _NEVER_CRITICAL:
         yield Violation(subject="critical extension", want=f"{_label(each.oid)} not critical", got="it is")
     elif each.oid not in _HANDLED:
@@ -241,7 +241,7 @@ def _label(oid: x509.ObjectIdentifier) -> str:
 
 
 def _sans(names: x509.SubjectAlternativeName, critical: bool) -> Iterator[Violation]:
-    """A critical SAN needs a name that Go handles; URIs and addresses must be well-formed."""
+    """A critical SAN extension needs a name that Go supports; URIs and addresses must be well-formed."""
     if critical and not any(isinstance(name, _NAMES) for name in names):
         yield Violation(subject="SAN", want="a name that Kubernetes knows, since it is critical", got="none")
     for name in names:
@@ -252,7 +252,7 @@ def _sans(names: x509.SubjectAlternativeName, critical: bool) -> Iterator[Violat
 
 
 def _constraints(constraints: x509.NameConstraints, critical: bool) -> Iterator[Violation]:
-    """Name constraints of types that Go handles, with readable values."""
+    """Name constraints are of types that Go supports, with readable values."""
     subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
     for base in subtrees:
         if not isinstance(base, _NAMES):
@@ -275,19 +275,19 @@ def _is_constraint(base: x509.GeneralName) -> bool:
 
 
 def _crl_points(points: x509.CRLDistributionPoints, _: bool) -> Iterator[Violation]:
-    """Go reads no distribution point that is named relative to its issuer (RFC 5280 §4.2.1.13)."""
+    """Go reads no distribution point whose name is relative to its issuer (RFC 5280 §4.2.1.13)."""
     if any(point.relative_name is not None for point in points):
         yield Violation(subject="CRL distribution points", want="full names", got="one relative to its issuer")
 
 
 def _certificate_policies(policies: x509.CertificatePolicies, _: bool) -> Iterator[Violation]:
-    """Each once (RFC 5280 §4.2.1.4)."""
+    """Policies do not repeat (RFC 5280 §4.2.1.4)."""
     twice = [oid for oid, count in Counter(policy.policy_identifier for policy in policies).items() if count > 1]
     if twice:
         yield Violation(subject="certificate policies", want="each once", got=f"{_label(twice[0])} twice")
 
 
-#: By type of the extension; each gets whether it is critical, too.
+#: Checks by type of extension; each also gets whether the extension is critical.
 _VALUE_CHECKS: dict[type[x509.ExtensionType], Callable[[Any, bool], Iterator[Violation]]] = {
     x509.SubjectAlternativeName: _sans,
     x509.NameConstraints: _constraints,
@@ -297,7 +297,7 @@ _VALUE_CHECKS: dict[type[x509.ExtensionType], Callable[[Any, bool], Iterator[Vio
 
 
 def _assert_mappings(value: bytes) -> None:
-    """policyMappings are pairs of OIDs; the library does not read them (RFC 5280 §4.2.1.5)."""
+    """Check that policyMappings are pairs of OIDs; the library does not read them (RFC 5280 §4.2.1.5)."""
     for pair in der.one(value, der.SEQUENCE).children():
         tags = [part.tag for part in der.one(pair.encoded, der.SEQUENCE).children()]
         if tags != [der.OID, der.OID]:
@@ -323,7 +323,7 @@ _RAW_CHECKS: dict[bytes, Callable[[bytes], None]] = {
 def path(
     leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, ekus: Iterable[EKU]
 ) -> Iterator[Violation]:
-    """Violations: steps that Go does not follow in a path that the library has built."""
+    """Steps that Go does not follow in a path that the library has built."""
     for issuer in (*intermediates, anchor):
         who = "the CA" if issuer is anchor else f"intermediate {subject_line(issuer)}"
         for violation in _issuer_form(issuer):
@@ -352,7 +352,7 @@ def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator
 
 
 def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
-    """Names are equal bytes, path lengths count every issuer, no CA is repeated, and all fit into a message."""
+    """Names are equal byte by byte, path lengths count every issuer, no CA is repeated, and all fit into a message."""
     parts = [_parts(each) for each in whole]
     for child, below, above in zip(whole, parts, parts[1:], strict=False):
         if below.fields[2] != above.fields[4]:
@@ -370,7 +370,7 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
 
 
 def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
-    """If an issuer demands policies, one must be in all certificates below it (RFC 5280 §6.1 allows more)."""
+    """If an issuer requires policies, all certificates below it must share one (RFC 5280 §6.1 allows more)."""
     mapped = [each for each in sent if _mappings(each)]
     constraints = [(each, extension(each, x509.PolicyConstraints)) for each in sent]
     demanded = [each for each, own in constraints if own is not None and own.require_explicit_policy is not None]
@@ -402,7 +402,7 @@ def _policy_oids(certificate: x509.Certificate) -> set[str]:
 
 
 def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
-    """All SANs below a constrained issuer are within its constraints (RFC 5280 §4.2.1.10), as in Go."""
+    """All SANs below a constrained issuer satisfy its constraints (RFC 5280 §4.2.1.10), as in Go."""
     for index, issuer in enumerate(whole):
         constraints = extension(issuer, x509.NameConstraints)
         if constraints is None:
@@ -417,7 +417,7 @@ def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
 
 def _is_within(name: x509.GeneralName, constraints: x509.NameConstraints) -> bool:
     if isinstance(name, x509.RFC822Name | x509.UniformResourceIdentifier):
-        return False  # kubeadm makes none; comparing them is Go's alone
+        return False  # kubeadm makes none, and only Go knows how to compare them
     if isinstance(name, x509.DNSName) and not _DOMAIN.fullmatch(name.value):
         return False
     permitted = [base for base in constraints.permitted_subtrees or () if type(base) is type(name)]

@@ -1,7 +1,7 @@
 """
 The subject and SANs that kubeadm gives each certificate, by version (pure), from its certlist.go, kubeconfig.go and
 pkiutil, and compared with `kubeadm certs generate-csr` of 1.34 to 1.37 (`python -m tests.measure.versions`); and whether
-a live certificate has its name's identity, so that no renewal copies an intruder's.
+a live certificate has the identity of its name, so that no renewal copies an intruder's.
 """
 
 from __future__ import annotations
@@ -28,44 +28,44 @@ from bridge.words import one_line
 ADMINS = "kubeadm:cluster-admins"
 _VERSION = re.compile(r"v?(\d{1,3})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[-+].*)?")
 
-#: From these patch releases on apiserver-kubelet-client is in no group; a binding of its user has its rights
+#: From these patch releases on, apiserver-kubelet-client is in no group; a binding gives its user the rights
 #: (kubernetes/kubernetes#138957 and its cherry-picks; 1.34.4, 1.35.4, 1.36.3 and 1.37.2 were read).
 _FIRST_PATCHES_WITHOUT_GROUP = {33: 12, 34: 8, 35: 5, 36: 1}
 _FIRST_WITH_ADMINS = 29
 
 
 class Release(NamedTuple):
-    """A version of Kubernetes."""
+    """A Kubernetes version."""
 
     major: int
     minor: int
-    patch: int | None = None  #: None: not known.
+    patch: int | None = None  #: None: unknown.
 
     def __str__(self) -> str:
         return f"v{self.major}.{self.minor}{'' if self.patch is None else f'.{self.patch}'}"
 
 
 def parse_release(text: str) -> Release | None:
-    """A version such as `v1.37.2`; None: something else, such as `stable-1` or nothing."""
+    """Parse a version such as `v1.37.2`; None: other text, such as `stable-1`, or no text."""
     found = _VERSION.fullmatch(text.strip())
     return found and Release(int(found[1]), int(found[2]), None if found[3] is None else int(found[3]))
 
 
 class NoFactError(BridgeError):
-    """A fact that a name needs is not known."""
+    """A fact that a name needs is unknown."""
 
     hint = "--kubeadm-config FILE names kubeadm's configuration, which has what is missing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamingFacts:
-    """The facts for kubeadm's subjects and SANs; an empty fact is not known."""
+    """The facts for kubeadm's subjects and SANs; an empty fact is unknown."""
 
     release: Release | None = None
-    node: str = ""  #: Its name in the cluster.
-    address: str = ""  #: Advertise address of this node's API server.
+    node: str = ""  #: The node's name in the cluster.
+    address: str = ""  #: The advertise address of this node's API server.
     service_address: str = ""
-    endpoint_host: str = ""  #: Of `controlPlaneEndpoint`; empty also where there is none.
+    endpoint_host: str = ""  #: Host of `controlPlaneEndpoint`; also empty if it is not set.
     dns_domain: str = ""
     api_sans: tuple[str, ...] = ()
     etcd_server_sans: tuple[str, ...] = ()
@@ -73,12 +73,12 @@ class NamingFacts:
 
 
 def naming(spec: CertificateSpec, facts: NamingFacts) -> Naming:
-    """The subject and SANs that kubeadm of this release would ask for."""
+    """The subject and SANs that this release of kubeadm would request."""
     return Naming(subject=subject(spec, facts), sans=_sans(spec, facts))
 
 
 def subject(spec: CertificateSpec, facts: NamingFacts) -> x509.Name:
-    """The subject alone."""
+    """The subject of `naming`."""
     common_name = spec.common_names[0]
     if "{node}" in common_name:
         common_name = common_name.replace("{node}", _known(facts.node, "the node's name"))
@@ -86,7 +86,7 @@ def subject(spec: CertificateSpec, facts: NamingFacts) -> x509.Name:
 
 
 def groups(spec: CertificateSpec, release: Release | None) -> tuple[str, ...]:
-    """The O values; they differ by release."""
+    """The O values, which differ by release."""
     if len(spec.groups) == 1:
         return tuple(sorted(spec.groups[0]))
     if release is None:
@@ -117,7 +117,7 @@ def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, 
         own = [_known(facts.service_address, "the service subnet"), _known(facts.address, "the advertise address")]
         endpoint = [facts.endpoint_host] if facts.endpoint_host else []
         return _in_order([node, *service, *own, *endpoint, *facts.api_sans])
-    if spec.by_flag:  # by which probes, scanners on the node, and readers of metrics ask for it
+    if spec.by_flag:  # probes, scanners on the node and readers of metrics use this name
         own = [_known(facts.node, "the node's name"), "localhost", _known(facts.address, "the advertise address")]
         return _in_order([*own, "127.0.0.1", "::1"])
     if spec.name in {"etcd-server", "etcd-peer"}:
@@ -128,7 +128,7 @@ def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, 
 
 
 def _in_order(texts: Sequence[str]) -> tuple[x509.GeneralName, ...]:
-    """SANs in kubeadm's order, in small letters: names sorted by their bytes, then addresses as they come, each once."""
+    """SANs in kubeadm's order, lower-case and without duplicates: names sorted by bytes, then addresses as given."""
     try:
         found = alternative_names(text.lower() for text in texts)
     except ValueError as e:
@@ -144,19 +144,19 @@ def _known(value: str, what: str) -> str:
 
 
 def text_of(names: Iterable[x509.GeneralName]) -> str:
-    """The names as one text, for messages."""
+    """The names in one text, for messages."""
     return ", ".join(str(one.value) for one in names) or "none"
 
 
-#: Begins a kubelet's CN; what follows is the node's name (kubeadm, kubeconfig.go).
+#: The prefix of a kubelet's CN, before the node's name (kubeadm, kubeconfig.go).
 _NODE_USER = "system:node:"
 _LONGEST_NAME = 253
-#: RFC 1123 subdomains, as the API wants Node objects to be called.
+#: An RFC 1123 subdomain, which the API requires for names of Node objects.
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 
 
 def is_node_name(text: str) -> bool:
-    """Whether a Node object can have this name."""
+    """Whether a text is a valid name of a Node object."""
     return len(text) <= _LONGEST_NAME and _NODE_NAME.fullmatch(text) is not None
 
 
@@ -164,13 +164,13 @@ _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def is_host_name(name: str) -> bool:
-    """Labels of letters, digits and hyphens with dots between them (RFC 1123 §2.1, RFC 1035 §2.3.4)."""
+    """Whether a text is labels of letters, digits and hyphens, separated by dots (RFC 1123 §2.1, RFC 1035 §2.3.4)."""
     return len(name) <= _LONGEST_NAME and all(map(_LABEL.fullmatch, name.split(".")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedNode:
-    """One line of a list of nodes."""
+    """One line of a node list."""
 
     line: int
     role: str  #: Empty in a list without roles.
@@ -179,7 +179,7 @@ class ListedNode:
 
 
 def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
-    """Read a list of nodes: `NAME ADDRESS …` a line, after `ROLE` in a list with roles; `#` begins a comment."""
+    """Parse a node list: `NAME ADDRESS …` a line, after `ROLE` in a list with roles; `#` begins a comment."""
     found: list[ListedNode] = []
     names, known = set[str](), set[str]()
     for number, line in enumerate(text.splitlines(), start=1):
@@ -201,19 +201,19 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
 
 
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
-    """The certificate with another node's names and a throw-away signature, only to be read."""
+    """A copy of the certificate with another node's names and a throwaway signature, only for reading."""
     sans = extension(certificate, x509.SubjectAlternativeName) or ()
     theirs = Naming(subject=_subject(certificate.subject, names), sans=tuple(_san(san, names) for san in sans))
     return named(certificate, theirs)
 
 
 def named(certificate: x509.Certificate, naming: Naming) -> x509.Certificate:
-    """A certificate with these names and a throw-away signature, only to be read."""
+    """A certificate with these names and a throwaway signature, only for reading."""
     return _unsigned(naming, certificate.issuer, certificate.public_key(), certificate.not_valid_before_utc)
 
 
 def sample(naming: Naming, begin: datetime) -> x509.Certificate:
-    """A certificate of no CA with these names, only to be read."""
+    """A certificate with these names, from no CA, only for reading."""
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     return _unsigned(naming, subject_of("no issuer"), key, begin)
 
@@ -221,9 +221,9 @@ def sample(naming: Naming, begin: datetime) -> x509.Certificate:
 def builder_of(
     subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes, begin: datetime, end: datetime
 ) -> x509.CertificateBuilder:
-    """The beginning of a certificate, with a serial number of 63 bits as kubeadm's."""
+    """Begin building a certificate, with a 63-bit serial number like kubeadm's."""
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    builder = builder.serial_number(x509.random_serial_number() >> 96)  # of 159 bits
+    builder = builder.serial_number(x509.random_serial_number() >> 96)  # 63 of 159 bits
     return builder.not_valid_before(begin).not_valid_after(end)
 
 
@@ -255,7 +255,7 @@ def _san(san: x509.GeneralName, names: Mapping[str, str]) -> x509.GeneralName:
     return x509.DNSName(other) if isinstance(san, x509.DNSName) else san
 
 
-# --- whether a live certificate has its name's identity; dates don't count ---------------------------------------------
+# --- whether a live certificate has the identity of its name; dates do not count ---------------------------------------
 
 
 def identity_violations(
@@ -265,7 +265,7 @@ def identity_violations(
     anchor_name: str,
     extra: frozenset[tuple[str, str]] = frozenset(),
 ) -> list[Violation]:
-    """Violations of a live certificate: another CA, another user, or other groups."""
+    """A live certificate's deviations: another CA, another user, or other groups."""
     leaf = certificates[0]
     try:
         return [
@@ -290,7 +290,7 @@ def _foreign_issuer(
 
 
 def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
-    """Kubernetes takes the CN as the user, and so does etcd with users."""
+    """Kubernetes uses the CN as the user, and so does etcd with users."""
     found = common_names(leaf.subject)
     if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
@@ -310,7 +310,7 @@ def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
 def _foreign_groups(
     spec: CertificateSpec, leaf: x509.Certificate, extra: frozenset[tuple[str, str]]
 ) -> Iterator[Violation]:
-    """Kubernetes takes each O as a group; kubeadm's versions differ in them."""
+    """Kubernetes uses each O as a group; kubeadm's versions differ in the groups."""
     found = frozenset(value for oid, value in attributes(leaf.subject) if oid == O_OID and (oid, value) not in extra)
     if not any(found <= allowed for allowed in spec.groups):
         want = " or ".join(", ".join(sorted(allowed)) or "none" for allowed in spec.groups)

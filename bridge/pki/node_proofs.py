@@ -1,14 +1,14 @@
 """
-What a node proves to a door besides its requests: that it has a one-time secret, and that it has replaced a certificate (pure).
+A node's proofs to a door, besides its requests: that it has a one-time secret, and that it has replaced a certificate (pure).
 
 The secret is the seed of an Ed25519 key (RFC 8032), whose signature covers the request's digest. It never travels with a
-bundle, what the door keeps (the public key's SHA-256) forges no proof, and a proof that was overheard is good for the
-same request alone. A client of EST sends the secret itself as its password, over TLS that it has verified; the door then
-computes the same hash from it.
+bundle, the door's copy (the public key's SHA-256) can't forge a proof, and an overheard proof is only good for the same
+request. An EST client sends the secret itself as its password, over TLS that it has verified; the door then computes the
+same hash from it.
 
-A certificate may be revoked when its successor is in use: the successor's key signs the node's name, its cluster's, the
-certificate's, and both certificates, so that the word is good for nothing else. It covers no time: what is revoked stays
-so, and the same word once more changes nothing.
+A certificate may be revoked once its successor is in use: the successor's key signs the names of node, cluster and
+certificate, and both certificates, so that the proof is good for nothing else. It covers no time: a revocation is final,
+and repeating the proof changes nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bridge.pki.bundle_format import Fields, certificate, parse
 from bridge.pki.certificates import fingerprint, pem
 from bridge.pki.signatures import is_by
 
-#: The scheme of the header `Authorization` (RFC 9110 §11.4).
+#: The scheme in the `Authorization` header (RFC 9110 §11.4).
 SCHEME = "CA-Bridge-Enrolment"
 SECRET_BYTES = 32
 _SECRET = re.compile(r"[A-Za-z0-9_-]{43}")  # base64url of 32 bytes
@@ -39,12 +39,12 @@ _PUBLIC_BYTES, _SIGNATURE_BYTES = 32, 64
 
 
 def secret_hash(secret: str) -> str | None:
-    """The hash that the door keeps of a secret: the SHA-256 (hex) of its public key; None: the text is no secret of an enrolment."""
+    """The hash that the door keeps of a secret: the SHA-256 (hex) of its public key; None: not a secret of an enrolment."""
     return None if _SECRET.fullmatch(secret) is None else _key_hash(_secret_key(secret).public_key().public_bytes_raw())
 
 
 def enrolment_proof(secret: str, request_digest: str) -> str:
-    """The value of `Authorization` for a request with this digest (ValueError: the text is no secret of an enrolment)."""
+    """The value of `Authorization` for a request with this digest (ValueError: not a secret of an enrolment)."""
     if _SECRET.fullmatch(secret) is None:
         raise ValueError("the 43 characters that `ca-bridge enroll` prints")
     key = _secret_key(secret)
@@ -53,7 +53,7 @@ def enrolment_proof(secret: str, request_digest: str) -> str:
 
 
 def enrolled_by(authorization: str, request_digest: str) -> str | None:
-    """The hash of the secret that made this proof for this request; None: it proves nothing."""
+    """The hash of the secret behind this proof for this request; None: the proof is invalid."""
     scheme, _, encoded = authorization.partition(" ")
     try:
         evidence = b64decode(encoded.strip(), validate=True) if scheme.lower() == SCHEME.lower() else b""
@@ -81,13 +81,13 @@ _REVOCATION_CONTEXT = b"ca-bridge revocation 1"
 def revocation(
     key: PrivateKeyTypes, *, name: str, node: str, cluster: str, old: x509.Certificate, successor: x509.Certificate
 ) -> Revocation:
-    """The request to revoke, signed by the successor's key (ValueError: a key that can't sign)."""
+    """Make a revocation request, signed by the successor's key (ValueError: the key can't sign)."""
     proof = signatures.sign(key, _revocation_message(name, node, cluster, old, successor))
     return Revocation(name=name, certificate=old, successor=successor, proof=proof)
 
 
 def is_revocation_proven(revocation: Revocation, node: str, cluster: str) -> bool:
-    """Whether the successor's key has signed it for this node."""
+    """Whether the successor's key has signed the request for this node."""
     try:
         key = revocation.successor.public_key()
     except (ValueError, UnsupportedAlgorithm):
@@ -104,7 +104,7 @@ def _revocation_message(
 
 
 def revocation_json(revocation: Revocation) -> bytes:
-    """As it goes to a door."""
+    """Encode a revocation request for a door."""
     document = {
         "schema": SCHEMA,
         "name": revocation.name,
@@ -116,7 +116,7 @@ def revocation_json(revocation: Revocation) -> bytes:
 
 
 def revocation_of(data: bytes) -> Revocation:
-    """What `revocation_json` writes (BundleError: something else)."""
+    """Decode the output of `revocation_json` (BundleError: it is something else)."""
     fields = Fields.of(parse(data), "", ("schema", "name", "certificate", "successor", "proof"))
     fields.choice("schema", [SCHEMA])
     if not is_carried(fields.values["name"]):

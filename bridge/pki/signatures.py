@@ -24,7 +24,7 @@ _PSS = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
 
 
 def framed(parts: Iterable[bytes]) -> bytes:
-    """A message to sign: each part behind its length, so that no other parts make the same message."""
+    """Build a message to sign: each part follows its length, so that no other parts give the same message."""
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
@@ -43,7 +43,7 @@ _PROVING = rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicK
 
 
 def is_by(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, message: bytes) -> bool:
-    """Whether `sign` made the signature with this key; not by a key of another type, which proves nothing."""
+    """Whether `sign` made the signature with this key; False for a key of another type, which proves nothing."""
     try:
         if isinstance(key, rsa.RSAPublicKey):
             key.verify(signature, message, _PSS, hashes.SHA256())
@@ -51,33 +51,33 @@ def is_by(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, mes
             key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
         elif isinstance(key, ed25519.Ed25519PublicKey):
             key.verify(signature, message)
-    except (InvalidSignature, ValueError):  # ValueError: an RSA key that is too small to have made any
+    except (InvalidSignature, ValueError):  # ValueError: an RSA key too small to have made any
         return False
     return isinstance(key, _PROVING)
 
 
 def public_key(pem: bytes) -> PublicKeyTypes:
-    """The key of a certificate, or a public key, in PEM."""
+    """Load the key of a certificate, or a public key, in PEM."""
     try:
         found = load_pem_public_key(pem) if b"PUBLIC KEY" in pem else x509.load_pem_x509_certificate(pem).public_key()
     except UNREADABLE:
         raise ValueError("a certificate or a public key in PEM") from None
     if not isinstance(found, _PROVING):
-        raise ValueError("an RSA, ECDSA or Ed25519 key")  # noqa: TRY004 (of a file, not of a caller)
+        raise ValueError("an RSA, ECDSA or Ed25519 key")  # noqa: TRY004 (the file is wrong, not the caller)
     return found
 
 
-#: The prefix differs from anything else that such a key signs.
+#: The prefix differs from all other messages that such a key signs.
 _PROOF_CONTEXT_1 = b"ca-bridge continuity proof v1"
 _PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """The terms that a proof of version 2 covers besides the CSR and who asks."""
+    """What a proof of version 2 covers besides the CSR and the requester."""
 
-    validity: timedelta  #: Asked for; whole seconds.
-    created: datetime  #: The bundle's, so that it can't be made to look younger.
+    validity: timedelta  #: The requested validity, in whole seconds.
+    created: datetime  #: The bundle's time, so that it can't be made to look younger.
 
 
 def sign_proof(
@@ -90,12 +90,12 @@ def sign_proof(
     cluster: str,
     terms: Terms | None,
 ) -> bytes:
-    """Sign this CSR, for one request of one bundle, with the key of the certificate that it replaces."""
+    """Sign this CSR with the key of the certificate that it replaces, for one request of one bundle."""
     return sign(old_key, _proof_message(csr, (batch, node, cluster, name), terms))
 
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
-    """Why the continuity proof does not hold; None: the bundle's maker has the key of `replaces`, which has the new one's CN."""
+    """Why the continuity proof fails; None: the bundle's maker has the key of `replaces`, whose CN is the new one's."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
     if request.proof is None:
@@ -125,7 +125,7 @@ def _other_holder(csr: x509.CertificateSigningRequest, replaces: x509.Certificat
 
 
 def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tuple[str, str]]:
-    """The CN; the whole subject where there is none."""
+    """The CN, or the whole subject if there is none."""
     parts = attributes(subject.subject)
     return [part for part in parts if part[0] == CN_OID] or parts
 
@@ -140,7 +140,7 @@ def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], term
 
 
 def usages_problem(request: BundledRequest) -> str | None:
-    """Why the replaced certificate does not prove a right to these usages; without EKUs it proves all."""
+    """Why the replaced certificate does not prove a right to these usages; without EKUs it proves every usage."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
     try:
@@ -154,7 +154,7 @@ def usages_problem(request: BundledRequest) -> str | None:
 
 
 def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
-    """Why no CA of the authority signed the replaced certificate, expired or not; None when one did."""
+    """Why no CA of the authority signed the replaced certificate, expired or not; None: one did."""
     if request.replaces is None:
         return "wanted the certificate that is replaced, found none"
     if any(is_signed_by(request.replaces, ca) for ca in cas):

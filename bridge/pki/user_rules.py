@@ -1,4 +1,4 @@
-"""Which names, groups and lifetimes a user's certificate may have (pure); Kubernetes' own only if they are listed."""
+"""Names, groups and lifetimes that a user's certificate may have (pure); Kubernetes' own only if they are listed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bridge.pki.expiry import duration_text
 from bridge.specs import SPECS
 from bridge.words import one_of
 
-#: Kubernetes' own names (`system:masters`, which no RBAC rule can hold back, nodes and components), and kubeadm's.
+#: Kubernetes' own names (`system:masters`, which no RBAC rule can restrict, nodes and components), and kubeadm's.
 _RESERVED = ("system:", "kubeadm:")
-#: kubeadm's own users, which are shared by all who have the file, so that audit logs name no person.
+#: kubeadm's own users: everyone with the file shares them, so audit logs name no person.
 _SHARED = {name for spec in SPECS.values() for name in spec.common_names if "{" not in name}
-#: Characters that Kubernetes, RBAC manifests and shells all take; e-mail addresses fit.
+#: Characters that Kubernetes, RBAC manifests and shells all accept; e-mail addresses fit.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:/+-]{0,63}")
 NAME_FORM = "at most 64 letters, digits and ._@:/+-, a letter or digit first"
 _LONGEST_SHOWN = 80
-#: Time to install and use it.
+#: Enough time to install and use the certificate.
 SHORTEST = timedelta(minutes=10)
 
 
@@ -29,21 +29,21 @@ class User:
     """The user that a certificate is for."""
 
     name: str  #: Kubernetes' user name: the CN.
-    groups: tuple[str, ...] = ()  #: The O values, each once.
+    groups: tuple[str, ...] = ()  #: The O values without duplicates.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The limits on users that a table `[users]` sets."""
+    """The limits for users from a table `[users]`."""
 
-    groups: tuple[str, ...]  #: Patterns, as in a shell.
-    allow: tuple[str, ...]  #: Reserved names and groups that may be, nevertheless.
+    groups: tuple[str, ...]  #: Shell patterns.
+    allow: tuple[str, ...]  #: Reserved names and groups that are allowed nevertheless.
     max_validity: timedelta
-    names: tuple[str, ...] = ("*",)  #: Patterns, as in a shell.
+    names: tuple[str, ...] = ("*",)  #: Shell patterns.
 
 
 def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
-    """All reasons against a user."""
+    """All reasons against a user's certificate."""
     return [*name_problems(user, limits), *_validity_problems(validity, limits)]
 
 
@@ -57,14 +57,14 @@ def name_problems(user: User, limits: Limits) -> list[str]:
 
 
 def misnamed(user: User) -> Iterator[tuple[str, str]]:
-    """What no settings allow: whether it is the name or a group, and how it is shown."""
+    """Names and groups that no settings can allow: name or group, and its text for messages."""
     for what, text in (("name", user.name), *(("group", group) for group in user.groups)):
         if not _NAME.fullmatch(text):
             yield what, repr(text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…")
 
 
 def _problems_of(what: str, text: str, patterns: Sequence[str], limits: Limits) -> Iterator[str]:
-    """The reasons against a name or a group; one in another form has been reported."""
+    """The reasons against a name or a group, except its form, which is already reported."""
     if not _NAME.fullmatch(text) or text in limits.allow:
         return
     if text.lower().startswith(_RESERVED) or (what == "name" and text in _SHARED):

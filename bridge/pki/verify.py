@@ -1,9 +1,9 @@
 """
-Proof that a CA's answer is exactly what was asked for (pure: no file, no network, no clock).
+Verifies that a CA's answer is exactly the requested certificate (pure: no file, no network, no clock).
 
-kubeadm checks little more than the chain, so every property that makes a certificate work is checked here, and all
-violations are reported at once; `bridge.pki.go_x509` adds what Go can't read or verify. Not checked: revocation (no
-control-plane component looks at it).
+kubeadm checks little more than the chain, so this module checks every property that makes a certificate work, and
+reports all violations at once; `bridge.pki.go_x509` adds what Go can't read or verify. Not checked: revocation (no
+control-plane component checks it).
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from bridge.pki.csr import algorithm_name, issuer_line
 from bridge.specs import EKU
 from bridge.words import one_line
 
-#: How far a CA's clock may be ahead of the node's; the installation waits for the difference.
+#: How far a CA's clock may be ahead of the node's; the installation waits until then.
 CLOCK_SKEW = expiry.CLOCK_SKEW
 
-#: How much earlier than the replaced certificate's the new end may be: CAs count the validity from a beginning that
-#: they backdate (cfssl by 5 minutes by default), and a certificate that was made just now may be renewed, too.
+#: How much earlier than the replaced certificate's the new end may be: CAs count the validity from a backdated
+#: beginning (cfssl by 5 minutes by default), and a certificate may be renewed right after it was issued.
 BACKDATING = timedelta(hours=1)
 
-#: CAs backdate by minutes, few by hours; an earlier beginning means an old certificate or a wrong clock.
+#: CAs backdate by minutes, a few by hours; an earlier beginning means an old certificate or a wrong clock.
 LONGEST_BACKDATING = timedelta(days=2)
 
-#: CAs count the longest validity from a beginning of their own, and round.
+#: CAs count the longest validity from their own beginning, and round.
 _ROUNDING = timedelta(minutes=10)
 
-#: Thousands of answers have the same few issuers.
+#: Thousands of answers share a few issuers.
 _REMEMBERED = 64
 
 MIN_RSA_BITS = 2048
@@ -72,34 +72,34 @@ class Expectation:
     #: All certificates of the CA file. Only the first is a trust anchor for kubeadm (1.21 and newer, measured on 1.37).
     anchors: tuple[x509.Certificate, ...]
     anchor_name: str  #: For messages, such as `etcd/ca.crt`.
-    now: datetime  #: Aware, UTC.
+    now: datetime  #: Aware, in UTC.
     min_validity: timedelta
-    shorter_allowed: bool = False  #: It may end before the certificate that it replaces.
+    shorter_allowed: bool = False  #: The certificate may end before the one that it replaces.
     intermediates_allowed: bool = True  #: False below kubeadm 1.21, which reads one certificate a file.
-    #: (OID, value) of subject attributes that this CA always adds; a named exception in the settings.
+    #: Pairs of (OID, value): subject attributes that this CA always adds, which the settings allow.
     extra_subject: frozenset[tuple[str, str]] = frozenset()
-    longest: timedelta | None = None  #: It may live no longer from now on; None: the CA's profile decides.
-    longest_name: str = ""  #: The setting that says so, for messages.
-    #: A certificate of the first anchor by an earlier CA, which goes behind each leaf for clients that trust that one alone.
+    longest: timedelta | None = None  #: The longest lifetime from now; None: the CA's profile decides.
+    longest_name: str = ""  #: The setting with that limit, for messages.
+    #: An earlier CA's certificate for the first anchor, appended to each leaf for clients that trust only that CA.
     cross: x509.Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """A leaf that passed, and the intermediates that its file needs after it, each certifying the one before it."""
+    """A leaf that passed, with the intermediates that follow it in its file, each certifying the one before it."""
 
     leaf: x509.Certificate
     intermediates: tuple[x509.Certificate, ...]
-    cross: tuple[x509.Certificate, ...] = ()  #: One or none: see `Expectation.cross`.
+    cross: tuple[x509.Certificate, ...] = ()  #: At most one: see `Expectation.cross`.
 
     @property
     def chain(self) -> tuple[x509.Certificate, ...]:
-        """The content of its file."""
+        """The certificates for its file."""
         return (self.leaf, *self.intermediates, *self.cross)
 
 
 def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verified:
-    """Compare a CA's answer with our request, never with other data of the CA."""
+    """Compare a CA's answer with our request, never with other data from the CA (VerificationError)."""
     violations = list(_unreadable(issued, expected))
     path: tuple[x509.Certificate, ...] = ()
     if not violations:
@@ -115,7 +115,7 @@ def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verifi
 
 
 def error_of(issued: Issued, request: SignRequest, expected: Expectation) -> VerificationError | None:
-    """Why an answer does not pass `check`; None: it passes."""
+    """Why an answer fails `check`; None: it passes."""
     try:
         check(issued, request, expected)
     except VerificationError as e:
@@ -123,7 +123,7 @@ def error_of(issued: Issued, request: SignRequest, expected: Expectation) -> Ver
     return None
 
 
-#: What the library reads only when it is asked for.
+#: Parts that the library parses on demand.
 _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
     "subject": lambda certificate: certificate.subject,
     "issuer": lambda certificate: certificate.issuer,
@@ -135,7 +135,7 @@ _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
 
 
 def _unreadable(issued: Issued, expected: Expectation) -> Iterator[Violation]:
-    """Parts of the answer, and of the node's CA certificate, that can't be read; without them no other check makes sense."""
+    """Unreadable parts of the answer and of the node's CA certificate, with which no other check makes sense."""
     for part, why in _parts_unreadable(issued.leaf):
         yield Violation(subject=part, want="one that can be read", got=why)
     for intermediate in issued.intermediates:
@@ -160,7 +160,7 @@ def _parts_unreadable(certificate: x509.Certificate) -> tuple[tuple[str, str], .
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
-    """All violations of the leaf by itself; the chain is apart."""
+    """All violations of the leaf itself, without its chain."""
     leaf, csr = issued.leaf, request.csr
     yield from _public_key(leaf, csr)
     yield from _subject(leaf, request, expected.extra_subject)
@@ -174,7 +174,7 @@ def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> 
 
 
 def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> Iterator[Violation]:
-    """The key is the request's, compared as encoded (RFC 5280 §4.1.2.7), and strong enough."""
+    """The key is the request's, compared in encoded form (RFC 5280 §4.1.2.7), and strong enough."""
     key = leaf.public_key()
     if isinstance(key, rsa.RSAPublicKey) and key.key_size < MIN_RSA_BITS:
         yield Violation(subject="key size", want=f"RSA of at least {MIN_RSA_BITS} bits", got=f"{key.key_size} bits")
@@ -185,7 +185,7 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
 
 
 def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
-    """The same attributes with the same values, in any order and grouping, since CAs written in Go rebuild the name."""
+    """The subject has the same attributes and values, in any order, since CAs written in Go rebuild the name."""
     if request.names is None:
         subject = request.csr.subject
     else:
@@ -202,10 +202,10 @@ def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tupl
 
 
 def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
-    """The same names by type, none more often than asked; below an empty subject critical (RFC 5280 §4.2.1.6)."""
+    """The SANs are the same, none repeated more often; critical with an empty subject (RFC 5280 §4.2.1.6)."""
     names, kind = request.names, x509.SubjectAlternativeName
     if names is None and extension(request.csr, kind) == extension(leaf, kind):
-        return  # as a rule, and sooner told
+        return  # the usual case, decided quickly
     if names is None:
         want = san_counts(request.csr)
     else:
@@ -223,7 +223,7 @@ def _san_text(names: Counter[tuple[str, str]]) -> str:
 
 
 def _ekus(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
-    """The EKUs are exactly the spec's; path validation would accept more, and none at all (RFC 5280 §4.2.1.12)."""
+    """The EKUs are exactly the spec's; path validation would accept more, or none at all (RFC 5280 §4.2.1.12)."""
     want = frozenset(eku.value for eku in request.spec.ekus)
     got = extended_key_usages(leaf)
     if got != want:
@@ -240,7 +240,7 @@ def _eku_text(oids: Iterable[str]) -> str:
 
 
 def _key_usage(leaf: x509.Certificate, *, encipherment: bool) -> Iterator[Violation]:
-    """Signing for TLS 1.3 and ECDHE, `encipherment` for RSA key exchange as kubeadm sets it, no right of a CA."""
+    """digitalSignature for TLS 1.3 and ECDHE, `encipherment` for RSA key exchange as in kubeadm, no right of a CA."""
     usage = extension(leaf, x509.KeyUsage)
     enciphers = encipherment and isinstance(leaf.public_key(), rsa.RSAPublicKey)
     want = "digitalSignature, keyEncipherment" if enciphers else "digitalSignature"
@@ -266,7 +266,7 @@ def _key_usage_text(usage: x509.KeyUsage) -> str:
 
 
 def _not_a_ca(leaf: x509.Certificate) -> Iterator[Violation]:
-    """BasicConstraints may be absent (kubeadm up to 1.20 wrote none), but never say CA:TRUE."""
+    """BasicConstraints may be absent (kubeadm up to 1.20 wrote none), but never has CA:TRUE."""
     constraints = extension(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
         yield Violation(subject="BasicConstraints", want="CA:FALSE", got="CA:TRUE")
@@ -283,7 +283,7 @@ def _form(leaf: x509.Certificate) -> Iterator[Violation]:
 
 
 def _weak_algorithm(certificate: x509.Certificate) -> str | None:
-    """The algorithm of a signature by a weak hash, or one that the library does not know; None: a strong one."""
+    """The signature's algorithm, if its hash is weak or the library does not know it; None: it is strong."""
     try:
         algorithm = certificate.signature_hash_algorithm
     except UnsupportedAlgorithm:
@@ -292,7 +292,7 @@ def _weak_algorithm(certificate: x509.Certificate) -> str | None:
 
 
 def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
-    """Valid now and for long enough, later than the replaced one, no longer than its CA; or the clock may be wrong."""
+    """Valid now and for long enough, ending after the replaced one and before its CA; or the clock may be wrong."""
     begin, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, expected.now
     is_old = now - begin > LONGEST_BACKDATING
     clock = f" (it begins at {begin:{_TIME}} UTC, and {_which_clock(now)})" if is_old else ""
@@ -318,7 +318,7 @@ def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) 
 
 
 def is_shorter(end: datetime, old: x509.Certificate) -> bool:
-    """Whether a certificate with this end would end before the one that it replaces, backdating apart."""
+    """Whether a certificate with this end would end before the one that it replaces, apart from backdating."""
     return end <= old.not_valid_after_utc - BACKDATING
 
 
@@ -336,16 +336,16 @@ def _days(duration: timedelta) -> str:
 def _chain(
     issued: Issued, expected: Expectation, ekus: Iterable[EKU]
 ) -> tuple[tuple[x509.Certificate, ...], list[Violation]]:
-    """The intermediates of a path to the node's trust anchor (RFC 5280 §6), and what is wrong."""
+    """The intermediates of a path to the node's trust anchor (RFC 5280 §6), and violations."""
     if not expected.anchors:
         return (), [Violation(subject="chain", want=f"a CA certificate in {expected.anchor_name}", got="none")]
     anchor = expected.anchors[0]
-    # the leaf's own dates are judged apart
+    # the leaf's own dates are checked separately
     leaf = issued.leaf
     time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
     try:
-        # another root leads nowhere, and its cross certificate has its name and key; the latest to end comes first, so
-        # that the path uses the newest version of an intermediate
+        # other roots lead nowhere, and their cross certificates share name and key; the latest to end comes first, so that
+        # the path uses the newest version of an intermediate
         others = [one for one in issued.intermediates if not _is_root(one)]
         newest = sorted(others, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
         path = verified_path(leaf, newest, anchor, time)
@@ -362,7 +362,7 @@ def _chain(
 def _path_violations(
     leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate, expected: Expectation
 ) -> Iterator[Violation]:
-    """Violations beyond path validation: issuers that may not sign, or end before the leaf."""
+    """Violations beyond path validation: issuers that may not sign, or that end before the leaf."""
     for issuer in intermediates:
         if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
             want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"
@@ -382,7 +382,7 @@ def _path_violations(
 
 
 def _authority_key(certificate: x509.Certificate, issuer: x509.Certificate) -> Iterator[Violation]:
-    """OpenSSL takes no issuer that has another key identifier, or another issuer and serial number (RFC 5280 §4.2.1.1)."""
+    """OpenSSL accepts no issuer with another key identifier, or another issuer and serial number (RFC 5280 §4.2.1.1)."""
     found, key_id = extension(certificate, x509.AuthorityKeyIdentifier), extension(issuer, x509.SubjectKeyIdentifier)
     if found is None:
         return
@@ -395,7 +395,7 @@ def _authority_key(certificate: x509.Certificate, issuer: x509.Certificate) -> I
 
 
 def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> Iterator[Violation]:
-    """What keeps OpenSSL from taking the cross certificate for the issuer: the AKI (RFC 5280 §4.2.1.1), or its path length."""
+    """Reasons for OpenSSL not to accept the cross certificate as issuer: the AKI (RFC 5280 §4.2.1.1), or its path length."""
     found = extension(chain[-1], x509.AuthorityKeyIdentifier)
     if found is not None and found.authority_cert_serial_number is not None:
         want = "a key identifier alone, since the cross certificate has another issuer and serial number"
@@ -409,7 +409,7 @@ def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> 
 
 
 def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reason: str) -> Violation:
-    """Why there is no path."""
+    """Why no path exists."""
     leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
     want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
     if not is_valid_at(anchor, expected.now):
@@ -436,12 +436,12 @@ def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reas
 
 
 def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
-    """Whether a certificate is valid, by its dates alone."""
+    """Whether a certificate's dates include this time."""
     return certificate.not_valid_before_utc <= time <= certificate.not_valid_after_utc
 
 
 def validity_text(certificate: x509.Certificate, now: datetime) -> str:
-    """Its dates and this node's clock, for messages: either may be why it is not valid now."""
+    """Its dates and this node's clock, for messages: either may explain why it is not valid now."""
     dates = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
     return f"from {dates} ({_which_clock(now)})"
 
@@ -459,8 +459,8 @@ def _leads_to(issued: Issued, anchor: x509.Certificate, time: datetime) -> bool:
     return True
 
 
-# An anchor needs basicConstraints (Go demands it too); all other extensions are judged by the checks above,
-# since the library's own policies are those of the public web: a SAN everywhere, an AKI, no wildcard CAs
+# An anchor needs basicConstraints (Go requires it too); the checks above cover all other extensions, since the
+# library's own policies are those of the public web: a SAN everywhere, an AKI, no wildcard CAs
 _ANY_EXTENSIONS = verification.ExtensionPolicy.permit_all()
 _CA_EXTENSIONS = _ANY_EXTENSIONS.require_present(x509.BasicConstraints, verification.Criticality.AGNOSTIC, None)
 
@@ -481,7 +481,7 @@ def _builder(anchor: x509.Certificate) -> verification.PolicyBuilder:
 
 
 def client_problem(leaf: x509.Certificate, anchors: Sequence[x509.Certificate], now: datetime) -> str:
-    """Why a TLS client's certificate does not count; empty: an anchor itself signed it, it is for clients, and is valid."""
+    """Why a TLS client's certificate is refused; empty: an anchor itself signed it, it is for clients, and it is valid."""
     try:
         usages = extended_key_usages(leaf)
         if is_ca(leaf) or EKU.CLIENT_AUTH.value not in (usages or ()):
