@@ -1,1 +1,1 @@
-"""The CA desk: our offline registration authority, which signs by a policy (the gateway reads that, too)."""
+"""The CA desk: our offline registration authority, which signs by a policy (the gateway reads the policy, too)."""

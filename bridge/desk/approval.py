@@ -1,8 +1,8 @@
 """
-What people decide about a request bundle: what it means in words, who may decide, what they sign, what counts (pure).
+People's decisions about request bundles: their meaning in words, who may decide, what they sign, what counts (pure).
 
-A decision is about one bundle, by its digest. It comes with evidence: the signature of the person's key, or the word of
-the door that their browser spoke to. It is verified when it arrives, and once more right before the CA is asked.
+A decision is about one bundle, by its digest. Its evidence is the signature of the person's key, or that of the door
+that the person's browser used. It is verified on arrival, and again right before the CA gets the request.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from bridge.words import one_line, some
 
 Verdict = Literal["approved", "refused"]
 Evidence = Literal["signature", "door"]
-#: Whether a certificate is signed only when people have approved it.
+#: Whether a certificate needs people's approval before it is signed.
 Approval = Literal["none", "required"]
 
 LONGEST_REASON = 500
-#: The prefixes differ from anything else that such keys sign.
+#: The prefixes differ from all other messages that such keys sign.
 _SIGNED, _ATTESTED = b"ca-bridge decision 1", b"ca-bridge decision at the door 1"
 
 
@@ -60,8 +60,8 @@ class ApprovalRules:
 
     #: The CN of each person's certificate, or an e-mail address among its SANs; for `sign --approve` a login name.
     approvers: tuple[str, ...] = ()
-    count: int = 1  #: How many of them have to approve; one refusal is enough.
-    #: `signature`: only decisions that the person's own key has signed, which `ca-bridge approvals` does and a browser can't.
+    count: int = 1  #: How many people have to approve; a single refusal is enough.
+    #: `signature`: only decisions signed with the person's own key, which `ca-bridge approvals` makes and a browser can't.
     evidence: Literal["any", "signature"] = "any"
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -95,7 +95,7 @@ class Decision:
         return signatures.framed([context, *(part.encode(errors="surrogatepass") for part in parts)])
 
     def evidence_bytes(self) -> bytes:
-        """The evidence as it is kept."""
+        """The evidence in the form in which it is kept."""
         document = {
             "kind": self.evidence,
             "certificate": pem(self.certificate).decode(),
@@ -105,7 +105,7 @@ class Decision:
 
     @classmethod
     def kept(cls, *, approver: str, verdict: str, reason: str, decided: datetime, evidence: bytes) -> Decision:
-        """A decision as it was kept (ValueError: it can't be read); nothing about it is verified."""
+        """Restore a kept decision without verifying it (ValueError: unreadable)."""
         try:
             document = json.loads(evidence)
             certificate = x509.load_pem_x509_certificate(document["certificate"].encode())
@@ -121,15 +121,15 @@ class Decision:
 
 
 def code(decision: Decision, digest: str, secret: bytes) -> bytes:
-    """The door's word that this person decided so, over mutual TLS."""
+    """The door's MAC for a decision that this person made over mutual TLS."""
     return hmac.digest(secret, decision.message(digest), "sha256")
 
 
 def person(leaf: x509.Certificate, approvers: Collection[str]) -> str:
     """
-    Which approver a certificate names (ValueError: none, or two).
+    The approver that a certificate names (ValueError: none, or two).
 
-    The CN and the e-mail addresses among the SANs are compared whole, as they are written.
+    The CN and the e-mail addresses among the SANs are compared literally.
     """
     try:
         names = [value for oid, value in attributes(leaf.subject) if oid == CN_OID]
@@ -148,17 +148,17 @@ class Trust:
     """What decisions are verified with at this moment."""
 
     anchors: Sequence[x509.Certificate]  #: The CAs of people's certificates.
-    secret: bytes = field(repr=False)  #: The door's.
+    secret: bytes = field(repr=False)  #: The door's secret for `code`.
     now: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """The decisions about one bundle that count."""
+    """The valid decisions about one bundle."""
 
     approved: tuple[Decision, ...] = ()
     refused: Decision | None = None
-    void: tuple[str, ...] = ()  #: Why others do not count.
+    void: tuple[str, ...] = ()  #: Why other decisions do not count.
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -168,16 +168,16 @@ class Standing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matter:
-    """The request that people decide about, and the rules for that."""
+    """A request for people to decide about, and the rules for that."""
 
     bundle: RequestBundle
-    digest: str  #: The bundle's.
+    digest: str  #: The bundle's digest.
     rules: ApprovalRules
     asked_by: Collection[str] = ()  #: The people who brought the request.
 
 
 def problem(decision: Decision, matter: Matter, trust: Trust) -> str:
-    """Why a decision does not count; empty: it does."""
+    """Why a decision does not count; empty: it counts."""
     return next(_problems(decision, matter, trust), "")
 
 
@@ -206,7 +206,7 @@ def _problems(decision: Decision, matter: Matter, trust: Trust) -> Iterator[str]
 
 
 def _is_own(leaf: x509.Certificate, who: str, matter: Matter) -> bool:
-    """Requester and approver differ: by name, by what was shown when the request came, and by key."""
+    """The approver must differ from the requester: by name, by the certificate shown with the request, and by key."""
     bundle = matter.bundle
     keys = {spki(one.csr.public_key()) for one in bundle.requests}
     keys |= {spki(one.replaces.public_key()) for one in bundle.requests if one.replaces is not None}
@@ -231,9 +231,9 @@ def standing(decisions: Sequence[Decision | str], matter: Matter, trust: Trust) 
 
 def lacking(names: Sequence[str], rules: ApprovalRules, found: Standing, terminal: str = "") -> str:
     """
-    What these certificates lack to be signed; empty: nothing.
+    What these certificates still need before they can be signed; empty: nothing.
 
-    `terminal` is the login of a person who said yes at the desk, which counts like a decision without a signature.
+    `terminal` is the login name of a person who agreed at the desk, which counts like a decision without a signature.
     """
     people = {one.approver for one in found.approved}
     note = ""
@@ -287,7 +287,7 @@ _MOST_NAMES = 20
 
 
 def sentence(request: BundledRequest, node: str, *, proven: bool) -> str:
-    """The one that matters, such as "this gives cp-3 the API server's certificate, as before, for 90d"."""
+    """The main sentence, such as "this gives cp-3 the API server's certificate, as before, for 90d"."""
     subject = attributes(request.csr.subject)
     if request.name == USER.name:
         names = [one_line(value, 100) for oid, value in subject if oid == CN_OID]
@@ -308,7 +308,7 @@ def _how_asked(request: BundledRequest, *, proven: bool) -> str:
 
 
 def differences(request: BundledRequest) -> Iterator[str]:
-    """The differences from the replaced certificate, in subject, SANs, kind of key and validity."""
+    """The differences from the replaced certificate in subject, SANs, kind of key and validity."""
     old = request.replaces
     if old is None:
         return

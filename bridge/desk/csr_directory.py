@@ -1,6 +1,6 @@
 """
 Directories of CSRs from `kubeadm certs renew --csr-only` (up to 1.22) and `kubeadm certs generate-csr`, at a CA desk;
-neither names its node or proves anything.
+such a directory does not name its node, and proves nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read,
 _SUFFIX = ".csr"
 _CERTIFICATE_MODE = 0o644
 _ELSEWHERE = "name a directory in which no other user can put links with -o"
-#: Specs by kubeadm's names for their files, flat and nested.
+#: Specs by kubeadm's file names, flat and nested.
 _BY_FILE = {spec.base: spec for spec in SPECS.values()} | SPECS
 
 
 class CsrDirectoryError(BridgeError):
-    """The directory holds other files than kubeadm's CSRs."""
+    """The directory contains files other than kubeadm's CSRs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def find(directory: Path, unseen: Callable[[OSError], object] = lambda _: None) 
 
 
 def load(directory: Path, *, node: str, cluster: str, validity: timedelta, created: datetime) -> CsrDirectory:
-    """Read a directory's CSRs; the error names each file that is not kubeadm's, or is repeated, and what can't be read."""
+    """Read a directory's CSRs; the error names every file that is not kubeadm's, is repeated, or can't be read."""
     files: dict[str, Path] = {}
     unseen: list[OSError] = []
     paths = find(directory, unseen.append)
@@ -85,7 +85,7 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
 
 
 def spec_of(relative: Path, suffix: str = _SUFFIX) -> CertificateSpec | None:
-    """The certificate that a file below kubeadm's directory is for, by its name, flat or nested; None: it is for none."""
+    """The certificate that belongs to a file below kubeadm's directory, by flat or nested name; None: none does."""
     name = relative.as_posix()
     return _BY_FILE.get(name.removesuffix(suffix).removeprefix("pki/")) if name.endswith(suffix) else None
 
@@ -134,7 +134,7 @@ def _write(target: Path, relative: Path, data: bytes, mode: int) -> None:
 
 
 def _kubeconfig(path: Path) -> bytes | None:
-    """The kubeconfig beside a CSR; None: no such file."""
+    """The kubeconfig beside a CSR; None: the file does not exist."""
     try:
         with opened(path.absolute()) as place:
             return read_once(place.path)[0]
@@ -145,7 +145,7 @@ def _kubeconfig(path: Path) -> bytes | None:
 
 
 def _yaml(data: bytes) -> Any:
-    """The value of a small document without aliases, of which merge keys make any size; kubeadm's kubeconfig has 20 values."""
+    """Parse a small document without aliases, which merge keys can expand to any size; kubeadm's kubeconfig has 20 values."""
     budget = Budget(steps=1000)
     for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         budget.spend(steps=isinstance(event, yaml.NodeEvent))
@@ -155,7 +155,7 @@ def _yaml(data: bytes) -> Any:
 
 
 def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
-    """The kubeconfig with the client's certificate and the CA's, laid out as kubeadm does it."""
+    """The kubeconfig with the client's certificate and the CA's, in kubeadm's layout."""
     wanted = "wanted a kubeconfig with one cluster and one user, as `kubeadm certs generate-csr` writes it"
     try:
         config = _yaml(data)

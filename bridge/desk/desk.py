@@ -1,6 +1,6 @@
 """
-The CA desk: request bundles in, answer bundles out, by a policy. A window of bundles goes to each CA in one lot while
-the next windows are read and judged; a CA's answers are written to the journal first.
+The CA desk: request bundles in, answer bundles out, by a policy. Each CA gets a window of bundles in one lot while the
+next windows are read and judged; its answers are written to the journal first.
 """
 
 from __future__ import annotations
@@ -52,38 +52,38 @@ from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
 from bridge.words import one_line
 
-#: Requests that are read ahead and signed together: few at first, so that a CA is at work soon, and twice as many each
-#: time, so that `openssl ca`'s own start and its rewriting of a long index become a small part.
+#: Requests that are read ahead and signed together: few at first, so that a CA starts soon, and then twice as many each
+#: time, so that starting `openssl ca` and rewriting its long index take little of the time.
 _FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: The size of a window's files. A thousand requests of P-256 keys stay below it; up to four windows are in memory, where
-#: a byte of a stranger's SANs may take 35.
+#: The size of a window's files. A thousand requests with P-256 keys fit in; up to four windows are in memory, where a
+#: byte of a stranger's SANs may take 35.
 _LARGEST_WINDOW_BYTES = 2 << 20
-#: A certificate that was revoked after a run has begun is noticed by the run within this time.
+#: A run notices within this time that a certificate was revoked after the run began.
 _LISTED_SECONDS = 1.0
-#: Windows for which CAs are asked at the same time, since near its end one window has few requests left.
+#: Windows that CAs sign at the same time, since near its end one window has few requests left.
 _ASKED_AT_ONCE = 2
-#: Windows that are read and judged while those before are signed or delivered, so that no CA waits for us.
+#: Windows that are read and judged while earlier ones are signed or delivered, so that no CA waits for us.
 _AHEAD = 1
-#: Requests to a backend that signs one by one, which are written to the journal at once before it is asked.
+#: Requests to a backend that signs one by one; they are in the journal before the CA gets them.
 _SLICE = 100
 
-#: Events of the record: a certificate that this run signed, and one of an earlier run that goes out once more.
+#: Events of the audit log: a certificate that this run signed, and one of an earlier run that goes out again.
 SIGNED, DELIVERED = "signed for others", "delivered again"
 
 DeskAnswer = Issued | Refusal
-#: The jobs of a window, by worker, and the worker's reasons against their answers; None: no worker has read them.
+#: The jobs of a window, by worker, with the worker's reasons against their answers; None: no worker has read them.
 _Asked = list[tuple[list["Job"], Future[list[dict[str, str]] | None] | None]]
 
 
 class RefusedByPolicyError(BridgeError):
-    """A request that the policy does not allow, or that no operator approved."""
+    """The policy does not allow a request, or no operator approved it."""
 
     exit_code = Exit.REFUSED
     hint = "the answer says so to the node; the policy file says what is allowed"
 
 
 class OtherDeskError(BridgeError):
-    """A request for a CA that this desk does not have."""
+    """A request for a CA that is not this desk's."""
 
     exit_code = Exit.REFUSED
     hint = "carry the request to the other desk as well, or add an [authority.NAME] table to the settings"
@@ -91,11 +91,11 @@ class OtherDeskError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """The files of one answer, and what follows when they are written."""
+    """The files of one answer, and a function to call after they are written."""
 
     where: str  #: For messages.
-    files: Sequence[NewFile]  #: Are written together with other bundles'.
-    conclude: Callable[[], None]  #: Called when they are safe on disk.
+    files: Sequence[NewFile]  #: Written together with other bundles' files.
+    conclude: Callable[[], None]  #: Called when the files are safe on disk.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,40 +112,40 @@ class Job:
     """One request bundle on its way through the desk."""
 
     bundle: RequestBundle
-    digest: str  #: The bundle's.
-    label: str  #: For messages, such as the bundle's file.
+    digest: str  #: The bundle's digest.
+    label: str  #: For messages, such as the bundle's file name.
     delivery: Callable[[AnswerBundle], Delivery]
-    size_bytes: int = 0  #: The file's.
-    ahead: ReadBundle | None = None  #: The bundle as it was read and judged before.
-    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an answer that is there already.
-    #: Certificates that were signed before, which are answered again.
+    size_bytes: int = 0  #: The file's size.
+    ahead: ReadBundle | None = None  #: The bundle, if it was read and judged ahead.
+    earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an existing answer.
+    #: Certificates that were signed before, and are given out again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
-    again: set[str] = field(default_factory=set)  #: Names whose answer is an earlier run's, or an earlier job's.
-    #: Requests whose CSR an earlier job of this run has signed: by certificate name, that job.
+    again: set[str] = field(default_factory=set)  #: Names whose answer comes from an earlier run or an earlier job.
+    #: By certificate name, the earlier job of this run that signs the same CSR.
     twins: dict[str, Job] = field(default_factory=dict)
-    #: Names whose certificate is in the audit log, and was not delivered.
+    #: Names whose certificate is in the audit log, but was not delivered.
     recorded: set[str] = field(default_factory=set)
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
     answers: dict[str, DeskAnswer] = field(default_factory=dict)
-    #: What a CA has signed wrongly, for the record.
+    #: Certificates that a CA signed wrongly, for the audit log.
     withheld: dict[str, x509.Certificate] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
-    #: The troubles that an earlier run has recorded: the same are not recorded in each run, while a CA is away.
+    #: Troubles that an earlier run recorded; they are not recorded again while a CA is away.
     noted: str = ""
     approved_by: str = ""
-    #: Requests that need no continuity proof, by certificate name, with words for the record.
+    #: Requests that need no continuity proof, by certificate name, with a text for the audit log.
     vouched: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
-    standing: Standing = field(default_factory=Standing)  #: What people decided elsewhere, verified.
+    standing: Standing = field(default_factory=Standing)  #: People's verified decisions from elsewhere.
 
     @cached_property
     def requests(self) -> dict[str, SignRequest]:
-        """The requests that backends are given, by certificate name."""
+        """The requests for backends, by certificate name."""
         return {request.name: sign_request(request, self.bundle) for request in self.bundle.requests}
 
     @property
     def to_sign(self) -> list[BundledRequest]:
-        """The requests without an answer, without trouble and without a twin."""
+        """The requests that have no answer, no trouble and no twin."""
         decided = self.answers.keys() | self.troubles.keys() | self.twins.keys()
         return [one for one in self.bundle.requests if one.name not in decided]
 
@@ -186,17 +186,17 @@ class Approver(Protocol):
     """Asks a person."""
 
     def __call__(self, job: Job, text: str) -> tuple[bool | None, str]:
-        """Whether to sign this bundle (None: later), and the person's name, or the reason against it."""
+        """Whether to sign this bundle (None: later), and the person's name or reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Authority:
     ca: CA
     anchors: tuple[x509.Certificate, ...]  #: The cluster's CA certificates.
-    certificates: tuple[x509.Certificate, ...]  #: Those that may have issued a replaced certificate.
+    certificates: tuple[x509.Certificate, ...]  #: CA certificates that may have issued a replaced certificate.
     tells: bool  #: See `CA.tells`.
-    #: A lock for a CA that is asked for one window after the other: it signs a window as a whole, as `openssl ca` does
-    #: with its directory locked, or may sign again after a crash what was on its way.
+    #: Serializes requests to a CA that signs a window as a whole, like `openssl ca` with its directory locked, or that
+    #: may sign pending requests again after a crash.
     turns: AbstractContextManager[object]
 
 
@@ -214,7 +214,7 @@ class Desk:
         answer_key: PrivateKeyTypes | None = None,
         waits: bool = True,
     ) -> None:
-        """`approve` asks an operator; `answer_key` signs the answers; without `waits` no CA is waited for."""
+        """`approve` asks an operator; `answer_key` signs the answers; without `waits` the desk waits for no CA."""
         self._settings = settings
         self._policy = policy
         self._now = now
@@ -226,17 +226,17 @@ class Desk:
         if not waits:
             self._configured = {name: at_once(one) for name, one in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
-        #: The jobs that CAs are asked for, by certificate name, CSR and a user's lifetime, until their answers are in the archive.
+        #: Jobs in progress at CAs, by certificate name, CSR and a user's lifetime, until their answers are in the archive.
         self._asking: dict[tuple[str, bytes, timedelta | None], Job] = {}
-        #: The serial numbers that are revoked, by authority, and when they were read.
+        #: Revoked serial numbers by authority, and when they were read.
         self._lists: dict[str, tuple[Collection[int] | None, float]] = {}
-        #: One for all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than a look.
+        #: Shared by all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than looks.
         self._lookups = ThreadPoolExecutor(PARALLEL_REQUESTS)
 
     # --- before anything is signed ------------------------------------------------------------------------------------
 
     def judged(self, job: Job) -> Job:
-        """Refuse what the policy forbids; a request whose CA can't be asked now has a trouble."""
+        """Refuse requests that the policy forbids; a request whose CA is unavailable gets a trouble."""
         problems: dict[str, list[str]] = {}
         for request in job.bundle.requests:
             trouble = self._trouble(request)
@@ -270,7 +270,7 @@ class Desk:
             job.approved_by = approval.summary(job.standing, job.approved_by)
 
     def judgement(self) -> Judgement:
-        """The rules that workers judge by, with the CAs that were opened so far."""
+        """The rules for workers, with the CAs that were opened so far."""
         cas = {name: ca.certificates for name, ca in self._cas.items() if ca.ca.trouble is None}
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
@@ -282,12 +282,12 @@ class Desk:
             return foreseen or judge(
                 request, job.bundle, self._policy, certificates, self._now(), waived, held=held
             )  # fmt: skip
-        except Exception as e:  # noqa: BLE001 (whatever is wrong with a request: the others are to be signed)
+        except Exception as e:  # noqa: BLE001 (one request's error must not stop the others)
             text = f"wanted a request that can be judged, found {type(e).__name__}: {e}"
             return PolicyVerdict(problems=(text,), proven=False)
 
     def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
-        """Add a problem to each request whose proof is by a revoked certificate; all CAs are asked at the same time."""
+        """Add a problem to each request whose proof is by a revoked certificate; all CAs are queried at once."""
         proofs = {one.name: _proof_of(job, one) for one in job.to_sign if not problems[one.name]}
         proven = {name: old for name, old in proofs.items() if old is not None}
 
@@ -335,7 +335,7 @@ class Desk:
         )
 
     def _hand_out(self, job: Job, request: SignRequest, issued: Issued) -> None:
-        """Answer with a certificate that was signed before, unless its CA has revoked it since then."""
+        """Answer with a certificate that was signed before, unless its CA has revoked it since."""
         name, authority = request.spec.name, request.spec.authority.name
         try:
             is_revoked = _is_revoked(issued.leaf, self._listed(authority), self._cas[authority])
@@ -367,12 +367,12 @@ class Desk:
             list(pool.map(open_, self._configured.keys() - self._cas.keys()))
 
     def certificates(self, authority: str) -> tuple[x509.Certificate, ...]:
-        """The CA's certificates, as far as it was reached."""
+        """The CA's certificates, if it was reached."""
         ca = self._cas.get(authority)
         return ca.certificates if ca is not None else ()
 
     def chain(self, authority: str) -> tuple[x509.Certificate, ...]:
-        """The CA's certificates as far as it was reached: the one that signs, all above it, and the cluster's."""
+        """The CA's certificates, if it was reached: the one that signs, all above it, and the cluster's."""
         ca = self._cas.get(authority)
         return () if ca is None else tuple(dict.fromkeys((*ca.ca.certificates, *ca.anchors)))
 
@@ -381,11 +381,11 @@ class Desk:
         return authority not in self._configured or self._cas[authority].tells
 
     def troubles(self) -> dict[str, BridgeError]:
-        """Why a CA that was reached can't be used, by authority."""
+        """Why reached CAs can't be used, by authority."""
         return {name: one.ca.trouble for name, one in self._cas.items() if one.ca.trouble is not None}
 
     def _open(self, authority: str) -> _Authority:
-        """Reach a CA, and ask what can be asked before a signature is spent."""
+        """Reach a CA, and check everything that can be checked before a signature is spent."""
         configured, anchors = self._configured[authority], list[x509.Certificate]()
         specs = [spec for spec in SPECS.values() if spec.authority.name == authority]
         if self._policy.users is not None and USER.authority.name == authority:
@@ -396,12 +396,12 @@ class Desk:
             return self._expectation(authority, tuple(anchors))
 
         ca = CA.reach(configured, specs, expected)
-        # not what is above the one that signs: a company's root has signed for others, too
+        # not the CAs above the signing one: a company's root has signed for others, too
         certificates = tuple(dict.fromkeys((*anchors, *ca.certificates[:1])))
         tells = False
         try:
             tells = ca.trouble is None and ca.tells()
-        except BackendError as e:  # known when the CA is reached anew
+        except BackendError as e:  # it stands until the CA is reached again
             ca.trouble = e
         turns = contextlib.nullcontext() if tells and not isinstance(ca.backend, SignsMany) else Lock()
         return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells, turns=turns)
@@ -409,7 +409,7 @@ class Desk:
     def _anchors(
         self, configured: registry.Configured, issuers: Sequence[x509.Certificate]
     ) -> Sequence[x509.Certificate]:
-        """The CA's certificates in `desk.ca_dir`, or else the one that signs."""
+        """The CA's certificates in `desk.ca_dir`, or else the signing one."""
         directory = self._policy.desk.ca_dir
         if directory is None:
             if not issuers:
@@ -435,7 +435,7 @@ class Desk:
         )
 
     def anchor(self, authority: str) -> x509.Certificate | None:
-        """The cluster's CA certificate, once its CA was asked."""
+        """The cluster's CA certificate, once its CA was reached."""
         ca = self._cas.get(authority)
         return ca.anchors[0] if ca is not None and ca.anchors else None
 
@@ -475,7 +475,7 @@ class Desk:
                         self._finish(*open_.popleft(), journal, record, observer)
                 while open_:
                     self._finish(*open_.popleft(), journal, record, observer)
-            finally:  # after an error, or Ctrl-C, no further window is begun
+            finally:  # after an error, or Ctrl-C, no further window begins
                 for _, later in open_:
                     later.cancel()
         journal.tidy()
@@ -503,7 +503,7 @@ class Desk:
         return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> _Asked:
-        """Ask all CAs at the same time, each for the requests of all bundles of the window; then workers to compare."""
+        """Have all CAs sign at the same time, each for all requests of the window; then workers compare the answers."""
         lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
         for job in window:
             for request in job.to_sign:
@@ -525,7 +525,7 @@ class Desk:
                 self._sign_lot(authority, lot, journal)
         except StateError:
             raise
-        except Exception as e:  # noqa: BLE001 (a bug in one backend: what the other CAs sign is to be delivered)
+        except Exception as e:  # noqa: BLE001 (a bug in one backend must not keep back what the other CAs sign)
             trouble = BridgeError(f"{authority.ca.label}: wanted an answer, found {type(e).__name__}: {e}")
             for job, request in lot:
                 if request.spec.name not in job.answers:
@@ -544,7 +544,7 @@ class Desk:
                 self._hand_out(job, request, known)
                 if known.leaf in journal.recorded:
                     job.recorded.add(request.spec.name)
-            else:  # nothing is known, the entry is too old, or another backend is asked now, which knows of nothing
+            else:  # nothing is known, the entry is too old, or the backend is another by now, which knows nothing
                 new.append((job, request))
         new += self._recalled(authority, submitted, journal)
         size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
@@ -560,7 +560,7 @@ class Desk:
     def _recalled(
         self, authority: _Authority, submitted: Sequence[tuple[Job, SignRequest, datetime]], journal: Journal
     ) -> list[tuple[Job, SignRequest]]:
-        """Take what the CA signed for a killed run; return the requests that it must be asked again."""
+        """Take the certificates that the CA signed for a killed run; return the requests that it must sign again."""
         ca = authority.ca
         if not submitted:
             return []
@@ -572,7 +572,7 @@ class Desk:
             return []
         rest = []
         for (job, request, _), issued in zip(submitted, found, strict=True):
-            if issued is None or self._reason_against(request, issued):  # the key's, from another request
+            if issued is None or self._reason_against(request, issued):  # it is for the same key, but another request
                 rest.append((job, request))
             else:
                 _note(job, request, issued, journal)
@@ -584,7 +584,7 @@ class Desk:
     def _finish(
         self, window: Sequence[Job], signed: Future[_Asked], journal: Journal, record: audit.Record, observer: Observer
     ) -> None:
-        """Verify, record, deliver; in this order, so that nothing leaves unrecorded."""
+        """Verify, record and deliver, in this order, so that nothing leaves unrecorded."""
         for jobs, answer in signed.result():
             found = answer.result() if answer is not None else None
             for job, reasons in zip(jobs, found or [{} for _ in jobs], strict=True):
@@ -604,7 +604,7 @@ class Desk:
         self._asking = {key: job for key, job in self._asking.items() if job not in done}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
-        """Write the answers; the place of each, safe on disk, or an empty text if there is no answer yet."""
+        """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
         deliveries = [job.delivery(self._answer_bundle(job)) if job.is_complete else None for job in window]
         errors = write_together([one.files if one is not None else () for one in deliveries])
         return [
@@ -615,7 +615,7 @@ class Desk:
     def _ask_worker(
         self, chunk: int | None, jobs: Sequence[Job], by: Mapping[str, Expectation]
     ) -> Future[list[dict[str, str]] | None] | None:
-        """Have the worker that has read the bundles compare the answers with them; None: no worker has."""
+        """Let the worker that read the bundles compare the answers with them; None: no worker did."""
         if chunk is None or not self._workers:
             return None
         answered = [
@@ -626,7 +626,7 @@ class Desk:
         return self._workers.submit(chunk, compared, answered, by)
 
     def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
-        """Withhold wrong certificates of a CA, which the node would refuse as well."""
+        """Withhold wrong certificates from a CA, which the node would refuse, too."""
         for request in job.bundle.requests:
             answer = job.answers.get(request.name)
             if not isinstance(answer, Issued):
@@ -692,7 +692,7 @@ class Desk:
 
 
 def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
-    """Conclude a delivery: the answer's place; empty: it was not written, and its requests have a trouble."""
+    """Conclude a delivery, and return the answer's path; empty: it was not written, and its requests get a trouble."""
     try:
         if error is not None:
             raise error
@@ -718,12 +718,12 @@ def _windows(jobs: Iterable[Job], largest: int) -> Iterator[list[Job]]:
 
 
 def at_once(configured: registry.Configured) -> registry.Configured:
-    """A CA that is asked once, and not waited for."""
+    """Make a CA get each request once, without waiting for it."""
     return replace(configured, settings=replace(configured.settings, retry_for=timedelta()))
 
 
 def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
-    """The certificate by which it was proven who asks, as far as the CA of the request can say whether it is revoked."""
+    """The certificate that proved the requester's identity, if the request's CA can tell whether it is revoked."""
     if job.verdicts[request.name].proven:
         return request.replaces
     return job.origin.certificate if job.origin is not None else None
@@ -731,10 +731,10 @@ def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
 
 def _is_revoked(old: x509.Certificate, listed: Collection[int] | None, by: _Authority) -> bool:
     """
-    By the CA's list, or else by the CA itself; BackendError, as `CA.is_revoked`.
+    Whether a certificate is revoked, by the CA's list or else the CA itself; BackendError, like `CA.is_revoked`.
 
-    Another CA of before may have used a listed number. A CA may list a certificate of its own that it knows no more, as
-    OpenBao and Vault do once they have tidied an ended one away.
+    A former CA may have used a listed number. A CA's list may have a certificate of its own that it no longer
+    knows, as in OpenBao and Vault after they have tidied up an expired one.
     """
     if listed is not None:
         if old.serial_number not in listed:
@@ -751,13 +751,13 @@ def _problems_of(origin: Origin | None) -> list[str]:
 def _keep(
     add: Callable[[list[tuple[SignRequest, Issued | Pending]]], None], answered: Sequence[tuple[SignRequest, Answer]]
 ) -> None:
-    """Write answers to the journal at once: after a kill, the CA may have to sign the others again."""
+    """Write answers to the journal at once: after a kill, the CA might have to sign the others again."""
     if good := [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]:
         add(good)
 
 
 def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | None) -> None:
-    """Put an answer into its job; an error that may be over in the next run is a trouble, any other a refusal."""
+    """Put an answer into its job; an error that may be gone in the next run is a trouble, any other a refusal."""
     name = request.spec.name
     if isinstance(answer, Issued | Pending) and journal is not None:
         journal.add([(request, answer)])

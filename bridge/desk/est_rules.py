@@ -1,4 +1,4 @@
-"""What a policy says of EST: the table `[est.LABEL]`, who may ask for its certificate, and for which names (pure)."""
+"""A policy's rules for EST: the table `[est.LABEL]`, who may request its certificate, and for which names (pure)."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from bridge.words import one_line, one_of
 
 _NODE = "{node}"
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
-#: The label of URLs without one.
+#: The label of URLs without a label.
 DEFAULT = "default"
-#: The operations, which no label may be called like (RFC 7030 §3.2.2).
+#: The operations (RFC 7030 §3.2.2), whose names no label may have.
 _OPERATIONS = ("cacerts", "csrattrs", "simpleenroll", "simplereenroll", "serverkeygen", "fullcmc")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstRules:
-    """Table `[est.LABEL]`: which certificate the label gives, and to whom; `{node}` stands for the node's name."""
+    """Table `[est.LABEL]`: the label's certificate, and its clients; `{node}` stands for the node's name."""
 
-    cluster: str  #: The cluster that it is for, which `allow.clusters` has to allow.
-    certificate: str = ""  #: kubeadm's name of it, or that of a table `[certificate.NAME]`; empty: the label's own.
-    #: Subjects of client certificates that may ask, each with `{node}`, which tells the node that asks.
+    cluster: str  #: The certificate's cluster, which `allow.clusters` has to allow.
+    certificate: str = ""  #: kubeadm's name, or that of a table `[certificate.NAME]`; empty: the label's own.
+    #: Subjects of client certificates that may make requests, each with `{node}`, which identifies the requesting node.
     clients: tuple[str, ...] = ()
-    clients_ca: Path | None = None  #: The CA certificates that sign them; without it the CA of the label's certificate.
-    secrets: bool = False  #: Whether the one-time secret of an enrolment counts as well, by HTTP Basic.
-    validity: timedelta | None = None  #: Without it the longest that the policy allows.
+    clients_ca: Path | None = None  #: The CA certificates that sign them; without it, the CA of the label's.
+    secrets: bool = False  #: Also accept the one-time secret of an enrolment, by HTTP Basic.
+    validity: timedelta | None = None  #: Without it, the longest that the policy allows.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Refuse a label that allows no client, and subjects that name no node."""
@@ -48,7 +48,7 @@ class EstRules:
 
 
 def is_label(text: str) -> bool:
-    """Whether a label may have this name: one segment of a URL that nothing else is called."""
+    """Whether a label may have this name: one segment of a URL that is not an operation."""
     return _LABEL.fullmatch(text) is not None and text not in _OPERATIONS and ".." not in text
 
 
@@ -57,20 +57,20 @@ class Asker:
     """The sender of an EST request, as proven when the request came."""
 
     label: str
-    certificate: x509.Certificate | None  #: The client proved it in TLS; None: the client has a secret.
-    renews: bool  #: It asks by `simplereenroll`, for what takes the certificate's place.
+    certificate: x509.Certificate | None  #: The client's, proven in TLS; None: the client has a secret.
+    renews: bool  #: The client used `simplereenroll`, which replaces the certificate.
     received: datetime
 
     @property
     def text(self) -> str:
-        """The text in the audit log."""
+        """A description for the audit log."""
         operation = "simplereenroll" if self.renews else "simpleenroll"
         by = f"in TLS as {subject_line(self.certificate)}" if self.certificate is not None else "with a one-time secret"
         return f"by EST's {operation} of label {self.label}, {by}"
 
 
 def node_of(subject: x509.Name, patterns: Sequence[str]) -> str:
-    """The node whose subject, by one of the patterns, this is; empty: no node's."""
+    """The node whose subject this is, by one of the patterns; empty: no node's."""
     found = attributes(subject)
     for pattern in patterns:
         for oid, text in subject_pattern(pattern, _NODE) or ():
@@ -86,9 +86,9 @@ def asker_problem(
     asker: Asker, request: BundledRequest, node: str, rules: EstRules | None, anchors: Sequence[x509.Certificate]
 ) -> str:
     """
-    Why the policy of now does not let this client ask for this node; empty: it may, and TLS has proven who it is.
+    Why today's policy does not let this client ask for this node; empty: it does, and TLS has proven the client.
 
-    `anchors` are the CA certificates that sign the label's clients. The request is judged as any other.
+    `anchors` are the CA certificates that sign the label's clients. The request is judged like any other.
     """
     if rules is None or (rules.certificate or asker.label) != request.name:
         return f"label: wanted one that the policy has for {request.name}, found {asker.label}"
@@ -105,7 +105,7 @@ def asker_problem(
 
 
 def other_names(csr: x509.CertificateSigningRequest, certificate: x509.Certificate) -> str:
-    """Why a CSR does not renew a certificate, by the values of subject and SANs (RFC 7030 §4.2.2); empty: it does."""
+    """Why a CSR does not renew a certificate, by subject and SANs (RFC 7030 §4.2.2); empty: it does."""
     text = "wanted that of the certificate which is replaced"
     try:
         if attributes(certificate.subject) != attributes(csr.subject):

@@ -56,9 +56,9 @@ from bridge.system.paths import (
 from bridge.words import one_line
 
 POLICY_NAME = "desk-policy.toml"
-#: What is to be mounted.
+#: The file systems to be mounted.
 FSTAB = Path("/etc/fstab")
-#: A file that has not changed for so long is no longer being copied.
+#: A file that has not changed for this long is no longer being copied.
 STALE = timedelta(minutes=10)
 _ANSWER_MODE = 0o644  #: Certificates are public, and another user fetches them.
 
@@ -72,12 +72,12 @@ class Options:
     policy: Path | None = None
     archive: Path | None = None
     without_proof: frozenset[str] = frozenset()
-    node: str = ""  #: For a directory of CSRs, which do not name a node.
+    node: str = ""  #: For a directory of CSRs, which does not name a node.
     cluster: str = ""
 
     def assert_usable(self, policy: Policy) -> None:
-        """Refuse a name that is no certificate's, and a source that is not there."""
-        known = dict.fromkeys([*CARRIED, *policy.certificates])  # further pairs among the policy's
+        """Refuse a name of no certificate, and a missing source."""
+        known = dict.fromkeys([*CARRIED, *policy.certificates])  # including the policy's further pairs
         unknown = sorted(self.without_proof - known.keys())
         if unknown:
             wanted = f"one of {', '.join(known)}"
@@ -90,7 +90,7 @@ _FROM_NODE = "have it from a node: ca.crt in its PKI directory"
 
 
 def policy_path(settings: Settings) -> Path:
-    """The policy's path unless the command line gives another."""
+    """The policy's path, unless the command line names another."""
     return (settings.source.file or DEFAULT_FILE).with_name(POLICY_NAME)
 
 
@@ -144,13 +144,13 @@ def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle], node: str,
 
 
 def load_answer_key(policy: Policy) -> PrivateKeyTypes | None:
-    """The key that the policy names for the desk's answers."""
+    """Load the policy's key for the desk's answers."""
     path = policy.desk.answer_key
     return None if path is None else load_signing_key(path, "desk.answer_key", "answers")
 
 
 def load_signing_key(path: Path, setting: str, what: str) -> PrivateKeyTypes:
-    """Read a private key of ours that messages (`what`) are signed with, such as a desk's answers; `setting` names it."""
+    """Read our private key for signing messages (`what`), such as a desk's answers; `setting` names it."""
     try:
         exposed = open_secret(path)
     except OSError as e:
@@ -172,7 +172,7 @@ def load_signing_key(path: Path, setting: str, what: str) -> PrivateKeyTypes:
 
 
 def known_cas(settings: Settings) -> dict[str, tuple[x509.Certificate, ...]]:
-    """The CA certificates that are here, by authority: the node's own, and where there is a desk's policy, the desk's."""
+    """The CA certificates on this machine, by authority: the node's own, and with a desk's policy, the desk's."""
     policy = load_policy(settings, None) if policy_path(settings).exists() else None
     found = {name: tuple(dict.fromkeys(_cas_of(settings, policy, name))) for name in AUTHORITIES}
     return {name: certificates for name, certificates in found.items() if certificates}
@@ -211,7 +211,7 @@ def _of_backend(settings: Settings, authority: str) -> tuple[x509.Certificate, .
 def books_open(
     settings: Settings, store: Store, now: Callable[[], datetime], wait: timedelta, holder: str
 ) -> Iterator[tuple[Journal, audit.Record]]:
-    """The journal and the record of one run of the desk, which has the state directory for itself (LockedError)."""
+    """Open the journal and the audit log for one run of the desk, which locks the state directory (LockedError)."""
     try:
         store.prepare()
     except (PermissionError, BridgeError) as e:
@@ -238,10 +238,10 @@ def job_of(
     conclude: Callable[[AnswerBundle, bytes], None],
 ) -> Job:
     """
-    The desk's job for a bundle that came as `data`, which answers what was signed before from the archive.
+    The desk's job for a bundle received as `data`; certificates that were signed before come from the archive.
 
-    `where` says in messages where the answer goes; `place` has further files for it; `conclude` gets it, and its bytes,
-    when all files are safe on disk.
+    `where` is the answer's destination in messages; `place` returns further files for it; `conclude` gets the answer and
+    its bytes when all files are safe on disk.
     """
 
     def delivery(answer: AnswerBundle) -> Delivery:
@@ -285,7 +285,7 @@ class Session:
         self._seen: set[str] = set()  #: Digests.
 
     def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:
-        """Sign what may be signed; returns how many bundles there were. `observed` makes the observer from that number."""
+        """Sign what may be signed, and return the number of bundles; `observed` makes an observer from that number."""
         gc.set_threshold(GARBAGE)
         with contextlib.ExitStack() as stack:
             books = books_open(self._settings, self._store, self._now, wait, "ca-bridge sign")
@@ -293,7 +293,7 @@ class Session:
             jobs, total = self.work(desk)
             self._archive.prepare()
             if self._options.out is not None and self._options.out.is_dir():
-                ours = answer_suffix(self._settings.authorities)  # another desk may be writing there
+                ours = answer_suffix(self._settings.authorities)  # another desk may be writing to it
                 remove_unfinished(self._options.out, f".*-{'[0-9a-f]' * 32}{ours}.*")
             workers = Workers(None if total >= WORTHWHILE else 0)
             stack.callback(workers.close)
@@ -301,7 +301,7 @@ class Session:
         return total
 
     def work(self, desk: Desk) -> tuple[Jobs, int]:
-        """Find what is to be signed, and how many bundles that is; nothing is written."""
+        """Find the bundles to sign, and their number, without writing anything."""
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
@@ -360,7 +360,7 @@ class Session:
                     yield job
 
     def _files(self, inbox: Path, names: Sequence[str]) -> Iterator[_InboxFile]:
-        """Read each file once: the bytes that are judged are archived."""
+        """Read each file once, so that the judged bytes are archived."""
         for path in map(inbox.joinpath, names):
             if path.suffix == ".csr":
                 hint = "kubeadm's CSRs are signed in a directory of their own: `sign DIR --node NAME --cluster NAME`"
@@ -384,7 +384,7 @@ class Session:
             log.info("%s: left alone, as it is still being copied", one_line(file.path))
             return None
         if isinstance(bundle, AnswerBundle):
-            return None  # inbox and outbox may be one directory
+            return None  # inbox and outbox may be the same directory
         request_digest = ahead.digest if ahead is not None else digest(bundle)
         if request_digest in self._seen:
             log.info("%s: a second copy of the same bundle; the next run archives it", one_line(file.path))
@@ -434,7 +434,7 @@ class Session:
 
 
 def _names_in(inbox: Path) -> list[str]:
-    """The names of files in the inbox, in alphabetical order; directories and hidden files are no bundles."""
+    """The names of files in the inbox, sorted; directories and hidden files are no bundles."""
     return sorted(
         entry.name
         for entry in os.scandir(inbox)
@@ -479,7 +479,7 @@ def _whose(source: Path) -> BridgeError:
 
 
 def _earlier(path: Path, request_digest: str) -> dict[str, Issued]:
-    """Certificates that an earlier run has delivered for the same request; they are verified later."""
+    """Certificates that an earlier run delivered for the same request; they are verified later."""
     with contextlib.suppress(UnreadableError, BundleError):
         answer = loads(read(path) or b"")
         if isinstance(answer, AnswerBundle) and answer.request_digest == request_digest:
@@ -490,7 +490,7 @@ def _earlier(path: Path, request_digest: str) -> dict[str, Issued]:
 def _beside(
     found: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
 ) -> dict[str, Issued]:
-    """Certificates of an earlier run that are not due; they are verified later."""
+    """Certificates from an earlier run that are not due; they are verified later."""
     earlier = {}
     for name, relative in found.files.items():
         with contextlib.suppress(UnreadableError, ValueError):
@@ -501,7 +501,7 @@ def _beside(
 
 
 def _remove(path: Path, status: os.stat_result) -> None:
-    """Remove the file that was judged, unless another file has its name now."""
+    """Remove the judged file, unless another file has its name now."""
     with contextlib.suppress(FileNotFoundError):
         if version(path.lstat()) != version(status):
             log.warning("%s: another file came under this name; the next run takes it", one_line(path))

@@ -1,4 +1,4 @@
-"""The inventory file: a cluster's nodes, written by an administrator or a program, and by no node (pure)."""
+"""The inventory file: a cluster's nodes, written by an administrator or a program, but never by a node (pure)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bridge.pki.kubeadm_names import is_host_name, is_node_name
 from bridge.settings import opened
 
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
-#: kubeadm's service of the API; each with and without the rest of its name.
+#: kubeadm's service of the API; each name with and without the rest.
 _SERVICE_LABELS = ("kubernetes", "kubernetes.default", "kubernetes.default.svc")
 San = tuple[str, str]  #: (type, value), as `certificates.san_entries`.
 
@@ -25,10 +25,10 @@ class NodeEntry:
     """Table `[node.NAME]`: one node."""
 
     addresses: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()  #: Besides its own.
+    names: tuple[str, ...] = ()  #: In addition to its own.
     control_plane: bool = False
-    rejoin: bool = False  #: A bootstrap token may ask for it while its Node object exists but is not ready.
-    blocked: bool = False  #: It gets no certificates.
+    rejoin: bool = False  #: A bootstrap token may request it while its Node object exists but is not ready.
+    blocked: bool = False  #: It receives no certificates.
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Malformed names and addresses."""
@@ -40,7 +40,7 @@ class NodeEntry:
                 yield SettingsProblem("names", "host names in small letters, no wildcards", repr(text))
 
     def sans(self, name: str) -> frozenset[San]:
-        """The SANs that may be in the node's certificates."""
+        """The SANs that the node's certificates may have."""
         addresses = {("IP", str(found)) for text in self.addresses if (found := address(text)) is not None}
         return frozenset({("DNS", name), *(("DNS", text) for text in self.names), *addresses})
 
@@ -69,24 +69,24 @@ class ClusterEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """The file."""
+    """The whole file."""
 
     cluster: ClusterEntry = field(default_factory=ClusterEntry)
     nodes: Mapping[str, NodeEntry] = field(default_factory=dict)
 
     @cached_property
     def control_planes(self) -> Mapping[str, NodeEntry]:
-        """The nodes that are control planes."""
+        """The control-plane nodes."""
         return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
 
     @cached_property
     def taken_names(self) -> frozenset[str]:
-        """The API server's endpoints and all nodes' names, which are looked for in each certificate of a pod."""
+        """The API server's endpoints and all nodes' names, which are looked up for each certificate of a pod."""
         of_nodes = (name for node, entry in self.nodes.items() for name in (node, *entry.names))
         return frozenset((*(text.lower() for text in self.cluster.endpoints), *of_nodes))
 
     def is_never_a_nodes(self, san: San, node: str) -> bool:
-        """Whether a name or address is the API's, a service's, the machine's own or another control-plane node's."""
+        """Whether a name or address is the API's, a service's, a loopback or another control-plane node's."""
         kind, value = san
         if kind == "IP":
             return self._is_never_an_address(value, node)
@@ -121,7 +121,7 @@ class Inventory:
 
 
 def parse(text: str, file: Path | None = None) -> Inventory:
-    """The inventory from TOML text."""
+    """Parse the inventory from TOML text."""
     reader, document = opened(text, file)
     tables = reader.tables(document, ("cluster", "node"))
     cluster = reader.read(ClusterEntry, tables["cluster"], ("cluster",)) or ClusterEntry()

@@ -1,4 +1,4 @@
-"""A CA desk's policy: what it signs for which nodes, and the judgement of a request (pure: no I/O, no clock)."""
+"""A CA desk's policy: what it signs for which nodes, and its verdict on a request (pure: no I/O, no clock)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _MOST_PROBLEMS = 100
 #: More than any control-plane node has; a replaced certificate may have more.
 _MOST_SANS = 100
 _ETCD_SANS = ("{node}", "localhost", "127.0.0.1", "::1")
-#: Names that kubeadm gives on every node; addresses are the site's.
+#: Names that kubeadm uses on every node; addresses depend on the site.
 _SANS: Mapping[str, tuple[str, ...]] = {
     "apiserver": (
         "{node}",
@@ -73,16 +73,16 @@ _BY_INVENTORY = {KUBELET_SERVER, *(spec.name for spec in SERVERS.values())}
 class DeskSettings:
     """Table `[desk]`."""
 
-    name: str = ""  #: In every answer; empty: the host's name.
-    #: The cluster's CA certificates, laid out as below /etc/kubernetes/pki; without it the backends tell theirs.
+    name: str = ""  #: The name in every answer; empty: the host's name.
+    #: The cluster's CA certificates, laid out as in /etc/kubernetes/pki; without it, the backends report them.
     ca_dir: Path | None = None
-    #: A private key in PEM, not encrypted, that answers are signed with; None: they are not signed.
+    #: An unencrypted private key in PEM, with which answers are signed; None: they are not signed.
     answer_key: Path | None = None
-    archive: Path | None = None  #: For bundles that are done; without it in the state directory.
-    #: The nodes with their names and addresses, as the gateway has them: SANs of its serving certificates.
+    archive: Path | None = None  #: For finished bundles; without it, in the state directory.
+    #: The nodes with their names and addresses, as for the gateway; they are the SANs of serving certificates.
     inventory: Path | None = None
-    #: While a CA takes another one's place: by authority, the file with the earlier CA's certificate; a certificate of that
-    #: CA proves a request as well.
+    #: While a CA is replaced: by authority, the file with the former CA's certificate; a certificate of that CA also
+    #: proves a request.
     former_cas: dict[str, str] = field(default_factory=dict)
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -96,23 +96,23 @@ class DeskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Allow:
-    """Table `[allow]`: the rules for all certificates."""
+    """Table `[allow]`: rules for all certificates."""
 
-    clusters: tuple[str, ...]  #: Names of clusters, with `*` and `?` as in a shell.
+    clusters: tuple[str, ...]  #: Names of clusters, as shell patterns with `*` and `?`.
     nodes: tuple[str, ...]
     names: tuple[str, ...] = tuple(SPECS)
     keys: tuple[str, ...] = KEY_ALGORITHMS
     max_validity: timedelta = timedelta(days=365)
-    masters: tuple[str, ...] = ()  #: Certificates that may be in the group `system:masters`.
+    masters: tuple[str, ...] = ()  #: Certificates that may have the group `system:masters`.
     proof: Literal["required", "optional"] = "required"
     proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
-    max_age: timedelta = timedelta(days=30)  #: An older request bundle is refused.
-    #: An older format of request bundles is refused: in version 1 the proof covers neither the time nor the validity.
+    max_age: timedelta = timedelta(days=30)  #: Older request bundles are refused.
+    #: Older formats of request bundles are refused: in version 1 the proof covers neither the time nor the validity.
     oldest_version: int = 2
-    #: Whether a certificate is signed only when people have approved it (table `[approvals]`).
+    #: Whether a certificate needs people's approval before it is signed (table `[approvals]`).
     approval: Approval = "none"
-    #: With `"superseded"` a node may have the CA revoke, through `ca-bridge serve`, a certificate that a later one of its
-    #: own has replaced.
+    #: With `"superseded"` a node may have the CA revoke, through `ca-bridge serve`, a certificate of its own that a later
+    #: one has replaced.
     revoke: Literal["never", "superseded"] = "never"
 
     def problems(self) -> Iterator[SettingsProblem]:
@@ -131,24 +131,24 @@ class Allow:
 @dataclass(frozen=True, kw_only=True)
 class CertificateRules:
     """
-    Table `[certificate.NAME]`: the rules for one certificate; `{node}` stands for the node's name.
+    Table `[certificate.NAME]`: rules for one certificate; `{node}` stands for the node's name.
 
-    A node's further pairs are named here alone, and only with all that such a certificate may be.
+    A node's further pairs need a table here, which lists everything that such a certificate may have.
     """
 
     authority: str = ""  #: The CA that signs a further pair.
     usages: tuple[str, ...] = ()  #: The usages of a further pair: `server`, `client`, or both.
     #: Whole subjects, such as `O=system:nodes,CN=system:node:{node}`.
     subjects: tuple[str, ...] | None = None
-    groups: tuple[str, ...] | None = None  #: O values.
-    #: Names and addresses; `.example.com`: all names below it; `10.0.0.0/8`: the addresses in it.
+    groups: tuple[str, ...] | None = None  #: Allowed O values.
+    #: Allowed names and addresses; `.example.com`: all names below it; `10.0.0.0/8`: the addresses in it.
     sans: tuple[str, ...] | None = None
     keys: tuple[str, ...] | None = None
     max_validity: timedelta | None = None
-    approval: Approval | None = None  #: As in `[allow]`, for this certificate.
+    approval: Approval | None = None  #: Like `approval` in `[allow]`, for this certificate.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Rules that can't be read, or would bypass `allow.masters`."""
+        """Unreadable rules, and rules that would bypass `allow.masters`."""
         if self.subjects is not None and self.groups is not None:
             yield SettingsProblem("groups", "either subjects or groups", "both")
         for text in self.subjects or ():
@@ -187,10 +187,10 @@ _USAGES = {"server": EKU.SERVER_AUTH, "client": EKU.CLIENT_AUTH}
 
 @dataclass(frozen=True, kw_only=True)
 class UserRules:
-    """Table `[users]`: kubeconfigs for people and machines; without it the desk signs none."""
+    """Table `[users]`: kubeconfigs for people and machines; without the table the desk signs none."""
 
-    groups: tuple[str, ...] = ()  #: O values that a request may have, with `*` and `?` as in a shell.
-    names: tuple[str, ...] = ("*",)  #: CNs, in the same way.
+    groups: tuple[str, ...] = ()  #: O values that a request may have, as shell patterns with `*` and `?`.
+    names: tuple[str, ...] = ("*",)  #: CNs, as patterns likewise.
     allow: tuple[str, ...] = ()  #: Allowed names of Kubernetes and kubeadm (`kubeadm:cluster-admins`).
     max_validity: timedelta = timedelta(hours=24)
 
@@ -203,7 +203,7 @@ class UserRules:
 
     @property
     def limits(self) -> Limits:
-        """The limits, as for `kubeconfig user` on a node."""
+        """The limits in the form that `kubeconfig user` uses on a node."""
         return Limits(groups=self.groups, allow=self.allow, max_validity=self.max_validity, names=self.names)
 
 
@@ -215,16 +215,16 @@ def _unknown(key: str, values: Sequence[str], known: Sequence[str]) -> Iterator[
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The file."""
+    """The whole policy file."""
 
     allow: Allow
     desk: DeskSettings = field(default_factory=DeskSettings)
     certificates: Mapping[str, CertificateRules] = field(default_factory=dict)
-    nodes: Inventory | None = None  #: Of `desk.inventory`.
-    former: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Of `desk.former_cas`.
-    users: UserRules | None = None  #: None: the desk signs for none.
+    nodes: Inventory | None = None  #: The content of `desk.inventory`.
+    former: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: The content of `desk.former_cas`.
+    users: UserRules | None = None  #: None: the desk signs for no user.
     est: Mapping[str, EstRules] = field(default_factory=dict)  #: By label.
-    est_cas: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Of `clients_ca`, by label.
+    est_cas: Mapping[str, Sequence[x509.Certificate]] = field(default_factory=dict)  #: Those of `clients_ca`, by label.
     approvals: ApprovalRules = field(default_factory=ApprovalRules)
 
     def spec_of(self, name: str) -> CertificateSpec | None:
@@ -239,7 +239,7 @@ class Policy:
         return self.certificates.get(name, CertificateRules())
 
     def longest_validity(self, name: str) -> timedelta:
-        """The longest validity that a request for this certificate may have."""
+        """The longest validity that a request for this certificate may ask for."""
         return self.rules(name).max_validity or self.allow.max_validity
 
     def keys(self, name: str) -> Sequence[str]:
@@ -247,27 +247,27 @@ class Policy:
         return self.rules(name).keys or self.allow.keys
 
     def needs_approval(self, name: str) -> bool:
-        """Whether a certificate is signed only when people have approved it."""
+        """Whether a certificate needs people's approval before it is signed."""
         return (self.rules(name).approval or self.allow.approval) == "required"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyVerdict:
-    """The policy's judgement of one request."""
+    """The policy's verdict on one request."""
 
-    problems: tuple[str, ...]  #: Empty: it may be signed.
-    proven: bool  #: The proof holds, by this CA's certificate of the same name and usages.
-    may_waive: bool = False  #: The proof is a problem, and a person at the desk can do without it (`--without-proof`).
+    problems: tuple[str, ...]  #: Empty: the request may be signed.
+    proven: bool  #: The continuity proof holds, with this CA's certificate of the same name and usages.
+    may_waive: bool = False  #: The proof is a problem that a person at the desk may waive (`--without-proof`).
 
 
 def parse(text: str, file: Path | None = None) -> Policy:
-    """A policy from TOML text."""
+    """Parse a policy from TOML text."""
     reader, document = opened(text, file)
     return read(reader, document)
 
 
 def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
-    """The desk's tables of a policy; the tables `[signer."NAME"]` are for the gateway alone."""
+    """Read the desk's tables of a policy; only the gateway uses the tables `[signer."NAME"]`."""
     tables = reader.tables(
         document, ("desk", "allow", "approvals", "certificate", "signer", "pod_signer", "users", "est")
     )
@@ -320,8 +320,8 @@ def judge(
     held: bool = False,
 ) -> PolicyVerdict:
     """
-    A request's problems, of thousands the first, and whether its proof holds. The desk's certificates of its authority
-    are `cas`; `held`: who asks has proven by TLS to have the key of the certificate that is replaced, whose names it keeps.
+    A request's problems (only the first of thousands), and whether its proof holds. `cas` are the desk's certificates of
+    its authority; `held`: the requester has proven in TLS to hold the replaced certificate's key, and keeps its names.
     """
     if blocked := _blocked(bundle.node, policy) or _unlisted(request.name, policy):
         return PolicyVerdict(problems=(blocked,), proven=False)
@@ -345,7 +345,7 @@ def judge(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A certificate that a node is about to ask for, with what the bridge knows before it makes a key."""
+    """A certificate that a node is about to request, with the facts that are known before its key is made."""
 
     node: str
     cluster: str
@@ -353,7 +353,7 @@ class Planned:
     naming: Naming
     key: str  #: The new key's algorithm, such as `rsa-2048`.
     validity: timedelta
-    replaces: x509.Certificate | None  #: The live one; None: there is none, or its names are not taken over.
+    replaces: x509.Certificate | None  #: The live certificate; None: it is missing, or its names are not kept.
 
 
 def planned_problems(planned: Planned, policy: Policy) -> tuple[str, ...]:
@@ -446,8 +446,8 @@ def _limit_problems(name: str, validity: timedelta, policy: Policy) -> Iterator[
 
 def _with_inventory(name: str, policy: Policy, node: str) -> CertificateRules:
     """
-    The rules, with the inventory's SANs for a node's serving certificate whose SANs the policy does not list; none for a
-    node that is not in it, or is blocked.
+    The rules, with the inventory's SANs for a node's serving certificate whose SANs the policy does not list; without
+    SANs for a node that is blocked or not in the inventory.
     """
     rules = policy.rules(name)
     if name not in _BY_INVENTORY or policy.nodes is None or rules.sans is not None:
@@ -460,7 +460,7 @@ def _with_inventory(name: str, policy: Policy, node: str) -> CertificateRules:
 
 
 def _unlisted(name: str, policy: Policy) -> str:
-    """The problem with a further pair that has no table in the policy, so that no rule judges it; else empty."""
+    """The problem of a further pair without a table in the policy, so that no rule covers it; else empty."""
     if name in CARRIED or name in policy.certificates:
         return ""
     return f"name: wanted one of kubeadm's, or one with a table [certificate.{name}] in the policy, found {name}"
@@ -478,7 +478,7 @@ def _spec_problems(name: str, authority: str, ekus: frozenset[EKU], policy: Poli
 
 
 def _csr_problems(csr: x509.CertificateSigningRequest, keys: Sequence[str], *, sans: bool) -> Iterator[str]:
-    """Problems with a CSR's key, its signature, and its requested extensions: SANs at most."""
+    """Problems with a CSR's key, its signature, and its requested extensions (only SANs are allowed)."""
     yield from _key_problems(algorithm_name(csr.public_key()), keys)
     if not csr.is_signature_valid:
         yield "CSR: wanted one that is signed with its own key, found another signature"
@@ -492,11 +492,11 @@ def _key_problems(key: str, keys: Sequence[str]) -> Iterator[str]:
         yield f"key: wanted {one_of(keys)}, found {key}"
 
 
-# --- a user's request: nothing can prove who a user is, and a certificate of before proves no right to a group ---------
+# --- a user's request: nothing can prove a user's identity, and an earlier certificate proves no right to a group ------
 
 
 def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> Iterator[str]:
-    """Problems by the table `[users]`; `waived`: a person at the desk vouches that the request is this user's."""
+    """Problems by the table `[users]`; `waived`: a person at the desk vouches that this user made the request."""
     if policy.users is None:
         yield "user: wanted a table [users] in the policy, which says who may be, found none"
         return
@@ -524,7 +524,7 @@ def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> 
 def name_problems(
     name: str, csr: x509.CertificateSigningRequest, policy: Policy, node: str, own_sans: Sequence[str]
 ) -> Iterator[str]:
-    """Problems with the names in a CSR without a replaced certificate and a proof; `own_sans` are known to be the node's."""
+    """Problems with the names in a CSR without replaced certificate and proof; `own_sans` are known to be the node's."""
     rules = policy.rules(name)
     yield from _subject_problems(name, attributes(csr.subject), policy, node, None)
     if name in _SANS or rules.sans is not None:
@@ -562,7 +562,7 @@ def _subject_problems(
 
 
 def kubeadms_subject(name: str) -> tuple[str, tuple[str, ...]]:
-    """kubeadm's CN of a certificate, and the groups (O) that one of its versions gave it besides `system:masters`."""
+    """kubeadm's CN of a certificate, and the groups (O) that any of its versions adds, without `system:masters`."""
     spec = SPECS[name]
     return spec.common_names[0], tuple(sorted(frozenset().union(*spec.groups) - {MASTERS}))
 
@@ -600,7 +600,7 @@ def _san_problems(
         yield f"SAN: wanted each once, found {_some(texts)}"
 
 
-# --- names as a policy writes them --------------------------------------------------------------------------------------
+# --- names in a policy --------------------------------------------------------------------------------------------------
 
 
 def _some(texts: Iterable[str]) -> str:
@@ -609,23 +609,23 @@ def _some(texts: Iterable[str]) -> str:
 
 
 def _matches(kind: str, value: str, text: str) -> bool:
-    """Whether a SAN is what a policy's text allows: a name or an address, a suffix, a network."""
+    """Whether a policy's text (a name, address, suffix or network) allows a SAN."""
     rule = _san_rule(text)
     if isinstance(rule, ipaddress.IPv4Network | ipaddress.IPv6Network):
         found = address(value) if kind == "IP" else None
         return found is not None and found in rule
     if rule is None or kind != "DNS":
         return False
-    # as in a resolver, where case makes no difference
+    # as in a resolver, regardless of case
     name, wanted = value.lower(), rule.lower()
     if not wanted.startswith("."):
         return name == wanted
-    # a wildcard stands for whole hosts, and is for a rule to name: `*.example.com`
+    # a wildcard stands for whole hosts, which only an explicit rule may allow: `*.example.com`
     return name.endswith(wanted) and is_host_name(name)
 
 
 def _san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str | None:
-    """A network (perhaps of one address), a name, or a suffix; None: another text."""
+    """A network (perhaps of one address), a name, or a suffix; None: invalid."""
     try:
         return ipaddress.ip_network(text)
     except ValueError:

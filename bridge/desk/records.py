@@ -1,6 +1,6 @@
 """
-The desk's records: which requests CAs were asked for (the journal), and what was answered to each (the archive), found
-by the CSR, so that no request is signed twice; and how thousands of answers are written with one wait for the disk.
+The desk's records: which requests CAs received (the journal), and the answer to each (the archive), found by CSR, so
+that no request is signed twice; and how thousands of answers are written with one wait for the disk.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class Answered:
 
 
 def archive_directory(store: Store) -> Path:
-    """The archive unless the policy names another: a directory that no other user can reach."""
+    """The archive's default path: a directory that no other user can reach."""
     return store.directory / _ARCHIVE
 
 
 class Archive:
-    """Both directories; the writing process holds the desk's lock, and may write from several threads."""
+    """The archive's two directories; the writing process holds the desk's lock, and may write from several threads."""
 
     def __init__(self, directory: Path, state_dir: Path) -> None:
         self.directory = directory
         self._answers = state_dir / _ANSWERS
 
     def prepare(self) -> None:
-        """Make the directories, and remove what a killed run left half written in them."""
+        """Make the directories, and remove files that a killed run left half-written."""
         private_directory(self._answers)
         self.directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         if self.directory.is_symlink():
@@ -84,7 +84,7 @@ class Archive:
         raise ArchiveError(f"{self.directory}: wanted {wanted}, found {found}")
 
     def answers(self, bundle: RequestBundle) -> Mapping[str, Answered]:
-        """Answers that were signed before for the same CSRs, by certificate name."""
+        """Earlier answers to the same CSRs, by certificate name."""
         return {request.name: found for request in bundle.requests if (found := self._answered(request)) is not None}
 
     def _answered(self, request: BundledRequest) -> Answered | None:
@@ -105,15 +105,15 @@ class Archive:
     def files(
         self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes
     ) -> list[NewFile]:
-        """List the files that remember what was signed (`written`), and that put the bundle away as it was judged (`data`)."""
+        """Files that record what was signed (`written`), and that archive the bundle as it was judged (`data`)."""
         done = NewFile(path=self.directory / file_names(bundle.node, digest)[0], data=data, mode=_DONE_MODE)
-        # one file under a name for each CSR: names cost next to nothing, and are looked up by the thousand
+        # one file with a name for each CSR: names cost next to nothing, and thousands of them are looked up
         new = [path for request in bundle.requests if isinstance(answer.answers.get(request.name), Issued)
                and (not os.access(path := self._path(request), os.F_OK) or request.name == USER.name)]  # fmt: skip
         return [NewFile(path=new[0], data=written, links=new[1:]), done] if new else [done]
 
     def _path(self, request: BundledRequest) -> Path:
-        # a person asks with the same CSR again and again
+        # a person may send the same CSR again and again
         lifetime = f"-{request.validity.total_seconds():.0f}s" if request.name == USER.name else ""
         return self._answers / f"{request.name}-{csr_fingerprint(request.csr)}{lifetime}.json"
 
@@ -124,7 +124,7 @@ _KEPT = timedelta(days=90)
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """An earlier run asked a CA and ended before it wrote the answer."""
+    """An earlier run sent the request to a CA, and ended before it wrote the answer."""
 
     since: datetime
 
@@ -132,8 +132,8 @@ class Submitted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AtDesk:
     key: str
-    asked: datetime | None = None  #: A CA was about to be asked.
-    added: datetime | None = None  #: It answered; earlier versions did not write it for an answer that comes later.
+    asked: datetime | None = None  #: When a CA was about to get the request.
+    added: datetime | None = None  #: When it answered; earlier versions did not write that for a pending answer.
     reference: str | None = None
     note: str | None = None
     chain: Issued | None = None
@@ -149,13 +149,13 @@ _DESK = Kind(
 
 
 class Journal:
-    """The file; the desk's lock is held, and several threads of the desk may add."""
+    """The journal file; the caller holds the desk's lock, and several of its threads may add entries."""
 
     def __init__(self, path: Path, now: datetime) -> None:
         self._now = now
-        #: Called before a CA is asked; its error ends the question.
+        #: Called before a CA gets a request; its error keeps the request back.
         self.before_asking: Callable[[], None] = lambda: None
-        #: Certificates that the audit log has, and that were not delivered; a door keeps them.
+        #: Certificates that are in the audit log, but were not delivered; a door keeps them.
         self.recorded: set[x509.Certificate] = set()
         self._log = RequestLog(path, _DESK, self._fresh)
 
@@ -166,7 +166,7 @@ class Journal:
         return one if self._now - since <= _KEPT else None
 
     def get(self, request: SignRequest) -> Issued | Pending | Submitted | None:
-        """A CA's latest answer to exactly this request, as far as it is known."""
+        """A CA's latest known answer to exactly this request."""
         one = self._log.get(key_of(request))
         if one is None:
             return None
@@ -175,17 +175,17 @@ class Journal:
         return one.chain or Pending(reference=one.reference or "", note=one.note or "")
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
-        """Write answers down, safe on disk when this returns; StateError: the CA alone knows them."""
+        """Record answers, safe on disk when this returns (StateError: only the CA knows them)."""
         self._put(answers)
         self._log.save()
 
     def add_soon(self, answers: Iterable[tuple[SignRequest, Issued | Pending]]) -> None:
-        """Write answers down while others still come: the thread that asks waits for the disk only if no other does."""
+        """Record answers while others still arrive: the caller waits for the disk only if no other thread does."""
         self._put(answers)
         self._log.save_soon()
 
     def save(self) -> None:
-        """Make what `add_soon` has taken safe on disk (StateError)."""
+        """Make the records of `add_soon` safe on disk (StateError)."""
         self._log.save()
 
     def _put(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
@@ -195,17 +195,17 @@ class Journal:
             self._log.put(_at_desk(key_of(request), answer, self._now))
 
     def forget(self, requests: Iterable[SignRequest]) -> None:
-        """Drop requests whose answers were delivered; on disk after `tidy`."""
+        """Drop requests with delivered answers; on disk after `tidy`."""
         for request in requests:
             self._log.forget(key_of(request))
 
     def tidy(self) -> None:
-        """Keep on disk only entries that are not delivered yet."""
+        """Keep only undelivered entries on disk."""
         self._log.tidy()
 
 
 def key_of(request: SignRequest) -> str:
-    """The SHA-256 (hex) of a CSR, its certificate's name, authority and validity."""
+    """The SHA-256 (hex) of a CSR with its certificate's name, authority and validity."""
     about = json.dumps([request.spec.name, request.spec.authority.name, request.validity.total_seconds()])
     return sha256(about.encode() + b"\0" + request.csr_pem).hexdigest()
 
@@ -220,22 +220,22 @@ def _at_desk(key: str, answer: Issued | Pending | Submitted, now: datetime) -> _
 
 # --- many files, one wait for the disk (docs/evidence/numbers.md) -----------------------------------------------------
 
-#: Groups whose files are open at a time.
+#: Groups whose files are open at the same time.
 _AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewFile:
-    """A file that is to be there, whatever is there now."""
+    """A file to write, which replaces any existing file."""
 
     path: Path
     data: bytes
     mode: int = SECRET_MODE
-    links: Sequence[Path] = ()  #: Its other names, in the same directory; a name that is taken stays what it is.
+    links: Sequence[Path] = ()  #: Its other names, in the same directory; existing names stay unchanged.
 
 
 def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
-    """Write groups of files and wait for the disk once; no file of a group is put in place before all are on disk."""
+    """Write groups of files with one wait for the disk; no file of a group is put in place before all are on disk."""
     errors: list[OSError | None] = []
     for start in range(0, len(groups), _AT_ONCE):
         some = [_Group([_File(new) for new in group]) for group in groups[start : start + _AT_ONCE]]
@@ -254,7 +254,7 @@ def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
 
 
 def _sync_directories(groups: Sequence[_Group]) -> None:
-    """Flush the directories, or a power cut may take the new names away."""
+    """Sync the directories, or a power cut may remove the new names."""
     for directory in {file.new.path.parent for group in groups for file in group.files}:
         try:
             sync_directory(directory)
@@ -265,7 +265,7 @@ def _sync_directories(groups: Sequence[_Group]) -> None:
 
 
 class _File:
-    """One file on its way: it has another name until it is on disk."""
+    """One file in progress: it has a temporary name until it is on disk."""
 
     def __init__(self, new: NewFile) -> None:
         self.new = new
@@ -293,7 +293,7 @@ class _File:
                 os.link(self.new.path, link)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what went wrong first is the cause
+        with contextlib.suppress(OSError):  # the first error is the cause
             if self._temporary is not None:
                 self._temporary.unlink()
         with contextlib.suppress(OSError):
@@ -303,10 +303,10 @@ class _File:
 
 @dataclass
 class _Group:
-    """Files that are of no use without each other."""
+    """Files that are useless without each other."""
 
     files: Sequence[_File]
-    error: OSError | None = None  #: Nothing more is done.
+    error: OSError | None = None  #: After an error, the remaining steps are skipped.
 
     def each(self, step: Callable[[_File], None]) -> None:
         for file in self.files:

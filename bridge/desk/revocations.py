@@ -1,4 +1,4 @@
-"""Whether a node may have one of its certificates revoked, by what was signed for it here; and the CA, which does it."""
+"""Whether a node may have one of its certificates revoked, by what was signed for it here; and the CA's revocation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bridge.pki.expiry import minute
 from bridge.pki.signatures import origin_problem, proof_problem
 from bridge.settings.tables import Settings
 
-#: Certificates that came one after the other; a node asks a day after each.
+#: The most successive certificates; a node requests each revocation a day after the renewal.
 _MOST_LINKS = 100
 
 
 class NotRevokedError(BridgeError):
-    """A node asks for a revocation that it may not have."""
+    """A node requested a revocation that it has no right to."""
 
     exit_code = Exit.REFUSED
     hint = "a node may have those certificates revoked that later ones of its own have replaced, by a continuity proof"
@@ -40,11 +40,11 @@ class Signed:
     node: str
     cluster: str
     authority: str
-    #: The request for it and its bundle, as far as they are kept; read once the node has proven who it is.
+    #: The request for the certificate and its bundle, if they are kept; read after the node has proven its identity.
     asked: Callable[[], tuple[BundledRequest, RequestBundle] | None]
 
 
-#: What was signed here, by certificate; None: it was not.
+#: Returns what was signed here for a certificate; None: it was not signed here.
 Known = Callable[[x509.Certificate], Signed | None]
 
 
@@ -52,14 +52,14 @@ def assert_may(
     revocation: Revocation, known: Known, policy: Policy, cas: Mapping[str, Sequence[x509.Certificate]], now: datetime
 ) -> Signed:
     """
-    Find the successor's holder, by its key, and that the certificate is one of its earlier ones; what was signed for it.
+    Identify the successor's holder by its key, and check that the certificate is an earlier one; return what was signed.
 
-    From the successor each step goes to the certificate that was replaced, by whose key the request for the next one was
-    proven: the holder of an earlier key gets no later certificate revoked.
+    From the successor, each step goes to the replaced certificate whose key proved the request for the next one: the
+    holder of an earlier key can't revoke a later certificate.
 
     Raises:
-        NotRevokedError: Something else is true, or the policy does not allow it.
-        BackendUnavailableError: There is no CA certificate to judge by yet.
+            NotRevokedError: The facts differ, or the policy does not allow it.
+            BackendUnavailableError: No CA certificate to judge by is known yet.
     """
     serial = serial_hex(revocation.successor)
     successor = known(revocation.successor)
@@ -82,7 +82,7 @@ def assert_may(
 
 
 def _assert_replaced(revocation: Revocation, successor: Signed, known: Known, cas: Sequence[x509.Certificate]) -> None:
-    """Go back from the successor, certificate by certificate, as far as there are proofs."""
+    """Walk back from the successor, certificate by certificate, as far as there are proofs."""
     link: Signed | None = successor
     who = (successor.name, successor.node, successor.cluster, successor.authority)
     for _ in range(_MOST_LINKS):
@@ -103,11 +103,11 @@ def _assert_replaced(revocation: Revocation, successor: Signed, known: Known, ca
 
 def revoke(settings: Settings, authority: str, revocation: Revocation) -> None:
     """
-    Have the CA revoke the certificate; it is waited for no longer than one question takes.
+    Have the CA revoke the certificate, waiting no longer than one request takes.
 
     Raises:
-        NotRevokedError: The successor is revoked itself, or this CA can't revoke.
-        BackendError: As `bridge.contract.Revokes`.
+            NotRevokedError: The successor itself is revoked, or this CA can't revoke.
+            BackendError: Like `bridge.contract.Revokes`.
     """
     configured = at_once(registry.configured(settings, [authority])[authority])
     with contextlib.closing(CA.of(configured)) as ca:

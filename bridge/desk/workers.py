@@ -1,12 +1,12 @@
 """
-Processes that do the desk's arithmetic ahead: read a bundle, verify its signatures, apply the policy, compare.
+Processes that do the desk's computations ahead: read a bundle, verify signatures, apply the policy, compare answers.
 
-They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md. They touch no CA, file or clock: they get
-bytes, and answer with the bundle and its problems. The desk does itself what they did not do, so that losing one costs
-only time, and the next task begins another. A worker keeps each bundle until its answers come, so that nothing is sent
-twice, and ends with the desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` costs the
-same processor time; but its processes import from the current directory, and a pool for each worker and a thread in it
-would have to do the rest.
+They exist for the row "`sign` of an inbox" of docs/evidence/numbers.md. They use no CA, file or clock: they receive
+bytes, and answer with the bundle and its problems. The desk does what they have not done, so losing a worker costs
+only time, and the next task starts another. A worker keeps each bundle until its answers come, so that nothing is sent
+twice, and ends with the desk, even a killed one, when its standard input ends. `ProcessPoolExecutor` takes the same
+processor time, but its processes import from the current directory, and a pool and a thread for each worker would
+still be needed.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from bridge.pki.verify import Expectation
 from bridge.system.console import log
 from bridge.system.run_command import python_command
 
-#: Fewer bundles are done before a worker has loaded what it needs.
+#: Fewer bundles are done before a worker has loaded its modules.
 WORTHWHILE = 50
 _MOST = 4
-_LEAST_SHARE = 2  #: A certificate that was asked for a short time lives for half of it at least.
-#: Bundles that a worker gets at once; the first time few, which tell the desk what CAs there are to judge by.
+_LEAST_SHARE = 2  #: A certificate requested for a short time has to live for at least half of it.
+#: Bundles that a worker gets at once; few at first, from which the desk learns which CAs to judge by.
 CHUNK, FIRST_CHUNK = 20, 1
-#: The size of a chunk's files, so that large bundles do not fill the memory; honest ones stay below it.
+#: The size of a chunk's files, so that large bundles do not fill the memory; ordinary chunks stay below it.
 _LARGEST_CHUNK_BYTES = 1 << 20
-#: Bundles are many objects with no cycle: looking for some as often as usual takes a fifth of a worker's time.
+#: Bundles are many objects without cycles: collecting garbage as often as usual takes a fifth of a worker's time.
 GARBAGE = 100_000
-#: Lots of bundles that are at the workers while the next are read.
+#: Chunks that are at the workers while the next are read.
 _CHUNKS_AHEAD = 8
-#: After the start of a worker no other takes its place for so long: one that can't work costs a start now and then.
+#: For this long after a worker's start no other replaces it: starts of a broken worker stay rare.
 _REST_SECONDS = 10.0
 _SERVE = "from bridge.desk.workers import serve; serve()"
 
@@ -72,7 +72,7 @@ _File = TypeVar("_File", bound=_HasData)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """The rules that requests are judged by."""
+    """The rules for judging requests."""
 
     policy: Policy
     cas: Mapping[str, tuple[x509.Certificate, ...]]  #: By authority.
@@ -82,28 +82,28 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadBundle:
-    """A request bundle that was read, and judged as far as there are verdicts."""
+    """A bundle that was read, and judged as far as there are verdicts."""
 
     bundle: RequestBundle
-    digest: str  #: The bundle's.
-    #: By certificate name; the desk gives those that are missing.
+    digest: str  #: The bundle's digest.
+    #: By certificate name; the desk adds missing verdicts.
     verdicts: Mapping[str, PolicyVerdict] = field(default_factory=dict)
-    by: Judgement | None = None  #: A door keeps by what the verdicts are.
-    number: int = 0  #: A worker knows the bundle by it.
-    chunk: int | None = None  #: With which it was at the worker; None: no worker has it.
+    by: Judgement | None = None  #: The rules of the verdicts, by which a door keeps them.
+    number: int = 0  #: The worker's number for the bundle.
+    chunk: int | None = None  #: The chunk with which a worker got it; None: no worker has it.
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
-#: Bundles that were read and will be compared, as bytes, by the desk's number: what was read of a stranger's SANs takes 35
-#: times as much. Of those beyond this limit, which people may decide about in days, and of those that could not be
-#: judged, the desk compares the answers by itself.
+#: Bundles that were read and will be compared, as bytes, by the desk's number: parsed, a stranger's SANs take 35 times as
+#: much. The desk itself compares answers of bundles beyond this limit, about which people may decide for days, and
+#: of bundles that could not be judged.
 _known: dict[int, bytes] = {}
 _LARGEST_KNOWN_BYTES = 32 << 20
 
 
 def read(bundles: Mapping[int, bytes], by: Judgement) -> list[ReadBundle | BundleError]:
-    """These bundles with the policy's verdict on each request, or why the bytes are no bundle."""
+    """The bundles with the policy's verdict on each request, or why the bytes are no bundle."""
     return [_read_one(number, data, by) for number, data in bundles.items()]
 
 
@@ -121,10 +121,10 @@ def _read_one(number: int, data: bytes, by: Judgement) -> ReadBundle | BundleErr
 
 
 def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dict[str, PolicyVerdict]:
-    """The policy's verdict on each request, by name, without those that can't be judged here; `held` as in `judge`."""
+    """The policy's verdict on each request, by name, except those that can't be judged here; `held` as in `judge`."""
     found = {}
     for request in bundle.requests:
-        with contextlib.suppress(Exception):  # the desk judges it by itself, and tells what is wrong
+        with contextlib.suppress(Exception):  # the desk judges it again, and reports the error
             cas = by.cas[request.authority]
             found[request.name] = judge(request, bundle, by.policy, cas, by.now, by.without_proof, held=held)
     return found
@@ -133,7 +133,7 @@ def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dic
 def compared(
     answered: Sequence[tuple[int, Mapping[str, Issued]]], by: Mapping[str, Expectation]
 ) -> list[dict[str, str]]:
-    """Why each certificate of these bundles, by number, is not what was asked for; nothing about a bundle that is not here."""
+    """By bundle number, why certificates are not the requested ones; nothing for a bundle that is not kept here."""
     return [
         _reasons(answers, ForkingPickler.loads(kept), by) if (kept := _known.pop(number, None)) is not None else {}
         for number, answers in answered
@@ -150,9 +150,9 @@ def _reasons(answers: Mapping[str, Issued], bundle: RequestBundle, by: Mapping[s
 
 def reason_against(issued: Issued, request: SignRequest, expected: Expectation) -> str:
     """
-    Why a certificate is not what was asked for; empty: it is.
+    Why a certificate is not the requested one; empty: it is.
 
-    One that was asked for a few days or hours, as a user's, may live that short.
+    A certificate requested for days or hours, such as a user's, may live that short.
     """
     least = request.validity / _LEAST_SHARE
     expected = replace(expected, min_validity=min(expected.min_validity, least))
@@ -161,13 +161,13 @@ def reason_against(issued: Issued, request: SignRequest, expected: Expectation) 
 
 
 def serve() -> None:
-    """Be a worker: tasks come in on standard input, answers go out on standard output, until there are no more."""
-    for one in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and the end of a unit, are the desk's to answer
+    """Run as a worker: read tasks from standard input, and write answers to standard output, until the input ends."""
+    for one in (signal.SIGINT, signal.SIGTERM):  # the desk handles Ctrl-C and the end of a unit
         signal.signal(one, signal.SIG_IGN)
     gc.freeze()
     gc.set_threshold(GARBAGE)
     tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
-    os.dup2(2, 1)  # nothing else writes where the answers go
+    os.dup2(2, 1)  # nothing else may write to the answers' output
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             task, arguments = tasks.recv()
@@ -183,7 +183,7 @@ def _csr(der: bytes) -> x509.CertificateSigningRequest:
 
 
 def _in_bytes(policy: Policy) -> tuple[Callable[[bytes], Policy], tuple[bytes]]:
-    """With an inventory of thousands of nodes it takes longer than a bundle: it is made into bytes once, and read once."""
+    """Pickle a policy once as bytes: one with an inventory of thousands of nodes takes longer than a bundle."""
     kept = vars(policy)
     if "in_bytes" not in kept:
         kept["in_bytes"] = bytes(ForkingPickler.dumps({one.name: kept[one.name] for one in fields(policy)}))
@@ -195,7 +195,7 @@ def _policy(in_bytes: bytes) -> Policy:
     return Policy(**ForkingPickler.loads(in_bytes))
 
 
-# both sides are this program, so that bytes which were checked once are only parsed
+# both sides are this program, so bytes that were checked once are only parsed
 ForkingPickler.register(x509.Certificate, lambda one: (_certificate, (one.public_bytes(Encoding.DER),)))
 ForkingPickler.register(Policy, _in_bytes)
 ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.public_bytes(Encoding.DER),)))
@@ -206,11 +206,11 @@ ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.
 
 @dataclass(eq=False)
 class _Worker:
-    """One process, and the thread that waits for it."""
+    """A worker process, and the thread that waits for it."""
 
     process: subprocess.Popen[bytes] = field(init=False)
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    began: float | None = None  #: When its task of now began, by the monotonic clock.
+    began: float | None = None  #: When its current task began, by the monotonic clock.
 
     def __post_init__(self) -> None:
         self._begin()
@@ -226,7 +226,7 @@ class _Worker:
         self._is_gone = False
 
     def ask(self, task: Callable[..., _Answer], arguments: tuple[object, ...]) -> _Answer | None:
-        """Have the worker answer a question; None: the worker is no more."""
+        """Let the worker run a task; None: the worker has ended."""
         if self._is_gone and time.monotonic() > self._again:
             with contextlib.suppress(OSError):  # no memory, no more processes
                 self._begin()
@@ -254,7 +254,7 @@ class _Worker:
 
     def close(self) -> None:
         self._again = math.inf
-        self.process.kill()  # first: its thread may wait for it
+        self.process.kill()  # first, since its thread may wait for it
         self.thread.shutdown()
         self._end()
 
@@ -283,7 +283,7 @@ class Workers:
     """One worker for each processor, or none."""
 
     def __init__(self, count: int | None = None) -> None:
-        """`count` of processes; None: as many as this machine has processors for."""
+        """`count` of processes; None: one for each processor of this machine."""
         wanted = min(_MOST, len(os.sched_getaffinity(0))) if count is None else count
         self._workers: list[_Worker] = []
         with contextlib.suppress(OSError):  # no memory, no more processes: the desk does it by itself
@@ -294,14 +294,14 @@ class Workers:
         return bool(self._workers)
 
     def submit(self, chunk: int, task: Callable[..., _Answer], *arguments: object) -> Future[_Answer | None]:
-        """Have a task done by the worker that does all of this chunk; the answer is None when it can't."""
+        """Run a task in the worker that handles this chunk; the result is None if it can't."""
         worker = self._workers[chunk % len(self._workers)]
         return worker.thread.submit(worker.ask, task, arguments)
 
     def read_ahead(
         self, files: Iterable[_File], by: Callable[[], Judgement]
     ) -> Iterator[tuple[_File, ReadBundle | None]]:
-        """Each file in its order, as a worker read it ahead by the CAs of `by`; None: no worker did."""
+        """Each file in order, as a worker read it ahead by the CAs of `by`; None: no worker did."""
         if not self._workers:
             yield from ((file, None) for file in files)
             return
@@ -315,13 +315,13 @@ class Workers:
             yield from ahead.popleft()
 
     def tend(self, longest_seconds: float) -> None:
-        """End workers that are at one task for longer; from any thread."""
+        """End workers that have spent more than this on one task; callable from any thread."""
         for worker in self._workers:
             if (began := worker.began) is not None and time.monotonic() - began > longest_seconds:
                 worker.process.kill()
 
     def states(self) -> dict[str, int]:
-        """How many processes are there, and how many have ended."""
+        """How many processes are running, and how many have ended."""
         running = sum(worker.process.poll() is None for worker in self._workers)
         return {"running": running, "ended": len(self._workers) - running}
 

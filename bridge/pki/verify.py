@@ -344,8 +344,8 @@ def _chain(
     leaf = issued.leaf
     time = min(max(expected.now, leaf.not_valid_before_utc), leaf.not_valid_after_utc)
     try:
-        # other roots lead nowhere, and their cross certificates share name and key; the latest to end comes first, so that
-        # the path uses the newest version of an intermediate
+        # other roots lead nowhere, and their cross certificates share name and key; the latest to end comes first, since
+        # the path should use the newest version of an intermediate
         others = [one for one in issued.intermediates if not _is_root(one)]
         newest = sorted(others, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
         path = verified_path(leaf, newest, anchor, time)
