@@ -145,7 +145,7 @@ def person(leaf: x509.Certificate, approvers: Collection[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
-    """What decisions are verified with at this moment."""
+    """The CAs and the secret by which decisions are verified now."""
 
     anchors: Sequence[x509.Certificate]  #: The CAs of people's certificates.
     secret: bytes = field(repr=False)  #: The door's secret for `code`.

@@ -315,7 +315,7 @@ class Desk:
         listed, read = self._lists.get(authority, (None, -_LISTED_SECONDS))
         if time.monotonic() - read > _LISTED_SECONDS:
             read, listed = time.monotonic(), None
-            with contextlib.suppress(BackendError):  # the question about each certificate says what is wrong
+            with contextlib.suppress(BackendError):  # checking each certificate reports the error
                 listed = self._cas[authority].ca.revoked()
             self._lists[authority] = listed, read
         return listed

@@ -74,7 +74,7 @@ class Item:
     #: The kubelet's copy of an embedded certificate; its end counts, too.
     copy: tuple[x509.Certificate, ...] = ()
     anchor: x509.Certificate | None = None  #: The CA in its CA file that its chain leads to.
-    is_anchor_first: bool = True  #: That CA is the file's first, which signs new certificates.
+    is_anchor_first: bool = True  #: The anchor is the file's first CA, which signs new certificates.
     key_trouble: str | None = None  #: "wanted …, found …" if its key is missing, empty or another certificate's.
     foreign: bool = False  #: No CA of the cluster signed it: the kubelet made it, or it is another cluster's.
     named: bool = True  #: False: a pair of `SERVERS` that its component's manifest does not name (yet).

@@ -322,7 +322,7 @@ _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE
 
 
 def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
-    """Whether a PEM text holds the certificate's private key, by its public half; None: it can't be told."""
+    """Whether a PEM text holds the certificate's private key, by its public half; None: the key can't be compared."""
     found = _KEY.search(pem)
     if found is None:
         return False

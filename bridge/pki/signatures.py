@@ -74,7 +74,7 @@ _PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a proof of version 2 covers besides the CSR and the requester."""
+    """The terms that a proof of version 2 covers besides the CSR and the requester."""
 
     validity: timedelta  #: The requested validity, in whole seconds.
     created: datetime  #: The bundle's time, so that it can't be made to look younger.
