@@ -1,1 +1,1 @@
-"""`ca-bridge serve`: one door for all nodes. It does with bundles over HTTPS what a desk does with files."""
+"""`ca-bridge serve`, the door for all nodes: it signs bundles over HTTPS, as a CA desk signs files."""

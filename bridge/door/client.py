@@ -1,7 +1,7 @@
 """
-The door's approvals from the side of the person who decides: by HTTPS, with that person's certificate and key.
+The approver's client: lists, shows and decides the door's requests over HTTPS, with the approver's certificate and key.
 
-What the door sends is read as a courier's bundle is: the digest is computed anew, and the signature is over that one.
+It trusts the door no more than a courier: it computes each bundle's digest itself, and signs that digest.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from bridge.words import one_line
 
 _SECONDS = 30.0
 _LONGEST = 8 << 20
-#: Enough digits of a digest that no other request can be made to have them.
+#: The fewest hex digits of a digest that no forged request can share, and all digits of a digest.
 FEWEST_DIGITS, _DIGITS = 16, 64
 
 
 class DoorError(BridgeError):
-    """The door answers something else than what was wanted."""
+    """The door's answer is not what the client asked for."""
 
     hint = "is `approver.url` the door's own (`ca-bridge serve`), of the same version?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Review:
-    """A request as the door sent it, its bundle read and its digest computed here."""
+    """A request from the door, with the bundle parsed and the digest computed here."""
 
     bundle: RequestBundle
     digest: str
-    document: Mapping[str, Any]  #: The door's words; printed with `printable` alone.
-    cas: Mapping[str, list[x509.Certificate]]  #: As the door says.
+    document: Mapping[str, Any]  #: The door's JSON; print its text with `printable` only.
+    cas: Mapping[str, list[x509.Certificate]]  #: By authority, as the door sends them.
 
 
 class Reviewer:
-    """A person at work; one connection."""
+    """An approver's session with the door, over one connection."""
 
     def __init__(self, settings: ApproverSettings, now: datetime) -> None:
-        """Read the person's files (SettingsError)."""
+        """Read the approver's files (SettingsError)."""
         missing = [key for key in ("url", "ca_file", "certificate", "key") if not getattr(settings, key)]
         if settings.ca_file is None or settings.certificate is None or settings.key is None or missing:
-            problems = [SettingsProblem(f"approver.{key}", "it, for the person who decides", "none") for key in missing]
+            problems = [SettingsProblem(f"approver.{key}", "a value, for the approver", "none") for key in missing]
             raise SettingsError(problems, hint="`ca-bridge help approvals` has an example")
         self._key: PrivateKeyTypes = load_signing_key(settings.key, "approver.key", "decisions")
         data, key = _read(settings.certificate, "certificate"), _read(settings.key, "key")
@@ -83,7 +83,7 @@ class Reviewer:
         self._http.close()
 
     def waiting(self) -> Mapping[str, Any]:
-        """The waiting requests: `approver` and `requests`, in the door's words."""
+        """Return the door's JSON about waiting requests: `approver` and `requests`."""
         found = self._ask("GET", "/v1/approvals")
         requests = found.get("requests")
         if not isinstance(requests, list) or not all(isinstance(one, dict) for one in requests):
@@ -91,12 +91,12 @@ class Reviewer:
         return found
 
     def show(self, start: str) -> Review:
-        """The request whose digest begins so (DoorError: the door sent another one)."""
+        """Return the request whose digest begins with `start` (DoorError: the door sent a different one)."""
         wanted = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start)
         return self._verified(self._ask("GET", f"/v1/approvals/{wanted}"), wanted)
 
     def decide(self, review: Review, verdict: Verdict, reason: str) -> Review:
-        """Sign a decision about what was shown, and send it."""
+        """Sign a decision about the reviewed request, and send it."""
         decision = Decision(
             approver="", verdict=verdict, reason=reason.strip(), decided=self._now, certificate=self._leaf,
             evidence="signature", proof=b"",

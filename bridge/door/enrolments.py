@@ -1,9 +1,9 @@
 """
-Enrolments: a one-time secret lets one node ask for its first certificates, by `ca-bridge enroll` at the door's host.
+Enrolments: with a one-time secret from `ca-bridge enroll` at the door's host, a node requests its first certificates.
 
-A person says for which node and cluster; the request says nothing about that which counts. An enrolment stands in for
-continuity proofs as `ca-bridge sign --without-proof` does, and the policy decides the rest. `Memory.receive` binds it to
-one request, in the transaction that keeps the request.
+The operator sets the node and the cluster; the request can't choose them. An enrolment replaces continuity proofs, as
+`ca-bridge sign --without-proof` does, and the policy decides everything else. `Memory.receive` binds an enrolment to
+one request, in the transaction that stores the request.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from bridge.state import audit
 from bridge.state.session import recording
 
 LONGEST = timedelta(days=30)
-#: For a round of signing, which has the state directory's lock.
+#: How long to wait for a signing round, which holds the state directory's lock.
 _WAIT = timedelta(minutes=1)
-#: SQLite takes no such number.
+#: The first number that SQLite's integers can't hold.
 _BEYOND = 1 << 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolment:
-    """One enrolment; fields as the table's columns."""
+    """One enrolment; its fields are the table's columns."""
 
     id: int
     node: str
@@ -49,7 +49,7 @@ class Enrolment:
     created_by: str
     ends: datetime
     used: datetime | None
-    request: str | None  #: The id of the request that it was used for.
+    request: str | None  #: The id of the request that used it.
     withdrawn: datetime | None
 
     @classmethod
@@ -67,7 +67,7 @@ class Enrolment:
         return "open" if now < self.ends else "ended"
 
     def assert_for(self, node: str, cluster: str, now: datetime) -> None:
-        """Refuse another node's secret, and one that is used, withdrawn or over (EnrolmentError)."""
+        """Refuse another node's secret, and a used, withdrawn or expired one (EnrolmentError)."""
         if (node, cluster) != (self.node, self.cluster):
             raise EnrolmentError(
                 f"enrolment: wanted a request of {self.node} in {self.cluster}, found one of {node} in {cluster}",
@@ -78,7 +78,7 @@ class Enrolment:
             raise EnrolmentError(f"enrolment: wanted a secret that is open, found one that is {state} since {when}")
 
     def vouches(self, bundle: RequestBundle) -> dict[str, str]:
-        """The requests of a bundle that need no continuity proof, by certificate name, with words for the record; no user's."""
+        """Return why requests of a bundle need no continuity proof, for the record, by certificate name; never a user's."""
         if self.withdrawn is not None or (bundle.node, bundle.cluster) != (self.node, self.cluster):
             return {}
         names = [one.name for one in bundle.requests if not self.certificates or one.name in self.certificates]
@@ -86,12 +86,12 @@ class Enrolment:
 
 
 def find(memory: Memory, secret_hash: str) -> Enrolment | None:
-    """The enrolment whose secret has this hash, whatever its state."""
+    """Return the enrolment whose secret has this hash, in any state."""
     return next(iter(_found(memory, ENROLMENTS.c.secret_hash == secret_hash)), None)
 
 
 def proven_by(memory: Memory, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
-    """The open enrolment that the header proves for this request (EnrolmentError: there is none, or it is not for this)."""
+    """Return the open enrolment that the header proves (EnrolmentError: there is none, or it is for another request)."""
     secret_hash = node_proofs.enrolled_by(authorization, digest)
     found = find(memory, secret_hash) if secret_hash is not None else None
     if found is None:
@@ -101,7 +101,7 @@ def proven_by(memory: Memory, authorization: str, bundle: RequestBundle, digest:
 
 
 def for_requests(memory: Memory, ids: Collection[str]) -> dict[str, Enrolment]:
-    """The enrolments that were used for these requests, by the request's id."""
+    """Return the enrolments that these requests used, by request id."""
     return {one.request: one for one in _found(memory, ENROLMENTS.c.request.in_(ids)) if one.request is not None}
 
 
@@ -115,7 +115,7 @@ def _found(memory: Memory, which: sa.ColumnElement[bool]) -> list[Enrolment]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """An enrolment that a person asks for."""
+    """An enrolment as the operator wants it."""
 
     node: str
     cluster: str
@@ -124,7 +124,7 @@ class Wanted:
 
 
 def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: datetime) -> tuple[Enrolment, str]:
-    """Make an enrolment and its secret, which is kept nowhere (SettingsError: the policy has no such node)."""
+    """Make an enrolment and its secret, which is stored nowhere (SettingsError: the policy has no such node)."""
     _assert_sensible(wanted, settings, policy_file)
     secret, doer = secrets.token_urlsafe(node_proofs.SECRET_BYTES), audit.person()
     row = {
@@ -146,13 +146,13 @@ def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: da
 
 
 def listed(settings: Settings) -> list[Enrolment]:
-    """All enrolments, the newest first."""
+    """Return all enrolments, the newest first."""
     with closing(open_memory(settings)) as memory:
         return _found(memory, sa.true())
 
 
 def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
-    """End an enrolment; a request that it was used for, and that is not signed yet, is refused."""
+    """Withdraw an enrolment; the door refuses its request, unless that is signed already."""
     with closing(open_memory(settings)) as memory:
         found = _found(memory, ENROLMENTS.c.id == number) if number < _BEYOND else []
         if not found:
@@ -166,7 +166,7 @@ def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
 
 
 def _recorded(settings: Settings, event: str, about: str) -> None:
-    """In the audit log before anything comes of it."""
+    """Write an event to the audit log before it takes effect."""
     with recording(settings, _WAIT) as (_, record):
         record.add(event, result=about)
         record.write()

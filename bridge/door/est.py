@@ -1,13 +1,13 @@
 """
 EST (RFC 7030, RFC 8951) at the door: `cacerts`, `csrattrs`, `simpleenroll` and `simplereenroll`.
 
-The URL's label names the certificate. The client certificate of TLS names the requester, or an enrolment whose one-time
-secret is the password of HTTP Basic; the request itself proves nothing but that its sender has the new key. It
-becomes a bundle of one request, which the database keeps, the desk judges and a round of signing answers, as it does
-with our own. A client hears of an answer that is not there yet by 202, and gets it by sending the same request again.
+The URL's label selects the certificate. The requester is the TLS client certificate, or an enrolment whose one-time
+secret is the HTTP Basic password; the CSR itself proves only that its sender has the new key. The request becomes a
+bundle of one request: the database stores it, the desk judges it, and a signing round answers it, as with our own
+requests. Until the answer is there, the client gets 202; it fetches the answer by sending the same request again.
 
-TLS 1.3 has no `tls-unique`, by which RFC 7030 §3.5 would link a CSR to its connection: none is asked for, and a CSR
-with a challengePassword is refused as one that asks for something else than SANs.
+TLS 1.3 has no `tls-unique`, with which RFC 7030 §3.5 links a CSR to its connection. The door does not ask for that
+link, and refuses a CSR with a challengePassword, because it asks for more than SANs.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ log = logging.getLogger("ca-bridge")
 ROOT = "/.well-known/est/"
 _PATH = re.compile(r"/\.well-known/est/(?:([a-z0-9.-]{1,63})/)?(cacerts|csrattrs|simpleenroll|simplereenroll)")
 _CERTIFICATES = "application/pkcs7-mime; smime-type=certs-only"
-#: In base64; a CSR with RSA-4096 and a hundred names has a tenth of it.
+#: Limit of a body in base64; a CSR with an RSA-4096 key and a hundred names takes a tenth of it.
 _MOST_BYTES = 64 << 10
-#: A client is kept waiting this long for an answer that may soon be there.
+#: How long a client's request waits for its answer before it gets 202.
 _HOLD = timedelta(seconds=8)
-#: When a client is to come again: soon after it has asked, and then less often.
+#: Retry-After of a new request, and of an older one.
 _SOON_SECONDS, _LATER_SECONDS = 2, 30
 
 
@@ -59,20 +59,20 @@ _SOON_SECONDS, _LATER_SECONDS = 2, 30
 class _Label:
     name: str
     rules: EstRules
-    spec: CertificateSpec  #: Of the label's certificate.
+    spec: CertificateSpec  #: The label's certificate.
 
 
 class Est:
-    """The operations; called from many threads."""
+    """The EST operations; thread-safe."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
 
     def __call__(self, environ: Environ) -> Reply:
-        """The answer to a request below `ROOT`."""
+        """Answer a request below `ROOT`."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
-            raise _away(HTTPStatus.NOT_FOUND, "wanted an operation of EST that is here, found another path")
+            raise _away(HTTPStatus.NOT_FOUND, "wanted an EST operation of this door, found another path")
         label, operation = self._label(match[1] or DEFAULT), match[2]
         method = "GET" if operation in ("cacerts", "csrattrs") else "POST"
         if environ["REQUEST_METHOD"] != method:
@@ -121,7 +121,7 @@ class Est:
         return self._answered(kept)
 
     def _enrolment(self, environ: Environ) -> Enrolment:
-        """The enrolment whose secret is the password, by HTTP Basic (RFC 7617), and whose node is the user."""
+        """Return the enrolment by HTTP Basic (RFC 7617): the user is its node, the password its secret."""
         challenge = 'Basic realm="ca-bridge", charset="UTF-8"'
         scheme, _, text = str(environ.get("HTTP_AUTHORIZATION", "")).partition(" ")
         try:
@@ -136,7 +136,7 @@ class Est:
         return found
 
     def _client(self, shown: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
-        """The client that has shown this certificate, and the node that it asks for."""
+        """Return the client that presented this certificate, and the node of its request."""
         try:
             certificate = x509.load_der_x509_certificate(shown)
             node = node_of(certificate.subject, label.rules.clients)
@@ -150,7 +150,7 @@ class Est:
     def _bundle(
         self, label: _Label, asker: Asker, node: str, csr: x509.CertificateSigningRequest, again: str
     ) -> ReadBundle:
-        """The request in the form that the desk judges; its names are the policy's and TLS's."""
+        """Return the request as a bundle for the desk, with the names that the policy and TLS give."""
         spec, policy = label.spec, self._door.signing.policy
         request = BundledRequest(
             name=spec.name,
@@ -172,7 +172,7 @@ class Est:
         return ReadBundle(bundle=bundle, digest=request_digest)
 
     def _receive(self, one: ReadBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ) -> Kept:
-        """Keep a request that may be signed (a client that proves nothing fills no disk)."""
+        """Store a request if it may be signed, so that a client without a proof can't fill the disk."""
         bundle, peer, short = one.bundle, environ["REMOTE_ADDR"], one.digest[:16]
         [request], about = bundle.requests, {"request": short, "requester": peer}
         if reason := self._reason(one, asker, used):
@@ -184,7 +184,7 @@ class Est:
         who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
             request_id = self._door.memory.receive(dumps(bundle), digest=one.digest, now=asker.received, **who)
-        except EnrolmentError as e:  # another request was first
+        except EnrolmentError as e:  # another request used the secret first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
         self._door.brought(environ, request_id)
@@ -194,7 +194,7 @@ class Est:
         return kept
 
     def _reason(self, one: ReadBundle, asker: Asker, used: Enrolment | None) -> str:
-        """Why a request is not kept; empty: it is."""
+        """Return why a request must not be stored; empty: it may."""
         bundle, signing = one.bundle, self._door.signing
         [request] = bundle.requests
         if used is not None:
@@ -209,7 +209,7 @@ class Est:
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def _answered(self, kept: Kept) -> Reply:
-        """The certificate, if it comes soon enough."""
+        """Answer with the certificate, the refusal, or 202 if neither comes in time."""
         kept = self._door.awaited.over(kept, _HOLD)
         if kept.state != "answered":
             is_new = self._door.now() - kept.received < timedelta(seconds=_LATER_SECONDS)
@@ -242,18 +242,18 @@ def _csr(environ: Environ) -> x509.CertificateSigningRequest:
 
 
 def _again(asker: Asker, used: Enrolment | None, csr: x509.CertificateSigningRequest) -> str:
-    """The parts that make a repeated request the same: label, operation, requester and CSR."""
+    """Return a hash of label, operation, requester and CSR, by which the door recognizes a repeated request."""
     who = fingerprint(asker.certificate) if asker.certificate is not None else f"enrolment {used and used.id}"
     return sha256(json.dumps([asker.label, asker.renews, who, csr_fingerprint(csr)]).encode()).hexdigest()
 
 
 def _encoded(body: bytes, kind: str) -> Reply:
-    """Base64, with the header that RFC 8951 takes away and older clients insist on."""
+    """Return a reply in base64, with the header that RFC 8951 removed but older clients require."""
     return Reply(status=HTTPStatus.OK, body=body, kind=kind, headers={"Content-Transfer-Encoding": "base64"})
 
 
 def _text(status: HTTPStatus, text: str, **headers: str) -> Reply:
-    """A sentence for people, as RFC 7030 §4.2.3 has it."""
+    """Return a reply with a sentence for people (RFC 7030 §4.2.3)."""
     body = one_line(text, 2000).encode() + b"\n"
     return Reply(status=status, body=body, kind="text/plain; charset=utf-8", headers=headers)
 
@@ -269,7 +269,7 @@ def _later(text: str) -> TurnedAwayError:
 # --- the bodies (RFC 7030, RFC 8951) ----------------------------------------------------------------------------------
 
 _RSA, _EC = bytes.fromhex("06092a864886f70d010101"), bytes.fromhex("06072a8648ce3d0201")
-#: Key algorithms as attributes: the type's OID, and an encoded value.
+#: Key algorithms as CSR attributes: the type's OID and the value, both in DER.
 _KEYS = {
     "rsa-2048": (_RSA, bytes.fromhex("02020800")),
     "rsa-3072": (_RSA, bytes.fromhex("02020c00")),
@@ -280,7 +280,7 @@ _KEYS = {
 
 
 def csr_of(body: bytes) -> x509.CertificateSigningRequest:
-    """The CSR of an enrolment: base64 of its DER with any white space (RFC 8951 §3.1; ValueError says what was found)."""
+    """Parse an enrolment's CSR: base64 of DER, with any white space (RFC 8951 §3.1; ValueError says what it found)."""
     wanted = "wanted the base64 of one CSR in DER, with neither PEM's lines around it nor a byte more"
     try:
         encoded = base64.b64decode(b"".join(body.split()), validate=True)
@@ -291,7 +291,7 @@ def csr_of(body: bytes) -> x509.CertificateSigningRequest:
         der.one(encoded, der.SEQUENCE)
         csr = x509.load_der_x509_csr(encoded)
         is_signed = csr.is_signature_valid
-        _ = (attributes(csr.subject), san_counts(csr))  # which are read only now
+        _ = (attributes(csr.subject), san_counts(csr))  # cryptography parses these only when used
     except (*UNREADABLE, UnicodeError) as e:
         raise ValueError(f"{wanted}; found something else ({one_line(e, 100)})") from None
     if csr.public_bytes(Encoding.DER) != encoded:
@@ -302,12 +302,12 @@ def csr_of(body: bytes) -> x509.CertificateSigningRequest:
 
 
 def certs_only(certificates: Sequence[x509.Certificate]) -> bytes:
-    """A PKCS#7 with these certificates, a set, in lines of base64 as all clients take it (RFC 7030 §4.1.3, §4.2.3)."""
+    """Return these certificates as an unordered PKCS#7, in base64 lines for all clients (RFC 7030 §4.1.3, §4.2.3)."""
     return _lines(pkcs7.serialize_certificates(list(certificates), Encoding.DER))
 
 
 def csr_attributes(keys: Sequence[str]) -> bytes:
-    """`CsrAttrs` (RFC 7030 §4.5.2) that names the key algorithms which may be, such as `rsa-2048`; others are left out."""
+    """Return `CsrAttrs` (RFC 7030 §4.5.2) with these key algorithms, such as `rsa-2048`, as far as `_KEYS` has them."""
     values: dict[bytes, list[bytes]] = {}
     for kind, value in (_KEYS[key] for key in keys if key in _KEYS):
         values.setdefault(kind, []).append(value)

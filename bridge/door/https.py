@@ -1,15 +1,15 @@
 """
-HTTPS for a WSGI application, by cheroot; the only module that knows it.
+HTTPS for a WSGI application; the only module that uses cheroot.
 
-What cheroot leaves open is here. The handshake happens in a worker thread, since cheroot's own would let one silent
-client keep all others out. A connection gets a thread only when something has come on it, and in its address's turn.
-One exchange has a time from its first byte to its last, one address has a number of connections, and all have one. A
-request whose length is given twice is refused, and in chunks it may come to one place alone, after which its connection
-ends, so that no proxy before us reads another request out of the same bytes. The server's certificate is read again
-when its file changes.
+This module adds what cheroot lacks. A worker thread does the handshake, because in cheroot's own thread one silent
+client would block all others. A connection gets a thread only when data has arrived, and in its address's turn. An
+exchange has a time limit, and the number of connections is limited for each address and in total. The server refuses a
+request that states its length twice. It accepts chunked bodies below one path only, and then closes the connection, so
+that no proxy before it can read another request from the same bytes. It loads its certificate again when the file
+changes.
 
-A client may show a certificate of one of the anchors. The application finds it in the environ under `PEER`, and decides
-by `bridge.pki.verify.client_problem` for what its anchor counts; without a certificate there is no such key.
+A client may present a certificate from one of the anchors. The application finds it in the environ under `PEER`, and
+decides with `bridge.pki.verify.client_problem` what the anchor allows; without a certificate the key is absent.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from bridge.system.waiting import Shares
 
 log = logging.getLogger("ca-bridge")
 
-#: In a request's environ: the client's certificate (DER), as TLS has proven it; a header can't have this name.
+#: The environ's key for the client certificate (DER) that TLS has proven; no header can set it.
 PEER = "ca_bridge.peer"
 
-#: The trust anchors of clients' certificates, of all purposes.
+#: Returns the trust anchors for client certificates of all purposes.
 Anchors = Callable[[], Sequence[x509.Certificate]]
 
-#: A request line with its headers; ours have a few hundred bytes.
+#: Limit of a request line with its headers; ours take a few hundred bytes.
 _LONGEST_HEAD_BYTES = 16 << 10
-#: A chunk's size, and no extension, since programs disagree about where those end.
+#: A chunk's size without extensions, because programs disagree about where extensions end.
 _CHUNK, _LONGEST_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n"), 16
-#: A million of one byte each take seconds before the application sees a request; programs send some kilobytes in each.
+#: A million chunks of one byte would take seconds to read; real clients send kilobytes in each.
 _MOST_CHUNKS = 1000
 _BACKLOG = 128
 #: A connection without a request is closed after this time.
@@ -62,25 +62,25 @@ _LOOK_SECONDS = 0.5
 
 
 class _Tls(Adapter):
-    """Our context in cheroot's terms; it makes no handshake, and is made again when a file or an anchor changes."""
+    """Adapts our TLS context to cheroot without a handshake, and rebuilds it when a file or an anchor changes."""
 
     def __init__(self, certificate: Path, key: Path, anchors: Anchors) -> None:
         super().__init__(certificate, key)
         self._files = (certificate, key)
         self._anchors = anchors
         self._seen: list[tuple[int, ...]] = []
-        with contextlib.suppress(OSError):  # the context says which file is not there
+        with contextlib.suppress(OSError):  # server_context reports a missing file
             self._seen = self._versions()
         self._trusted = tuple(anchors())
         self.context = server_context(certificate, key, self._trusted)
 
     def bind(self, sock: socket.socket) -> socket.socket:
-        """The listening socket: its port can be taken again while connections of an earlier process end."""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # cheroot's own leaves out a port that was 0
+        """Let the listening socket reuse its port while an earlier process's connections close."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # cheroot leaves it out for port 0
         return sock
 
     def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, str]]:
-        """A socket whose handshake is still to come."""
+        """Wrap a socket in TLS, without the handshake."""
         self._read_again()
         wrapped = self.context.wrap_socket(
             sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
@@ -102,7 +102,7 @@ class _Tls(Adapter):
                 try:
                     self.context = server_context(*self._files, trusted)
                 except SettingsError as e:
-                    log.error("%s; the certificate that was read before goes on", e)  # noqa: TRY400
+                    log.error("%s; the certificate that was read before stays in use", e)  # noqa: TRY400
                 else:
                     if is_read:
                         log.info("the server certificate %s was read again", self._files[0])
@@ -113,10 +113,10 @@ class _Tls(Adapter):
 
 def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certificate] = ()) -> ssl.SSLContext:
     """
-    TLS 1.2 or newer with this certificate, and no renegotiation (SettingsError: the files can't be used).
+    Return a context for TLS 1.2 or newer, without renegotiation (SettingsError: the files can't be used).
 
-    With anchors a client may show a certificate, and one that none of them signed, or for servers alone, ends the
-    handshake. An anchor need not be a root.
+    With anchors, a client may present a certificate; the handshake fails if no anchor signed it, or if it is for
+    servers only. An anchor need not be a root.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -137,7 +137,7 @@ def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certific
 
 
 class _Once(dict[bytes, bytes]):
-    """A request's headers; those that say where it ends and which host it is for come once."""
+    """A request's headers; those that set its end, its host or its media type must not repeat."""
 
     def __setitem__(self, name: bytes, value: bytes) -> None:
         if name in self and name in {b"Content-Length", b"Host", b"Transfer-Encoding", b"Content-Type"}:
@@ -150,13 +150,13 @@ class _Request(cheroot_server.HTTPRequest):
         super().__init__(*args, **more)
         self.inheaders = _Once()
         self.header_reader = _Headers()
-        self._body: bytes | None = None  #: That came in chunks.
+        self._body: bytes | None = None  #: A body that came in chunks.
 
     def read_request_headers(self) -> bool:
         if not super().read_request_headers():  # type: ignore[no-untyped-call]  # cheroot's stubs
             return False
         if self._may_be_chunked():
-            self.close_connection = True  # whatever follows is not read
+            self.close_connection = True  # the server reads nothing after the body
             self._body = _unchunked(self.conn.rfile, self.server.max_request_body_size)
             if self._body is None:
                 most = f"At most {self.server.max_request_body_size} bytes in {_MOST_CHUNKS} chunks"
@@ -178,7 +178,7 @@ class _Request(cheroot_server.HTTPRequest):
         return is_one and bool(below) and self.path.startswith(below)
 
     def respond(self) -> None:
-        """Let the application read a body that came in chunks as any other one."""
+        """Let the application read a chunked body like any other."""
         socket_file = self.conn.rfile
         if self._body is not None:
             self.conn.rfile = io.BytesIO(self._body)
@@ -189,7 +189,7 @@ class _Request(cheroot_server.HTTPRequest):
 
 
 def _unchunked(file: Any, most: int) -> bytes | None:
-    """A body in chunks (RFC 9112 §7.1), without extensions and trailers, of so many bytes at most; None: another one."""
+    """Read a chunked body (RFC 9112 §7.1) without extensions and trailers; None: malformed, or above `most` bytes."""
     body = bytearray()
     for _ in range(_MOST_CHUNKS):
         if (match := _CHUNK.fullmatch(file.readline(_LONGEST_CHUNK_LINE))) is None:
@@ -205,7 +205,7 @@ def _unchunked(file: Any, most: int) -> bytes | None:
 
 
 class _Headers(cheroot_server.DropUnderscoreHeaderReader):
-    """Names as RFC 9110 §5.1 has them: a blank before the colon, or a continued line, is read differently elsewhere."""
+    """Takes only names of RFC 9110 §5.1: programs disagree about a blank before the colon and a continued line."""
 
     def _transform_key(self, key_name: bytes) -> bytes:
         if not key_name or key_name != key_name.strip() or b" " in key_name:
@@ -213,17 +213,17 @@ class _Headers(cheroot_server.DropUnderscoreHeaderReader):
         return key_name.title()
 
     def _allow_header(self, key_name: bytes) -> bool:
-        return b"_" not in key_name  # cheroot's own compares text
+        return b"_" not in key_name  # cheroot's own expects str
 
 
 class _Connection(cheroot_server.HTTPConnection):
     RequestHandlerClass = _Request
     admitted = False
     shaken = False
-    began = 0.0  #: When the exchange of now began, by the monotonic clock.
+    began = 0.0  #: Start of the current exchange, by the monotonic clock.
 
     def communicate(self) -> bool:
-        """One exchange, in a worker thread; the first one begins with the handshake."""
+        """Serve one exchange in a worker thread; the first begins with the handshake."""
         self.began = time.monotonic()
         with self.server.mutex:
             self.server.working.add(self)
@@ -234,20 +234,20 @@ class _Connection(cheroot_server.HTTPConnection):
                     self.ssl_env = {**self.ssl_env, PEER: der}
                 self.shaken = True
             return bool(super().communicate())  # type: ignore[no-untyped-call]  # cheroot's stubs
-        except OSError:  # an SSLError is one, too: what the client does is no event of ours
+        except OSError:  # or SSLError, a subclass: a client's error is not logged
             return False
         finally:
             self.server.over(self)
 
     def close(self) -> None:
-        """Give its place back."""
+        """Close the connection, and free its place."""
         self.server.forget(self)
         with contextlib.suppress(OSError, ValueError):
             super().close()
 
 
 class Https(wsgi.Server):
-    """A server at work; all but `port` and `counts` is for cheroot and our connections."""
+    """The HTTPS server; its methods, except `port` and `counts`, are for cheroot and our connections."""
 
     ConnectionClass = _Connection
 
@@ -272,15 +272,15 @@ class Https(wsgi.Server):
 
     @property
     def port(self) -> int:
-        """The port, which may have been asked for as 0."""
+        """The port that the server listens on, also if the settings say 0."""
         return int(self.bind_addr[1])
 
     def counts(self) -> dict[str, int]:
-        """Open connections, those at work, and those that were turned away so far."""
+        """Return the numbers of open and working connections, and of those turned away so far."""
         return {"open": len(self.open), "working": len(self.working), "turned_away": self.turned_away}
 
     def process_conn(self, conn: _Connection) -> None:
-        """A new connection waits for its first byte without a thread; one with something to read gets one."""
+        """Let a new connection wait for data without a thread, and queue one with data for a thread."""
         if conn.admitted:
             with self.mutex:
                 self.shares.wait(str(conn.remote_addr), conn)
@@ -298,14 +298,14 @@ class Https(wsgi.Server):
             super().process_conn(conn)
 
     def over(self, conn: _Connection) -> None:
-        """An exchange has ended, and its thread is free."""
+        """Free the thread of a finished exchange."""
         with self.mutex:
             self.working.discard(conn)
             self.shares.give_back(str(conn.remote_addr))
         self._begin_next()
 
     def stop(self) -> None:
-        """Let all that wait for a thread have their exchange; the threads end after them."""
+        """Give each waiting connection its exchange, then end the threads."""
         with self.mutex:
             self.shares.open()
         self._begin_next()
@@ -323,14 +323,14 @@ class Https(wsgi.Server):
             return True
 
     def put_conn(self, conn: _Connection) -> None:
-        """Wait for a connection's next request; what TLS has read already wakes nothing up."""
+        """Wait for a connection's next request, unless TLS has buffered it already, which wakes nothing up."""
         if self.ready and conn.shaken and conn.socket.pending():
             self.process_conn(conn)
         else:
             super().put_conn(conn)
 
     def forget(self, conn: _Connection) -> None:
-        """A connection has ended."""
+        """Remove a closed connection from the counts."""
         with self.mutex:
             if conn in self.open:
                 self.open.discard(conn)
@@ -356,10 +356,10 @@ class Https(wsgi.Server):
 @contextlib.contextmanager
 def serving(ours: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes = b"") -> Iterator[Https]:
     """
-    Serve for as long as the block runs; at its end exchanges get their time, and no new one begins.
+    Serve while the block runs; at its end, open exchanges get their time, and no new one begins.
 
-    `anchors` is asked for each connection, from any thread. Below the path `chunked_below` a body may come in chunks, as
-    Go's clients send what they have not counted; empty: nowhere.
+    Each connection calls `anchors`, from any thread. Below the path `chunked_below` a body may come in chunks, as Go's
+    clients send a body of unknown length; empty: nowhere.
     """
     server = Https(ours, application, anchors, chunked_below)
     os.environ.pop("LISTEN_PID", None)  # cheroot would take any descriptor 3 for its socket

@@ -1,4 +1,4 @@
-"""`POST /v1/revocations`: a node has a certificate revoked that it has replaced; the desk's rules and CA do it."""
+"""`POST /v1/revocations`: revokes a certificate that a node has replaced, by the desk's rules and at the desk's CA."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from bridge.words import one_line
 log = logging.getLogger("ca-bridge")
 
 ROOT = "/v1/revocations"
-#: For a round of signing, which holds the state directory's lock as well.
+#: How long to wait for a signing round, which holds the state directory's lock.
 _WAIT = timedelta(seconds=5)
 _PAUSE_SECONDS = 30
-#: Two certificates with a hundred names each have half of it; a byte of a stranger's names may take 35 of memory.
+#: Two certificates with a hundred names each take half of it; parsing takes up to 35 bytes of memory for each byte.
 _MOST_BYTES = 64 << 10
-#: Of a serial number in the log; 40 digits are usual (RFC 5280 §4.1.2.2).
+#: Most digits of a serial number in the log; 40 are usual (RFC 5280 §4.1.2.2).
 _LONGEST_SERIAL = 100
 
 
 class Revocations:
-    """The address; from any thread."""
+    """The handler of `POST /v1/revocations`; thread-safe."""
 
     def __init__(self, settings: Settings, door: Door) -> None:
         self._settings = settings
         self._door = door
 
     def __call__(self, environ: Environ) -> Reply:
-        """The answer."""
+        """Answer a request."""
         if environ["PATH_INFO"] != ROOT:
             return Reply.error(HTTPStatus.NOT_FOUND, f"wanted {ROOT}")
         assert_method(environ, "POST")
@@ -79,7 +79,7 @@ class Revocations:
         return Reply.of(HTTPStatus.OK, {"state": "revoked"})
 
     def _record(self, revocation: Revocation, known: Signed) -> None:
-        """Into the audit log; a node that hears of no answer asks again, so that no revocation stays unrecorded."""
+        """Write a revocation to the audit log; if that fails, the node asks again, so none stays unrecorded."""
         about = f"node {known.node}, cluster {known.cluster}, replaced by serial {serial_hex(revocation.successor)}"
         with recording(self._settings, _WAIT) as (_, record):
             record.add(
@@ -95,7 +95,7 @@ class Revocations:
         def asked() -> tuple[BundledRequest, RequestBundle] | None:
             try:
                 bundle = loads_request(data)
-            except BundleError:  # forgotten: `serve.keep`
+            except BundleError:  # dropped, by `serve.keep`
                 return None
             fitting = [one for one in bundle.requests if one.name == row.name and csr_fingerprint(one.csr) == row.csr]
             return (fitting[0], bundle) if fitting else None

@@ -1,9 +1,9 @@
 """
-The door as a service: how it begins, works and ends, and its pages for monitors.
+The door as a service: its start, its signing thread, its shutdown, and its pages for monitors.
 
-One thread signs, in rounds (`signing`); cheroot's threads take requests and give answers (`https`, `app`). They share
-the database (`store`). While a CA is down, requests are kept; while the database is down, nodes are asked to
-come again, since only what can be remembered is signed.
+One thread signs in rounds (`signing`); cheroot's threads receive requests and send answers (`https`, `app`). They share
+the database (`store`). While a CA is down, the door keeps requests. While the database is down, it tells nodes to try
+again later, because it signs nothing that it can't record.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ log = logging.getLogger("ca-bridge")
 
 PREFIX = "ca_bridge_serve"
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
-#: Requests that another replica, or an approver, left to us are looked for this often.
+#: How often the door looks for requests that another replica or an approver has left to it.
 _IDLE_SECONDS = 5.0
-#: A round of signing and exchanges get this long together when the door is to end: longer than a CA has for an answer by
-#: default (`timeout`), and less than the unit's TimeoutStopSec and the pod's grace period.
+#: At shutdown the signing round and open exchanges get this long together: longer than a CA's default `timeout`, and
+#: shorter than the unit's TimeoutStopSec and the pod's grace period.
 _DRAIN_SECONDS = 45.0
 _TICK_SECONDS = 0.2
 _TIDY_SECONDS = 3600.0
 _SECRET, _SECRET_BYTES = "door.secret", 32
-#: Processes that read and judge what comes, one for each processor but the one that signs.
+#: Most worker processes that parse and judge requests; one CPU is left to the signing thread.
 _MOST_WORKERS = 4
-#: One that is at a bundle for so long does not end by itself; the longest takes a second.
+#: A worker that spends this long on a bundle hangs; the largest bundle takes a second.
 _LONGEST_TASK_SECONDS = 30.0
 
 
 class Service:
-    """The door as a whole."""
+    """The door: its database, its CAs, its signing thread and its HTTPS server."""
 
     def __init__(self, settings: Settings, policy_file: Path | None, now: Callable[[], datetime]) -> None:
         """Open the database, read the policy, reach the CAs (SettingsError, DatabaseError, OwnClusterError)."""
@@ -97,17 +97,17 @@ class Service:
         self._door.brought = approvals.brought
         self._ending = False
         self._fatal: OwnClusterError | None = None
-        self._trouble = ""  #: Of the last round.
+        self._trouble = ""  #: The last round's error; empty if it succeeded.
         self._thread = threading.Thread(target=self._sign, name="signing", daemon=True)
         self._https: Https | None = None
 
     def stop(self) -> None:
-        """Begin nothing new, and end; a signal handler may call it."""
+        """Take no new request, and shut down; a signal handler may call this."""
         self._ending = True
 
     def run(self, started: Callable[[int], None]) -> None:
-        """Work until `stop`; `started` gets the port."""
-        gc.set_threshold(GARBAGE)  # bundles are many objects with no cycle
+        """Serve until `stop`, after a call of `started` with the port."""
+        gc.set_threshold(GARBAGE)  # bundles are many objects without cycles
         sys.setswitchinterval(SWITCH_SECONDS)
         spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
         with contextlib.closing(self.memory), contextlib.closing(Workers(spare)) as self._signing.workers:
@@ -120,9 +120,9 @@ class Service:
                     self._signing.workers.tend(_LONGEST_TASK_SECONDS)
                     if time.monotonic() - heard > _IDLE_SECONDS:
                         heard = time.monotonic()
-                        with contextlib.suppress(DatabaseError):  # a round says so
+                        with contextlib.suppress(DatabaseError):  # the next round reports it
                             self._signing.doors.alive()
-                log.info("ending: no new request is taken")
+                log.info("shutting down: the door takes no new request")
                 over = time.monotonic() + _DRAIN_SECONDS
                 self._door.ending.set()
                 self._signing.doors.is_ending = True
@@ -131,16 +131,14 @@ class Service:
                 self._thread.join(_TICK_SECONDS)
                 self._signing.workers.tend(_LONGEST_TASK_SECONDS)
             if self._thread.is_alive():
-                text = (
-                    "a CA has not answered %d seconds after the door began to end; its requests wait for the next start"
-                )
+                text = "a CA has not answered %d seconds after the shutdown began; its requests wait for the next start"
                 log.warning(text, _DRAIN_SECONDS)
             self._signing.close()
         if self._fatal is not None:
             raise self._fatal
 
     def _assert_labels(self) -> None:
-        """Refuse a label of EST whose CA is not here."""
+        """Refuse an EST label whose CA the settings do not have."""
         policy, here = self._signing.policy, self._settings.authorities
         for label, rules in policy.est.items():
             spec = policy.spec_of(rules.certificate or label)
@@ -149,22 +147,22 @@ class Service:
                 raise SettingsError([SettingsProblem(f"est.{label}", wanted, f"one by {spec.authority.name}")])
 
     def _others(self) -> list[x509.Certificate]:
-        """The CAs that sign for nodes and agents."""
+        """Return the CAs that sign for nodes and agents."""
         return [*chain(*self._signing.cas.values(), *self._signing.policy.est_cas.values())]
 
     def _anchors(self) -> list[x509.Certificate]:
-        """The CAs whose certificates clients may show: those of nodes, and those of people."""
+        """Return the CAs whose certificates clients may present: nodes' and approvers'."""
         return list(dict.fromkeys([*self._others(), *self._persons]))
 
     def _trust(self) -> Trust:
-        """By what people's decisions are verified; a CA that signs for nodes or agents signs for no person."""
+        """Return what verifies approvers' decisions, without any CA that also signs for nodes or agents."""
         anchors = tuple(one for one in self._persons if not _shares_key(one, self._others()))
         return Trust(anchors=anchors, secret=self._secret, now=self._now())
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
     def _sign(self) -> None:
-        """Round after round; a round that failed is tried again, later each time."""
+        """Run round after round, with a longer pause after each failure in a row."""
         failures, tidied = 0, -_TIDY_SECONDS
         while not self._door.ending.is_set():
             self._door.arrived.clear()
@@ -205,7 +203,7 @@ class Service:
         return HTTPStatus.SERVICE_UNAVAILABLE, "the thread that signs has ended\n"
 
     def _readyz(self) -> tuple[int, str]:
-        """Whether requests are taken; a CA that is down does not keep them out."""
+        """Report whether the door takes requests, which it does even while a CA is down."""
         found = list(self._unready())
         if found:
             return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
@@ -214,7 +212,7 @@ class Service:
 
     def _unready(self) -> Iterator[str]:
         if self._door.ending.is_set():
-            yield "it is ending"
+            yield "the door is shutting down"
         if self._trouble:
             yield "no round of signing succeeds; the log says why"
         try:
@@ -235,7 +233,7 @@ class Service:
             _metric("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
             _metric("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
             _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
-            _metric("workers", "Processes that read and judge what comes.", "state", workers),
+            _metric("workers", "Worker processes by state.", "state", workers),
             _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
             metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]),
             nodes,
@@ -244,7 +242,7 @@ class Service:
 
 
 def secret(store: Store) -> bytes:
-    """The door's own secret, made at the first start: only what it has written itself counts as its word."""
+    """Return the door's secret, made at the first start, which authenticates what the door itself attests."""
     path = store.directory / _SECRET
     if not path.exists():
         write_atomically(path, secrets.token_bytes(_SECRET_BYTES), SECRET_MODE)
@@ -264,7 +262,7 @@ def _shares_key(ca: x509.Certificate, others: Sequence[x509.Certificate]) -> boo
 
 
 def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
-    """The CAs of people who decide (SettingsError: the file can't be read, or has a CA that signs for nodes or agents)."""
+    """Return the approvers' CAs (SettingsError: the file can't be read, or has a CA that signs for nodes or agents)."""
     path = settings.serve.approvers_ca
     if path is None:
         return ()

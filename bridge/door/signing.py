@@ -1,10 +1,10 @@
 """
-Rounds of signing: what waits in the database goes through a run of the desk, by the desk's own functions.
+Signing rounds: the requests that wait in the database go through a run of the desk, with the desk's own functions.
 
-A round is what `ca-bridge sign DIR` does with an inbox: the same policy, proofs, journal, archive and record, with
-the state directory's lock held, so that both may work on one machine. A request leaves the round answered, or waits for
-the next one with a note that says why. The answer is in the archive before it is in the database: a door that was
-killed between both finds it there, and no CA is asked again.
+A round does what `ca-bridge sign DIR` does with an inbox, with the same policy, proofs, journal, archive and record. It
+holds the state directory's lock, so that both may work on one machine. It answers a request, or leaves it for the next
+round with a note that says why. It writes an answer to the archive before the database: a door that was killed in
+between finds the answer in the archive, and asks no CA again.
 """
 
 from __future__ import annotations
@@ -51,43 +51,43 @@ from bridge.system.waiting import Places
 
 log = logging.getLogger("ca-bridge")
 
-#: Requests of a round; the answers of a round are there together.
+#: Most requests of a round; all answers of a round arrive together.
 _MOST = 200
-#: The size of all bundles that are kept in memory, as they were read when they came: three rounds of whole nodes.
+#: Most bytes of parsed bundles that stay in memory for their round: three rounds of whole nodes.
 _LARGEST_READ_BYTES = 32 << 20
-#: Bundles that this process reads or judges at the same time: with more, the thread that signs hardly gets a turn, and
-#: the CA has to wait for it.
+#: Bundles that this process parses or judges at the same time; with more, the signing thread hardly gets a turn, and
+#: the CA waits for it.
 _JUDGED_AT_ONCE = 2
-#: Bundles that workers have or that wait for one, so that the answers of a round, which they compare, wait for few.
+#: Most bundles at workers or waiting for one, so that a round's answers, which workers compare, wait for few.
 _AT_WORKERS = 8
-#: After this time a client is to come again with a bundle that no worker has read.
+#: If no worker has parsed a bundle after this time, the client has to send it again.
 _WORKER_SECONDS = 10.0
-#: A judgement of when a request came counts in a round for so long; a limit of the policy has hours, or days.
+#: How long a round may use the judgement from a request's arrival; the policy's limits are hours or days.
 _FRESH = timedelta(minutes=1)
-#: After this time CAs are reached anew, since their certificates and our rights may have changed.
+#: How often the door reaches its CAs anew, since their certificates and our rights may have changed.
 _OPEN_SECONDS = 300.0
-#: For a `sign` that works on the same state directory.
+#: How long to wait for a `sign` on the same state directory.
 _WAIT = timedelta(seconds=5)
 #: How far a node's clock may be behind ours.
 _SLACK = timedelta(minutes=5)
-#: Where a pod has the CA certificate of its cluster.
+#: The CA certificate of its cluster in a pod.
 POD_CA = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
 
 
-#: After a round: nothing waits; more than one round takes; requests wait for a CA that answers later; a CA is down.
-#: `busy`: another door signs now.
+#: After a round: nothing waits; more requests wait than one round takes; requests wait for a CA that answers later; a
+#: CA is down; another door signs now.
 Next = Literal["idle", "more", "later", "down", "busy"]
 
 
 class OwnClusterError(BridgeError):
-    """The door runs in the cluster that it serves, whose failure would take it away when it is needed."""
+    """The door runs in the cluster that it serves, and would fail with it when nodes need it."""
 
     exit_code = Exit.REFUSED
     hint = "run it outside of the cluster, as a CA desk: nodes must get certificates while their cluster does not work"
 
 
 class BusyError(BridgeError):
-    """A bundle was not read in time, and nothing was kept of it."""
+    """The door had no time to parse a bundle, and stored nothing of it."""
 
     exit_code = Exit.UNAVAILABLE
     hint = "send the same request again"
@@ -97,7 +97,7 @@ class BusyError(BridgeError):
 
 
 class Signing:
-    """The rounds; used by one thread."""
+    """The signing rounds, run by one thread."""
 
     def __init__(
         self,
@@ -107,38 +107,38 @@ class Signing:
         now: Callable[[], datetime],
         trust: Callable[[], Trust] | None = None,
     ) -> None:
-        """Read the policy (SettingsError); no CA is asked yet. Without `trust` no decision counts."""
+        """Read the policy (SettingsError), and ask no CA yet; without `trust` no decision counts."""
         self._settings = settings
         self._memory = memory
         self._policy_file = policy_file
         self._now = now
         self.trust = trust or (lambda: Trust(anchors=(), secret=b"", now=now()))
-        self.policy = load_policy(settings, policy_file)  #: As it was read last; from any thread.
+        self.policy = load_policy(settings, policy_file)  #: As last read; for any thread.
         self._store = Store(settings.node.state_dir)
         self.doors = Doors(memory, self._store, identity(self._store))
         self._desk: Desk | None = None
         self._opened = 0.0
         self._is_prepared = False
-        self._judgement: Judgement | None = None  #: By the policy and the CAs of now.
-        #: The CAs' certificates by authority, as they were found last; from any thread. They sign nodes' certificates.
+        self._judgement: Judgement | None = None  #: By the current policy and CAs.
+        #: The certificates that sign for nodes, by authority, as last seen at the CAs; for any thread.
         self.cas: Mapping[str, tuple[x509.Certificate, ...]] = {}
-        self.troubles: Mapping[str, str] = {}  #: What is wrong with CAs, by authority.
-        #: Each CA's certificates as they were found last, for those who verify what it signs; from any thread.
+        self.troubles: Mapping[str, str] = {}  #: Why CAs can't be used, by authority.
+        #: The certificates that verify what a CA signs, by authority, as last seen; for any thread.
         self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
-        self.workers: Workers | None = None  #: Processes that read and judge what comes.
+        self.workers: Workers | None = None  #: Processes that parse and judge requests.
         self._turns = itertools.count()
-        #: Held while this process reads or judges, never while a network or a database is waited for.
+        #: Held while this process parses or judges, never while it waits for a network or a database.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self._at_workers = Places(_AT_WORKERS)
-        #: Bundles of requests that came lately, by the bytes that they were read from.
+        #: Bundles parsed on arrival, by their bytes.
         self._read: dict[bytes, ReadBundle] = {}
         self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
-        self._held = 0  #: Requests that wait for a CA or people to tell, and keep no place in a round from others.
+        self._held = 0  #: Requests of the last round that wait for a CA or people; the next takes as many more.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
 
     def look(self) -> Desk:
-        """Reach the CAs by the policy of now (OwnClusterError: this is the cluster that they sign for)."""
+        """Reach the CAs of the current policy (OwnClusterError: the door runs in the cluster that they sign for)."""
         desk = self._desk_of_now()
         desk.open_all()
         self.troubles = {name: str(error) for name, error in desk.troubles().items()}
@@ -146,15 +146,15 @@ class Signing:
         self.chains = {**self.chains, **{name: chain for name in names if (chain := desk.chain(name))}}
         assert_elsewhere(self._settings, desk.certificates)
         self.cas = {**self.cas, **{name: some for name in names if (some := desk.certificates(name))}}
-        # a CA that is down now has the certificates that it had
+        # a CA that is down keeps its last certificates
         self._judgement = replace(desk.judgement(), cas=self.cas)
         return desk
 
     def read(self, data: bytes, peer: str) -> ReadBundle:
         """
-        A bundle from this address, judged where a worker has read it; from any thread.
+        Parse a bundle from this address, judged if a worker parsed it; from any thread.
 
-        BundleError: it is none. BusyError: it was not read in time.
+        BundleError: it is not a bundle. BusyError: nothing parsed it in time.
         """
         over = time.monotonic() + _WORKER_SECONDS
         with self._at_workers.taken(peer, _WORKER_SECONDS) as has_place:
@@ -167,7 +167,7 @@ class Signing:
                 return ReadBundle(bundle=bundle, digest=request_digest)
 
     def _by_worker(self, data: bytes, over: float) -> ReadBundle | None:
-        """The bundle as a worker has read and judged it (BundleError: it is none); None: no worker can, or by nothing yet."""
+        """Have a worker parse and judge a bundle (BundleError: it is not one); None: no worker, or no CA reached yet."""
         if not self.workers or self._judgement is None:
             return None
         by, number = replace(self._judgement, now=self._now()), next(self._turns)
@@ -175,7 +175,7 @@ class Signing:
         try:
             found = answer.result(over - time.monotonic())
         except TimeoutError:
-            answer.cancel()  # or the worker, which has too much to do, did later what is asked again
+            answer.cancel()  # or the busy worker would do this later, besides the client's retry
             raise BusyError from None
         if found is None:
             return None
@@ -186,10 +186,10 @@ class Signing:
 
     def judged(self, one: ReadBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False) -> ReadBundle:
         """
-        The bundle with the desk's verdicts before a request is kept, from any thread: a client that proves nothing fills
-        no disk. There are none while the CAs are not there yet.
+        Add the desk's verdicts to a bundle before it is stored, so that a client without a proof can't fill the disk;
+        from any thread. Before the CAs are reached, there are no verdicts.
 
-        Those in `without_proof` need no continuity proof; `held` as in `bridge.desk.policy.judge`.
+        Requests in `without_proof` need no continuity proof; `held` as in `bridge.desk.policy.judge`.
         """
         by = self._judgement
         if by is not None:
@@ -199,7 +199,7 @@ class Signing:
         return replace(one, by=by, verdicts=found, chunk=None)
 
     def refused(self, one: ReadBundle) -> str:
-        """Why no request of a bundle can be signed; empty: some may be, or a CA is not there to say it."""
+        """Return why no request of a bundle can be signed; empty: some may be, or their CA was not reached yet."""
         reasons = dict[str, str]()
         for request in one.bundle.requests:
             verdict = one.verdicts.get(request.name)
@@ -213,20 +213,20 @@ class Signing:
         return "; ".join(f"{name}: {text}" for name, text in reasons.items())
 
     def judges(self, bundle: RequestBundle) -> bool:
-        """Whether each request of a bundle can be judged, from any thread: its CA was reached, or is not this door's."""
+        """Return whether each request can be judged: its CA was reached, or is not this door's; from any thread."""
         ours = self._settings.authorities
         return all(one.authority in self.cas or one.authority not in ours for one in bundle.requests)
 
     def expect(self, data: bytes, one: ReadBundle) -> None:
-        """Keep a bundle that a round will want, so that it is not read and judged twice; from any thread."""
+        """Keep a parsed bundle for its round, which then need not parse and judge it again; from any thread."""
         if sum(map(len, [*self._read, data])) > _LARGEST_READ_BYTES:  # other doors signed them, or people refused them
             self._read.clear()
         self._read[data] = one
 
     def _is_fresh(self, one: ReadBundle) -> bool:
         """
-        Whether judging a bundle now would find the verdicts of when it came: by the same policy and CAs, with nothing
-        waived, moments ago. Whether a certificate is revoked is no part of them, and is asked in each round.
+        Return whether a bundle's verdicts from its arrival still hold: by the same policy and CAs, with no proof
+        waived, moments ago. They do not cover revocation, which each round checks.
         """
         by, now = one.by, self._judgement
         if by is None or now is None or abs(self._now() - by.now) > _FRESH:
@@ -234,10 +234,10 @@ class Signing:
         return (by.policy, by.cas, by.without_proof) == (now.policy, now.cas, frozenset())
 
     def round(self) -> Next:
-        """Judge and sign what waits."""
+        """Judge and sign the waiting requests."""
         self.doors.alive()
         if not self.doors.to_sign(1):
-            if self.troubles or self._has_new_policy():  # are the CAs back, and what is judged by now?
+            if self.troubles or self._has_new_policy():  # try the CAs again, or load the new policy
                 self.close()
                 self.look()
             return "down" if self.troubles else "idle"
@@ -246,18 +246,18 @@ class Signing:
 
     def _round(self) -> Next:
         desk, left = self.look(), _Left(self)
-        while self._has_new_policy():  # to reach a CA takes time, in which the policy may change
+        while self._has_new_policy():  # the policy may have changed while the CAs were reached
             desk = self.look()
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
             archive = Archive(self.policy.desk.archive or archive_directory(self._store), self._store.directory)
-            if not self._is_prepared:  # while the lock is held: it removes what a killed process left unfinished
+            if not self._is_prepared:  # under the lock, since it removes what a killed process left unfinished
                 archive.prepare()
                 self._is_prepared = True
             journal.recorded = self._recorded
             kept = self._begun(desk, archive, journal, record)
             desk.run(self._jobs(kept, archive), journal, record, left, self.workers)
         self._note(kept, left)
-        if len(kept) >= _MOST and left.has_answered:  # those behind may be for a CA that is there
+        if len(kept) >= _MOST and left.has_answered:  # later ones may be for a CA that answers
             return "more"
         if left.is_down or (self.troubles and not kept):
             self.close()
@@ -265,23 +265,23 @@ class Signing:
         return "later" if left.notes else "idle"
 
     def _begun(self, desk: Desk, archive: Archive, journal: Journal, record: audit.Record) -> list[Kept]:
-        """The requests of this round, written down as ours; what another door has begun is asked for at its CA first."""
+        """Claim and return this round's requests; if another door has begun one, the desk asks its CA first."""
         assert_not_behind(self.doors.recorded, self.doors.round())
         restored, ours = self.doors.restored(), []
         most, self._held = _MOST + self._held, 0
         for one in self.doors.to_sign(most):
-            if restored is None and one.signer in {None, "", self.doors.door}:  # the rule's answer, without the bundle
+            if restored is None and one.signer in {None, "", self.doors.door}:  # as is_foreign says, without the bundle
                 ours.append(one)
                 continue
             try:
                 bundle = loads_request(one.bundle)
-            except BundleError as e:  # it was whole when it came
+            except BundleError as e:  # it was intact when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
                 continue
             if is_foreign(one, bundle.created, self.doors.door, restored):
                 unknown = self._unanswered(bundle, archive, journal)
                 if any(request.spec.authority.name in self.troubles for request in unknown):
-                    self._held += 1  # whether its CA can tell is not known now
+                    self._held += 1  # whether the CA can tell is unknown while it is down
                     continue
                 if not all(desk.recalls(request.spec.authority.name) for request in unknown):
                     self._held += 1
@@ -290,7 +290,7 @@ class Signing:
                         log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
                         self._memory.move(one.id, "left", before=UNANSWERED, note=text)
                     continue
-                # CAs may have signed these: the desk asks them before it has anything signed
+                # CAs may have signed these: the desk asks them before it requests anything
                 journal.add((request, Submitted(bundle.created - _SLACK)) for request in unknown)
             ours.append(one)
         number, claimed = self.doors.begin([one.id for one in ours], self._now())
@@ -300,7 +300,7 @@ class Signing:
         return [one for one in ours if one.id in claimed]
 
     def _unanswered(self, bundle: RequestBundle, archive: Archive, journal: Journal) -> list[SignRequest]:
-        """The requests to which neither a door's answers nor our archive and journal have the certificate."""
+        """Return the requests whose certificate is neither in a door's answers nor in our archive and journal."""
         known = {**self._answered(bundle), **archive.answers(bundle)}
         requests = [sign_request(one, bundle) for one in bundle.requests if one.name not in known]
         return [one for one in requests if not isinstance(journal.get(one), Issued | Pending)]
@@ -317,7 +317,7 @@ class Signing:
     def _desk_of_now(self) -> Desk:
         policy = load_policy(self._settings, self._policy_file)
         is_old = time.monotonic() - self._opened > _OPEN_SECONDS
-        if policy != self.policy or not self._opened:  # it has changed, also while no door was there
+        if policy != self.policy or not self._opened:  # it has changed, perhaps while no door ran
             self.doors.judge_again()
         if self._desk is None or is_old or policy != self.policy:
             self.close()
@@ -329,7 +329,7 @@ class Signing:
         used = enrolments.for_requests(self._memory, [one.id for one in kept])
         for one in kept:
             try:
-                # it is the database's content that is signed
+                # found by the database's bytes, which are what gets signed
                 expected = self._read.pop(one.bundle, None)
                 bundle = expected.bundle if expected is not None else loads_request(one.bundle)
                 job = job_of(
@@ -343,11 +343,11 @@ class Signing:
                 job.standing = self.standing(one, bundle)
                 job.noted = one.note or ""
                 yield job
-            except (BundleError, DatabaseError) as e:  # it was whole when it came
+            except (BundleError, DatabaseError) as e:  # it was intact when it came
                 log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
 
     def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
-        """Any door's answers to the same CSRs of nodes, by certificate name; the archive has this one's, and users'."""
+        """Return any door's answers to the same CSRs of nodes, by name; the archive has this door's, and users'."""
         csrs = {one.name: csr_fingerprint(one.csr) for one in bundle.requests if one.name != USER.name}
         chains = self._memory.issued_among([*csrs.values()])
         found = {}
@@ -370,10 +370,10 @@ class Signing:
                 self._memory.note(one.id, text)
 
     def standing(self, one: Kept, bundle: RequestBundle) -> Standing:
-        """The people's decisions about a request, verified by the present policy; from any thread."""
+        """Return people's decisions about a request, verified by the current policy; from any thread."""
         rows = self._memory.decisions(one.id)
         decided = [row for row in rows if row.verdict != "asked"]
-        if not decided:  # most requests need no people
+        if not decided:  # most requests need no approval
             return Standing()
         decisions: list[Decision | str] = []
         for row in decided:
@@ -388,13 +388,13 @@ class Signing:
         return found
 
     def matter(self, one: Kept, bundle: RequestBundle, decisions: Sequence[DecisionRow]) -> Matter:
-        """A request for people to decide about, with those who brought it, or gave its node the secret; from any thread."""
+        """Return a request for approvers, with the people who submitted it or enrolled its node; from any thread."""
         asked_by = {row.approver for row in decisions if row.verdict == "asked"}
         asked_by |= {used.created_by for used in enrolments.for_requests(self._memory, [one.id]).values()}
         return Matter(bundle=bundle, digest=digest(bundle), rules=self.policy.approvals, asked_by=asked_by)
 
     def verdicts(self, one: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
-        """The policy's judgement of now, by certificate name, as far as it can be had; from any thread."""
+        """Return the current policy's verdicts by certificate name; none before a CA is reached; from any thread."""
         by, used = self._judgement, enrolments.for_requests(self._memory, [one.id]).get(one.id)
         if by is None:
             return {}
@@ -408,7 +408,7 @@ class Signing:
     def _proven(
         self, one: Kept, bundle: RequestBundle, used: Enrolment | None
     ) -> tuple[Origin | None, Mapping[str, str]]:
-        """The origin of an EST request by the policy and the CAs of now, and what TLS or an enrolment vouches for."""
+        """Return an EST request's origin by the current policy and CAs, and what TLS or an enrolment vouches for."""
         vouched = used.vouches(bundle) if used is not None else {}
         if one.origin is None:
             return None, vouched
@@ -421,13 +421,13 @@ class Signing:
 
 
 class _Left:
-    """The desk's observer: counts what was answered, and keeps why the rest was not."""
+    """The desk's observer: counts answers, and notes why the other requests have none."""
 
     def __init__(self, signing: Signing) -> None:
         self._signing = signing
-        self.notes: dict[str, str] = {}  #: By digest.
-        self.undecided: set[str] = set()  #: Digests of those that people decide about.
-        self.is_down = False  #: Something else than a CA's "later" keeps a request waiting.
+        self.notes: dict[str, str] = {}  #: Why a request waits, by digest.
+        self.undecided: set[str] = set()  #: Digests of requests that wait for people.
+        self.is_down = False  #: A request waits, and not because its CA said "later".
         self.has_answered = False
 
     def answered(self, job: Job, where: str) -> None:
@@ -453,7 +453,7 @@ class _Left:
 
 
 def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
-    """The issued certificates of an answer, as they are remembered (pure)."""
+    """Return an answer's issued certificates as the database stores them (pure)."""
     return [
         IssuedRow(
             fingerprint=fingerprint(issued.leaf),
@@ -475,7 +475,7 @@ def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
 def assert_elsewhere(
     settings: Settings, certificates: Callable[[str], Sequence[x509.Certificate]], pod_ca: Path = POD_CA
 ) -> None:
-    """Refuse to serve a cluster from one of its own nodes or pods: their CA certificate is one of those that sign here."""
+    """Refuse to serve a cluster from its own nodes or pods, which have one of the CA certificates that sign here."""
     for path in (pod_ca, settings.node.pki_dir / "ca.crt"):
         with contextlib.suppress(UnreadableError):
             if here := set(read_ca_file(path)).intersection(certificates("ca")):
@@ -486,7 +486,7 @@ def assert_elsewhere(
 
 
 def asker_json(asker: Asker) -> bytes:
-    """For the database, which has the time of receipt in a column of its own."""
+    """Encode a requester for the database, which has a column for the time of receipt."""
     return json.dumps({name: value for name, value in to_json(asker).items() if name != "received"}).encode()
 
 
@@ -497,7 +497,7 @@ def _asker(kept: Kept) -> Asker:
 def origin_problem(
     asker: Asker, request: BundledRequest, node: str, policy: Policy, cas: Mapping[str, Sequence[x509.Certificate]]
 ) -> str:
-    """Why the policy of now does not let this client ask for this node; see `asker_problem`."""
-    ours = cas.get(request.authority, ())  # by which the one that is replaced always is
+    """Return why the current policy does not let this client request for this node; see `asker_problem`."""
+    ours = cas.get(request.authority, ())  # which always signed the replaced certificate
     known = ours if asker.renews else policy.est_cas.get(asker.label) or ours
     return asker_problem(asker, request, node, policy.est.get(asker.label), known)

@@ -1,4 +1,4 @@
-"""The first form; a new database is made as a whole (`bridge.door.store`), and begins with the newest one."""
+"""The first schema; `bridge.door.store` makes a new database with the newest schema at once."""
 
 revision = "doors"
 down_revision = None

@@ -1,4 +1,4 @@
-"""EST requests: who asked, and by what the same request is known."""
+"""EST requests: the requester, and the hash that identifies a repeated request."""
 
 import sqlalchemy as sa
 from alembic import op
