@@ -1,12 +1,12 @@
 """
-What the door answers: our own requests, and the pages for monitors (WSGI).
+The door's WSGI application: our own requests, and the pages for monitors.
 
-`POST /v1/requests` takes a request bundle as it is carried to a CA desk, and answers 202 with its id: the same bundle
-has the same id, so that a node that was killed asks again. A node without certificates proves in the header
-`Authorization` that it has the secret of an enrolment. `GET /v1/requests/ID` is the answer bundle, or 202 with
-Retry-After. `GET /v1/certificates/NAME/DIGEST` finds what was issued for a CSR, by its SHA-256. `GET /v1/authorities`
-says which CAs there are, and `GET /v1/authorities/NAME` has the certificates of one. Further paths have modules
-of their own. No answer holds a secret: the bundle proves its sender, and certificates are public.
+`POST /v1/requests` takes the same request bundle as a CA desk, and answers 202 with an id. The same bundle gets the
+same id, so a node that was killed can ask again. A node without certificates proves in the header `Authorization` that
+it has an enrolment's secret. `GET /v1/requests/ID` returns the answer bundle, or 202 with Retry-After.
+`GET /v1/certificates/NAME/DIGEST` returns the certificate that was issued for a CSR, by the CSR's SHA-256.
+`GET /v1/authorities` lists the CAs, and `GET /v1/authorities/NAME` returns the certificates of one. Other paths have
+modules of their own. No answer holds a secret: the bundle proves its sender, and certificates are public.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: When a node is to look again: soon after it has asked, and then less often.
+#: Retry-After of a new request, and of an older one.
 _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
-#: How many requests are answered in a second, about: a node that looks too early takes time from signing, and one that
-#: looks late waits for nothing (docs/evidence/numbers.md).
+#: About how many requests the door answers in a second: a node that polls too early takes time from signing, and one
+#: that polls late waits for nothing (docs/evidence/numbers.md).
 _PACE = 60
-#: Another door on the same database may answer, and this one is not told.
+#: How often to look in the database, where another door may answer without notice.
 _LOOK_SECONDS = 0.25
-#: When a node that was turned away may come again.
+#: Retry-After of a rejected request.
 _PAUSE_SECONDS = 30
-#: For clients, which may be anyone; the log has what the database said, with its address, user and files.
+#: For clients, who may be anyone; only the log has the database's own error, with its address, user and files.
 _DATABASE = DatabaseError("the database: wanted an answer, found none; the door's log says why")
-#: The part of the threads that may wait for answers.
+#: One thread in this many may wait for an answer.
 _PART_AWAITING = 4
-#: The part of the room for requests that no CA's certificate is there to judge by, and the longest of them: a whole node's
-#: has 40,000 bytes, and each round reads two hundred of them again.
+#: One place in this many is for requests that can't be judged before their CA is reached, and their longest bundle: a
+#: whole node's has 40,000 bytes, and each round parses two hundred of them again.
 _PART_UNJUDGED, _LONGEST_UNJUDGED_BYTES = 10, 64 << 10
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
 _CHAIN = "application/pem-certificate-chain"
@@ -67,27 +67,27 @@ Environ = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An answer."""
+    """An HTTP answer."""
 
     status: HTTPStatus
     body: bytes
     kind: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)  #: `retry_after` is the header Retry-After.
+    headers: Mapping[str, str] = field(default_factory=dict)  #: `retry_after` stands for the header Retry-After.
 
     @classmethod
     def of(cls, status: HTTPStatus, document: Mapping[str, Any], **headers: str) -> Reply:
-        """A JSON document."""
+        """Return a JSON document as an answer."""
         return cls(status=status, body=json.dumps(document).encode() + b"\n", headers=headers)
 
     @classmethod
     def error(cls, status: HTTPStatus, error: BridgeError | str, **headers: str) -> Reply:
-        """An error's answer: what was wanted, what was found, what to do next."""
+        """Return an error as an answer: what was wanted, what was found, what to do next."""
         hint = error.hint if isinstance(error, BridgeError) else ""
         return cls.of(status, {"error": one_line(error, 2000), **({"hint": hint} if hint else {})}, **headers)
 
 
 class TurnedAwayError(Exception):
-    """A request ends with this answer, and nothing is kept of it."""
+    """The request ends with this answer, and the door stores nothing of it."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__()
@@ -95,18 +95,18 @@ class TurnedAwayError(Exception):
 
 
 class Awaited:
-    """Answers that clients' threads wait for, as long as this is better than to let the clients come again."""
+    """Lets clients' threads wait for answers, as long as that costs less than another request."""
 
     def __init__(self, memory: Memory, *, longest: timedelta, places: int) -> None:
-        """At most as many threads wait as there are `places`, none of them longer than `longest`."""
+        """Let at most `places` threads wait, none longer than `longest`."""
         self._memory = memory
         self._longest = longest
         self._places = threading.Semaphore(places)
         self._mutex = threading.Lock()
-        self._digests: dict[threading.Event, str] = {}  #: Of the requests that threads wait for.
+        self._digests: dict[threading.Event, str] = {}  #: Digests of the awaited requests.
 
     def over(self, kept: Kept, limit: timedelta) -> Kept:
-        """The request once a round has answered it or left it to people, or as it is after the limit."""
+        """Return the request once a round has answered it or left it to people, or at the limit."""
         if _is_over(kept) or not self._places.acquire(blocking=False):
             return kept
         answered = threading.Event()
@@ -126,7 +126,7 @@ class Awaited:
             self._places.release()
 
     def answered(self, request_digest: str) -> None:
-        """Let those look who wait for this request."""
+        """Wake the threads that wait for this request."""
         with self._mutex:
             for event, waited in self._digests.items():
                 if waited == request_digest:
@@ -138,7 +138,7 @@ def _is_over(kept: Kept) -> bool:
 
 
 class Door:
-    """The application; called from many threads."""
+    """The WSGI application; thread-safe."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Door:
         now: Callable[[], datetime],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
     ) -> None:
-        """`pages` are those for monitors, by path."""
+        """`pages` are the pages for monitors, by path."""
         ours = settings.serve
         self._settings = ours
         self.memory = memory
@@ -158,7 +158,7 @@ class Door:
         self._rate = Rate(ours.requests_per_minute)
         self._authorities = sorted(settings.authorities)
         self._pages = pages
-        #: What answers GET, by the path.
+        #: The handlers of GET, by path.
         self._paths: Mapping[re.Pattern[str], Callable[..., Reply]] = {
             _ID: self._answer,
             _CERTIFICATE: self._certificate,
@@ -166,17 +166,17 @@ class Door:
             re.compile(f"/v1/authorities/({'|'.join(map(re.escape, self._authorities))})"): self._issuers,
             **{re.compile(re.escape(path)): partial(_page, page) for path, page in pages.items()},
         }
-        #: Called with the peer and the id of each new request.
+        #: Called with the environ and the id of each new request.
         self.brought: Callable[[Environ, str], object] = lambda *_: None
         self._mutex = threading.Lock()
-        self.arrived = threading.Event()  #: There is something to sign.
-        self.ending = threading.Event()  #: No new request is taken.
+        self.arrived = threading.Event()  #: Set when there is something to sign.
+        self.ending = threading.Event()  #: Set when the door takes no new request.
         self.answers: Counter[int] = Counter()  #: By status.
-        self.to_sign = 0  #: Requests for the next rounds of signing, as they were counted last.
-        self._answered = 0  #: Requests since the start.
-        #: By digest, how many are answered when it is a request's turn.
+        self.to_sign = 0  #: Requests that wait for a signing round, as last counted.
+        self._answered = 0  #: Requests answered since the start.
+        #: The value of `_answered` at a request's turn, by digest.
         self._turns: OrderedDict[str, int] = OrderedDict()
-        #: What answers below other paths, by their beginning.
+        #: The handlers of other paths, by prefix.
         self.below: dict[str, Callable[[Environ], Reply]] = {}
 
     def __call__(self, environ: Environ, start: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
@@ -194,7 +194,7 @@ class Door:
             self.answers[int(reply.status)] += 1
         method, path, peer = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
         if path not in self._pages:
-            path_text = _ID.sub("/v1/requests/…", path)  # who knows the id gets the answer
+            path_text = _ID.sub("/v1/requests/…", path)  # the id alone gets the answer
             text = "%s %s from %s: %d in %.0f ms"
             about = {"request": request_id, "requester": peer, "outcome": str(int(reply.status))}
             milliseconds = 1000 * (time.monotonic() - began)
@@ -261,7 +261,7 @@ class Door:
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=soon)
 
     def _receive(self, environ: Environ, data: bytes, one: ReadBundle) -> str:
-        """Keep a request that is new; its id."""
+        """Store a new request, and return its id."""
         peer, bundle = environ["REMOTE_ADDR"], one.bundle
         try:
             used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), one)
@@ -276,7 +276,7 @@ class Door:
             request_id = self.memory.receive(data, digest=one.digest, now=self.now(), enrolment=number, **who)
             with self._mutex:
                 remember(self._turns, one.digest, self._answered + self.to_sign, self._settings.waiting)
-            if not vouched:  # a round judges those anew
+            if not vouched:  # a round judges an enrolled request again
                 self.signing.expect(data, one)
             self.brought(environ, request_id)
         except EnrolmentError as e:
@@ -286,22 +286,22 @@ class Door:
         return request_id
 
     def _enrolment(self, authorization: str, one: ReadBundle) -> Enrolment | None:
-        """The enrolment that the header proves; one that lets nothing in is no error where other requests have a proof."""
+        """Return the enrolment that the header proves; a bad one is no error if another request has a continuity proof."""
         if not authorization:
             return None
         try:
             return enrolments.proven_by(self.memory, authorization, one.bundle, one.digest, self.now())
         except EnrolmentError as e:
-            if any(request.proof is not None for request in one.bundle.requests):  # the policy refuses those without
+            if any(request.proof is not None for request in one.bundle.requests):  # the policy refuses the others
                 log.warning("request %s of %s: %s", one.digest[:16], one.bundle.node, e)
                 return None
             raise
 
     def assert_room(self, peer: str, *, is_judged: bool, size: int = 0) -> None:
         """
-        Turn a request of this size away where no further one of this address may wait, or none at all.
+        Reject a request of this size if no more requests of this address, or of any address, may wait.
 
-        A request that could not be judged gets a tenth of the room, so that strangers take no node's place, and no memory.
+        Requests that could not be judged get a tenth of the places, so that strangers take no node's place, and no memory.
         """
         every, theirs, self.to_sign = self.memory.unanswered(peer)
         later = {"retry_after": str(_PAUSE_SECONDS)}
@@ -321,7 +321,7 @@ class Door:
         kept = self.memory.find(request_id)
         if kept is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted the id of a request, found another text")
-        if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node would be back
+        if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node polls again
             kept = self.awaited.over(kept, timedelta(seconds=_SOON_SECONDS))
         if kept.answer is not None:
             return Reply(status=HTTPStatus.OK, body=kept.answer)
@@ -331,7 +331,7 @@ class Door:
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(self._pause_seconds(kept)))
 
     def answered(self, request_digest: str) -> None:
-        """Count one request less that waits."""
+        """Count one waiting request less, and wake the threads that wait for it."""
         self.to_sign -= 1
         with self._mutex:
             self._answered += 1
@@ -339,12 +339,12 @@ class Door:
         self.awaited.answered(request_digest)
 
     def _pause_seconds(self, kept: Kept) -> int:
-        """Until a node should look again."""
+        """Return the seconds until a node should poll again."""
         is_new = kept.begun is None or self.now() - kept.received < _SOON_FOR
         return self._soon_seconds(kept.digest) if is_new else _LATER_SECONDS
 
     def _soon_seconds(self, request_digest: str) -> int:
-        """Until it is about the turn of a request; of one that came before the start, as if it were the last."""
+        """Return the seconds until about a request's turn; a request from before the start counts as the last."""
         with self._mutex:
             turn = self._turns.get(request_digest)
             ahead = self.to_sign if turn is None else min(turn - self._answered, self.to_sign)
@@ -358,12 +358,12 @@ class Door:
 
 
 def away(status: HTTPStatus, error: BridgeError | str, **headers: str) -> TurnedAwayError:
-    """An error, as an answer that is raised."""
+    """Return an exception that ends the request with this error."""
     return TurnedAwayError(Reply.error(status, error, **headers))
 
 
 def assert_method(environ: Environ, *allowed: str) -> None:
-    """Turn a request with another method away."""
+    """Reject a request with another method."""
     if environ["REQUEST_METHOD"] not in allowed:
         methods = ", ".join(allowed)
         raise away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {methods}", allow=methods)
@@ -375,13 +375,13 @@ def kind_of(environ: Environ) -> str:
 
 
 def body_of(environ: Environ) -> bytes:
-    """All of a request's body, since a connection that is closed with bytes unread takes the answer away."""
+    """Read all of a request's body, since closing a connection with unread bytes loses the answer."""
     data: bytes = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     return data
 
 
 def json_body(environ: Environ) -> bytes:
-    """The body of a request in JSON, not parsed; a request whose header says something else is turned away."""
+    """Return a JSON request's body, not parsed; reject a request with another media type."""
     if kind_of(environ) != "application/json":
         raise away(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wanted Content-Type: application/json")
     return body_of(environ)
@@ -394,7 +394,7 @@ def _refused(one: ReadBundle, peer: str, reason: BridgeError | str) -> TurnedAwa
 
 
 def _note(kept: Kept) -> str:
-    """Why it waits, for the node; what a CA or a database said stays at the door, whose clients may be anyone."""
+    """Return why a request waits, without a CA's or the database's error, since clients may be anyone."""
     if kept.state == "undecided":
         return f"people decide about request {kept.digest[:16]}"
     if kept.note:

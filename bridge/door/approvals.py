@@ -1,14 +1,14 @@
 """
-Deciding at the door: who comes with a person's certificate, what waits, and what that person decides.
+Approvals at the door: who the approver is, which requests wait, and what the approver decides.
 
-A person is known by mutual TLS and named by the policy. `GET /v1/approvals` says what waits, `GET /v1/approvals/DIGEST`
-has the whole bundle, so that the person's own program shows it and computes the digest anew, and `POST` takes a decision
-that the person's key has signed. The pages below /approvals take the same decisions from a browser, which can't
-sign: the evidence is then the door's word. A decision that is taken here is verified again right before the signing.
+Mutual TLS identifies an approver, and the policy gives the name. `GET /v1/approvals` lists the waiting requests.
+`GET /v1/approvals/DIGEST` returns the whole bundle, so that the approver's own program shows it and computes the digest.
+`POST` takes a decision signed with the approver's key. The pages below /approvals take the same decisions from a
+browser, which can't sign: the door attests them instead. A signing round verifies each decision again before it signs.
 
-The pages are plain HTML, rendered here, without a script (Jinja2 with autoescape). A form carries a token that is bound
-to the person's certificate and this request, so that no other site can have the browser send it; the headers let no
-other site frame a page, and the page load nothing.
+The pages are plain HTML without scripts, rendered here (Jinja2 with autoescape). A form carries a token bound to the
+approver's certificate and the request, so that no other site can make the browser send it. The headers stop other sites
+from framing a page, and a page from loading anything but its style.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: Requests that are listed at once.
+#: Most requests or certificates in a list.
 MOST = 200
 _PATH = re.compile(r"/v1/approvals(?:/([0-9a-f]{64}))?")
 
 
 class NotDecidedError(BridgeError):
-    """A decision that does not count, and is not kept."""
+    """The decision does not count, and the door does not store it."""
 
     exit_code = Exit.REFUSED
     status = HTTPStatus.FORBIDDEN
@@ -63,7 +63,7 @@ class NotDecidedError(BridgeError):
 
 
 class TooLateError(NotDecidedError):
-    """Nothing is to be decided any more."""
+    """The request waits for no decision, or not for this person's."""
 
     status = HTTPStatus.CONFLICT
     hint = "look at it again: `ca-bridge approvals show`, or its page"
@@ -78,44 +78,44 @@ class UnknownError(NotDecidedError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Person:
-    """A person who has shown a certificate in the handshake, and may decide."""
+    """An approver, known by the certificate of the TLS handshake."""
 
-    name: str  #: As in the policy's list.
+    name: str  #: The approver's name in the policy.
     certificate: x509.Certificate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One request with all that a person has to know."""
+    """One request with everything that an approver has to know."""
 
     kept: Kept
     bundle: RequestBundle
     standing: Standing
-    verdicts: Mapping[str, PolicyVerdict]  #: Of the policy of now, by certificate name; those that can be had.
-    need_approval: frozenset[str]  #: The certificates for which the policy wants people.
+    verdicts: Mapping[str, PolicyVerdict]  #: The current policy's, by certificate name, as far as known.
+    need_approval: frozenset[str]  #: Names of certificates that the policy wants approved.
 
     @property
     def requests(self) -> list[BundledRequest]:
-        """Those of the bundle, the ones first for which people are asked: of a whole node it is often one of thirteen."""
+        """The bundle's requests, those that need approval first: often one of a whole node's thirteen."""
         return sorted(self.bundle.requests, key=lambda one: one.name not in self.need_approval)
 
     def sentence(self, request: BundledRequest) -> str:
-        """The meaning of the requested certificate, in a sentence."""
+        """Return what the requested certificate means, in a sentence."""
         verdict = self.verdicts.get(request.name)
         return sentence(request, self.bundle.node, proven=verdict is not None and verdict.proven)
 
 
 class Approvals:
-    """Called from many threads."""
+    """Who may decide, what waits, and decisions; thread-safe."""
 
     def __init__(self, memory: Memory, signing: Signing, decided: Callable[[], object]) -> None:
-        """`decided` is called when there is something to sign."""
+        """A decision that counts calls `decided`, since there may be something to sign."""
         self.memory = memory
         self.signing = signing
         self._decided = decided
 
     def person(self, environ: Environ) -> Person:
-        """The person behind a request (NotDecidedError: a client that may not decide)."""
+        """Return the approver who sent a request (NotDecidedError: the client may not decide)."""
         der, trust = environ.get(PEER), self.signing.trust()
         if der is None:
             raise NotDecidedError("wanted a person's certificate in the handshake, found none")
@@ -133,19 +133,19 @@ class Approvals:
 
     @property
     def rules(self) -> approval.ApprovalRules:
-        """The policy's rules about approvals."""
+        """The policy's approval rules."""
         return self.signing.policy.approvals
 
     def waiting(self) -> Iterator[Case]:
-        """The requests that people have to decide about, the oldest first; each is read when it is its turn."""
+        """Yield the requests that wait for approvers, the oldest first, and parse each only in its turn."""
         for one in self.memory.in_state("undecided", MOST):
             try:
                 yield self._case(one)
-            except UnknownError as e:  # one that can't be read keeps no other from being decided about
+            except UnknownError as e:  # an unreadable request must not block the others
                 log.error("request %s: %s", one.digest[:16], e)  # noqa: TRY400
 
     def case(self, digest: str) -> Case:
-        """The request with this digest, in whatever state (UnknownError)."""
+        """Return the request with this digest, in any state (UnknownError)."""
         kept = self.memory.find(digest, "digest")
         if kept is None:
             raise UnknownError("wanted the digest of a request, found another text")
@@ -168,7 +168,7 @@ class Approvals:
         )
 
     def brought(self, environ: Environ, request_id: str) -> None:
-        """Remember the person, if one with a certificate has brought a request: the same one does not decide about it."""
+        """Record the approver who submitted a request, if any, since that person may not decide about it."""
         try:
             person = self.person(environ)
         except NotDecidedError:
@@ -179,9 +179,9 @@ class Approvals:
 
     def decide(self, person: Person, digest: str, verdict: Verdict, reason: str, signature: bytes | None) -> Case:
         """
-        Take a decision, and remember it (NotDecidedError: it does not count).
+        Verify a decision, and store it (NotDecidedError: it does not count).
 
-        Without a signature the evidence is the door's word that this person decided.
+        Without a signature, the door attests that this person decided.
         """
         case, trust = self.case(digest), self.signing.trust()
         if case.kept.state != "undecided":
@@ -208,7 +208,7 @@ class Approvals:
         )
         found = self.signing.standing(case.kept, case.bundle)
         is_decided = found.refused is not None or len(found.approved) >= self.rules.count
-        # the door may have been killed before it said so in the request's state, or the policy wants fewer people now
+        # the door may have been killed before it changed the state, or the policy now wants fewer approvals
         if not is_kept and not (is_decided and earlier == [decision.verdict]):
             raise TooLateError(f"wanted one decision of {decision.approver}, found an earlier one, which stays")
         text, short = "request %s of %s was %s by %s", case.kept.digest[:16]
@@ -222,7 +222,7 @@ class Approvals:
     # --- for programs -------------------------------------------------------------------------------------------------
 
     def answer(self, environ: Environ) -> Reply:
-        """The answer to a request below /v1/approvals."""
+        """Answer a request below /v1/approvals."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "wanted /v1/approvals, or a request's digest below it")
@@ -255,7 +255,7 @@ class Approvals:
         }
 
     def _entry(self, case: Case) -> dict[str, Any]:
-        """A request whole, as JSON: its bundle, of which the reader computes everything anew, and the CAs behind the door."""
+        """Return a whole request as JSON: its bundle, whose digest the reader computes itself, and the door's CAs."""
         return {
             **self._listed(case),
             "bundle": json.loads(case.kept.bundle),
@@ -271,7 +271,7 @@ class Approvals:
 
 
 def _read_decision(data: bytes) -> tuple[Verdict, str, bytes]:
-    """Verdict, reason and signature of a decision in JSON (NotDecidedError: it is none)."""
+    """Return the verdict, reason and signature of a JSON decision (NotDecidedError: it is not one)."""
     wanted = "wanted JSON with verdict, reason and signature"
     try:
         document = json_of(data)
@@ -285,7 +285,7 @@ def _read_decision(data: bytes) -> tuple[Verdict, str, bytes]:
     try:
         return verdict, reason, b64decode(signature, validate=True)
     except ValueError:
-        raise NotDecidedError(f"{wanted}, found a signature that is no base64") from None
+        raise NotDecidedError(f"{wanted}, found a signature that is not base64") from None
 
 
 # --- for browsers -----------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _TEMPLATES = Path(__file__).with_name("templates")
-#: How the templates show what is no text; each result is escaped as any other.
+#: Template filters for values other than text; autoescape covers their results.
 _FILTERS: Mapping[str, Callable[..., object]] = {
     "minute": minute, "duration": duration_text, "fingerprint": short_fingerprint, "serial": serial_hex,
     "subject": subject_line, "sans": sans_line, "key": key_line, "differences": differences,
@@ -311,16 +311,16 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
 
 
 class ForgedFormError(NotDecidedError):
-    """A form that this page did not give to this person."""
+    """The form did not come from this page for this person."""
 
     hint = "open the request's page again, and decide there"
 
 
 class Pages:
-    """The addresses below /approvals; called from many threads."""
+    """The pages below /approvals; thread-safe."""
 
     def __init__(self, approvals: Approvals, secret: bytes, now: Callable[[], datetime]) -> None:
-        """`secret` makes the forms' tokens."""
+        """`secret` is the HMAC key of the forms' tokens."""
         self._approvals = approvals
         self._memory = approvals.memory
         self._secret = secret
@@ -333,7 +333,7 @@ class Pages:
         self._style = (_TEMPLATES / "style.css").read_bytes()
 
     def __call__(self, environ: Environ) -> Reply:
-        """The page."""
+        """Answer a request below /approvals."""
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         if path == "/approvals/style.css" and method == "GET":
             return Reply(status=HTTPStatus.OK, body=self._style, kind="text/css; charset=utf-8", headers=_HEADERS)
@@ -389,7 +389,7 @@ class Pages:
         message = f"ca-bridge form 1\n{fingerprint(person.certificate)}\n{digest}"
         return hmac.digest(self._secret, message.encode(), "sha256").hex()
 
-    # --- what there is ------------------------------------------------------------------------------------------------
+    # --- lists --------------------------------------------------------------------------------------------------------
 
     def _certificates(self, person: Person, query: str) -> Reply:
         now = self._now()
@@ -410,16 +410,16 @@ class Pages:
 
 
 def query(environ: Environ) -> str:
-    """The text that a page is asked to search for."""
+    """Return the search text in a request's URL."""
     try:
         found = parse_qs(str(environ.get("QUERY_STRING", "")), max_num_fields=10).get("q", [""])[0]
     except ValueError:
         return ""
-    return found.replace("\0", "")[:_LONGEST_QUERY]  # which PostgreSQL takes in no text
+    return found.replace("\0", "")[:_LONGEST_QUERY]  # PostgreSQL's text can't hold NUL
 
 
 def _form(environ: Environ) -> dict[str, str]:
-    """The fields of a form, each once (ForgedFormError: another document)."""
+    """Return the fields of a form, each of which comes once (ForgedFormError: another document)."""
     length = int(environ.get("CONTENT_LENGTH") or 0)
     if kind_of(environ) != "application/x-www-form-urlencoded" or length > _LONGEST_FORM_BYTES:
         raise ForgedFormError("wanted a form of this page, found another document")

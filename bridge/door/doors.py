@@ -1,13 +1,13 @@
 """
-The doors of one database: which of them live, whose turn it is to sign, and which requests each has begun.
+The doors of one database: which of them are alive, which one signs now, and which requests each has begun.
 
-Any door takes a request; the one that begins it writes itself down as its signer, since its state directory has the
-journal and the archive that prove what was signed. Another door takes the request over when the signer was not heard
-of for a while. It asks the CA what it has signed, and only then has it sign; for a CA that can't tell, people decide.
-The same goes for requests that were made before the database was restored: it may have forgotten who began them.
+Any door takes a request. The door that begins it records itself as its signer, since its state directory has the
+journal and the archive that prove what was signed. Another door takes the request over if the signer has been silent
+for a while: it asks the CA what it has signed before it has anything signed; if the CA can't tell, an operator decides.
+The same applies to requests from before a restore of the database, which may have lost their signer.
 
-Times are the database's where it has a clock of its own, so that hosts need not agree on the time. Behind `Doors` is
-what an operator does with the database: a copy of SQLite's file, its restore, and what has to follow.
+Times come from the database if it has a clock of its own, so that hosts need not agree on the time. `Doors` is followed
+by the operator's work on the database: copying SQLite's file, restoring it, and the work after a restore.
 """
 
 from __future__ import annotations
@@ -51,29 +51,29 @@ from bridge.system.files import reasons, sync_directory
 from bridge.system.locks import lock
 from bridge.system.state_file import OnDamage, coded
 
-#: A `sign` or a round that works on the same state directory.
+#: How long to wait for a `sign` or a round on the same state directory.
 _WAIT = timedelta(minutes=1)
 _LEAST_DIGITS = 8
 
-#: The number of PostgreSQL's advisory lock that the door has which signs.
+#: The number of PostgreSQL's advisory lock that the signing door holds.
 _TURN_LOCK = 0x0CAB_0002
-#: A door that was not heard of for this time has ended; by the database's clock.
+#: A door without a heartbeat for this time counts as ended, by the database's clock.
 SILENT = timedelta(seconds=60)
-#: A door that could not say for this time that it lives asks no CA: less than `SILENT` by what an exchange takes.
+#: A door that could write no heartbeat for this time asks no CA: shorter than `SILENT` by the time of an exchange.
 STALE_SECONDS = 30.0
 #: How far a node's clock may be behind ours.
 _NODE_SLACK = timedelta(hours=1)
 
 
 class NotOursError(BridgeError):
-    """The door is ending, or the database did not hear of it for too long: another one may be signing in its place."""
+    """The door is shutting down, or its last heartbeat is too old: another door may be signing in its place."""
 
     exit_code = Exit.UNAVAILABLE
     hint = "the database is slow or away; requests wait, and go on by themselves"
 
 
 class BehindError(BridgeError):
-    """The database knows of less than this door's audit log: an older copy of it was restored, or another one is used."""
+    """The database is behind this door's audit log: an older copy was restored, or it is the wrong database."""
 
     exit_code = Exit.REFUSED
     hint = (
@@ -83,7 +83,7 @@ class BehindError(BridgeError):
 
 
 class Doors:
-    """One door among the others; from any thread."""
+    """One door among the others; thread-safe."""
 
     def __init__(self, memory: Memory, store: Store, door: str) -> None:
         """`door` is the name of the state directory (`identity`)."""
@@ -91,13 +91,13 @@ class Doors:
         self._engine = memory.engine
         self._store = store
         self.door = door
-        self.is_ending = False  #: From then on no CA is asked; what CAs were asked before is still taken.
-        self._heard = 0.0  #: When the database last heard of us, by the monotonic clock.
+        self.is_ending = False  #: If set, the door asks no CA, but still takes answers to what it has asked.
+        self._heard = 0.0  #: Time of the last heartbeat, by the monotonic clock.
 
-    # --- who lives ----------------------------------------------------------------------------------------------------
+    # --- heartbeats ---------------------------------------------------------------------------------------------------
 
     def alive(self) -> None:
-        """Tell the database that this door lives."""
+        """Write this door's heartbeat to the database."""
         began = time.monotonic()
         with asking(), self._engine.begin() as connection:
             moment = _now(connection)
@@ -106,7 +106,7 @@ class Doors:
         self._heard = began
 
     def assert_ours(self) -> None:
-        """Refuse to ask a CA when this door is ending, or another one may have taken our requests over (NotOursError)."""
+        """Refuse to ask a CA if this door is shutting down, or another may have taken its requests (NotOursError)."""
         if self.is_ending:
             raise NotOursError("wanted a running door, found one that is shutting down", hint="")
         silent = time.monotonic() - self._heard
@@ -115,18 +115,18 @@ class Doors:
             raise NotOursError(text)
 
     def names(self) -> dict[str, str]:
-        """The hosts of all doors, by door."""
+        """Return the hosts of all doors, by door."""
         return {row["id"]: row["host"] for row in self._memory.select(sa.select(DOORS))}
 
     @property
     def _is_shared(self) -> bool:
         return self._engine.dialect.name == "postgresql"
 
-    # --- whose turn it is ---------------------------------------------------------------------------------------------
+    # --- turns --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[bool]:
-        """Whether this door signs now; PostgreSQL ends the turn of a door that was killed by itself. A file has one door."""
+        """Yield whether this door may sign now; PostgreSQL itself ends a killed door's turn, and SQLite has one door."""
         if not self._is_shared:
             yield True
             return
@@ -145,15 +145,12 @@ class Doors:
                 connection.execute(sa.select(sa.func.pg_advisory_unlock(_TURN_LOCK)))
                 connection.commit()
         except SQLAlchemyError:
-            connection.invalidate()  # its end gives the lock back, too
+            connection.invalidate()  # the end of the connection releases the lock, too
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def to_sign(self, most: int) -> list[Kept]:
-        """
-        The requests that this door may sign, those that were tried least recently first: new ones, its own, and those
-        of doors that were not heard of for a while.
-        """
+        """Return the requests this door may sign, least recently tried first: new, its own, and silent doors'."""
         with asking(), self._engine.begin() as connection:
             oldest = (sa.func.coalesce(REQUESTS.c.begun, REQUESTS.c.received), REQUESTS.c.received)
             query = sa.select(REQUESTS).where(self._ours(_now(connection))).order_by(*oldest).limit(most)
@@ -167,52 +164,52 @@ class Doors:
 
     def begin(self, ids: Sequence[str], now: datetime) -> tuple[int, set[str]]:
         """
-        Begin a round: write down that this door signs these; its number, and those that no other door was faster for.
+        Begin a round: record this door as signer, and return the round's number and the requests that it has claimed.
 
-        A database that can't be written to stops it before a CA is asked.
+        If the database can't be written to, the round ends before it asks a CA.
         """
         with asking(), self._engine.begin() as connection:
             mine = DOORS.update().where(DOORS.c.id == self.door).values(round=DOORS.c.round + 1)
             number = connection.execute(mine.returning(DOORS.c.round)).scalar_one()
             ours = REQUESTS.update().where(REQUESTS.c.id.in_(ids), self._ours(_now(connection)))
-            # one that was left to people and is ours waits again
+            # our own requests that were left to an operator wait again
             state = sa.case((REQUESTS.c.state == "left", "waiting"), else_=REQUESTS.c.state)
             claimed = ours.values(begun=now, signer=self.door, state=state).returning(REQUESTS.c.id)
             return int(number), set(connection.execute(claimed).scalars())
 
     def again(self, digest: str) -> int:
-        """Let requests that were left, and whose digest begins like this, be signed without a question; their number."""
+        """Let left requests whose digest begins with this be signed without asking the CA first; return their number."""
         which = sa.and_(REQUESTS.c.state == "left", REQUESTS.c.digest.startswith(digest, autoescape=True))
         return self._memory.change(REQUESTS.update().where(which).values(state="waiting", signer="", note=""))
 
     def judge_again(self) -> None:
-        """Have the policy asked once more about requests of this door that people have not decided about."""
+        """Have the policy judge this door's undecided requests again."""
         ours = sa.and_(REQUESTS.c.state == "undecided", REQUESTS.c.signer == self.door)
         self._memory.change(REQUESTS.update().where(ours).values(state="waiting"))
 
     # --- the past -----------------------------------------------------------------------------------------------------
 
     def round(self) -> int:
-        """The newest round of this door that the database knows of."""
+        """Return this door's newest round in the database."""
         found = self._memory.select(sa.select(DOORS.c.round).where(DOORS.c.id == self.door))
         return next((int(row["round"]) for row in found), 0)
 
     @cached_property
     def recorded(self) -> int:
-        """The newest round of this door of which lines may be in its audit log; a round that begins adds its own."""
+        """The newest round of this door that may be in its audit log; each round adds its own number."""
         return newest_round(audit.events(self._store, None, None), self.door)
 
     def restored(self) -> datetime | None:
-        """The time of the database's last restore."""
+        """Return the time of the database's last restore; None: there was none."""
         found = self._memory.select(sa.select(RESTORES).order_by(RESTORES.c.id.desc()).limit(1))
         return next((row["restored"] for row in found), None)
 
     def reconcile(self, now: datetime, by: str) -> int:
         """
-        Write down that the database was restored, and that it knows of this door's rounds from now on.
+        Record the restore and this door's newest round in the database, and return the number of withdrawn enrolments.
 
-        Enrolments that are open in it may have been used since it was copied, and those without an answer may have been
-        used by another one since it was put back: they are withdrawn. Their number.
+        An enrolment that is open in the copy may have been used after the copy was made, and one whose request has no
+        answer may have been used by another request since the restore: both kinds are withdrawn.
         """
         ours = ENROLMENTS.c
         unanswered = ours.request.in_(sa.select(REQUESTS.c.id).where(REQUESTS.c.state.in_(UNANSWERED)))
@@ -236,8 +233,8 @@ def _now(connection: sa.Connection) -> datetime:
 
 
 def is_foreign(one: Kept, created: datetime, door: str, restored: datetime | None) -> bool:
-    """Whether a CA may have signed a request for a door whose journal is not ours, or that the database has forgotten."""
-    if one.signer == "":  # people have looked
+    """Return whether a CA may have signed a request for another door, or for one that the database has forgotten."""
+    if one.signer == "":  # an operator has looked
         return False
     if one.signer not in {None, door}:
         return True
@@ -246,7 +243,7 @@ def is_foreign(one: Kept, created: datetime, door: str, restored: datetime | Non
 
 
 def left_text(one: Kept, doors: Mapping[str, str]) -> str:
-    """Why people have to decide about a request that another door began, whose CA can't tell what it has signed."""
+    """Return why an operator must decide about another door's request whose CA can't tell what it has signed."""
     where = doors.get(one.signer or "", "a door that the database has forgotten")
     return (
         f"a CA may have signed it for {where}, and can't tell: start that door again, or look for the certificate at "
@@ -255,14 +252,14 @@ def left_text(one: Kept, doors: Mapping[str, str]) -> str:
 
 
 def assert_not_behind(recorded: int, remembered: int) -> None:
-    """Compare the newest round in the audit log with the database's (BehindError)."""
+    """Refuse a database that does not know the newest round in the audit log (BehindError)."""
     if recorded > remembered:
         text = f"wanted a database that knows of round {recorded}, which is in the audit log, found one at {remembered}"
         raise BehindError(text)
 
 
 def newest_round(lines: Iterable[Mapping[str, object]], door: str) -> int:
-    """The newest round of a door in lines of the audit log."""
+    """Return a door's newest round in lines of the audit log."""
     numbers = (line.get("round") for line in lines if line.get("door") == door)
     return max((number for number in numbers if isinstance(number, int)), default=0)
 
@@ -271,14 +268,14 @@ def newest_round(lines: Iterable[Mapping[str, object]], door: str) -> int:
 
 
 class UpkeepError(BridgeError):
-    """A copy, or a request, that is not what it should be."""
+    """A copy or a request is not what it should be."""
 
     exit_code = Exit.USAGE
     hint = "`ca-bridge help door` has the way of each database"
 
 
 def identity(store: Store) -> str:
-    """The name of the state directory among doors, which is made when it is first asked for."""
+    """Return the state directory's name among doors, which the first call makes."""
     store.prepare()
     afterwards = "then the door counts as a new one"
     file = coded(str, store.door, "which door this is", OnDamage.REFUSE, key="id", afterwards=afterwards)
@@ -292,14 +289,14 @@ def identity(store: Store) -> str:
 
 @contextlib.contextmanager
 def opened(settings: Settings, *, may_make: bool = False) -> Iterator[tuple[Memory, Doors]]:
-    """The database, and this host's door in it."""
+    """Open the database, with this host's door in it."""
     store = Store(settings.node.state_dir)
     with contextlib.closing(open_memory(settings, may_make=may_make)) as memory:
         yield memory, Doors(memory, store, identity(store))
 
 
 def back_up(settings: Settings, to: Path) -> None:
-    """Copy SQLite's file while doors work; the copy is whole, or not there (UpkeepError: another database)."""
+    """Copy SQLite's file while the door runs; the copy is complete, or absent (UpkeepError: another database)."""
     _assert_file(settings)
     source = database_file(Store(settings.node.state_dir))
     if not source.exists():
@@ -313,10 +310,10 @@ def back_up(settings: Settings, to: Path) -> None:
 
 def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tuple[Path | None, int]:
     """
-    Put a copy in the place of SQLite's file, and write down that it was restored; where the file is now that was there
-    (None: none was), and how many one-time secrets are withdrawn.
+    Replace SQLite's file with a copy, and record the restore; return where the old file is now (None: there was none),
+    and the number of withdrawn one-time secrets.
 
-    No door works meanwhile (LockedError). A process that is killed here leaves a door that does not sign, and says so.
+    No door may run meanwhile (LockedError). If this process is killed, the door refuses to sign, and says so.
     """
     _assert_file(settings)
     store = Store(settings.node.state_dir)
@@ -330,7 +327,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
                 hint="an earlier restore has left it: move it away, and restore again; nothing was replaced",
             )
         _copied(copy, new, new)
-        try:  # nothing is replaced by what this version can't use
+        try:  # don't replace the file with one that this version can't use
             with contextlib.closing(Memory(sqlite_url(new))) as memory:
                 Doors(memory, store, "").names()
         except DatabaseError as e:
@@ -341,7 +338,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
             with contextlib.closing(sqlite3.connect(place)) as connection:
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             place.replace(old)
-        for end in ("-wal", "-shm"):  # the old file's, whose content is in it now
+        for end in ("-wal", "-shm"):  # the old file's; the checkpoint has moved their content
             place.with_name(place.name + end).unlink(missing_ok=True)
         new.replace(place)
         sync_directory(place.parent)
@@ -349,9 +346,9 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
 
 
 def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
-    """Write down, in the database and in the audit log, that it was restored; how many one-time secrets are withdrawn."""
+    """Record a restore in the database and in the audit log; return the number of withdrawn one-time secrets."""
     with opened(settings, may_make=True) as (_, doors), recording(settings, _WAIT) as (_, record):
-        doors.alive()  # a database from before this door has no row of it
+        doors.alive()  # an older database has no row for this door
         withdrawn = doors.reconcile(now(), audit.who()["user"])
         about = f"the door's database; round {doors.round()} is the newest one; one-time secrets withdrawn: {withdrawn}"
         record.add(audit.RESTORED, result=about)
@@ -359,7 +356,7 @@ def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
 
 
 def again(settings: Settings, digest: str) -> None:
-    """Have requests signed that were left to people (UpkeepError: there is none)."""
+    """Have requests signed that were left to an operator (UpkeepError: there is none)."""
     if len(digest) < _LEAST_DIGITS:
         raise UpkeepError(f"wanted at least {_LEAST_DIGITS} digits of a request's digest, found {len(digest)}")
     with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
@@ -377,7 +374,7 @@ def _assert_file(settings: Settings) -> None:
 
 
 def _copied(source: Path, to: Path, name: Path) -> None:
-    """A copy of a database of the door by SQLite itself, which takes what is in its log, too; errors call it `name`."""
+    """Copy a door's database with SQLite's own backup, which includes its WAL; errors call the copy `name`."""
     with reasons(UpkeepError, f"{name}: wanted a place for a copy"):
         descriptor, temporary = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")  # 0600
         os.close(descriptor)

@@ -1,8 +1,8 @@
 """
-The nodes that this door knows, from its database alone: what ends next, what failed, and who was not heard of.
+The nodes in this door's database: which certificate expires next, what failed, and which nodes are silent.
 
-A node asks when its certificates are due, and not otherwise. It is silent when one of them has used up half of the time
-that is meant for its renewal, and no request has come since that time began.
+A node sends requests only when its certificates are due. It is silent if half of a certificate's renewal time is over,
+and no request has come since that time began.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER
 from bridge.system.codec import labels, metric
 from bridge.words import one_line
 
-#: The worst first.
+#: Node states, the worst first.
 NodeState = Literal["expired", "silent", "failed", "waits", "new", "ok"]
 STATES: tuple[NodeState, ...] = get_args(NodeState)
 #: An operator has to look at these nodes.
 RED: tuple[NodeState, ...] = ("expired", "silent", "failed")
 PREFIX = "ca_bridge_fleet"
-#: Not renewed by a node's runs: people have these by name, or for some hours.
+#: Certificates that nodes do not renew: users', and super-admin.conf, which is valid for hours.
 _NOT_A_NODES = (USER.name, SUPER_ADMIN)
-#: A kubelet rotates these by itself, as a rule, once it has them.
+#: Certificates that a kubelet usually rotates itself, once it has them.
 _KUBELETS = (KUBELET_CONF, KUBELET_SERVER)
-#: Certificates of one run, also of one that waited for people, begin within it.
+#: A run's certificates begin within this time, even if it waits for people.
 _ONE_RUN = timedelta(days=7)
 
 
@@ -41,14 +41,14 @@ class FleetNode:
     node: str
     cluster: str
     state: NodeState
-    ends: datetime | None  #: Of the certificate that ends next; None: none was signed.
-    name: str  #: That certificate's.
-    heard: datetime | None  #: Of its last request; None: never.
-    why: str  #: What failed, or is waited for.
+    ends: datetime | None  #: End of the certificate that expires next; None: none was signed.
+    name: str  #: The name of that certificate.
+    heard: datetime | None  #: Time of its last request; None: it has sent none.
+    why: str  #: What failed, or what the node waits for.
 
 
 def fleet(memory: Memory, before: Before, now: datetime) -> list[FleetNode]:
-    """All nodes, the worst first, then by what ends next; `before` is `renewal.before`, as nodes have it."""
+    """Return all nodes, the worst first, then by the next expiry; `before` is the nodes' `renewal.before`."""
     covered, last = _covered(memory), _last(memory)
     places = dict.fromkeys((*covered, *last, *_enrolled(memory, now)))
     found = [_node(place, covered.get(place, ()), last.get(place), before, now) for place in places]
@@ -81,7 +81,7 @@ def _node(
 
 
 def _is_superseded(one: _Covered, covered: Sequence[_Covered]) -> bool:
-    """Whether a kubelet has another by now: certificates of the node that live as long were renewed here without it."""
+    """Return whether a kubelet has rotated it: others of its node, valid as long, were renewed here without it."""
     name, begins, ends = one
     return name in _KUBELETS and any(
         other_begins - begins > _ONE_RUN and other_ends - other_begins >= ends - begins
@@ -90,13 +90,13 @@ def _is_superseded(one: _Covered, covered: Sequence[_Covered]) -> bool:
 
 
 def _state(last: _Last | None) -> tuple[NodeState, str]:
-    """By the last request alone."""
+    """Return a node's state by its last request alone, and why."""
     if last is None:
         return "new", "has a one-time secret, and has not asked"
     _, state, note = last
     if state == "answered":
         return ("failed", note) if note else ("ok", "")
-    return "waits", note or ("people decide" if state == "undecided" else "its turn comes")
+    return "waits", note or ("people decide" if state == "undecided" else "waits for its turn")
 
 
 def _covered(memory: Memory) -> dict[_Place, list[_Covered]]:
@@ -130,7 +130,7 @@ def _enrolled(memory: Memory, now: datetime) -> list[_Place]:
 
 
 def metrics(nodes: Sequence[FleetNode]) -> str:
-    """Prometheus' metrics: how many nodes in each state, and each node's next end and last request."""
+    """Return Prometheus metrics: the nodes in each state, and each node's next expiry and last request."""
     counts = {state: sum(one.state == state for one in nodes) for state in STATES}
     by_state = ((labels(state=state), count) for state, count in counts.items())
 

@@ -1,10 +1,10 @@
 """
-The door's memory: requests, decisions, issued certificates and enrolments, in a database by SQLAlchemy (Core).
+The door's memory: requests, decisions, issued certificates and enrolments, in a database (SQLAlchemy Core).
 
-SQLite is one file below the state directory; PostgreSQL is named by its URL. A request is here before it is
-judged, and an answer before it is given. The database decides nothing by itself: that no request is signed twice is
-proven by the desk's journal and archive, which the CA's own answers go through, so that a database which went back in
-time asks for nothing anew; the audit chain stays the proof.
+SQLite is one file in the state directory; the settings name PostgreSQL by its URL. The door stores a request before a
+round judges it, and an answer before it sends it. The database proves nothing: the desk's journal and archive, through
+which all CA answers go, keep a request from being signed twice, even after a restore of an old database. The audit log
+stays the proof.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from bridge.state import Store
 from bridge.system.files import SECRET_MODE
 from bridge.words import one_line
 
-#: `waiting`: for the next round of signing. `undecided`: for people; `approved` and `refused`: by them; the next round
-#: judges these once more, and verifies the decisions, since a word in the database proves nothing.
-#: `left`: for people, since a CA may have signed it for another door, and can't tell.
+#: `waiting` for the next signing round, `undecided` by approvers, `approved` or `refused` by them: the next round
+#: judges these two again, and verifies the decisions, since the database proves nothing. `left` to an operator: a CA
+#: may have signed the request for another door, and can't tell.
 State = Literal["waiting", "undecided", "approved", "refused", "left", "answered"]
-#: Requests in these states are taken by the next round.
+#: The next round takes requests in these states.
 TO_SIGN: tuple[State, ...] = ("waiting", "approved", "refused")
 UNANSWERED: tuple[State, ...] = (*TO_SIGN, "undecided", "left")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _BUSY_SECONDS = 10
-#: For PostgreSQL: a server that does not answer, or a lock that is never free, keeps no thread for long.
+#: Limits for PostgreSQL: neither a silent server nor a lock that is never free may block a thread for long.
 _PATIENCE = {
     "connect_timeout": _BUSY_SECONDS,
     "keepalives_idle": 15,
@@ -55,14 +55,14 @@ _PATIENCE = {
     "options": "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
 }
 _NO_DRIVER = "serve.database names it; PostgreSQL's driver is in requirements-serve.lock (`ca-bridge help door#begin`)"
-#: PostgreSQL's advisory locks have numbers: for the tables' form.
+#: The number of PostgreSQL's advisory lock for migrations.
 _FORM_LOCK = 0x0CAB_0001
-#: A digest, a name and a serial number in hex; texts for people.
+#: The types of digests in hex, of names, and of texts for people.
 _DIGEST, _NAME, _TEXT = sa.String(64), sa.String(253), sa.String(2000)
 
 
 class _Moment(sa.TypeDecorator[datetime]):
-    """A time in UTC, also where the database keeps no zone."""
+    """A time in UTC, even if the database stores no time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -79,21 +79,21 @@ METADATA = sa.MetaData()
 REQUESTS = sa.Table(
     "requests",
     METADATA,
-    sa.Column("id", sa.String(64), primary_key=True),  # unguessable: who has it gets the answer
-    sa.Column("digest", _DIGEST, nullable=False, unique=True),  # the bundle's, so that the same one has one id
-    sa.Column("node", _NAME, nullable=False),  # the bundle's word; the proofs in it say whether that is true
+    sa.Column("id", sa.String(64), primary_key=True),  # unguessable, since it alone gets the answer
+    sa.Column("digest", _DIGEST, nullable=False, unique=True),  # the bundle's, so that the same bundle has one id
+    sa.Column("node", _NAME, nullable=False),  # as the bundle says; its proofs show whether that is true
     sa.Column("cluster", _NAME, nullable=False),
-    sa.Column("peer", sa.String(64), nullable=False),  # the address that it came from
+    sa.Column("peer", sa.String(64), nullable=False),  # the client's address
     sa.Column("received", _Moment, nullable=False),
     sa.Column("state", sa.String(16), nullable=False, index=True),
-    sa.Column("begun", _Moment),  # when it was last judged and signed
+    sa.Column("begun", _Moment),  # when a round last took it
     sa.Column("note", _TEXT, nullable=False, default=""),  # why there is no answer yet; what was refused
     sa.Column("answered", _Moment),
-    sa.Column("bundle", sa.LargeBinary, nullable=False),  # as it was received
+    sa.Column("bundle", sa.LargeBinary, nullable=False),  # as received
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
-    sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: people say that none has
-    sa.Column("origin", sa.LargeBinary),  # of an EST request: who asked, as `bridge.door.signing.asker_json` writes it
-    sa.Column("again", _DIGEST, index=True, unique=True),  # of an EST request: the same once more has the same
+    sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: an operator says no CA signed it
+    sa.Column("origin", sa.LargeBinary),  # an EST request's requester, as `bridge.door.signing.asker_json` writes it
+    sa.Column("again", _DIGEST, index=True, unique=True),  # an EST request's hash; a repeated request has the same
 )
 DECISIONS = sa.Table(
     "decisions",
@@ -101,7 +101,7 @@ DECISIONS = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("request", sa.String(64), sa.ForeignKey("requests.id"), nullable=False, index=True),
     sa.Column("approver", _NAME, nullable=False),
-    sa.Column("verdict", sa.String(16), nullable=False),  # approved, refused; asked: this person brought the request
+    sa.Column("verdict", sa.String(16), nullable=False),  # approved, refused; asked: this person submitted the request
     sa.Column("reason", _TEXT, nullable=False, default=""),
     sa.Column("signature", sa.LargeBinary),  # the evidence: bridge.desk.approval.Decision.evidence_bytes
     sa.Column("decided", _Moment, nullable=False),
@@ -113,7 +113,7 @@ CERTIFICATES = sa.Table(
     sa.Column("fingerprint", _DIGEST, primary_key=True),  # SHA-256 of its DER
     sa.Column("request", sa.String(64), sa.ForeignKey("requests.id"), nullable=False, index=True),
     sa.Column("csr", _DIGEST, nullable=False, index=True),  # SHA-256 of the CSR's DER
-    sa.Column("name", _NAME, nullable=False),  # kubeadm's
+    sa.Column("name", _NAME, nullable=False),  # as kubeadm names it
     sa.Column("authority", sa.String(64), nullable=False),
     sa.Column("node", _NAME, nullable=False, index=True),
     sa.Column("cluster", _NAME, nullable=False),
@@ -128,41 +128,41 @@ ENROLMENTS = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("node", _NAME, nullable=False, index=True),
     sa.Column("cluster", _NAME, nullable=False),
-    sa.Column("secret_hash", _DIGEST, nullable=False, unique=True),  # of the one-time secret, which is kept nowhere
+    sa.Column("secret_hash", _DIGEST, nullable=False, unique=True),  # of the one-time secret, which is stored nowhere
     sa.Column("created", _Moment, nullable=False),
     sa.Column("created_by", _NAME, nullable=False),
     sa.Column("ends", _Moment, nullable=False),
     sa.Column("used", _Moment),
-    sa.Column("request", sa.String(64), sa.ForeignKey("requests.id")),  # for which it was used
+    sa.Column("request", sa.String(64), sa.ForeignKey("requests.id")),  # the request that used the secret
     sa.Column("certificates", _TEXT, nullable=False, server_default=""),  # names with commas; empty: all that may be
     sa.Column("withdrawn", _Moment),
 )
 DOORS = sa.Table(
     "doors",
     METADATA,
-    sa.Column("id", sa.String(64), primary_key=True),  # its state directory's
+    sa.Column("id", sa.String(64), primary_key=True),  # of its state directory
     sa.Column("host", _NAME, nullable=False),
-    sa.Column("seen", _Moment, nullable=False),  # when it last said that it lives
-    sa.Column("round", sa.Integer, nullable=False),  # of signing; the audit log has it, too
+    sa.Column("seen", _Moment, nullable=False),  # its last heartbeat
+    sa.Column("round", sa.Integer, nullable=False),  # its newest signing round, also in the audit log
 )
 RESTORES = sa.Table(
     "restores",
     METADATA,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("restored", _Moment, nullable=False),  # what was made before may have been signed already
+    sa.Column("restored", _Moment, nullable=False),  # requests from before may have been signed already
     sa.Column("by", _NAME, nullable=False),
 )
 
 
 class DatabaseError(BridgeError):
-    """The database can't be used now: nothing is signed that could not be remembered."""
+    """The database can't be used now, and the door signs nothing that it can't record."""
 
     exit_code = Exit.UNAVAILABLE
     hint = "is its disk full, or its server down? requests that were accepted are kept, and go on by themselves"
 
 
 class EnrolmentError(BridgeError):
-    """A secret that lets this request in no longer, or never did; nothing was kept."""
+    """The one-time secret is not valid for this request; the door stored nothing."""
 
     exit_code = Exit.REFUSED
     hint = "have `ca-bridge enroll NODE` run again at the door's host, and put the new secret into the node's file"
@@ -170,7 +170,7 @@ class EnrolmentError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """One request as it is remembered."""
+    """One request as stored."""
 
     id: str
     digest: str
@@ -191,7 +191,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IssuedRow:
-    """One issued certificate as it is remembered; fields as the table's columns."""
+    """One issued certificate as stored; its fields are the table's columns."""
 
     fingerprint: str
     csr: str
@@ -216,7 +216,7 @@ class DecisionRow:
     decided: datetime
 
 
-#: Statements that are asked for each request, made once: to make one takes longer than to have it answered.
+#: Statements for every request, built once, because building one takes longer than executing it.
 _REQUEST_BY = {
     one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
     for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
@@ -229,7 +229,7 @@ _ISSUED_AMONG = (
     .where(CERTIFICATES.c.csr.in_(sa.bindparam("csrs", expanding=True)))
     .order_by(CERTIFICATES.c.begins)
 )
-# by what is in the index: a door has many more that are answered
+# by the indexed state, because most requests are answered
 _UNANSWERED = sa.select(
     sa.func.count().label("every"),
     sa.func.count().filter(REQUESTS.c.peer == sa.bindparam("peer")).label("theirs"),
@@ -243,10 +243,10 @@ _DECISIONS = (
 
 
 class Memory:
-    """The database; from any thread."""
+    """The database; thread-safe."""
 
     def __init__(self, url: str, password: Secret | None = None) -> None:
-        """Connect, and bring the tables to this version's form; the password is read for each new connection."""
+        """Connect, and migrate the tables to this version; each new connection reads the password again."""
         try:
             self.engine = _engine(url)
         except (SQLAlchemyError, ImportError) as e:
@@ -271,12 +271,12 @@ class Memory:
         self.engine.dispose()
 
     def select(self, query: sa.Executable, values: Mapping[str, Any] | None = None) -> Sequence[sa.RowMapping]:
-        """All rows of a query."""
+        """Return all rows of a query."""
         with asking(), self.engine.connect() as connection:
             return connection.execute(query, values).mappings().all()
 
     def change(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> int:
-        """Execute one statement; the number of rows that it has changed."""
+        """Execute one statement, and return the number of rows that it changed."""
         with asking(), self.engine.begin() as connection:
             return connection.execute(statement, values).rowcount
 
@@ -296,10 +296,10 @@ class Memory:
         again: str | None = None,
     ) -> str:
         """
-        Remember a request, on disk when this returns; the id, which is the earlier one for the same bundle.
+        Store a request on disk, and return its id; a repeated bundle keeps its first id.
 
-        In the same step the enrolment with this number is used up for it (EnrolmentError: another request was first).
-        An EST request has an origin, and is the same as an earlier one by `again`.
+        The same transaction uses up the enrolment with this number (EnrolmentError: another request used it first).
+        An EST request has an origin, and repeats an earlier one if `again` is the same.
         """
         request_id = secrets.token_urlsafe(32)
         row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
@@ -313,24 +313,24 @@ class Memory:
         return request_id
 
     def find(self, value: str, column: Literal["id", "digest", "again"] = "id") -> Kept | None:
-        """The request with this id, with this digest of its bundle, or the EST request that is the same as this one."""
+        """Return the request with this id, with this digest of its bundle, or with this `again` of EST."""
         return next((Kept(**row) for row in self.select(_REQUEST_BY[column], {"value": value})), None)
 
     def in_state(self, state: State, most: int | None = None) -> list[Kept]:
-        """All requests in this state, or so many, the oldest first."""
+        """Return the requests in this state, the oldest first, `most` at most."""
         return self._kept(REQUESTS.c.state == state, REQUESTS.c.received, most=most)
 
     def _kept(self, which: sa.ColumnElement[bool], *order: Any, most: int | None = None) -> list[Kept]:
         return [Kept(**row) for row in self.select(sa.select(REQUESTS).where(which).order_by(*order).limit(most))]
 
     def note(self, request_id: str, text: str) -> None:
-        """Write down why there is no answer yet."""
+        """Store why a request has no answer yet."""
         self.change(_CHANGE, {"which": request_id, "note": text[:2000]})
 
     def conclude(
         self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime, note: str = ""
     ) -> None:
-        """Write down the answer, what was issued, and what was refused, in one step; what is known already stays as it is."""
+        """Store an answer, the issued certificates and the refusals in one transaction; rows that exist stay as they are."""
         values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
         rows = [asdict(one) | {"request": request_id} for one in issued]
         with asking(), self.engine.begin() as connection:
@@ -339,19 +339,19 @@ class Memory:
                 connection.execute(self._add_issued, rows)
 
     def counts(self) -> dict[str, int]:
-        """The number of requests in each state."""
+        """Return the number of requests in each state."""
         query = sa.select(REQUESTS.c.state, sa.func.count().label("count")).group_by(REQUESTS.c.state)
         return {row["state"]: row["count"] for row in self.select(query)}
 
     def forget(self, before: datetime) -> None:
-        """Drop what answered requests hold, and ended certificates, from before this time; that they were there stays."""
+        """Delete expired certificates and answered requests' contents from before this time; the requests' rows stay."""
         old = sa.and_(REQUESTS.c.state == "answered", REQUESTS.c.answered < before, REQUESTS.c.answer.is_not(None))
         with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(old).values(bundle=b"", answer=None))
             connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < before))
 
     def unanswered(self, peer: str) -> tuple[int, int, int]:
-        """The numbers of requests without an answer: of all, of this address, and for the next rounds of signing."""
+        """Return the numbers of unanswered requests: all, this address's, and those for the next signing rounds."""
         [row] = self.select(_UNANSWERED, {"peer": peer})
         return row["every"], row["theirs"], row["to_sign"]
 
@@ -369,9 +369,9 @@ class Memory:
         again: bool = False,
     ) -> bool:
         """
-        Remember what a person did about a request; False: the same person did something before, which stays.
+        Store a person's action on a request; False: an earlier action of that person stays instead.
 
-        `again`: an earlier decision of theirs gives way to this one.
+        `again`: replace an earlier decision of that person.
         """
         ours = DECISIONS.c
         earlier = (ours.request == request_id) & (ours.approver == approver) & (ours.verdict != "asked")
@@ -383,16 +383,16 @@ class Memory:
             return connection.execute(add.returning(DECISIONS.c.id)).first() is not None
 
     def decisions(self, request_id: str) -> list[DecisionRow]:
-        """The people's actions on a request, the first one first."""
+        """Return the people's actions on a request, the earliest first."""
         return [DecisionRow(**row) for row in self.select(_DECISIONS, {"of": request_id})]
 
     def move(self, request_id: str, state: State, *, before: Sequence[State], note: str = "") -> None:
-        """Bring a request from one of these states to another one; a request in a further state stays there."""
+        """Move a request from one of the states `before` to another; a request in any other state stays there."""
         which = (REQUESTS.c.id == request_id) & REQUESTS.c.state.in_(before)
         self.change(REQUESTS.update().where(which).values(state=state, note=note[:2000]))
 
     def search(self, text: str, most: int) -> list[Kept]:
-        """Requests of which node, cluster, digest, state or an approver has this text, the newest first."""
+        """Return requests whose node, cluster, digest, state or approver contains this text, the newest first."""
         people = sa.select(DECISIONS.c.request).where(DECISIONS.c.approver.contains(text, autoescape=True))
         ours = REQUESTS.c
         named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.digest, ours.state)]
@@ -401,18 +401,18 @@ class Memory:
     # --- certificates -------------------------------------------------------------------------------------------------
 
     def issued_among(self, csrs: Sequence[str]) -> dict[tuple[str, str], bytes]:
-        """The newest certificate for each CSR and name, by the CSRs' digests."""
+        """Return the newest certificate's chain for each CSR and name, by the CSRs' digests."""
         return {(row["csr"], row["name"]): row["chain"] for row in self.select(_ISSUED_AMONG, {"csrs": csrs})}
 
     def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
-        """Certificates that are valid, the next to end first, of which node, cluster, name or serial number has this text."""
+        """Return valid certificates, next to expire first, whose node, cluster, name or serial number contains this text."""
         ours = CERTIFICATES.c
         named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.name, ours.serial)]
         query = _ISSUED.where(sa.or_(*named), ours.ends > now).order_by(ours.ends).limit(most)
         return [IssuedRow(**row) for row in self.select(query)]
 
     def signed_for(self, found: str) -> tuple[IssuedRow, bytes] | None:
-        """The certificate with this fingerprint, and the bundle that asked for it, which is empty once it was dropped."""
+        """Return the certificate with this fingerprint, and its request's bundle, which is empty once it was dropped."""
         query = _ISSUED.add_columns(REQUESTS.c.bundle).join(REQUESTS, REQUESTS.c.id == CERTIFICATES.c.request)
         for row in self.select(query.where(CERTIFICATES.c.fingerprint == found)):
             columns = dict(row)
@@ -440,7 +440,7 @@ def _engine(text: str) -> sa.Engine:
 
 
 def _with_password(password: Secret) -> Callable[[Any, Any, Any, dict[str, Any]], None]:
-    """The password goes to the driver alone, and is in no URL, which an error could show."""
+    """Give the password to the driver only, not in the URL, which an error could show."""
 
     def connect(_dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
         try:
@@ -452,14 +452,14 @@ def _with_password(password: Secret) -> Callable[[Any, Any, Any, dict[str, Any]]
 
 
 def _careful(connection: Any, _: ConnectionPoolEntry) -> None:
-    """A write is on disk when it is done, and a reader keeps no writer waiting."""
+    """Make SQLite sync each commit to disk, and let no reader block a writer."""
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Turn any error of the database into one of ours, whose text has none of the query's values."""
+    """Turn any database error into a DatabaseError, whose text has none of the query's values."""
     try:
         yield
     except SQLAlchemyError as e:
@@ -468,22 +468,22 @@ def asking() -> Iterator[None]:
 
 
 def _migrate(connection: sa.Connection) -> None:
-    """Bring the tables to this version's form; where they have it, nothing is locked, and no writer is waited for."""
+    """Migrate the tables to this version; if they are up to date, take no lock and wait for no writer."""
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     forms = MigrationContext.configure(connection).get_current_heads()
     if forms == tuple(ScriptDirectory.from_config(config).get_heads()):
         return
-    if connection.dialect.name == "postgresql":  # doors that start at the same time make the tables one after the other
+    if connection.dialect.name == "postgresql":  # doors that start at the same time migrate one after the other
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FORM_LOCK)))
-    else:  # likewise; and whole or not at all, for which SQLite's driver begins nothing before the first row
+    else:  # likewise, and all or nothing: SQLite's driver begins no transaction before the first row
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     try:
         if sa.inspect(connection).has_table("alembic_version"):
             alembic.command.upgrade(config, "head")
         else:
-            METADATA.create_all(connection, checkfirst=False)  # a table of that name is another program's
+            METADATA.create_all(connection, checkfirst=False)  # fails on another program's table
             alembic.command.stamp(config, "head")
     except alembic.util.CommandError as e:
         text = f"the database: wanted tables of this version or an earlier one, found: {one_line(e)}"
@@ -491,12 +491,12 @@ def _migrate(connection: sa.Connection) -> None:
 
 
 def sqlite_url(path: Path) -> str:
-    """The URL of a database in one file."""
+    """Return the URL of an SQLite file."""
     return sa.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
 def open_memory(settings: Settings, *, may_make: bool = False) -> Memory:
-    """The database that the settings name, which the caller closes (DatabaseError: also where no door has made its file)."""
+    """Open the settings' database, which the caller closes (DatabaseError: also if no door has made its file)."""
     store = Store(settings.node.state_dir)
     file, url = database_file(store), settings.serve.database
     if may_make or url or store.directory.exists():
@@ -506,10 +506,10 @@ def open_memory(settings: Settings, *, may_make: bool = False) -> Memory:
             hint = "run this at the door's host, with the door's settings; `ca-bridge serve` and `enroll` make the database"
             text = f"{file}: wanted the door's database, found none"
             raise DatabaseError(text, hint=hint, exit_code=Exit.USAGE)
-        file.touch(SECRET_MODE)  # SQLite's own mode would be for all users
+        file.touch(SECRET_MODE)  # SQLite's own mode would let all users read it
     return Memory(url or sqlite_url(file), settings.serve.database_password)
 
 
 def database_file(store: Store) -> Path:
-    """The path of SQLite's file, unless the settings name another database."""
+    """Return the path of SQLite's file, which a door uses unless the settings name another database."""
     return store.directory / "door.db"
