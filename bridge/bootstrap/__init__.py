@@ -1,8 +1,8 @@
 """
-Day 0: what a new node needs before the operator runs `kubeadm init` or `kubeadm join`, signed by a CA elsewhere.
+Day 0: everything that a new node needs before `kubeadm init` or `kubeadm join`, signed by an external CA.
 
-Here is what the whole room is about: where a new node's files go, and which are there; its CA certificates, never a key;
-and kubeadm's configuration, how it is made, and what kubeadm would refuse too late.
+This module has what the others share: the paths of a new node's files, and which of them exist; CA certificates, never
+a CA's key; and kubeadm's configuration, made here, and checked for errors that kubeadm would find too late.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ ETCD_DIRECTORY = Path("/var/lib/etcd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """kubeadm's directories and the kubelet's."""
+    """The paths of kubeadm's and the kubelet's files."""
 
     pki: Path
     kubeconfigs: Path
     kubelet: Path = KUBELET_DIR
     etcd: Path = ETCD_DIRECTORY
-    external_etcd: ExternalEtcd | None = None  #: Whose CA and client pair are where kubeadm's configuration has them.
-    servers: tuple[CertificateSpec, ...] = ()  #: Serving certificates that kubeadm's configuration has manifests name.
+    external_etcd: ExternalEtcd | None = None  #: Its CA and client pair are where kubeadm's configuration says.
+    servers: tuple[CertificateSpec, ...] = ()  #: Serving certificates that kubeadm puts into manifests.
 
     @classmethod
     def of(cls, settings: Settings, config: KubeadmConfig | None = None) -> Places:
-        """The places that the settings name, with what kubeadm's configuration says of them."""
+        """Return the places that the settings and kubeadm's configuration name."""
         node, config = settings.node, config or KubeadmConfig()
         return cls(
             pki=node.pki_dir,
@@ -96,7 +96,7 @@ class Places:
 
     @property
     def serving(self) -> tuple[Path, Path]:
-        """Key and certificate of the kubelet's own port; it makes a pair only if it can't read these."""
+        """Key and certificate of the kubelet's port; the kubelet makes a pair only if it can't read these."""
         return self.kubelet_pki / "kubelet.key", self.kubelet_pki / "kubelet.crt"
 
     @property
@@ -111,7 +111,7 @@ class Places:
 
     @property
     def kubeadm_config(self) -> Path:
-        """The configuration for `kubeadm init`; on a further node it has the cluster's part."""
+        """The configuration for `kubeadm init`; on a further node, the cluster's part of it."""
         return self.kubeconfigs / "kubeadm.yaml"
 
     @property
@@ -120,13 +120,13 @@ class Places:
         return self.kubeconfigs / "join.yaml"
 
     def authority(self, authority: Authority) -> Path:
-        """A CA's certificate."""
+        """Return the path of a CA's certificate."""
         if authority == ETCD_CA and self.external_etcd is not None and self.external_etcd.has_tls:
             return Path(self.external_etcd.ca_file)
         return self.pki / authority.certificate_file
 
     def pair(self, spec: CertificateSpec) -> tuple[Path, Path]:
-        """Key and certificate file of a certificate outside kubeconfigs."""
+        """Return the key and certificate files of a certificate outside kubeconfigs."""
         if spec.name == KUBELET_SERVER:
             return self.serving
         if spec == ETCD_CLIENT and self.external_etcd is not None and self.external_etcd.has_tls:
@@ -134,11 +134,11 @@ class Places:
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
 
     def specs(self, role: Role) -> list[CertificateSpec]:
-        """The certificates that a new node of this kind needs."""
+        """Return the certificates that a new node of this role needs."""
         return specs_of(role, self.external_etcd, self.servers)
 
     def authorities(self, role: Role) -> list[Authority]:
-        """The CAs whose certificates it needs."""
+        """Return the CAs whose certificates a new node of this role needs."""
         if role == "worker":
             return [AUTHORITIES["ca"]]
         has_etcds = self.external_etcd is None or self.external_etcd.has_tls
@@ -146,20 +146,20 @@ class Places:
 
     @property
     def brought(self) -> list[CertificateSpec]:
-        """An external etcd's client pair where both files are here already: it stays as it is, and is not asked for."""
+        """An external etcd's client pair, if both files exist already; it stays as it is, and no CA is asked for it."""
         is_here = all(live(path) is not None for path in self.pair(ETCD_CLIENT))
         return [ETCD_CLIENT] if self.external_etcd is not None and self.external_etcd.has_tls and is_here else []
 
 
 def servers_of(config: KubeadmConfig, pki: Path) -> tuple[CertificateSpec, ...]:
-    """The components' serving certificates that kubeadm would have manifests name, without which they do not start."""
+    """Return the serving certificates that kubeadm puts into manifests; the components don't start without them."""
     return tuple(spec for component, spec in SERVERS.items() if pairs.is_ours_in(config.cluster, component, pki))
 
 
 def specs_of(
     role: Role, external_etcd: ExternalEtcd | None = None, servers: Sequence[CertificateSpec] = ()
 ) -> list[CertificateSpec]:
-    """The certificates that a new node of this kind needs; none that is etcd's own where etcd is elsewhere."""
+    """Return the certificates that a new node of this role needs, without etcd's own if etcd is external."""
     if role == "worker":
         return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
     ours = [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
@@ -171,7 +171,7 @@ def specs_of(
 
 
 def live(path: Path) -> bytes | None:
-    """Read a file on the node; None: it isn't there."""
+    """Read a file on the node; None: it does not exist."""
     try:
         return read(path)
     except UnreadableError as e:
@@ -179,7 +179,7 @@ def live(path: Path) -> bytes | None:
 
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:
-    """Files that show that a node is part of a cluster, or was: kubeadm or a kubelet has been at work."""
+    """Yield files of kubeadm or a kubelet that show that a node is, or was, part of a cluster."""
     manifests = places.kubeconfigs / "manifests"
     if manifests.is_dir():
         yield from sorted(manifests.glob("*.yaml"))
@@ -189,7 +189,7 @@ def traces_of_cluster(places: Places) -> Iterator[Path]:
 
 
 def ca_keys(places: Places) -> Iterator[Path]:
-    """Private keys of CAs, which must be on no node."""
+    """Yield private keys of CAs, which must be on no node."""
     for authority in AUTHORITIES.values():
         path = places.pki / authority.key_file
         if path.exists() or path.is_symlink():
@@ -200,7 +200,7 @@ def ca_keys(places: Places) -> Iterator[Path]:
 
 
 class AuthorityError(BridgeError):
-    """A CA certificate that no cluster can be made with."""
+    """A CA certificate is missing or unusable."""
 
     exit_code = Exit.USAGE
     hint = "--ca-dir DIR holds ca.crt, front-proxy-ca.crt and etcd/ca.crt, each with the certificate that signs first"
@@ -216,7 +216,7 @@ class CaKeyError(BridgeError):
 def gather_authorities(
     settings: Settings, places: Places, role: Role, ca_dir: Path | None, carried: Certificates, now: datetime
 ) -> Certificates:
-    """Gather the CAs' certificates by authority, as each file will hold them: the one that signs first."""
+    """Gather the CAs' certificates for their files, by authority, with the signing one first."""
     for path in ca_keys(places):
         raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
     if ca_dir is not None:
@@ -258,7 +258,7 @@ def _assert_holds_some(ca_dir: Path, wanted: Sequence[Authority]) -> None:
 
 
 def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
-    """The certificates in a CA file; none where there is no file."""
+    """Return the certificates in a CA file; none if there is no file."""
     try:
         if b"PRIVATE KEY-----" in (read(path) or b""):
             raise CaKeyError(f"{path}: wanted a CA's certificate alone, found a private key beside it")
@@ -270,11 +270,11 @@ def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def authority_trouble(certificates: tuple[x509.Certificate, ...], now: datetime) -> str | None:
-    """Why the first of a CA's certificates, the one that signs, can't be used; None: it can."""
+    """Return why the first of a CA's certificates, the one that signs, can't be used; None: it can."""
     first = certificates[0]
     try:
         if not is_ca(first):
-            return f"wanted a CA's certificate, found {_about(first)}, which is none"
+            return f"wanted a CA's certificate, found {_about(first)}, which is not one"
         if not first.not_valid_before_utc <= now < first.not_valid_after_utc:
             begin, end = minute(first.not_valid_before_utc), minute(first.not_valid_after_utc)
             return f"wanted a CA that is valid now, found {_about(first)}, valid from {begin} until {end}"
@@ -285,7 +285,7 @@ def authority_trouble(certificates: tuple[x509.Certificate, ...], now: datetime)
 
 
 def shared_key(found: Certificates) -> str | None:
-    """Why two authorities can't be told apart; None: each has a key of its own."""
+    """Return why two authorities can't be told apart; None: each has a key of its own."""
     keys: dict[bytes, str] = {}
     for name, certificates in found.items():
         other = keys.setdefault(spki(certificates[0].public_key()), name)
@@ -305,7 +305,7 @@ _VERSION = re.compile(r"v?1\.\d+\.\d+([-+].*)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigurationFacts:
-    """Facts for a configuration without a file; an empty fact was not given."""
+    """The operator's facts for a configuration without a file; empty: not given."""
 
     name: str = ""
     address: str = ""
@@ -318,16 +318,16 @@ class ConfigurationFacts:
     sans: Sequence[str] = ()
 
     def given(self) -> list[str]:
-        """The names of the facts that were given."""
+        """Return the names of the given facts."""
         return [name for name in self.__slots__ if getattr(self, name)]
 
 
-#: For clusters without a signer: only with `false` a running kubelet loads a new certificate from its file.
+#: For clusters without a signer: only with `false` does a running kubelet load a new certificate from its file.
 _KUBELET = {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration", "rotateCertificates": False}
 
 
 def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
-    """The configuration for `kubeadm init` where there is no file."""
+    """Return the configuration for `kubeadm init` without a file."""
     registration = {"name": facts.name, "criSocket": facts.socket}
     networking = {"serviceSubnet": facts.service_subnet, "dnsDomain": facts.dns_domain}
     cluster = {
@@ -346,7 +346,7 @@ def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
 def for_node(
     cluster: KubeadmConfig, name: str, address: str, socket: str = "", port: int | None = None
 ) -> KubeadmConfig:
-    """The cluster's configuration with the part of another node; for `certs generate-csr` on a control plane."""
+    """Return the cluster's configuration with another node's part; for `certs generate-csr` on a control plane."""
     registration = {"name": name, "criSocket": socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
     node = _init_configuration(api, {"advertiseAddress": address, "bindPort": port or cluster.port}, registration)
@@ -359,7 +359,7 @@ def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Map
 
 
 def shared(config: KubeadmConfig) -> KubeadmConfig:
-    """The documents that are the same for all nodes."""
+    """Return the documents that are the same for all nodes."""
     ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
     return KubeadmConfig.of(tuple(one for one in config.documents if one.get("kind") in ours))
 
@@ -367,7 +367,7 @@ def shared(config: KubeadmConfig) -> KubeadmConfig:
 def join_configuration(
     config: KubeadmConfig, discovery: str, ignored: str, *, control_plane: bool, base: Mapping[str, Any] | None = None
 ) -> KubeadmConfig:
-    """The configuration for `kubeadm join` by a kubeconfig on the node, without a token; the rest of `base` stays."""
+    """Return the configuration for `kubeadm join` by a local kubeconfig, without a token; the rest of `base` stays."""
     document = dict(base or {"apiVersion": str(config.cluster.get("apiVersion")), "kind": "JoinConfiguration"})
     registration = dict(_below(document, "nodeRegistration"))
     also = registration.get("ignorePreflightErrors")
@@ -390,7 +390,7 @@ _BY_FILE = "the file that --kubeadm-config names; `ca-bridge help day-0` has one
 
 
 def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None:
-    """Refuse what kubeadm would reject too late, or would ask the internet for."""
+    """Refuse a configuration that kubeadm would reject too late, or complete from the internet."""
     name, address = config.name, config.address
     if not is_node_name(name):
         raise KubeadmConfigError(
@@ -417,12 +417,12 @@ def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None
     found = config.certificates_dir
     if found and found.rstrip("/") != pki_dir:
         raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {found}")
-    for spec in ("apiserver", "etcd-server", "etcd-peer") if config.cluster else ():  # NoFactError: a name is none
+    for spec in ("apiserver", "etcd-server", "etcd-peer") if config.cluster else ():  # NoFactError: an invalid name
         naming(SPECS[spec], config.naming_facts(name, address))
 
 
 def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:
-    """Refuse an external etcd's files that are not all named, or are another certificate's."""
+    """Refuse an external etcd whose files are not all named, or belong to another certificate."""
     bases = {spec.base: name for name, spec in SPECS.items() if name != "apiserver-etcd-client"}
     bases |= {CA.base: CA.name, FRONT_PROXY_CA.base: FRONT_PROXY_CA.name}
     taken = {f"{pki_dir}/{base}.{suffix}": name for base, name in bases.items() for suffix in ("crt", "key")}
@@ -451,7 +451,7 @@ def read_configuration(path: Path) -> tuple[KubeadmConfig, bytes]:
 
 
 def together(files: Sequence[Path]) -> KubeadmConfig | None:
-    """A node's configuration (the first file) with the cluster's from the others; None: no first file."""
+    """Return a node's configuration (the first file) with the cluster's from the others; None: no first file."""
     own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
     if own is None:
         return None

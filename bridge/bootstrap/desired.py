@@ -35,14 +35,14 @@ class LeftoversError(BridgeError):
 
 
 class NotWholeError(BridgeError):
-    """The set is not what kubeadm needs."""
+    """The node's files are not what kubeadm needs."""
 
     exit_code = Exit.REFUSED
     hint = "nothing was changed; kubeadm itself checks less than this"
 
 
 class OtherNodeDesiredError(BridgeError):
-    """An earlier run has begun something else."""
+    """An earlier run has begun another node, or another configuration."""
 
     exit_code = Exit.USAGE
     hint = "run it as before, or with --anew: that discards its keys, so answers for them are refused"
@@ -55,7 +55,7 @@ class NodeInputs:
     facts: ConfigurationFacts = ConfigurationFacts()
     config: Path | None = None  #: kubeadm's configuration.
     order: Order | None = None
-    given: Order | None = field(default=None, repr=False)  #: What another node shares.
+    given: Order | None = field(default=None, repr=False)  #: The output of `bootstrap share` on another node.
     ca_dir: Path | None = None
     kubeadm: str = "kubeadm"
     keep: Path | None = None
@@ -66,20 +66,20 @@ class NodeInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredNode:
-    """A new node as it is to be made."""
+    """The new node that a bootstrap makes."""
 
     role: Role
     inputs: NodeInputs
     places: Places
-    config: KubeadmConfig  #: The node's: InitConfiguration and ClusterConfiguration; a worker's has the names alone.
-    text: bytes  #: The same as kubeadm is to read it.
-    files: Mapping[Path, bytes] = field(default_factory=dict)  #: For kubeadm's own use, by path.
+    config: KubeadmConfig  #: The node's InitConfiguration and ClusterConfiguration; a worker's has the names only.
+    text: bytes  #: `config` as kubeadm will read it.
+    files: Mapping[Path, bytes] = field(default_factory=dict)  #: Files that kubeadm reads, by path.
     serving: tuple[str, ...] = ()  #: Names and addresses in the kubelet's serving certificate.
     carried: Certificates = field(default_factory=dict)  #: CA certificates that came with an order.
 
     @property
     def node(self) -> str:
-        """Its name in the cluster."""
+        """The node's name in the cluster."""
         return self.config.name
 
     @property
@@ -94,7 +94,7 @@ class DesiredNode:
 
     @property
     def mark(self) -> str:
-        """All that decides the files, as one text, to be compared with an earlier run's."""
+        """Everything that determines the files, as one text, to compare with an earlier run's."""
         more = [one for one in self.serving if one != self.node]
         return "\n".join([self.text.decode(), *more, self.server])
 
@@ -105,14 +105,14 @@ class Bootstrapped:
 
     node: str
     outcomes: tuple[Outcome, ...] = ()
-    files: int = 0  #: How many were put in place.
+    files: int = 0  #: The number of installed files.
     is_complete: bool = False
     from_kept: bool = False
-    errors: tuple[BridgeError, ...] = ()  #: Answers to something else, and lines that the audit log lacks.
+    errors: tuple[BridgeError, ...] = ()  #: Answers to other requests, and lines missing from the audit log.
 
     @property
     def exit_code(self) -> int:
-        """The worst outcome's."""
+        """The exit code of the worst outcome or error."""
         return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.errors)])
 
 
@@ -122,7 +122,7 @@ _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 
 def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
-    """The first control-plane node."""
+    """Return the first control-plane node as desired."""
     node = None
     if said.order is not None:
         node = _ordered(said.order, ("init",))
@@ -150,7 +150,7 @@ def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
 
 
 def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredNode:
-    """A further node; without a role the order says it."""
+    """Return a further node as desired; without `role` the order decides."""
     cluster, own = _cluster(said)
     node = _joining(said, own, role)
     base = own.of_kind("JoinConfiguration")
@@ -180,7 +180,7 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
 
 
 def _cluster(said: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
-    """The cluster's configuration, the same from all sources; and this node's own file."""
+    """Return the cluster's configuration, which must be the same in all sources, and this node's own."""
     own = read_configuration(said.config)[0] if said.config is not None else KubeadmConfig()
     sources = [one.cluster for one in (said.order, said.given) if one is not None]
     sources += [own] if own.cluster else []
@@ -225,7 +225,7 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
 
 
 def _carried(said: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
-    """CA certificates of the order and of another node, which must be the same, since all in the file are trusted."""
+    """Return the CAs of the order and of another node, which must agree, since each CA in a file is trusted."""
     found: dict[str, tuple[x509.Certificate, ...]] = {}
     for one in (said.order, said.given):
         for name, certificates in one.authorities.items() if one is not None else ():

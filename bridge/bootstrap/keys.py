@@ -1,4 +1,4 @@
-"""Keys and CSRs of a new node, made by `kubeadm certs generate-csr`, or for a worker by us; the keys never leave it."""
+"""Keys and CSRs of a new node, made by `kubeadm certs generate-csr`, or for a worker by us; no key leaves the node."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from bridge.system.files import Attributes, write_staged
 from bridge.system.paths import UnreadableError, read_present
 from bridge.system.run_command import OutputLines, run_logged
 
-#: A dozen RSA keys of 4096 bits on a slow machine.
+#: Enough for a dozen RSA keys of 4096 bits on a slow machine.
 _LIMIT = timedelta(minutes=5)
 _SCRATCH = "generate-csr-"
 _USER = "system:node:"
 _ERROR = "error: "
-#: Where in the configuration it is, as kubeadm says it.
+#: How kubeadm names the document with the error.
 _UNMARSHALING = re.compile(
     r'error unmarshaling configuration schema\.GroupVersionKind\{.*?Kind:"(\w+)"\}: (?:strict decoding error: )?'
 )
 
 
 class KubeadmError(BridgeError):
-    """kubeadm could not be run, or made something else than we need."""
+    """kubeadm could not run, or did not make what we need."""
 
     hint = "the kubeadm of the version that will run has to be in PATH, or named with --kubeadm"
 
@@ -54,11 +54,11 @@ class Made:
 
     csr_pem: bytes
     key_pem: bytes = field(repr=False)
-    server: str = ""  #: Server of the kubeconfig that it belongs to; empty for others.
+    server: str = ""  #: The API server of the key's kubeconfig; empty if it has none.
 
 
 def clear(state_dir: Path) -> None:
-    """Remove what an interrupted run of kubeadm has left; no CA was asked for its keys."""
+    """Remove what an interrupted run of kubeadm has left; no CA has seen its CSRs."""
     for path in state_dir.glob(f"{_SCRATCH}*"):
         shutil.rmtree(path)
 
@@ -66,7 +66,7 @@ def clear(state_dir: Path) -> None:
 def by_kubeadm(
     program: str, version: str, config: bytes, specs: Sequence[CertificateSpec], state_dir: Path
 ) -> dict[str, Made]:
-    """Have kubeadm make these of a control-plane node's; those of an etcd that is elsewhere it makes, too, for nothing."""
+    """Have kubeadm make a control-plane node's keys and CSRs, and drop those outside `specs`, as of an external etcd."""
     _assert_version(program, version)
     with tempfile.TemporaryDirectory(dir=state_dir, prefix=_SCRATCH) as name:  # 0700
         scratch = Path(name)
@@ -88,14 +88,14 @@ def _run(words: Sequence[str]) -> list[str]:
 
 
 def _ended(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Why it failed (empty: it did not), and what it wrote."""
+    """Run kubeadm, and return why it failed (empty: it did not), and its output."""
     lines: list[str] = []
     ended = run_logged(words, {}, _LIMIT, OutputLines(lines.append))
     return ended.failure, lines
 
 
 def _said(lines: Sequence[str]) -> str:
-    """kubeadm's error message, without its remark on stack traces."""
+    """Return kubeadm's error message, without its remark on stack traces."""
     last = next((line for line in reversed(lines) if line.strip()), "nothing")
     error = next((line for line in lines if line.startswith(_ERROR)), last).removeprefix(_ERROR)
     return _UNMARSHALING.sub(r"\1: ", error)
@@ -147,18 +147,18 @@ def _read(path: Path) -> bytes:
 
 
 def made_for(wanted: Naming, algorithm: KeyAlgorithm, server: str = "") -> Made:
-    """A new key and a CSR of it; `server` is that of the kubeconfig that it is for."""
+    """Make a key and its CSR; `server` is the API server of its kubeconfig."""
     key = generate_key(algorithm)
     return Made(csr_pem=csr.build_for(wanted, key), key_pem=csr.key_pem(key), server=server)
 
 
 def kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
-    """A kubelet's subject, as kubeadm and the signer kubernetes.io/kubelet-serving demand it, and SANs."""
+    """Return a kubelet's subject, as kubeadm and the signer kubernetes.io/kubelet-serving require it, and SANs."""
     return Naming(subject=subject_of(f"{_USER}{node}", ("system:nodes",)), sans=sans)
 
 
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
-    """The algorithm of kubeadm's keys, for the keys that we make."""
+    """Return the algorithm of kubeadm's keys, for the keys that we make."""
     first = next(iter(made.values()))
     key = x509.load_pem_x509_csr(first.csr_pem).public_key()
     if (algorithm := csr.known_algorithm(key)) is not None:
@@ -167,7 +167,7 @@ def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
 
 
 def assert_fits(made: Mapping[str, Made], node: str) -> None:
-    """Check that each CSR has its key, and the CN of its certificate."""
+    """Refuse a CSR that does not match its key, or lacks the CN of its certificate."""
     for name, one in made.items():
         request = x509.load_pem_x509_csr(one.csr_pem)
         key = csr.load_key(one.key_pem, request.public_key()).public_key()
@@ -180,19 +180,19 @@ def assert_fits(made: Mapping[str, Made], node: str) -> None:
 
 
 class ForeignSaError(BridgeError):
-    """`sa.key` and `sa.pub` are not what kube-apiserver could start with."""
+    """`sa.key` and `sa.pub` are missing, do not match, or are not the cluster's."""
 
     exit_code = Exit.USAGE
     hint = "copy both from another control-plane node: its tokens are valid only with the same pair"
 
 
 def sa_public_pem(key: csr.PrivateKey) -> bytes:
-    """The public key as `sa.pub` has it."""
+    """Return the public key in the form of `sa.pub`."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def sa_in_place(desired: DesiredNode) -> tuple[bytes, bytes] | None:
-    """Read the pair that is on the node already; None: neither of the two is."""
+    """Return the node's service account pair; None: neither file exists."""
     places = desired.places
     key, public = live(places.sa_key), live(places.sa_public)
     if key is None and public is None:
@@ -219,7 +219,7 @@ def assert_sa_at_hand(desired: DesiredNode) -> None:
 
 
 def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
-    """A new `sa.key` and `sa.pub` as kubeadm would write them; both empty if the node has a key."""
+    """Make `sa.key` and `sa.pub` as kubeadm would write them; both empty if the node has a key."""
     if live(places.sa_key) is not None:
         return "", ""
     key = generate_key(algorithm)
@@ -227,7 +227,7 @@ def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
 
 
 def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:
-    """Samples of a new node's certificates, by authority and name, without a CA's signature."""
+    """Return samples of a new node's certificates, without a CA's signature, by authority and name."""
     node = order.node
     if node is None:
         raise OrderError("wanted an order for a node, found one without")

@@ -1,4 +1,4 @@
-"""From nothing to a node that `kubeadm init` or `kubeadm join` can run on, in one step; a run that waits is run again."""
+"""Makes a node ready for `kubeadm init` or `kubeadm join` in one command; if a CA's answer is missing, run it again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _SUPER_ADMIN_MORE = timedelta(days=1)
 def make(
     settings: Settings, desired: DesiredNode, now: Callable[[], datetime], progress: Progress, wait: timedelta
 ) -> Bootstrapped:
-    """Make what is missing, ask for it, and put it in place once all is there; after a BridgeError nothing was."""
+    """Make the keys, request the certificates, and install all files once complete; after a BridgeError none was."""
     if desired.role != "worker":
         assert_usable(desired.config, str(settings.node.pki_dir), further=desired.role == "control-plane")
     node = dataclasses.replace(settings.node, name=desired.node)
@@ -79,7 +79,7 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_keys_closed(look)
     if not look.missing():
         whole.assert_as_desired(desired, look)
-        _keep(desired, look, desired.places.kubelet_current.resolve())  # an earlier run may have ended before it did
+        _keep(desired, look, desired.places.kubelet_current.resolve())  # an earlier run may have died before this
         _forget(run)
         return result(is_complete=True)
     whole.assert_no_leftovers(desired, look)
@@ -91,7 +91,7 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     run = dataclasses.replace(run, settings=in_force(run.settings, cas))
     whole.assert_brought(look, cas)
     keys.assert_sa_at_hand(desired)
-    assert_room(run.settings)  # kubeadm's keys need some, too
+    assert_room(run.settings)  # kubeadm's keys need disk space, too
     open_requests = _begin(run, desired)
     prepared = _prepared(run, desired, open_requests)
     answered, waiting, strange = _gather_answers(run, desired, prepared, _expectations(run, desired, cas))
@@ -114,13 +114,13 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
 
 
 _DIRECTORY_MODE = 0o755
-#: The names that a kubelet, and `Composer`, give its pairs.
+#: The names that a kubelet and `Composer` give a kubelet's pairs.
 _DATED = re.compile(r"kubelet-client-\d{4}(-\d\d){5}\.pem")
 _PRIVATE, _PUBLIC = 0o600, 0o644
 
 
 def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
-    """Judge the result as a whole, copy it if desired, and put all files in place in one step."""
+    """Check the complete result, keep copies if desired, and install all files in one step."""
     places = desired.places
     new: dict[Path, bytes | None] = {file.path: file.data for file in files}
     new[places.kubelet_current] = new[kubelet_pem] if kubelet_pem in new else live(kubelet_pem)
@@ -135,7 +135,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
     for directory in sorted({path.parent for path in (*look.files(), *desired.files)}):  # parents first
         directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
         assert_holds_keys(directory)
-    # the kubelet's link, absolute as a kubelet makes it, comes with the files, so that it never leads to nothing
+    # installed with the files, so that the kubelet's link never dangles; absolute, as a kubelet makes it
     link = Replacement(
         certificate=KUBELET_CONF,
         path=places.kubelet_current,
@@ -210,7 +210,7 @@ def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacem
 
 
 def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
-    """Copy the files of a complete node, if that is desired; the kubelet's link leads to `kubelet_pem`."""
+    """Keep copies of a complete node's files, if desired; the kubelet's link leads to `kubelet_pem`."""
     if desired.inputs.keep is None:
         return
     there = {path: data for path in look.files() if (data := look.read(path)) is not None}
@@ -231,7 +231,7 @@ def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
 
 
 def _mode(places: Places, path: Path) -> int:
-    """The mode of a file; an external etcd's have names of the operator's."""
+    """Return a file's mode, by its path for an external etcd's files, which the operator names."""
     key, certificate = places.pair(ETCD_CLIENT)
     is_public = path in (certificate, places.authority(ETCD_CA)) or path.suffix == ".crt"
     return _PUBLIC if is_public and path != key else _PRIVATE
@@ -252,12 +252,12 @@ class Kept:
     """Copies of the files of one node."""
 
     role: Role
-    config: str  #: kubeadm's, for which they were made.
+    config: str  #: The `mark` of the node that the files are for.
     files: tuple[KeptFile, ...]
 
 
 def kept_file(directory: Path, node: str) -> StateFile[Kept]:
-    """The file with a node's copies."""
+    """Return the file with a node's copies."""
     file = coded(
         Kept,
         directory / f"{node}.kept.json",
@@ -275,17 +275,17 @@ class Composer:
 
     settings: Settings
     desired: DesiredNode
-    servers: Mapping[str, str]  #: By kubeconfig.
+    servers: Mapping[str, str]  #: API servers, by kubeconfig.
     authorities: Certificates
     now: datetime
 
     def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
-        """Key and certificate, or a kubeconfig with them."""
+        """Yield the key and certificate files, or the kubeconfig with both."""
         chain = pem(*verified.chain)
         spec, places = one.item.spec, self.desired.places
         if spec.name == KUBELET_CONF:
             yield _replacement(places, spec.name, self.kubelet_pem, chain + one.key_pem)
-            # by reference: one place to renew, and a kubelet that starts makes no copy
+            # by reference: one place to renew, and a starting kubelet makes no copy
             data = self._kubeconfig(spec.name, verified.leaf).referring_text(str(places.kubelet_current))
             yield _replacement(places, spec.name, places.kubeconfigs / spec.base, data)
         elif spec.kubeconfig:
@@ -302,9 +302,9 @@ class Composer:
         return self.desired.places.kubelet_pki / f"kubelet-client-{self.now:%Y-%m-%d-%H-%M-%S}.pem"
 
     def beside_certificates(self, made: tuple[bytes, bytes]) -> Iterator[Replacement]:
-        """CA certificates, the service account key (`made` if there is no other) and the configuration, as far as they lack."""
+        """Yield the missing CA certificates, service account keys (`made` if there are no others) and configuration files."""
         desired, places = self.desired, self.desired.places
-        if desired.role != "worker":  # whose CA certificate kubeadm writes itself, and refuses an existing file
+        if desired.role != "worker":  # kubeadm writes a worker's CA file, and refuses an existing one
             for authority in places.authorities(desired.role):
                 if live(path := places.authority(authority)) is None:
                     yield _replacement(places, authority.name, path, pem(*self.authorities[authority.name]))
@@ -313,7 +313,7 @@ class Composer:
                 if live(path) != data:
                     yield _replacement(places, "sa", path, data)
         for path, data in desired.files.items():
-            if live(path) != data:  # an operator's may hold a bootstrap token
+            if live(path) != data:  # mode 0600, since an operator's may hold a token
                 yield _replacement(places, "kubeadm", path, data)
 
     def _kubeconfig(self, name: str, leaf: x509.Certificate) -> FreshKubeconfig:
@@ -324,7 +324,7 @@ class Composer:
 
 
 def _begin(run: Run, desired: DesiredNode) -> Unfinished:
-    """Go on with what an earlier run has begun, or make keys and CSRs."""
+    """Continue an earlier run, or make keys and CSRs."""
     file = unfinished_file(run.store)
     found, open_requests = file.read(), run.requests.by_name()
     if found is not None and open_requests.keys() & set(found.names) and not desired.inputs.anew:
@@ -344,7 +344,7 @@ def _begin(run: Run, desired: DesiredNode) -> Unfinished:
 
 
 def _begun(run: Run, desired: DesiredNode, found: Unfinished | None = None) -> Unfinished:
-    """Make the keys and CSRs that lack: all of them, or those of names that were refused or cancelled since `found`."""
+    """Make the missing keys and CSRs: all, or those whose requests were refused or cancelled since `found`."""
     made = _made_keys(run, desired)
     keys.assert_fits(made, desired.node)
     for name, one in made.items():
@@ -368,7 +368,7 @@ def _begun(run: Run, desired: DesiredNode, found: Unfinished | None = None) -> U
 
 
 def _prepared(run: Run, desired: DesiredNode, begun: Unfinished) -> list[Prepared]:
-    """The open requests in the form that a renewal has them, but nothing is replaced."""
+    """Return the open requests like those of a renewal, except that they replace nothing."""
     made: Mapping[str, OpenRequest] = run.requests.by_name()
     return [
         Prepared(
@@ -383,7 +383,7 @@ def _prepared(run: Run, desired: DesiredNode, begun: Unfinished) -> list[Prepare
 
 
 def _forget(run: Run) -> None:
-    """Drop the open requests and the mark of this bootstrap."""
+    """Drop this bootstrap's open requests and its state file."""
     for name in run.requests.by_name():
         run.requests.drop(name)
     run.requests.save()
@@ -417,7 +417,7 @@ def _open(run: Run, spec: CertificateSpec, one: Made) -> OpenRequest:
 
 
 def _item(spec: CertificateSpec, places: Places) -> Item:
-    """A certificate that is not there yet."""
+    """Return the item of a certificate that does not exist yet."""
     key: Path | None
     if spec.name == KUBELET_CONF:
         key = certificate = places.kubelet_current
@@ -442,18 +442,18 @@ def _item(spec: CertificateSpec, places: Places) -> Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfinished:
-    """One node's bootstrap that has begun; its keys are among the open requests."""
+    """A node's unfinished bootstrap; its keys are among the open requests."""
 
     role: Role
-    config: str  #: kubeadm's, from which the CSRs were made.
-    servers: Mapping[str, str]  #: By kubeconfig.
-    names: tuple[str, ...]  #: Of the certificates.
-    sa_key: str = field(default="", repr=False)  #: PEM; empty where it comes from elsewhere.
+    config: str  #: The `mark` of the node that the CSRs are for.
+    servers: Mapping[str, str]  #: API servers, by kubeconfig.
+    names: tuple[str, ...]  #: The certificates' names.
+    sa_key: str = field(default="", repr=False)  #: PEM; empty if it comes from elsewhere.
     sa_public: str = ""
 
 
 def unfinished_file(store: Store) -> StateFile[Unfinished]:
-    """The file in the state directory; a damaged one costs new keys and requests, and nothing else."""
+    """Return the file in the state directory; damage costs new keys and requests, and nothing else."""
     what = "what the requests of a new node are for"
     return coded(Unfinished, store.bootstrap, what, OnDamage.START_OVER, key="bootstrapV1")
 
@@ -476,7 +476,7 @@ def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str
 def _gather_answers(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], list[Outcome], list[BridgeError]]:
-    """Take kept and carried answers, ask for the rest or write a bundle: answers, waiting requests, answers to something else."""
+    """Take stored and carried answers, and request the rest; return answers, waiting requests and foreign answers."""
     answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
     strange: list[BridgeError] = []
     if desired.inputs.answers:
@@ -497,8 +497,8 @@ def _gather_answers(
 
 
 def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Prepared]:
-    had = {one.prepared.name for one in answered}
-    return [one for one in prepared if one.name not in had]
+    answered_names = {one.prepared.name for one in answered}
+    return [one for one in prepared if one.name not in answered_names]
 
 
 def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
@@ -521,7 +521,7 @@ def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:
 
 
 def _proven_before(one: Prepared, expected: Mapping[str, verify.Expectation]) -> Answered | None:
-    """An answer that an earlier run has checked and kept, if it still holds."""
+    """Return the answer that an earlier run has checked and stored, if it still holds."""
     made, wanted = one.open, expected[one.authority]
     if made is None or made.answer is None or verify.error_of(made.answer, one.request, wanted) is not None:
         return None

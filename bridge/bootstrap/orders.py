@@ -1,8 +1,8 @@
 """
-What is carried to a new node: its cluster's configuration, CA certificates and its identity (pure: bytes, values).
+Orders: the cluster's configuration, its CA certificates and the node's identity, carried to a new node.
 
-An order from an administrator's machine has no secret, but decides which programs the node runs and which CAs it trusts, so
-it can be signed. Files that control-plane nodes share may include the service account key, and go through a
+An order from an administrator's machine holds no secret, but it decides which programs the node runs and which CAs it
+trusts, so it can be signed. An order that a control-plane node shares may hold the service account key, and goes through a
 pipe. No field can hold a CA's or a node's key.
 """
 
@@ -73,7 +73,7 @@ class NewNode:
 class Order:
     """An order: the cluster, its CAs, and the new node's identity."""
 
-    cluster: KubeadmConfig  #: The ClusterConfiguration, and others that are the same for all nodes.
+    cluster: KubeadmConfig  #: The ClusterConfiguration, and other documents that all nodes share.
     authorities: Mapping[str, tuple[x509.Certificate, ...]]
     node: NewNode | None = None  #: None: the operator on the node names it.
     sa: tuple[bytes, bytes] | None = field(default=None, repr=False)  #: sa.key and sa.pub.
@@ -81,7 +81,7 @@ class Order:
 
 
 def dumps(order: Order) -> bytes:
-    """The order as a file."""
+    """Return an order as the content of its file."""
     document = _document(order)
     if order.signature is not None:
         document["signature"] = b64encode(order.signature).decode()
@@ -89,12 +89,12 @@ def dumps(order: Order) -> bytes:
 
 
 def digest(order: Order) -> str:
-    """SHA-256 (hex) over all that it says."""
+    """Return the SHA-256 (hex) of an order, without its signature."""
     return sha256(json.dumps(_document(order), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def message(order: Order) -> bytes:
-    """The bytes that an administrator signs: a prefix of their own, and the digest."""
+    """Return the bytes that an administrator signs: a prefix for orders alone, and the digest."""
     return b"ca-bridge order 1\n" + digest(order).encode()
 
 
@@ -113,7 +113,7 @@ def _document(order: Order) -> dict[str, Any]:
 
 
 def loads(data: bytes) -> Order:
-    """Read an order and judge every field; an error holds nothing of the content."""
+    """Parse an order, and check every field; no error shows a key."""
     try:
         document = json_of(data, pairs=_once)
     except OverBudgetError as e:
@@ -134,7 +134,7 @@ def loads(data: bytes) -> Order:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object with each key once, since two readers may take different values of a repeated key."""
+    """Refuse a repeated key in a JSON object, since two readers may take different values of it."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError
@@ -212,7 +212,7 @@ _FIRST = "further nodes with a control plane have the role control-plane"
 
 
 def read_nodes(path: Path) -> list[NewNode]:
-    """The nodes of a list: `ROLE NAME ADDRESS …` a line, and one `init` at most."""
+    """Read a list of nodes: `ROLE NAME ADDRESS …` on each line, and at most one `init`."""
     try:
         listed = kubeadm_names.parse_nodes((read(path) or b"").decode(), with_roles=True)
     except (UnreadableError, UnicodeDecodeError) as e:
@@ -235,7 +235,7 @@ def read_nodes(path: Path) -> list[NewNode]:
 
 
 def order_for(cluster: KubeadmConfig, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
-    """The order that an administrator's machine sends to a node; nothing in it is secret."""
+    """Return the order that an administrator's machine sends to a node; it holds no secret."""
     ours = {name: found for name, found in authorities.items() if node.role != "worker" or name == "ca"}
     return Order(cluster=shared(cluster), authorities=ours, node=node)
 
@@ -245,7 +245,7 @@ _IN_ORDERS = ("apiVersion", "kind", "nodeRegistration.name", "localAPIEndpoint.a
 
 
 def share(settings: Settings, config: Path | None, now: datetime, *, worker: bool) -> bytes:
-    """An order (its bytes) with all that a further node needs from this one."""
+    """Return an order, as bytes, with everything that a further node needs from this one."""
     cluster = read_configuration(config or Places.of(settings).kubeadm_config)[0]
     places = Places.of(settings, cluster)
     found = gather_authorities(settings, places, "worker" if worker else "control-plane", None, {}, now)
@@ -261,7 +261,7 @@ def share(settings: Settings, config: Path | None, now: datetime, *, worker: boo
 
 
 def read_order(path: Path) -> Order:
-    """An order, or what a node shares; `-` is standard input. A file with a key in it must be for its owner alone."""
+    """Read an order from a file, or from standard input (`-`); only its owner may read a file with a key."""
     if str(path) == "-":
         return loads(sys.stdin.buffer.read(MOST_BYTES + 1))
     try:
@@ -278,7 +278,7 @@ def read_order(path: Path) -> Order:
 
 
 def read_signed_order(settings: Settings, path: Path) -> Order:
-    """An order, with a valid signature if the settings have a key for it."""
+    """Read an order, and refuse one without a valid signature if the settings have a key for it."""
     order, file = read_order(path), settings.node.order_key
     if file is None:
         return order
@@ -302,7 +302,7 @@ def write_orders(
     sign_with: Path | None,
     now: datetime,
 ) -> dict[NewNode, tuple[Path, Order]]:
-    """Write an order for each node of a list, on an administrator's machine, never over a different order; each order's file."""
+    """Write an order for each node of a list, never over a different order; return each node's file and order."""
     key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
     listed = read_nodes(nodes)
     cluster = read_configuration(config)[0]
@@ -329,14 +329,14 @@ def write_orders(
 
 
 def _left_out(config: KubeadmConfig) -> Iterator[str]:
-    """What a node's own document says beside name and address, which a list of nodes has."""
+    """Yield a node's own fields that orders leave out: all but name and address, which the list has."""
     for key, value in (config.of_kind("InitConfiguration") or {}).items():
         inner = [f"{key}.{one}" for one in value] if isinstance(value, dict) else [key]
         yield from (one for one in inner if one not in _IN_ORDERS)
 
 
 def _is_older(path: Path, order: Order) -> bool:
-    """Whether there is no file, or the same order from an earlier run, signed or not."""
+    """Return whether there is no file, or the same order from an earlier run, signed or not."""
     data = live(path)
     try:
         return data is None or digest(loads(data)) == digest(order)

@@ -1,5 +1,5 @@
 """
-Whether all that kubeadm needs is there and right: more than kubeadm itself checks.
+Checks that everything kubeadm needs exists and is right, beyond kubeadm's own checks.
 
 kubeadm overlooks a missing `sa.key` or `etcd/server.key` and fails minutes later with an unrelated message, creates a
 CA where a CA certificate is missing, and never compares a key with its certificate or a name with its configuration.
@@ -43,19 +43,19 @@ from bridge.words import some
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLook:
-    """One look at a node's files."""
+    """One inspection of a node's files."""
 
     places: Places
     role: Role
-    read: Read  #: None: there is no such file.
+    read: Read
     now: datetime
-    node: str = ""  #: Empty: whatever the certificates say.
-    config: KubeadmConfig | None = None  #: What kubeadm will be given, if that is known.
-    serving_sans: tuple[str, ...] = ()  #: The kubelet's; empty: the settings name none.
+    node: str = ""  #: Empty: names are not checked.
+    config: KubeadmConfig | None = None  #: kubeadm's configuration, if known.
+    serving_sans: tuple[str, ...] = ()  #: SANs of the kubelet's serving certificate; empty: the settings name none.
     extra_subject: frozenset[tuple[str, str]] = frozenset()
 
     def problems(self) -> list[str]:
-        """All that is missing or wrong, each as `PATH: wanted …, found …`; none: kubeadm may start."""
+        """Return everything missing or wrong, each as `PATH: wanted …, found …`; empty: kubeadm may start."""
         found = [f"{path}: wanted no CA's private key on a node, found one" for path in ca_keys(self.places)]
         anchors: dict[str, tuple[x509.Certificate, ...]] = {}
         found += self._authorities(anchors)
@@ -66,11 +66,11 @@ class NodeLook:
         return found
 
     def missing(self) -> list[Path]:
-        """Files that are not there."""
+        """Return the missing files."""
         return [path for path in self.files() if self.read(path) is None]
 
     def files(self) -> list[Path]:
-        """All that a complete node has, but for kubeadm's configuration."""
+        """Return all files of a complete node, except kubeadm's configuration."""
         places = self.places
         ours: list[Path] = []
         if self.role != "worker":
@@ -81,7 +81,7 @@ class NodeLook:
         return ours
 
     def files_of(self, spec: CertificateSpec) -> list[Path]:
-        """The files of one certificate."""
+        """Return the files of one certificate."""
         places = self.places
         if spec.name == KUBELET_CONF:
             return [places.kubeconfigs / spec.base, places.kubelet_current]
@@ -117,7 +117,7 @@ class NodeLook:
             yield f"{path}: wanted no file (kubeadm writes it from kubelet.conf), found one"
         data = self.read(self.places.kubeconfigs / KUBELET_CONF)
         if data is None:
-            return  # the certificate's own check says that it is missing
+            return  # the certificate's own check reports the missing file
         try:
             anchors[CA.name] = tuple(load_pem_certificates(kubeconfig.parse(data).ca_data or b""))
         except (KubeconfigError, ValueError):
@@ -126,7 +126,7 @@ class NodeLook:
     # --- certificates -------------------------------------------------------------------------------------------------
 
     def problems_of(self, spec: CertificateSpec, anchors: tuple[x509.Certificate, ...]) -> Iterator[str]:
-        """The missing and wrong parts of one certificate, in the form of `problems`."""
+        """Yield what is missing or wrong with one certificate, in the form of `problems`."""
         missing = [path for path in self.files_of(spec) if self.read(path) is None]
         for path in missing:
             yield f"{path}: wanted a file, found none"
@@ -175,7 +175,7 @@ class NodeLook:
         key_pem: bytes,
         anchors: tuple[x509.Certificate, ...],
     ) -> Iterator[str]:
-        """Judge it as an answer to a request that we would make now."""
+        """Check a pair like an answer to a request that we would make now."""
         leaf, name = certificates[0], spec.authority.certificate_file
         expected = verify.Expectation(
             anchors=anchors, anchor_name=name, now=self.now, min_validity=timedelta(), extra_subject=self.extra_subject
@@ -207,12 +207,12 @@ class NodeLook:
             try:
                 wanted |= self._kubeadms(spec, self.config)
             except (KubeadmConfigError, NoFactError) as e:
-                yield f"{path}: its names were not looked at: {e}"
+                yield f"{path}: its names were not checked: {e}"
         if lacking := wanted - san_entries(leaf):
             yield f"{path}: wanted {', '.join(f'{kind}:{value}' for kind, value in sorted(lacking))} among the SANs, found none"
 
     def _kubeadms(self, spec: CertificateSpec, config: KubeadmConfig) -> set[tuple[str, str]]:
-        """The SANs that kubeadm would ask for; with an external CA it does not check them."""
+        """Return the SANs that kubeadm would request; with an external CA it does not check them."""
         if spec.name == KUBELET_SERVER:
             return names_of(alternative_names(config.node_ips))
         return names_of(naming(spec, config.naming_facts(self.node, config.address)).sans) if config.cluster else set()
@@ -232,7 +232,7 @@ class NodeLook:
 def check(
     settings: Settings, places: Places, role: Role, files: Sequence[Path], config: KubeadmConfig | None, now: datetime
 ) -> list[str]:
-    """All that is missing or wrong on a node before kubeadm runs; nothing is changed."""
+    """Return everything missing or wrong on a node before kubeadm runs, and change nothing."""
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "wanted kubeadm's configuration, by which names are judged, found none"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
@@ -243,7 +243,7 @@ def check(
 def look_at(
     settings: Settings, places: Places, role: Role, config: KubeadmConfig | None, read: Read, now: datetime
 ) -> NodeLook:
-    """Look at a node as it is to become; `read` may tell files that are not in place yet."""
+    """Inspect a node as it will be; `read` may return files that are not in place yet."""
     return NodeLook(
         places=places,
         role=role,
@@ -264,15 +264,15 @@ _BRING_BACK = "bring back the missing files, or move all of them away and run th
 
 
 def assert_no_cluster(desired: DesiredNode) -> None:
-    """Make sure that neither kubeadm nor a kubelet has been at work here."""
+    """Refuse a node on which kubeadm or a kubelet has run."""
     if traces := list(traces_of_cluster(desired.places)):
         hint = "`ca-bridge renew` is for a node that runs; after `kubeadm reset`, and `rm -r /var/lib/etcd`, it is new again"
         raise BridgeError(f"wanted a node without a cluster, found {some(traces)}", hint=hint)
 
 
 def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
-    """Judge a node that has all files."""
-    for path, wanted in desired.files.items():  # first, since certificates for another one lack its names
+    """Refuse a complete node that has another configuration, or problems."""
+    for path, wanted in desired.files.items():  # first, since certificates for another configuration lack its names
         if live(path) != wanted:
             raise OtherNodeDesiredError(
                 f"{path}: wanted the configuration that is asked for now, found another one, or none",
@@ -286,7 +286,7 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
 
 
 def _open_keys(look: NodeLook) -> Iterator[Exposure]:
-    """Keys that were brought here, and that others can read: a right one is not written again, and kubeadm does not look."""
+    """Yield copied keys that other users can read: no run rewrites a right key, and kubeadm checks no modes."""
     brought = [look.places.sa_key, *(look.places.pair(one)[0] for one in look.places.brought)]
     for path in brought if look.role != "worker" else ():
         if path.exists() and (found := open_secret(path)) is not None:
@@ -294,13 +294,13 @@ def _open_keys(look: NodeLook) -> Iterator[Exposure]:
 
 
 def assert_keys_closed(look: NodeLook) -> None:
-    """Refuse a key that was brought here, and that others can read, before a CA is asked."""
+    """Refuse a copied key that other users can read, before a CA is asked."""
     if (found := next(_open_keys(look), None)) is not None:
         raise NotWholeError(str(found), hint=found.hint)
 
 
 def assert_brought(look: NodeLook, cas: Certificates) -> None:
-    """Judge an external etcd's client pair that is here already, before a CA is asked for anything else."""
+    """Refuse a wrong client pair of an external etcd, before a CA is asked for anything else."""
     brought = look.places.brought if look.role != "worker" else []
     found = [text for one in brought for text in look.problems_of(one, cas[one.authority.name])]
     if found:
@@ -308,7 +308,7 @@ def assert_brought(look: NodeLook, cas: Certificates) -> None:
 
 
 def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
-    """Judge a node that lacks files; CAs, sa.key, the kubelet's serving pair and an external etcd's may be there."""
+    """Refuse an incomplete node with other files than CAs, sa.key, a kubelet's serving pair and an external etcd's."""
     places = desired.places
     allowed = {places.sa_key, places.sa_public, *places.serving}
     allowed |= {places.authority(one) for one in AUTHORITIES.values()}
