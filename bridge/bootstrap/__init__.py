@@ -439,7 +439,7 @@ def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:
 
 
 def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping below a key; empty for anything else, which kubeadm rejects."""
+    """Return the mapping below a key; empty for anything else, which kubeadm rejects."""
     found = mapping.get(key)
     return found if isinstance(found, dict) else {}
 

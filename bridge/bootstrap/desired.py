@@ -121,38 +121,38 @@ _ADMIN = "admin.conf"
 _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
 
-def of_init(settings: Settings, said: NodeInputs) -> DesiredNode:
+def of_init(settings: Settings, inputs: NodeInputs) -> DesiredNode:
     """Return the first control-plane node as desired."""
     node = None
-    if said.order is not None:
-        node = _ordered(said.order, ("init",))
-        config = for_node(said.order.cluster, node.name, node.addresses[0], node.socket)
+    if inputs.order is not None:
+        node = _ordered(inputs.order, ("init",))
+        config = for_node(inputs.order.cluster, node.name, node.addresses[0], node.socket)
         data = config.text().encode()
-    elif said.config is not None:
-        config, data = read_configuration(said.config)
+    elif inputs.config is not None:
+        config, data = read_configuration(inputs.config)
     else:
-        config = from_facts(said.facts)
+        config = from_facts(inputs.facts)
         data = config.text().encode()
     places = Places.of(settings, config)
-    is_in_place = said.config is not None and said.config.absolute() == places.kubeadm_config
+    is_in_place = inputs.config is not None and inputs.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address, *config.node_ips)
     return DesiredNode(
         role="init",
-        inputs=said,
+        inputs=inputs,
         places=places,
         config=config,
         text=data,
         files=files,
         serving=settings.serving_sans or tuple(dict.fromkeys((config.name, *addresses))),
-        carried=_carried(said),
+        carried=_carried(inputs),
     )
 
 
-def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredNode:
+def of_join(settings: Settings, inputs: NodeInputs, role: Role | None) -> DesiredNode:
     """Return a further node as desired; without `role` the order decides."""
-    cluster, own = _cluster(said)
-    node = _joining(said, own, role)
+    cluster, own = _cluster(inputs)
+    node = _joining(inputs, own, role)
     base = own.of_kind("JoinConfiguration")
     mine = KubeadmConfig.of([base] if base else [])  # an InitConfiguration beside it may be another node's
     config = for_node(cluster, node.name, node.addresses[0], node.socket, mine.bind_port)
@@ -169,20 +169,20 @@ def of_join(settings: Settings, said: NodeInputs, role: Role | None) -> DesiredN
     files = {places.join_config: joining.text().encode(), **({} if is_worker else {places.kubeadm_config: text})}
     return DesiredNode(
         role=node.role,
-        inputs=said,
+        inputs=inputs,
         places=places,
         config=config,
         text=text,
         files=files,
         serving=settings.serving_sans or tuple(dict.fromkeys((node.name, *node.addresses, *mine.node_ips))),
-        carried=_carried(said),
+        carried=_carried(inputs),
     )
 
 
-def _cluster(said: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
+def _cluster(inputs: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
     """Return the cluster's configuration, which must be the same in all sources, and this node's own."""
-    own = read_configuration(said.config)[0] if said.config is not None else KubeadmConfig()
-    sources = [one.cluster for one in (said.order, said.given) if one is not None]
+    own = read_configuration(inputs.config)[0] if inputs.config is not None else KubeadmConfig()
+    sources = [one.cluster for one in (inputs.order, inputs.given) if one is not None]
     sources += [own] if own.cluster else []
     if not sources:
         raise KubeadmConfigError(
@@ -197,15 +197,15 @@ def _cluster(said: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
     return sources[0], own
 
 
-def _joining(said: NodeInputs, own: KubeadmConfig, role: Role | None) -> NewNode:
-    if said.order is not None and said.order.node is not None:
-        found = _ordered(said.order, (role,) if role else ("control-plane", "worker"))
-        if said.facts.given():
+def _joining(inputs: NodeInputs, own: KubeadmConfig, role: Role | None) -> NewNode:
+    if inputs.order is not None and inputs.order.node is not None:
+        found = _ordered(inputs.order, (role,) if role else ("control-plane", "worker"))
+        if inputs.facts.given():
             raise OrderError("wanted either an order or the facts themselves, found both", hint="leave the flags out")
         return found
     if role is None:
         raise OrderError("wanted --control-plane, --worker, or an order that says which, found none of them", hint="")
-    facts = said.facts
+    facts = inputs.facts
     address = facts.address or own.address
     try:
         return new_node(role, facts.name or own.name, [address] if address else [], facts.socket or own.socket)
@@ -224,10 +224,10 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
     return node
 
 
-def _carried(said: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
+def _carried(inputs: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
     """Return the CAs of the order and of another node, which must agree, since each CA in a file is trusted."""
     found: dict[str, tuple[x509.Certificate, ...]] = {}
-    for one in (said.order, said.given):
+    for one in (inputs.order, inputs.given):
         for name, certificates in one.authorities.items() if one is not None else ():
             if found.setdefault(name, certificates) != certificates:
                 raise OrderError(

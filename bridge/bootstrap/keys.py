@@ -66,7 +66,7 @@ def clear(state_dir: Path) -> None:
 def by_kubeadm(
     program: str, version: str, config: bytes, specs: Sequence[CertificateSpec], state_dir: Path
 ) -> dict[str, Made]:
-    """Have kubeadm make a control-plane node's keys and CSRs, and drop those outside `specs`, as of an external etcd."""
+    """Have kubeadm make a control-plane node's keys and CSRs, and drop those outside `specs`, as an external etcd's."""
     _assert_version(program, version)
     with tempfile.TemporaryDirectory(dir=state_dir, prefix=_SCRATCH) as name:  # 0700
         scratch = Path(name)
@@ -80,21 +80,21 @@ def by_kubeadm(
 
 
 def _run(words: Sequence[str]) -> list[str]:
-    failure, lines = _ended(words)
+    failure, lines = _output_of(words)
     if failure:
         hint = "" if lines else None  # it ran, and its own message says what is wrong
-        raise KubeadmError(f"{' '.join(words[:3])} {failure}; it said: {_said(lines)}", hint=hint)
+        raise KubeadmError(f"{' '.join(words[:3])} {failure}; it said: {_error_message(lines)}", hint=hint)
     return lines
 
 
-def _ended(words: Sequence[str]) -> tuple[str, list[str]]:
+def _output_of(words: Sequence[str]) -> tuple[str, list[str]]:
     """Run kubeadm, and return why it failed (empty: it did not), and its output."""
     lines: list[str] = []
     ended = run_logged(words, {}, _LIMIT, OutputLines(lines.append))
     return ended.failure, lines
 
 
-def _said(lines: Sequence[str]) -> str:
+def _error_message(lines: Sequence[str]) -> str:
     """Return kubeadm's error message, without its remark on stack traces."""
     last = next((line for line in reversed(lines) if line.strip()), "nothing")
     error = next((line for line in lines if line.startswith(_ERROR)), last).removeprefix(_ERROR)
@@ -103,10 +103,10 @@ def _said(lines: Sequence[str]) -> str:
 
 def _assert_valid(program: str, file: Path) -> None:
     """Validate the configuration, since `generate-csr` only warns of a mistyped key and leaves its names out."""
-    failure, lines = _ended([program, "config", "validate", "--config", str(file)])
+    failure, lines = _output_of([program, "config", "validate", "--config", str(file)])
     if failure:
         raise KubeadmConfigError(
-            f"wanted a configuration that {program} takes, found {_said(lines)}",
+            f"wanted a configuration that {program} takes, found {_error_message(lines)}",
             hint="correct it and run this again; nothing has been made or asked for",
         )
 

@@ -2,8 +2,8 @@
 Orders: the cluster's configuration, its CA certificates and the node's identity, carried to a new node.
 
 An order from an administrator's machine holds no secret, but it decides which programs the node runs and which CAs it
-trusts, so it can be signed. An order that a control-plane node shares may hold the service account key, and goes through a
-pipe. No field can hold a CA's or a node's key.
+trusts, so it can be signed. An order that a control-plane node shares may hold the service account key, and goes
+through a pipe. No field can hold a CA's or a node's key.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def share(settings: Settings, config: Path | None, now: datetime, *, worker: boo
 
 
 def read_order(path: Path) -> Order:
-    """Read an order from a file, or from standard input (`-`); only its owner may read a file with a key."""
+    """Read an order from a file, or from standard input (`-`); refuse a file with a key that other users can read."""
     if str(path) == "-":
         return loads(sys.stdin.buffer.read(MOST_BYTES + 1))
     try:

@@ -180,7 +180,7 @@ class Door:
         self.below: dict[str, Callable[[Environ], Reply]] = {}
 
     def __call__(self, environ: Environ, start: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
-        """WSGI."""
+        """Answer a WSGI request."""
         request_id, began = secrets.token_hex(8), time.monotonic()
         try:
             self._assert_slow(environ["REMOTE_ADDR"])
@@ -370,7 +370,7 @@ def assert_method(environ: Environ, *allowed: str) -> None:
 
 
 def kind_of(environ: Environ) -> str:
-    """The media type of a request's body, without its parameters."""
+    """Return the media type of a request's body, without its parameters."""
     return str(environ.get("CONTENT_TYPE", "")).partition(";")[0].strip()
 
 

@@ -109,7 +109,7 @@ class Approvals:
     """Who may decide, what waits, and decisions; thread-safe."""
 
     def __init__(self, memory: Memory, signing: Signing, decided: Callable[[], object]) -> None:
-        """A decision that counts calls `decided`, since there may be something to sign."""
+        """Call `decided` after each decision that counts, since there may be something to sign."""
         self.memory = memory
         self.signing = signing
         self._decided = decided
@@ -198,9 +198,9 @@ class Approvals:
         matter = self.signing.matter(case.kept, case.bundle, self.memory.decisions(case.kept.id))
         if found := approval.problem(decision, matter, trust):
             raise NotDecidedError(found)
-        return self._kept(case, decision)
+        return self._store_decision(case, decision)
 
-    def _kept(self, case: Case, decision: Decision) -> Case:
+    def _store_decision(self, case: Case, decision: Decision) -> Case:
         earlier = [one.verdict for one in case.standing.decisions if one.approver == decision.approver]
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
         is_kept = not earlier and self.memory.decide(

@@ -111,7 +111,7 @@ class Doors:
             raise NotOursError("wanted a running door, found one that is shutting down", hint="")
         silent = time.monotonic() - self._heard
         if silent > STALE_SECONDS:
-            text = f"wanted a database that has heard of this door, found it silent for {silent:.0f} seconds"
+            text = f"wanted a heartbeat of this door in the database, found none for {silent:.0f} seconds"
             raise NotOursError(text)
 
     def names(self) -> dict[str, str]:
@@ -305,7 +305,7 @@ def back_up(settings: Settings, to: Path) -> None:
         found = "the database itself" if to.samefile(source) else "something else"
         raise UpkeepError(f"{to}: wanted a file for the copy, or a path where nothing is, found {found}")
     with reasons(UpkeepError, f"{to}: wanted a place for a copy"), paths.opened(to) as place:
-        _copied(source, place.path, to)
+        _copy(source, place.path, to)
 
 
 def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tuple[Path | None, int]:
@@ -326,7 +326,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
                 f"{old}: wanted no file there, since the present database goes there, found one",
                 hint="an earlier restore has left it: move it away, and restore again; nothing was replaced",
             )
-        _copied(copy, new, new)
+        _copy(copy, new, new)
         try:  # don't replace the file with one that this version can't use
             with contextlib.closing(Memory(sqlite_url(new))) as memory:
                 Doors(memory, store, "").names()
@@ -373,7 +373,7 @@ def _assert_file(settings: Settings) -> None:
         )
 
 
-def _copied(source: Path, to: Path, name: Path) -> None:
+def _copy(source: Path, to: Path, name: Path) -> None:
     """Copy a door's database with SQLite's own backup, which includes its WAL; errors call the copy `name`."""
     with reasons(UpkeepError, f"{name}: wanted a place for a copy"):
         descriptor, temporary = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")  # 0600

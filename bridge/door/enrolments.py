@@ -139,7 +139,7 @@ def enroll(settings: Settings, policy_file: Path | None, wanted: Wanted, now: da
     limit = f", for {', '.join(wanted.certificates)}" if wanted.certificates else ""
     about = f"node {wanted.node}, cluster {wanted.cluster}{limit}, until {minute(now + wanted.lasts)}"
     with closing(open_memory(settings, may_make=True)) as memory:
-        _recorded(settings, audit.ENROLLED, about)
+        _record(settings, audit.ENROLLED, about)
         memory.change(ENROLMENTS.insert().values(**row))
         [made] = _found(memory, ENROLMENTS.c.secret_hash == row["secret_hash"])
     return made, secret
@@ -157,7 +157,7 @@ def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
         found = _found(memory, ENROLMENTS.c.id == number) if number < _BEYOND else []
         if not found:
             raise SettingsError([SettingsProblem("NUMBER", "an enrolment of `ca-bridge enrolments`", str(number))])
-        _recorded(settings, audit.WITHDRAWN, f"enrolment {number} of node {found[0].node}, cluster {found[0].cluster}")
+        _record(settings, audit.WITHDRAWN, f"enrolment {number} of node {found[0].node}, cluster {found[0].cluster}")
         is_open = (ENROLMENTS.c.id == number, ENROLMENTS.c.withdrawn.is_(None))
         memory.change(ENROLMENTS.update().where(*is_open).values(withdrawn=now))
         if found[0].request is not None:  # the next round refuses it
@@ -165,7 +165,7 @@ def withdraw(settings: Settings, number: int, now: datetime) -> Enrolment:
         return _found(memory, ENROLMENTS.c.id == number)[0]
 
 
-def _recorded(settings: Settings, event: str, about: str) -> None:
+def _record(settings: Settings, event: str, about: str) -> None:
     """Write an event to the audit log before it takes effect."""
     with recording(settings, _WAIT) as (_, record):
         record.add(event, result=about)

@@ -114,7 +114,7 @@ class Est:
             wanted = "the certificate that is replaced" if renews else "a client certificate"
             raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
         csr = _csr(environ)
-        again = _again(asker, used, csr)
+        again = _repeat_digest(asker, used, csr)
         kept = self._door.memory.find(again, "again")
         if kept is None:
             kept = self._receive(self._bundle(label, asker, node, csr, again), asker, used, again, environ)
@@ -241,7 +241,7 @@ def _csr(environ: Environ) -> x509.CertificateSigningRequest:
         raise _away(HTTPStatus.BAD_REQUEST, str(e)) from None
 
 
-def _again(asker: Asker, used: Enrolment | None, csr: x509.CertificateSigningRequest) -> str:
+def _repeat_digest(asker: Asker, used: Enrolment | None, csr: x509.CertificateSigningRequest) -> str:
     """Return a hash of label, operation, requester and CSR, by which the door recognizes a repeated request."""
     who = fingerprint(asker.certificate) if asker.certificate is not None else f"enrolment {used and used.id}"
     return sha256(json.dumps([asker.label, asker.renews, who, csr_fingerprint(csr)]).encode()).hexdigest()

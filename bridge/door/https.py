@@ -136,7 +136,7 @@ def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certific
     return context
 
 
-class _Once(dict[bytes, bytes]):
+class _UniqueHeaders(dict[bytes, bytes]):
     """A request's headers; those that set its end, its host or its media type must not repeat."""
 
     def __setitem__(self, name: bytes, value: bytes) -> None:
@@ -148,7 +148,7 @@ class _Once(dict[bytes, bytes]):
 class _Request(cheroot_server.HTTPRequest):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.inheaders = _Once()
+        self.inheaders = _UniqueHeaders()
         self.header_reader = _Headers()
         self._body: bytes | None = None  #: A body that came in chunks.
 
@@ -168,7 +168,7 @@ class _Request(cheroot_server.HTTPRequest):
         length = self.inheaders.get(b"Content-Length", b"0")
         if b"Transfer-Encoding" in self.inheaders or not length.isdigit():
             self.close_connection = True
-            self.simple_response("411 Length Required", "A request tells its length, in digits.")
+            self.simple_response("411 Length Required", "A request needs a Content-Length, in digits.")
             return False
         return True
 
@@ -219,7 +219,7 @@ class _Headers(cheroot_server.DropUnderscoreHeaderReader):
 class _Connection(cheroot_server.HTTPConnection):
     RequestHandlerClass = _Request
     admitted = False
-    shaken = False
+    has_handshake = False
     began = 0.0  #: Start of the current exchange, by the monotonic clock.
 
     def communicate(self) -> bool:
@@ -228,11 +228,11 @@ class _Connection(cheroot_server.HTTPConnection):
         with self.server.mutex:
             self.server.working.add(self)
         try:
-            if not self.shaken:
+            if not self.has_handshake:
                 self.socket.do_handshake()
                 if (der := self.socket.getpeercert(binary_form=True)) is not None:
                     self.ssl_env = {**self.ssl_env, PEER: der}
-                self.shaken = True
+                self.has_handshake = True
             return bool(super().communicate())  # type: ignore[no-untyped-call]  # cheroot's stubs
         except OSError:  # or SSLError, a subclass: a client's error is not logged
             return False
@@ -324,7 +324,7 @@ class Https(wsgi.Server):
 
     def put_conn(self, conn: _Connection) -> None:
         """Wait for a connection's next request, unless TLS has buffered it already, which wakes nothing up."""
-        if self.ready and conn.shaken and conn.socket.pending():
+        if self.ready and conn.has_handshake and conn.socket.pending():
             self.process_conn(conn)
         else:
             super().put_conn(conn)

@@ -79,7 +79,7 @@ class Service:
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
         self._signing.look()
-        self._persons = _persons(settings, self._others())
+        self._persons = _persons(settings, self._node_cas())
         self._assert_labels()
         for name, text in self._signing.troubles.items():
             log.warning("%s: %s; requests for it wait", name, text)
@@ -106,7 +106,7 @@ class Service:
         self._ending = True
 
     def run(self, started: Callable[[int], None]) -> None:
-        """Serve until `stop`, after a call of `started` with the port."""
+        """Listen, call `started` with the port, and serve until `stop`."""
         gc.set_threshold(GARBAGE)  # bundles are many objects without cycles
         sys.setswitchinterval(SWITCH_SECONDS)
         spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
@@ -146,17 +146,17 @@ class Service:
                 wanted = f"a certificate by {' or '.join(here)}, which the settings have"
                 raise SettingsError([SettingsProblem(f"est.{label}", wanted, f"one by {spec.authority.name}")])
 
-    def _others(self) -> list[x509.Certificate]:
+    def _node_cas(self) -> list[x509.Certificate]:
         """Return the CAs that sign for nodes and agents."""
         return [*chain(*self._signing.cas.values(), *self._signing.policy.est_cas.values())]
 
     def _anchors(self) -> list[x509.Certificate]:
         """Return the CAs whose certificates clients may present: nodes' and approvers'."""
-        return list(dict.fromkeys([*self._others(), *self._persons]))
+        return list(dict.fromkeys([*self._node_cas(), *self._persons]))
 
     def _trust(self) -> Trust:
         """Return what verifies approvers' decisions, without any CA that also signs for nodes or agents."""
-        anchors = tuple(one for one in self._persons if not _shares_key(one, self._others()))
+        anchors = tuple(one for one in self._persons if not _shares_key(one, self._node_cas()))
         return Trust(anchors=anchors, secret=self._secret, now=self._now())
 
     # --- signing ------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Service:
         if self._door.ending.is_set():
             yield "the door is shutting down"
         if self._trouble:
-            yield "no round of signing succeeds; the log says why"
+            yield "signing rounds fail; the log says why"
         try:
             self.memory.find("")
         except DatabaseError:

@@ -256,7 +256,7 @@ class Memory:
         self._add = self.insert(REQUESTS).on_conflict_do_nothing().returning(REQUESTS.c.id)
         self._add_issued = self.insert(CERTIFICATES).on_conflict_do_nothing()
         if is_file:
-            sa.event.listen(self.engine, "connect", _careful)
+            sa.event.listen(self.engine, "connect", _set_pragmas)
         if password is not None:
             sa.event.listen(self.engine, "do_connect", _with_password(password))
         try:
@@ -451,7 +451,7 @@ def _with_password(password: Secret) -> Callable[[Any, Any, Any, dict[str, Any]]
     return connect
 
 
-def _careful(connection: Any, _: ConnectionPoolEntry) -> None:
+def _set_pragmas(connection: Any, _: ConnectionPoolEntry) -> None:
     """Make SQLite sync each commit to disk, and let no reader block a writer."""
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
