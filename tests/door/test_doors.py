@@ -145,7 +145,7 @@ def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tm
         doors.assert_ours()
     doors.is_ending = False
     doors._heard -= STALE_SECONDS + 1
-    with pytest.raises(NotOursError, match="silent"):
+    with pytest.raises(NotOursError, match="heartbeat"):
         doors.assert_ours()
 
 
