@@ -413,7 +413,7 @@ def test_a_door_that_ends_while_a_ca_is_asked(desk: Desk, pairs: Pairs, *, answe
         files = Path(f"/proc/{door.process.pid}/fd")
         wait_until(lambda: _opened(files, lock), bool, _PATIENCE, pause_seconds=0.05)  # it asks for the lock
         door.process.terminate()
-        wait_until(lambda: any("ending" in one for one in door.said), bool, _PATIENCE, pause_seconds=0.05)
+        wait_until(lambda: any("shutting down" in one for one in door.said), bool, _PATIENCE, pause_seconds=0.05)
         if not answers:
             assert door.ended() == Exit.DONE
     assert door.ended() == Exit.DONE
