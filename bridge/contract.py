@@ -1,12 +1,12 @@
 """
-The contract with a backend: what a way to a CA must do, and what it may do.
+The contract with a backend: what it must do, and what it may do.
 
 A backend talks to its CA and does nothing else.
-It is never given a private key of the node, writes no file on the node, and need not check what came
-back: `bridge.pki.verify` does that, for all backends alike.
+It never gets a private key of the node, writes no file on the node, and need not check the CA's answer:
+`bridge.pki.verify` does that for every backend.
 
-A method that asks the CA raises a BackendRefusedError where the CA says no or does not accept us, and a
-BackendUnavailableError where it does not answer; a docstring has these errors only where they mean more.
+A method that asks the CA raises BackendRefusedError if the CA refuses or rejects our credentials, and
+BackendUnavailableError if it does not answer; a docstring lists these errors only where they mean more.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ USAGES = ("server", "client", "peer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuity:
-    """Who asks, and the proof that it is the holder of the certificate that is being renewed."""
+    """The node that asks, and its proof that it holds the key of the certificate it renews."""
 
-    batch: str  #: Of the requests that are sent together; 32 hex digits.
+    batch: str  #: ID that requests sent together share; 32 hex digits.
     node: str
     cluster: str
     proof: bytes | None  #: See `bridge.pki.signatures`; None: the old key can't be read.
-    #: When, in whole seconds, UTC; None: an earlier version of the program asked, whose proof covers no time.
+    #: Time of the request, in whole seconds, UTC; None: from an earlier version, whose proof covers no time.
     asked: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """The names of a certificate whose CSR has none, as a pod's has."""
+    """The names of a certificate whose CSR carries none, such as a pod's."""
 
-    common_name: str = ""  #: The subject is this CN and nothing else; empty: the subject is empty, too.
+    common_name: str = ""  #: The whole subject is this CN; empty: an empty subject.
     uris: tuple[str, ...] = ()
     dns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignRequest:
-    """One certificate that a CA is asked for."""
+    """A request to a CA for one certificate."""
 
-    spec: CertificateSpec  #: Its name, authority and EKUs; the CSR names no EKU.
-    csr_pem: bytes  #: PKCS#10, one PEM block; subject and SANs are those of the certificate to come.
-    validity: timedelta  #: Wanted; a CA may give less, down to the settings' `min_validity`.
+    spec: CertificateSpec  #: The certificate's name, authority and EKUs; the CSR names no EKU.
+    csr_pem: bytes  #: PKCS#10, one PEM block, with the subject and SANs of the new certificate.
+    validity: timedelta  #: The validity to ask for; a CA may give less, down to the settings' `min_validity`.
     replaces: x509.Certificate | None = None
-    continuity: Continuity | None = None  #: Only for a backend that `Carries` requests to people.
-    #: Only for a backend with `NamesBesideCsr`: these names, and none of the CSR's; None: those of the CSR.
+    continuity: Continuity | None = None  #: Only for a backend with `Carries`.
+    #: Only for a backend with `NamesBesideCsr`: the names to use instead of the CSR's; None: the CSR's.
     names: Names | None = None
 
     @cached_property
@@ -79,16 +79,16 @@ class Issued:
 
     leaf: x509.Certificate
     #: In the order of RFC 8446 §4.4.2 (each certifies the one before it), without the trust anchor;
-    #: further certificates do no harm, the bridge takes those that it needs.
+    #: further certificates do no harm, since the bridge takes only those that it needs.
     intermediates: tuple[x509.Certificate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """The CA has the request, and answers later; the backend must be able to `collect`."""
+    """The CA has the request and will answer later; the backend must have `collect`."""
 
-    reference: str  #: The backend's own, with which `collect` finds the request again; no secret.
-    note: str = ""  #: For the operator, such as whose turn it is.
+    reference: str  #: The backend's own reference, by which `collect` finds the request again; no secret.
+    note: str = ""  #: For the operator, such as who has to act next.
 
 
 class Backend(Protocol):
@@ -98,7 +98,7 @@ class Backend(Protocol):
         """
         Have the CA sign one CSR.
 
-        May be called from several threads at once. It does not retry: the bridge does, with the same CSR
+        Several threads may call it at once. It does not retry: the bridge does, with the same CSR
         (a second certificate for one key is harmless, a lost key is not).
 
         Args:
@@ -106,7 +106,7 @@ class Backend(Protocol):
                 extension section), because the CSR does not name them.
 
         Raises:
-            BackendRefusedError: The CA said no; trying again cannot help.
+            BackendRefusedError: The CA refused; trying again cannot help.
             BackendUnavailableError: No answer, or "later"; trying again may help.
         """
 
@@ -117,50 +117,50 @@ class SignsMany(Protocol):
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """
-        Have the CA sign all; one bad CSR among them fails alone.
+        Have the CA sign all requests; one bad CSR does not fail the others.
 
         Returns:
-            One answer a request, in their order: a certificate, `Pending`, or the `BackendError` for that one.
+            One answer for each request, in the same order: a certificate, `Pending`, or a `BackendError`.
 
         Raises:
-            BackendRefusedError: For all of them.
-            BackendUnavailableError: For all of them.
+            BackendRefusedError: The CA refused the whole batch.
+            BackendUnavailableError: The CA answered none of the requests.
         """
 
 
 @runtime_checkable
 class SignsSideBySide(Protocol):
-    """Optional: sign several at the same time, each by a request of its own, without a thread for each."""
+    """Optional: sign several CSRs at the same time, each in its own request, without a thread for each."""
 
     def sign_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """
-        Have the CA sign all; what goes wrong with one of them is that one's answer.
+        Have the CA sign all requests; the error of one request is its answer.
 
         Returns:
-            One answer a request, in their order, as `sign` has it or raises it.
+            One answer for each request, in the same order, as `sign` returns or raises it.
         """
 
 
 @runtime_checkable
 class Collects(Protocol):
     """
-    Optional: ask for the answer to a request that was `Pending`, in a later process.
+    Optional: collect the answer to a `Pending` request, in a later process.
 
-    The key is safe on disk before such a backend is asked. After a crash it may be asked once more with the same CSR
-    and the same `continuity`, and should not ask its CA twice.
+    The key is safe on disk before the bridge asks such a backend. After a crash the bridge may ask again with the same
+    CSR and `continuity`; the backend should then not ask its CA twice.
     """
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """
-        Look whether the CA has answered.
+        Return the CA's answer if there is one, else `Pending` again.
 
         Args:
-            request: As it was sent.
-            reference: Of the latest `Pending`.
+            request: The request as it was sent.
+            reference: The reference of the latest `Pending`.
 
         Raises:
-            BackendRefusedError: The CA said no, or knows no such request any more; it will not be asked for again.
-            NoVerdictError: The CA could not be asked as things are set up; the request stays open.
+            BackendRefusedError: The CA refused, or no longer knows the request; the bridge stops asking for it.
+            NoVerdictError: The CA can't be asked with this configuration; the request stays open.
             BackendUnavailableError: No answer from the CA itself.
         """
 
@@ -168,51 +168,51 @@ class Collects(Protocol):
 @runtime_checkable
 class CollectsAll(Protocol):
     """
-    Optional, beside `collect`: answers lie where others can put some, too, so that the bridge has to try them all.
+    Optional, beside `collect`: answers come from a directory that others can write to, so the bridge tries them all.
 
-    Other users may have written what `collect` of such a backend returns: no refusal and no wrong certificate ends a
-    request, unless answers are authenticated.
+    Another user may have written the answer that `collect` returns: a refusal or a wrong certificate ends a request
+    only if answers are authenticated.
     """
 
-    authenticated: bool  #: Only the CA's own answers are looked at.
+    authenticated: bool  #: The backend returns only answers that are proven to be the CA's own.
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """
-        All certificates that claim to be the answer to what `collect` would be asked for, the likeliest first.
+        Return all certificates that claim to be the answer to this request, the likeliest first.
 
         Raises:
-            BackendUnavailableError: The place can't be looked at.
+            BackendUnavailableError: The directory can't be read.
         """
 
     def accepted(self, request: SignRequest, reference: str) -> None:
-        """Hear that one of the candidates passed: what lies there to ask for it may be put away. Never raises."""
+        """Note that a candidate passed verification, so that the request file may be removed. Never raises."""
 
 
 @runtime_checkable
 class PutsAway(Protocol):
-    """Optional, beside `collect`: requests or answers lie on this node, and are of no use once they are over."""
+    """Optional, beside `collect`: remove files of finished requests and their answers from this node."""
 
     def put_away(self, reference: str) -> None:
         """
-        Remove the requests of the latest `Pending` and what answers them: each is installed, refused or cancelled.
+        Remove the requests of the latest `Pending` and their answers: each is installed, refused or cancelled.
 
-        Called after an installation or a cancellation, or by the next run if that one was killed.
+        The bridge calls it after an installation or a cancellation; if that run was killed, the next run does.
 
         Raises:
-            BackendUnavailableError: It can't be removed; a warning says so, and it is not tried again.
+            BackendUnavailableError: A file can't be removed; the bridge warns, and does not try again.
         """
 
 
 @runtime_checkable
 class AsksValidity(Protocol):
-    """Optional: the validity of a request reaches the CA, and none gives more; elsewhere a profile decides."""
+    """Optional: the CA gets the requested validity and never gives more; without this, a profile decides."""
 
     asks_validity: bool
 
 
 @runtime_checkable
 class NamesBesideCsr(Protocol):
-    """Optional: `SignRequest.names` reach the CA beside the CSR; a pod's CSR is empty, so that pods need it."""
+    """Optional: the CA gets `SignRequest.names` beside the CSR; pods need this, since their CSR is empty."""
 
     names_beside_csr: bool
 
@@ -220,9 +220,9 @@ class NamesBesideCsr(Protocol):
 @runtime_checkable
 class Carries(Protocol):
     """
-    Optional: requests reach the CA by hand, so that each has to say, and prove, who asks: `SignRequest.continuity`.
+    Optional: each request names its node and proves it (`SignRequest.continuity`), since the way to the CA does not.
 
-    Authorities that name the same table with the same settings share one instance, which gets all their requests at once.
+    Authorities with the same table and the same settings share one instance, which gets all their requests at once.
     """
 
     carries: bool
@@ -234,11 +234,11 @@ class Checks(Protocol):
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """
-        Ask the CA for the profile, role or section that each certificate would be signed with.
+        Ask the CA for the profile, role or section that would sign each certificate.
 
         Returns:
-            The violations by certificate name; a name without any is left out.
-            What the CA does not let us see is no violation.
+            The violations by certificate name, without names that have none.
+            A profile or role that the CA does not show counts as no violation.
         """
 
 
@@ -247,163 +247,163 @@ class Wanted:
     """A certificate as a renewal would ask for it, without a key and a CSR."""
 
     spec: CertificateSpec
-    certificate: x509.Certificate  #: The live one: its subject and SANs are asked for again.
-    key: KeyAlgorithm  #: Of the key that would be made.
-    validity: timedelta  #: That would be asked for.
-    at_least: timedelta  #: An answer that lives shorter would be refused.
+    certificate: x509.Certificate  #: The live certificate, whose subject and SANs the renewal asks for again.
+    key: KeyAlgorithm  #: Algorithm of the new key.
+    validity: timedelta  #: The validity to ask for.
+    at_least: timedelta  #: The shortest lifetime that the bridge would accept.
     #: (OID, value) of subject attributes that this CA may add or leave out (`allow_extra_subject`).
     extra_subject: frozenset[tuple[str, str]] = frozenset()
 
 
 @runtime_checkable
 class ChecksWhole(Protocol):
-    """Optional, beside `Checks`: find out, without spending a signature, whether `sign` would refuse, or be refused."""
+    """Optional, beside `Checks`: find out, without spending a signature, whether the CA or the bridge would refuse."""
 
     def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
         """
         Compare names, groups, SANs, kinds of keys and lifetimes with the profile, role or section that would sign.
 
-        For `ca-bridge doctor`. It returns what `check` returns, whose own findings need not be found again.
+        For `ca-bridge doctor`. It returns violations as `check` does, and need not repeat the findings of `check`.
         """
 
 
 @runtime_checkable
 class Advises(Protocol):
-    """Optional: what to look at where a certificate is, or would be, another one than was asked for."""
+    """Optional: say what to check at a CA that signs, or would sign, another certificate than requested."""
 
     def advice(self, spec: CertificateSpec) -> str:
         """
-        Name the role, profile or section that signs it, and how it should be, for an error's hint; asks nothing.
+        Name the role, profile or section that signs it, and what it should hold, for an error's hint; asks no CA.
 
-        Such as: compare role kubeadm-apiserver of pki with what `ca-bridge setup vault --authority ca` prints.
+        Example: compare role kubeadm-apiserver of pki with what `ca-bridge setup vault --authority ca` prints.
         """
 
 
 @runtime_checkable
 class TellsTime(Protocol):
-    """Optional: how the CA's clock and ours differ."""
+    """Optional: compare the CA's clock with ours."""
 
     def clock_ahead(self) -> timedelta | None:
         """
-        How far the CA's clock was ahead of this machine's at its latest answer (RFC 9110 §6.6.1), negative if behind.
+        Return how far the CA's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1), negative if behind.
 
-        Called after another question; it asks nothing itself. None: there was no answer with a date.
+        The bridge calls it after another request; it sends none itself. None: no answer had a date.
         """
 
 
 @runtime_checkable
 class ListsIssuers(Protocol):
-    """Optional: the CA's own certificates, for the comparison with the node's trust anchor."""
+    """Optional: return the CA's own certificates, to compare them with the node's trust anchor."""
 
     def issuers(self) -> list[x509.Certificate]:
         """
-        The certificate that signs, then its chain as far as the CA tells; empty: this CA does not tell.
+        Return the signing certificate, then its chain as far as the CA shows it; empty: this CA shows none.
 
         Raises:
-            BackendRefusedError: The CA does not accept us, or has no certificate.
+            BackendRefusedError: The CA rejects our credentials, or has no certificate.
         """
 
 
 @runtime_checkable
 class ListsIssuersOf(Protocol):
-    """Optional: as `ListsIssuers`, by a backend that several authorities share."""
+    """Optional: `ListsIssuers` for a backend that several authorities share."""
 
     def issuers_of(self, authority: str) -> list[x509.Certificate]:
-        """As `ListsIssuers.issuers`, of the authority with this name, such as `etcd-ca`."""
+        """Return what `ListsIssuers.issuers` does, for the authority with this name, such as `etcd-ca`."""
 
 
 @runtime_checkable
 class Identifies(Protocol):
-    """Optional: who we are to the CA, for the record."""
+    """Optional: return our name at the CA, for the audit log."""
 
     def identity(self) -> str:
         """
-        A name that the CA's own log knows us by, such as a role's or a client certificate's; never a credential.
+        Return our name in the CA's own log, such as that of a role or client certificate; never a credential.
 
-        Called after `check`, if there is one. Empty: the CA does not tell.
+        The bridge calls it after `check`, if there is one. Empty: the CA does not say.
         """
 
 
 @runtime_checkable
 class Spends(Protocol):
-    """Optional: some credentials are good once; `ca-bridge doctor` leaves them to the renewal."""
+    """Optional: name credentials that work only once; `ca-bridge doctor` leaves them to the renewal."""
 
     def spends(self) -> str:
-        """The thing that `check` and `identity` would use up, such as a wrapping token in a file, in words; empty: nothing."""
+        """Name the credential that `check` and `identity` would use up, such as a wrapping token; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CredentialEnd:
-    """When something ends that a backend logs in with."""
+    """When a credential of a backend expires."""
 
-    key: str  #: The settings' key relative to the backend's table, such as `auth.token_file`.
+    key: str  #: The settings key relative to the backend's table, such as `auth.token_file`.
     ends: datetime
-    begins: datetime | None = None  #: None: the CA does not tell.
-    file: Path | None = None  #: The file that it was read from.
+    begins: datetime | None = None  #: None: the CA does not say.
+    file: Path | None = None  #: The file that holds the credential.
 
 
 @runtime_checkable
 class TellsEnds(Protocol):
-    """Optional: when a token or another secret ends, as far as the CA, or the secret itself, tells."""
+    """Optional: say when a token or another secret expires, as far as the CA or the secret itself shows."""
 
     def credential_ends(self) -> Sequence[CredentialEnd]:
-        """Ask, as far as we may; without those that have no end, or that something else renews."""
+        """Return the expiry times that we may read, without credentials that something else renews."""
 
 
 @runtime_checkable
 class Recalls(Protocol):
-    """Optional: find what the CA signed for a run that was killed before it could take the answer."""
+    """Optional: find certificates that the CA signed for a run that was killed before it got the answer."""
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
         """
         Look for certificates with exactly these keys and usages.
 
         Args:
-            requests: As they were sent.
-            since: Nothing older is looked at; aware.
+            requests: The requests as they were sent.
+            since: Older certificates are skipped; an aware datetime.
 
         Returns:
-            One answer a request, in their order; None: it will be asked for again.
+            One answer for each request, in the same order; None: the bridge asks for it again.
         """
 
 
 @runtime_checkable
 class RecallsIfAllowed(Recalls, Protocol):
-    """Optional: `recall` needs a right that the CA's owner may not have given; without it nothing is found."""
+    """Optional: `recall` needs a right that the CA's owner may not have granted; without it, it finds nothing."""
 
     def may_recall(self) -> bool:
-        """Whether `recall` finds all that was signed for us."""
+        """Whether `recall` finds every certificate that was signed for us."""
 
 
 @runtime_checkable
 class Revokes(Protocol):
-    """Optional: revoke a certificate that was superseded."""
+    """Optional: revoke a superseded certificate."""
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """
-        Have the CA revoke a certificate of its own (RFC 5280 §5.3.1, reason `superseded`); revoked already is no error.
+        Have the CA revoke one of its certificates (RFC 5280 §5.3.1, reason `superseded`), if it is not revoked already.
 
         Raises:
-            BackendRefusedError: The CA said no, or does not know the certificate.
+            BackendRefusedError: The CA refused, or does not know the certificate.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revocation:
-    """A superseded certificate that is to be revoked, and the proof that the holder of its successor asks for that."""
+    """A superseded certificate to revoke, and the proof that the holder of its successor asks for it."""
 
-    name: str  #: kubeadm's.
+    name: str  #: kubeadm's name for the certificate.
     certificate: x509.Certificate
-    successor: x509.Certificate  #: Live, and seen in use.
-    proof: bytes  #: By the successor's key; see `bridge.pki.node_proofs`.
+    successor: x509.Certificate  #: Its replacement, live and seen in use.
+    proof: bytes  #: Made with the successor's key; see `bridge.pki.node_proofs`.
 
 
 @runtime_checkable
 class RevokesProven(Protocol):
-    """Optional, for a backend that `Carries`: as `Revokes`, where the other side has to find out who asks."""
+    """Optional, for a backend with `Carries`: revoke a certificate, with a proof of which node asks."""
 
     def revoke_proven(self, revocation: Revocation) -> None:
-        """As `Revokes.revoke`; the other side may refuse it by its policy (BackendRefusedError)."""
+        """Do as `Revokes.revoke`; the other side's policy may refuse it (BackendRefusedError)."""
 
 
 @runtime_checkable
@@ -418,20 +418,20 @@ class TellsRevoked(Protocol):
             True if the CA has it as revoked; False also for a certificate that the CA does not know.
 
         Raises:
-            BackendRefusedError: The CA does not accept us, or can't say.
+            BackendRefusedError: The CA rejects our credentials, or can't say.
         """
 
 
 @runtime_checkable
 class ListsRevoked(Protocol):
-    """Optional, beside `TellsRevoked`, to look many certificates up at once."""
+    """Optional, beside `TellsRevoked`: look up many certificates at once."""
 
     def revoked(self) -> Collection[int] | None:
         """
-        List what this CA has revoked.
+        List the certificates that this CA has revoked.
 
         Returns:
-            The serial numbers; None: the CA does not list them for us, so that each has to be looked up.
+            The serial numbers; None: the CA does not list them for us, so the bridge looks up each one.
 
         Raises:
             BackendUnavailableError: No answer.
@@ -440,25 +440,25 @@ class ListsRevoked(Protocol):
 
 @runtime_checkable
 class Closes(Protocol):
-    """Optional: give back at the end what the backend took (sessions, tokens that it made)."""
+    """Optional: release what the backend holds (sessions, tokens that it created)."""
 
     def close(self) -> None:
-        """End connections and give back what is held; never raises for a CA that can't be reached."""
+        """Close connections and release what is held; never raises for a CA that can't be reached."""
 
 
 class BackendType(Protocol):
     """The object that an entry point in `ENTRY_POINT_GROUP` names: usually the backend's class."""
 
-    #: A frozen dataclass below `BackendSettings`; its fields are the keys that the settings may have.
+    #: A frozen dataclass derived from `BackendSettings`; its fields are the keys that the settings may have.
     settings_type: ClassVar[type[BackendSettings]]
 
     @classmethod
     def from_settings(cls, settings: BackendSettings) -> Backend:
         """
-        Make the backend; no network yet.
+        Make the backend, without the network.
 
         Args:
-            settings: An instance of `settings_type`, whose `problems` are none.
+            settings: An instance of `settings_type` that has no `problems`.
 
         Raises:
             SettingsError: A file that the settings name can't be used.
@@ -467,7 +467,7 @@ class BackendType(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamePatterns:
-    """The names that certificates of one kind may have beside an empty CSR; `*` stands for any text, `?` for one letter."""
+    """The names that one kind of certificate may have beside an empty CSR; `*` is any text, `?` any one character."""
 
     spec: CertificateSpec
     longest: timedelta
@@ -478,17 +478,17 @@ class NamePatterns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupRequest:
-    """All that `ca-bridge setup TYPE` knows about one authority, when it asks a backend type for what the CA needs."""
+    """What `ca-bridge setup TYPE` knows about one authority."""
 
     authority: Authority
-    #: The authority's live ones by kubeadm's name; empty only if there are `patterns`.
+    #: The authority's live certificates by kubeadm's name; empty only if there are `patterns`.
     certificates: Mapping[str, x509.Certificate]
-    validity: timedelta  #: Wanted (`renewal.validity`).
+    validity: timedelta  #: The validity to ask for (`renewal.validity`).
     node: str  #: `node.name`.
     cluster: str  #: `node.cluster`.
-    #: By field of `settings_type`, as far as the settings have them for this authority; required ones may be missing.
+    #: This authority's settings, by field of `settings_type`; required fields may be missing.
     settings: Mapping[str, Any]
-    #: For certificates whose names travel beside the CSR; asked of a backend type with `NamesBesideCsr` alone.
+    #: For certificates whose names travel beside the CSR; only a backend type with `NamesBesideCsr` gets them.
     patterns: Sequence[NamePatterns] = ()
 
 
@@ -496,50 +496,50 @@ class SetupRequest:
 class SetupFile:
     """One text for the CA's administrator."""
 
-    name: str  #: A file name without a directory, such as `ca.cnf`; the only one of its authority's.
+    name: str  #: A file name without a directory, such as `ca.cnf`; unique among the authority's files.
     text: str
     executable: bool = False  #: A script.
-    alone: bool = False  #: Nothing may follow it in one stream.
-    by_node: bool = False  #: The same file for another node stands beside it, and takes nothing of it.
+    alone: bool = False  #: Nothing may follow it in the same stream.
+    by_node: bool = False  #: Each node has its own file, and applying one undoes nothing of another node's.
 
 
 @runtime_checkable
 class SetsUp(Protocol):
     """
-    Optional, for a backend *type* (a class method): what the CA's administrator needs for exactly these certificates.
+    Optional, for a backend *type* (a class method): write what the CA's administrator needs for these certificates.
 
-    `ca-bridge setup TYPE` prints it, or writes it into a directory; no network, no instance of the backend.
+    `ca-bridge setup TYPE` prints it, or writes it into a directory, without the network or an instance of the backend.
     """
 
     def setup(self, wanted: SetupRequest) -> Sequence[SetupFile]:
         """
-        Make roles, profiles, configuration or commands, commented, with the places that the settings name.
+        Write commented roles, profiles, configuration or commands, with the names and paths of the settings.
 
         Raises:
-            BridgeError: The certificates can't be had from such a CA; says which and why.
+            BridgeError: Such a CA can't sign a certificate; the message says which and why.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendSettings:
     """
-    The keys that every backend has; a backend's own settings are a frozen dataclass below this one.
+    The keys that every backend has; a backend's own settings are a frozen dataclass derived from this one.
 
-    The settings file is read into the dataclass by the types of its fields, strictly: `str`, `bool`, `int`,
+    The bridge reads the settings file into it strictly, by the types of its fields: `str`, `bool`, `int`,
     `Path` (absolute), `timedelta` ("30s", "12h", "365d"), `Literal[...]`, `Secret`, `dict[str, str]`, another
     dataclass for a table, and any of these `| None`. A field without a default is required.
     """
 
     #: `node.name`, which the bridge fills in; no key of the backend's table.
     node: str = field(default="", metadata={GIVEN: True})
-    #: The names of the node's further pairs, which the bridge fills in, too.
+    #: The names of the node's further pairs, which the bridge fills in.
     pairs: tuple[str, ...] = field(default=(), metadata={GIVEN: True})
-    #: The limit for one request or process; a process that signs several certificates may take longer.
+    #: Time limit for one request or process; a process that signs several certificates may take longer.
     timeout: timedelta = timedelta(seconds=30)
-    retry_for: timedelta = timedelta(minutes=2)  #: How long a CA that is unavailable is asked again.
+    retry_for: timedelta = timedelta(minutes=2)  #: How long to keep trying a CA that is unavailable.
 
     def writes(self) -> Sequence[Path]:
-        """Directories on this machine that the backend writes into, which a unit's sandbox has to leave open."""
+        """Directories on this machine that the backend writes to, for the sandbox of a systemd unit."""
         return ()
 
     def programs(self) -> Sequence[str]:
@@ -548,9 +548,9 @@ class BackendSettings:
 
     def private_files(self) -> Iterator[Path]:
         """
-        Files of these settings that only their owner may read, for `ca-bridge doctor`, which opens none.
+        Files in these settings that only their owner may read, for `ca-bridge doctor`, which opens none of them.
 
-        By default those of secrets, and of paths in a field whose name ends with `key`; a backend adds what it has besides.
+        By default the files of secrets, and paths in fields whose names end with `key`; a backend adds its others.
         """
         for key, value in leaves(self):
             if isinstance(value, Secret) and value.kind == "file" and "{" not in value.where:
@@ -560,10 +560,10 @@ class BackendSettings:
 
     def credentials(self) -> Iterator[tuple[str, Path]]:
         """
-        Files with certificates that the backend logs in with, each with its key relative to the backend's table.
+        Certificate files that the backend logs in with, each with its settings key relative to the backend's table.
 
-        By default those in a field whose name ends with `client_cert`; a backend adds what it has besides. A file may
-        also be a kubeconfig. None is opened.
+        By default the paths in fields whose names end with `client_cert`; a backend adds its others. A file may also
+        be a kubeconfig. None is opened.
         """
         for key, value in leaves(self):
             if isinstance(value, Path) and key.endswith("client_cert"):
@@ -571,7 +571,7 @@ class BackendSettings:
 
     def problems(self) -> Iterator[SettingsProblem]:
         """
-        Problems that types alone can't see, such as keys that exclude each other.
+        Find problems that types alone can't show, such as keys that exclude each other.
 
         Yields:
             Problems with a key relative to the backend's table, such as `auth.method`.
@@ -582,7 +582,7 @@ class BackendSettings:
 @dataclass(frozen=True, slots=True)
 class Selector:
     """
-    Which role or profile a certificate is signed with: a pattern, and exceptions to it.
+    Chooses the role or profile that signs a certificate: a pattern, and exceptions to it.
 
     The pattern may hold `{name}` (the certificate's name, dots and all), `{usage}` (`server`, `client`
     or `peer`) and `{node}` (`node.name`); an exception is named by certificate, or else by usage class.
@@ -593,14 +593,14 @@ class Selector:
     node: str = ""
 
     def __call__(self, spec: CertificateSpec) -> str:
-        """The role's or profile's name."""
+        """Return the role's or profile's name."""
         for key in (spec.name, spec.usage):
             if key in self.exceptions:
                 return self.exceptions[key]
         return self.pattern.format(name=spec.name, usage=spec.usage, node=self.node)
 
     def problems(self, key: str, exceptions_key: str, pairs: Sequence[str] = ()) -> Iterator[SettingsProblem]:
-        """Problems of the pattern (settings key `key`) and of the exceptions (`exceptions_key`); `pairs` may have some."""
+        """Problems of the pattern (settings key `key`) and its exceptions (`exceptions_key`; they may name `pairs`)."""
         try:
             fields = {name for _, name, _, _ in Formatter().parse(self.pattern) if name is not None}
         except ValueError:

@@ -1,4 +1,4 @@
-"""What can go wrong, as data: each error knows its exit code and what to do next."""
+"""Errors as data: each knows its exit code and what to do next."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Exit:
     ROLLED_BACK = 8
     LOCKED = 9
 
-    #: The first of these counts where one run has several outcomes. Most of what is a usage error ends the run before there
-    #: are any; one of several is an authority whose files can't be used.
+    #: The first of these counts if one run has several outcomes. Most usage errors end a run before it has any, but not
+    #: those of one authority's files.
     PRECEDENCE = (ROLLED_BACK, NOT_LIVE, FAILED, USAGE, REFUSED, UNAVAILABLE, WAITING, DONE)
 
     @classmethod
     def worst(cls, codes: Sequence[int]) -> int:
-        """The code of a run with these outcomes; 0 for none."""
+        """The exit code of a run with these outcomes; 0 for none."""
         return min(codes, key=cls.PRECEDENCE.index, default=cls.DONE)
 
 
@@ -54,7 +54,7 @@ class BridgeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SettingsProblem:
-    """One thing that is wrong in the settings; `str()` of it is a line for the operator."""
+    """One problem in the settings; its `str()` is a line for the operator."""
 
     key: str  #: Dotted, such as `backend.corp.auth.method`; empty for the file as a whole.
     wanted: str
@@ -69,7 +69,7 @@ class SettingsProblem:
 
 
 class SettingsError(BridgeError):
-    """The settings can't be used; all problems at once."""
+    """The settings can't be used; the error has all problems at once."""
 
     exit_code = Exit.USAGE
 
@@ -80,7 +80,7 @@ class SettingsError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """One way in which a certificate, or a CA's configuration, is not what was asked for."""
+    """One difference between a request and the certificate, or the CA's configuration for it."""
 
     subject: str  #: What is wrong, such as `EKU` or `SAN`.
     want: str
@@ -91,7 +91,7 @@ class Violation:
 
 
 class VerificationError(BridgeError):
-    """The CA signed, but not the certificate that was asked for."""
+    """The CA signed another certificate than the request asked for."""
 
     exit_code = Exit.REFUSED
     hint = "the CA's profile, role or extension section for this certificate is the usual cause"
@@ -115,7 +115,7 @@ class WaitingError(BridgeError):
 
 
 class PostponedError(BridgeError):
-    """Not done, and no sign that anything is wrong with what was to be done: this is not the moment for it."""
+    """The operation was postponed: nothing is wrong with it, but now is not the time."""
 
     exit_code = Exit.UNAVAILABLE
     hint = "run again later"
@@ -124,21 +124,21 @@ class PostponedError(BridgeError):
 class BackendError(BridgeError):
     """A backend could not have a certificate signed."""
 
-    is_for_all = False  #: Raised for a whole batch, be it of one: the trouble is the CA's, and not the request's.
+    is_for_all = False  #: The whole batch failed, even a batch of one: the cause is the CA, not the request.
 
 
 class BackendRefusedError(BackendError):
-    """The CA said no, or is not usable as it is set up; trying the same again cannot help."""
+    """The CA refused, or can't be used as it is configured; trying the same again cannot help."""
 
     exit_code = Exit.REFUSED
 
 
 class NoVerdictError(BackendRefusedError):
-    """The CA could not be asked as things are set up, or something else answered; a request that waits stays open."""
+    """The CA can't be asked with this configuration, or something else answered; a pending request stays open."""
 
 
 class LocalFileError(NoVerdictError):
-    """A file on this machine that a backend needs is not there, or can't be used; no CA was asked."""
+    """A file on this machine that a backend needs is missing or can't be used; no CA was asked."""
 
     exit_code = Exit.USAGE
 
@@ -150,4 +150,4 @@ class BackendUnavailableError(BackendError):
 
     def __init__(self, message: str, *, hint: str | None = None, retry_after_seconds: float | None = None) -> None:
         super().__init__(message, hint=hint)
-        self.retry_after_seconds = retry_after_seconds  #: As the CA says, if it does.
+        self.retry_after_seconds = retry_after_seconds  #: The wait that the CA asked for, if it did.

@@ -1,4 +1,4 @@
-"""Fields of a backend's settings that are no plain values: secrets, named by their place and read when they are needed, and what is given."""
+"""Special fields of a backend's settings: secrets, read when they are needed, and values that the bridge fills in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from bridge import dataclass
 
-#: In a settings field's metadata: its value comes from the bridge, and no key of the settings file has its name.
+#: In a settings field's metadata: the bridge fills in its value, and it is no key of the settings file.
 GIVEN = "given"
-#: For the program that writes a secret into a pipe, which may have to decrypt it.
+#: Time for the program that writes a secret into a pipe; it may have to decrypt it first.
 _PIPE_SECONDS = 10
 _MAX_BYTES = 1 << 20
 
@@ -26,7 +26,7 @@ class SecretUnavailableError(Exception):
 @dataclass(frozen=True, slots=True)
 class Secret:
     """
-    Where a secret comes from; the value is read when it is needed, and is in no text of this object.
+    Where a secret comes from; its value is read when it is needed, and no text of this object contains it.
 
     In the settings a field `token: Secret` is one of the keys `token_file` (a path), `token_env`
     (an environment variable) and `token_credential` (a systemd credential's name).
@@ -39,7 +39,7 @@ class Secret:
         return {"file": self.where, "env": f"${self.where}", "credential": f"credential {self.where}"}[self.kind]
 
     def read(self) -> str:
-        """The secret, without white space around it (SecretUnavailableError: not there, not readable, or empty)."""
+        """Read the secret, without white space around it (SecretUnavailableError: missing, unreadable or empty)."""
         raw = os.environ.get(self.where, "") if self.kind == "env" else self._read_file()
         value = raw.strip()
         if not value:
@@ -67,7 +67,7 @@ class Secret:
 
 
 def _content(path: Path) -> bytes:
-    """The content of a file or a pipe; a FIFO without a writer, or a file without end, is an OSError."""
+    """Read a file or a pipe; a FIFO without a writer, or a file without end, raises OSError."""
     descriptor, data = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), b""
     try:
         ready = select.poll()
@@ -84,7 +84,7 @@ def _content(path: Path) -> bytes:
 
 
 def leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values of a table of settings, those of tables within it included, without what is given."""
+    """Keys and values of a settings table and the tables within it, without fields that the bridge fills in."""
     for one in fields(table):
         value, key = getattr(table, one.name), f"{prefix}{one.name}"
         if is_dataclass(value) and not hasattr(value, "from_setting") and not isinstance(value, Secret):
