@@ -20,7 +20,7 @@ Usage = Literal["server", "client", "peer"]
 #: kubeadm's `encryptionAlgorithm` values, in small letters.
 KeyAlgorithm = Literal["rsa-2048", "rsa-3072", "rsa-4096", "ecdsa-p256", "ecdsa-p384"]
 KEY_ALGORITHMS: tuple[KeyAlgorithm, ...] = get_args(KeyAlgorithm)
-#: kubeadm's clusterName, where nothing names another.
+#: kubeadm's default clusterName.
 DEFAULT_CLUSTER = "kubernetes"
 
 
@@ -73,7 +73,7 @@ AUTHORITIES = {authority.name: authority for authority in (CA, ETCD_CA, FRONT_PR
 
 
 _NO_GROUP: frozenset[str] = frozenset()
-#: Kubernetes lets its members do everything, and no RBAC rule can take that back.
+#: The group whose members may do everything; no RBAC rule can take that back.
 MASTERS = "system:masters"
 _MASTERS = frozenset({MASTERS})
 _ADMINS = frozenset({"kubeadm:cluster-admins"})
@@ -91,29 +91,29 @@ class CertificateSpec:
     name: str  #: As in `kubeadm certs check-expiration`.
     authority: Authority
     ekus: frozenset[EKU]  #: Exactly these.
-    common_names: tuple[str, ...] = ()  #: Who it is for; `{node}` stands for the node's name.
+    common_names: tuple[str, ...] = ()  #: The CNs that it may have; `{node}` stands for the node's name.
     base: str = ""  #: `{base}.crt` and `{base}.key` below `pki_dir`; for a kubeconfig its name in `kubeconfig_dir`.
-    groups: tuple[frozenset[str], ...] = (_NO_GROUP,)  #: Its O values, by kubeadm's versions: all of one, or fewer.
+    groups: tuple[frozenset[str], ...] = (_NO_GROUP,)  #: Its O values, a set for each kubeadm version; fewer are fine.
     kubeconfig: bool = False  #: The pair is embedded in a kubeconfig.
-    component: Component | None = None  #: The process that reads it; None: people and kubeadm itself.
+    component: Component | None = None  #: The process that reads it; None: only people and kubeadm.
     flags: tuple[str, ...] = ()  #: The component's flags that name the certificate (or kubeconfig) file.
-    since: tuple[int, int] = (0, 0)  #: The Kubernetes version that brought it; (0, 0): always there.
-    optional: bool = False  #: A healthy node may be without it.
+    since: tuple[int, int] = (0, 0)  #: The Kubernetes version that introduced it; (0, 0): always there.
+    optional: bool = False  #: A healthy node may lack it.
     listed: bool = True  #: kubeadm lists and renews it.
-    by_node: bool = False  #: Its subject or SANs are one node's own; else all nodes' are alike.
-    kubelets: bool = False  #: Its files are where the kubelet has its own, and not below `pki_dir`.
-    by_flag: bool = False  #: Only where the component's manifest names a pair; without one the program makes its own.
-    #: Read again by its component without a restart, from the versions on that `bridge.control_plane` knows.
+    by_node: bool = False  #: Its subject or SANs differ from node to node.
+    kubelets: bool = False  #: Its files are in the kubelet's own directory, not below `pki_dir`.
+    by_flag: bool = False  #: Only if the component's manifest names a pair; without it the component makes its own.
+    #: Its component reads it again without a restart, from the Kubernetes version that `bridge.control_plane` has.
     reloaded: bool = True
 
     @property
     def of_kubeadm(self) -> bool:
-        """Whether kubeadm makes it with a control-plane node."""
+        """Whether kubeadm creates it for a control-plane node."""
         return not self.kubelets and not self.by_flag
 
     @property
     def usage(self) -> Usage:
-        """Usage class, for profiles and roles that are shared by certificates with the same EKUs."""
+        """Usage class, for profiles and roles that certificates with the same EKUs share."""
         if self.ekus == _PEER:
             return "peer"
         return "server" if self.ekus == _SERVER else "client"
@@ -126,7 +126,7 @@ _CLIENT = frozenset({EKU.CLIENT_AUTH})
 _PEER = frozenset({EKU.SERVER_AUTH, EKU.CLIENT_AUTH})
 _KUBECONFIG_FLAGS = ("--kubeconfig", "--authentication-kubeconfig", "--authorization-kubeconfig")
 
-# What several have in common.
+# Fields that several specs share.
 _kubeconfig = partial(CertificateSpec, authority=CA, ekus=_CLIENT, kubeconfig=True)
 _api_client = partial(CertificateSpec, ekus=_CLIENT, component=Component.APISERVER)
 _etcd = partial(CertificateSpec, authority=ETCD_CA, ekus=_PEER, component=Component.ETCD, by_node=True)
@@ -210,8 +210,8 @@ SPECS = {
             since=(1, 29),
             optional=True,
         ),
-        # kubeadm leaves it to the kubelet's own rotation, which never ends where no CA key is in the
-        # cluster: with embedded data it is ours.
+        # kubeadm leaves it to the kubelet's own rotation, which never completes without a CA key in the
+        # cluster: with embedded data we renew it.
         _nodes(
             name="kubelet.conf",
             ekus=_CLIENT,
@@ -225,7 +225,7 @@ SPECS = {
             by_node=True,
         ),
         # A kubelet serves logs, exec and metrics with it; its default is self-signed. The API's signer for kubelets
-        # demands this subject; certificates made by hand often have a node's name alone.
+        # demands this subject; certificates made by hand often have only the node's name.
         _nodes(
             name="kubelet-server",
             ekus=_SERVER,
@@ -237,9 +237,9 @@ SPECS = {
             by_node=True,
             kubelets=True,
         ),
-        # Health checks and metrics of these two are served with a certificate that the program makes at its start
-        # (kubernetes/kubeadm#2244), unless its manifest names a pair. A directory each: kube-scheduler sees nothing else
-        # of `pki_dir`, and a file that is mounted alone stays the old one.
+        # These two serve health checks and metrics with a certificate that they make when they start
+        # (kubernetes/kubeadm#2244), unless the manifest names a pair. Each has a directory: kube-scheduler sees nothing
+        # else of `pki_dir`, and a mount of a single file would keep showing the old file.
         *(
             CertificateSpec(
                 name=f"{name}-server",
@@ -263,24 +263,24 @@ SPECS = {
 }
 
 
-#: The one whose end keeps a rebooted node down: first in every list.
+#: Once it has expired, a rebooted node stays down: so it is first in every list.
 KUBELET_CONF = "kubelet.conf"
 KUBELET_SERVER = "kubelet-server"
 #: By component, the serving certificate that its manifest may name.
 SERVERS = {spec.component: spec for spec in SPECS.values() if spec.by_flag and spec.component is not None}
-#: Beyond all RBAC rules, and needed by `kubeadm init` alone.
+#: No RBAC rule limits it, and only `kubeadm init` needs it.
 SUPER_ADMIN = "super-admin.conf"
 
 
-#: What others ask for at the gateway, by our names; the certificates API's signers of the cluster's CA
+#: Our names for certificates that others request from the gateway: the certificates API's signers of the cluster's CA
 #: (https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/#kubernetes-signers).
 KUBELET_CLIENT = _nodes(name="kubelet-client", ekus=_CLIENT, common_names=("system:node:{node}",))
 KUBELET_SERVING = _nodes(name="kubelet-serving", ekus=_SERVER, common_names=("system:node:{node}",))
-#: A client certificate for a person or a machine, in a kubeconfig of its own; on no node, and none of kubeadm's.
+#: A client certificate for a person or a machine, in its own kubeconfig; on no node, and not kubeadm's.
 USER = CertificateSpec(name="user", authority=CA, ekus=_CLIENT)
 #: The CA of pods' certificates, which is none of kubeadm's three.
 PODS = Authority(name="pods", base="pods")
-#: By their usage; pods' names are beside the CSR.
+#: Pods' certificates by usage; their names travel beside the CSR.
 POD_SPECS: dict[Usage, CertificateSpec] = {
     "peer": CertificateSpec(name="pod", authority=PODS, ekus=_PEER),
     "client": CertificateSpec(name="pod-client", authority=PODS, ekus=_CLIENT),
@@ -293,7 +293,7 @@ SIGNING_AUTHORITIES = {**AUTHORITIES, PODS.name: PODS}
 
 # --- further pairs: certificates that a node's settings name ----------------------------------------------------------
 
-#: Without a dot, so that none is a kubeconfig's.
+#: Without a dot, so that no pair is named like a kubeconfig.
 _PAIR_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 WANTED_PAIR_NAME = (
     "small letters, digits and hyphens, at most 63, and no name of kubeadm's certificates, CAs or components"
@@ -304,7 +304,7 @@ _TAKEN = frozenset(
 
 
 def is_pair_name(name: str) -> bool:
-    """Whether a further pair may have this name: one that kubeadm, the gateway and our commands use for nothing else."""
+    """Whether a further pair may have this name, which kubeadm, the gateway and our commands must not use otherwise."""
     return _PAIR_NAME.fullmatch(name) is not None and name not in _TAKEN
 
 

@@ -1,5 +1,5 @@
 """
-The conformance suite that every backend passes against its real CA, ours and third parties' alike.
+The conformance suite that every backend passes against its real CA, ours and third parties'.
 
 ```python
 class TestMyBackend(BackendConformance):
@@ -12,7 +12,7 @@ class TestMyBackend(BackendConformance):
     def dead_backend(self) -> MyBackend: ...
 ```
 
-Needs pytest; nothing of the program itself imports this module.
+Needs pytest; the program itself never imports this module.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestCA(ThrowawayCA):
-    """A CA in kubeadm's shape, and certificates of it as they may be on a node."""
+    """A CA like kubeadm's, which can issue certificates as a node has them."""
 
     __test__ = False
 
     @classmethod
     def make(cls, name: str = "kubernetes", algorithm: KeyAlgorithm = "rsa-2048", days: int = 3650) -> TestCA:
-        """A self-signed CA that began a day ago."""
+        """Make a self-signed CA that has been valid for a day."""
         key, now = csr.generate_key(algorithm), datetime.now(UTC)
         certificate = ca_certificate(name, key, now - timedelta(days=1), now + timedelta(days=days))
         return cls(certificate=certificate, key=key)
 
     def leaf(self, spec: CertificateSpec, algorithm: KeyAlgorithm = "ecdsa-p256") -> x509.Certificate:
-        """A live certificate with a day left; the API server's has a wildcard and an IPv6 address, too."""
+        """Issue a live certificate with a day left; the API server's also has a wildcard and an IPv6 address."""
         key, now = csr.generate_key(algorithm), datetime.now(UTC)
         begin, end = now - timedelta(hours=12), now + timedelta(days=1)
         return leaf_certificate(spec, key, self, _CLUSTER, not_before=begin, not_after=end)
@@ -65,13 +65,13 @@ class BackendConformance:
     """
     Tests that every backend passes.
 
-    A subclass gives the fixtures `backend` (signs with the key of fixture `ca`; may use fixture `live`, the live
+    A subclass provides the fixtures `backend` (signs with the key of fixture `ca`; may use fixture `live`, the live
     certificates by name, to set up roles) and `dead_backend` (its CA can't be reached; `timeout` at most 3 s).
     """
 
-    #: Optional abilities that the backend does not have, of `ABILITIES`.
+    #: The optional abilities, of `ABILITIES`, that the backend lacks.
     unsupported: ClassVar[frozenset[str]] = frozenset()
-    #: What the CA behind `backend` is asked to sign; fewer where one CA can't do all.
+    #: The certificates that the CA behind `backend` has to sign; fewer if one CA can't sign all.
     specs: ClassVar[Sequence[CertificateSpec]] = tuple(SPECS.values())
     validity: ClassVar[timedelta] = timedelta(days=30)
     #: How long the CA behind `backend` may take, if it answers later.
@@ -98,7 +98,7 @@ class BackendConformance:
 
     @pytest.fixture
     def trial(self, backend: Backend, live: dict[str, x509.Certificate], expected: verify.Expectation) -> Trial:
-        """The backend, and what it is asked."""
+        """The backend, and the certificates to renew with it."""
         chosen = {spec.name: live[spec.name] for spec in self.specs}
         return Trial(backend=backend, live=chosen, expected=expected, validity=self.validity, patience=self.patience)
 
@@ -108,11 +108,11 @@ class BackendConformance:
         conformance.signs_exactly_what_was_asked(trial, algorithm)
 
     def test_gives_the_validity_that_was_asked_for(self, trial: Trial) -> None:
-        """The certificate ends when the asked validity does, to the hour."""
+        """The certificate ends when the requested validity does, to the hour."""
         conformance.gives_the_validity_that_was_asked_for(trial)
 
     def test_signs_the_same_csr_again(self, trial: Trial) -> None:
-        """A repeated request is answered for the same key, so that a lost answer can be asked for again."""
+        """A repeated request gets a certificate for the same key, so a lost answer can be requested again."""
         conformance.signs_the_same_csr_again(trial)
 
     def test_signs_from_several_threads(self, trial: Trial) -> None:
@@ -120,7 +120,7 @@ class BackendConformance:
         conformance.signs_from_several_threads(trial)
 
     def test_refuses_a_csr_with_a_bad_signature(self, trial: Trial) -> None:
-        """A CSR whose holder does not hold the key is refused; its untouched twin is signed."""
+        """A CSR with a wrong signature is refused; the same CSR with its own signature is signed."""
         conformance.refuses_a_csr_with_a_bad_signature(trial)
 
     def test_a_dead_ca_is_unavailable(
@@ -132,11 +132,11 @@ class BackendConformance:
         conformance.a_dead_ca_is_unavailable(dead)
 
     def test_abilities_are_as_declared(self, backend: Backend) -> None:
-        """An ability is there or declared unsupported, never both."""
+        """Each ability is either there or declared unsupported."""
         assert set(conformance.abilities(backend)) == set(ABILITIES) - self.unsupported
 
     def test_signs_many_in_the_order_asked(self, trial: Trial) -> None:
-        """A batch is answered in its order, and one bad CSR in it fails alone."""
+        """Answers have the order of their batch, and one bad CSR in it does not fail the others."""
         with _unsupported():
             conformance.signs_many_in_the_order_asked(trial)
 
@@ -146,21 +146,21 @@ class BackendConformance:
             conformance.preflight_finds_nothing_wrong(trial)
 
     def test_issuers_start_with_the_one_that_signs(self, trial: Trial, ca: TestCA) -> None:
-        """The first of the CA's certificates is the issuer of what it signs, and the node's anchor."""
+        """The first of the CA's certificates issued what it signs, and is the node's trust anchor."""
         with _unsupported():
             conformance.issuers_start_with_the_one_that_signs(trial)
             assert isinstance(trial.backend, ListsIssuers)
             assert trial.backend.issuers()[0] == ca.certificate
 
     def test_close_can_be_called_twice(self, trial: Trial) -> None:
-        """Giving back what was given back does no harm."""
+        """A second `close` does no harm."""
         with _unsupported():
             conformance.close_can_be_called_twice(trial)
 
 
 @contextlib.contextmanager
 def _unsupported() -> Iterator[None]:
-    """An ability that the backend does not have is an expected failure."""
+    """Make a missing ability an expected failure."""
     try:
         yield
     except conformance.NotSupportedError as e:
