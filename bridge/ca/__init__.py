@@ -1,6 +1,6 @@
 """
-One CA at work: checked, asked, collected from, its answers proven and put away; `registry` has its backend, and `retry`
-says when it is asked again.
+One CA at work: check it, have it sign, collect and verify its answers, and put them away; `registry` makes its backend,
+and `retry` decides when to ask it again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from bridge.system.console import log
 from bridge.system.state_file import StateError
 from bridge.system.waiting import workers
 
-#: Requests to one CA at a time. A desk's lot has more, since OpenBao with its storage on disk signs a quarter more
-#: then; for a node's few certificates, further connections cost more than they bring.
+#: Concurrent requests to one CA. A desk's lot has more, since OpenBao with storage on disk then signs a quarter more;
+#: for a node's few certificates, further connections cost more than they gain.
 PARALLEL_REQUESTS, PARALLEL_REQUESTS_OF_LOT = 4, 8
 _LOT = 25
 
@@ -61,28 +61,28 @@ class UntrustedAnswerError(NoVerdictError):
 
 
 class RefusedByCheckError(BackendRefusedError):
-    """The CA would sign another certificate than we need, so it was not asked."""
+    """The CA would sign another certificate than we need, so it got no request."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class CA:
-    """One authority's CA, from any thread."""
+    """One authority's CA; any thread may use it."""
 
     label: str  #: For messages, such as `corp (vault)`.
-    backend: Backend | None  #: None: it can't be opened, for which `trouble` has the reason.
+    backend: Backend | None  #: None: it can't be opened; `trouble` has the reason.
     retry: Retry
-    authority: str = ""  #: For which it is asked.
+    authority: str = ""  #: The authority that it signs for.
     trouble: BridgeError | None = None  #: Why this CA can't be used at all.
-    #: Errors about certificates that it would sign wrongly, by name.
+    #: Errors about certificates that it would sign wrongly, by certificate name.
     wrong: Mapping[str, BridgeError] = field(default_factory=dict)
-    identity: str | None = None  #: Our name at the CA, if it tells.
-    certificates: tuple[x509.Certificate, ...] = ()  #: The CA's own, if it tells; the one that signs is the first.
-    #: When what we log in with ends, by the settings' key, where this was asked.
+    identity: str | None = None  #: Our name at the CA, if it shows it.
+    certificates: tuple[x509.Certificate, ...] = ()  #: The CA's own, if it shows them; the signing one is the first.
+    #: When our credentials expire, by settings key, if `ask_ends` was called.
     ends: Mapping[str, CredentialEnd] = field(default_factory=dict)
 
     @classmethod
     def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
-        """Open the backend; the CA is not asked yet."""
+        """Open the backend, without asking the CA yet."""
         retry = retry or Outage(configured.settings.retry_for, configured.label)
         return cls(label=configured.label, authority=configured.authority, backend=configured.open(), retry=retry)
 
@@ -95,7 +95,7 @@ class CA:
         tell: Callable[[str], None] = lambda text: log.info("%s", text),
         opened: Backend | None = None,
     ) -> CA:
-        """Open a backend, and ask what can be asked before a signature is spent; an error is part of the answer."""
+        """Open a backend, and check all that costs no signature; an error becomes part of the result."""
         retry = Outage(configured.settings.retry_for, configured.label, tell)
         ca = cls(label=configured.label, authority=configured.authority, backend=opened, retry=retry)
         try:
@@ -108,7 +108,7 @@ class CA:
         return ca
 
     def look(self, specs: Sequence[CertificateSpec], expected: Callable[[CA], Expectation]) -> None:
-        """Find out whether it is the right CA, and what it would sign wrongly."""
+        """Check that it is the right CA, and find certificates that it would sign wrongly."""
         self.certificates = self.issuers()
         wanted = expected(self)
         if self.certificates:
@@ -120,8 +120,8 @@ class CA:
         self, specs: Sequence[CertificateSpec], wanted: Sequence[contract.Wanted], expected: Expectation | None
     ) -> Mapping[str, BridgeError]:
         """
-        Look for what would go wrong, by all that the CA lets us see of profiles and roles for what is `wanted`: errors by
-        certificate name; without specs at the CA alone (BackendRefusedError: not the CA that is `expected`, or it rejects us).
+        Compare what the CA shows of its profiles and roles with the `wanted` certificates: errors by certificate name;
+        without specs, check the CA alone (BackendRefusedError: it is not the `expected` CA, or it rejects us).
         """
         backend = self.opened()
         self.certificates = self.issuers()
@@ -130,13 +130,13 @@ class CA:
         return self._question(lambda: unfit(backend, specs, wanted))
 
     def ask_identity(self) -> str | None:
-        """Our name at the CA, for the audit log; None: the CA does not tell."""
-        with contextlib.suppress(Exception):  # a bug in it comes to light where it is asked to sign
+        """Ask for our name at the CA, for the audit log; None: the CA does not say."""
+        with contextlib.suppress(Exception):  # a bug in the backend shows when it signs
             return (self.backend.identity() or None) if isinstance(self.backend, contract.Identifies) else None
         return None
 
     def ask_ends(self, table: str) -> dict[str, CredentialEnd]:
-        """The ends of our credentials, by the settings' key below `table`; none where the CA does not show them."""
+        """Ask when our credentials expire, by settings key below `table`; empty if the CA does not show it."""
         backend = self.backend
         if self.trouble is not None or not isinstance(backend, contract.TellsEnds):
             return {}
@@ -147,14 +147,14 @@ class CA:
         return {}
 
     def issuers(self) -> tuple[x509.Certificate, ...]:
-        """The CA's own certificates, the one that signs first; none: this CA does not tell."""
+        """The CA's own certificates, the signing one first; empty: this CA shows none."""
         backend = self.backend
         if isinstance(backend, contract.ListsIssuersOf):
             return tuple(self._question(lambda: backend.issuers_of(self.authority)))
         return tuple(self._question(backend.issuers)) if isinstance(backend, contract.ListsIssuers) else ()
 
     def error(self, name: str) -> BridgeError | None:
-        """Why this certificate can't be asked for."""
+        """Why this certificate can't be requested."""
         return self.trouble or self.wrong.get(name)
 
     # --- asking -------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class CA:
     def ask(
         self, requests: Sequence[SignRequest], done: Callable[[Sequence[Answered]], None] = lambda _: None
     ) -> Sequence[Answer]:
-        """Have the CA sign, all at once if it can; `done` gets the answers as they come, from several threads."""
+        """Have the CA sign, in one batch if it can; `done` gets the answers as they come, from several threads."""
         backend = self.opened()
         if isinstance(backend, contract.SignsMany):
             answers = self._ask_many(backend, requests)
@@ -188,7 +188,7 @@ class CA:
 
         def sign() -> Sequence[Answer]:
             known: Sequence[Issued | None] = [None] * len(requests)
-            if tries and isinstance(backend, contract.Recalls):  # a CA that broke off may have signed some of them
+            if tries and isinstance(backend, contract.Recalls):  # a CA that broke off may have signed some
                 known = backend.recall(requests, tries[0])
             tries.append(datetime.now(UTC))
             rest = [request for request, one in zip(requests, known, strict=True) if one is None]
@@ -205,7 +205,7 @@ class CA:
             return [e] * len(requests)
 
     def ask_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Answer]:
-        """As `ask`, by one thread where the backend can do that; what fails is not asked for again."""
+        """Do as `ask`, from one thread if the backend can do that; a request that fails is not repeated."""
         backend = self.opened()
         if len(requests) == 1 or not isinstance(backend, contract.SignsSideBySide):
             return self.ask(requests)
@@ -214,7 +214,7 @@ class CA:
         def sign() -> None:
             nonlocal found
             found = backend.sign_side_by_side(requests)
-            if all(isinstance(one, BackendUnavailableError) for one in found):  # else it hangs on some of them alone
+            if all(isinstance(one, BackendUnavailableError) for one in found):  # else it is stuck on some of them only
                 raise found[0]  # type: ignore[misc]
 
         try:
@@ -224,7 +224,7 @@ class CA:
         return found
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
-        """Ask for the answer that the CA owes; a backend's error is an answer."""
+        """Collect a pending answer; a backend's error is an answer."""
         backend, name = self.backend, request.spec.name
         if not isinstance(backend, contract.Collects):
             raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
@@ -234,21 +234,21 @@ class CA:
             return e
 
     def tells(self) -> bool:
-        """Whether the CA tells what it has signed for a run that was killed, as `recall` finds it."""
+        """Whether `recall` can find what the CA signed for a run that was killed."""
         backend = self.backend
         if isinstance(backend, contract.RecallsIfAllowed):
             return self._question(backend.may_recall)
         return isinstance(backend, contract.Recalls)
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
-        """Look for what the CA signed for an earlier run that could not take the answer, in the requests' order; None: not known."""
+        """Find what the CA signed for a run that died before the answer, in the requests' order; None: nothing."""
         backend = self.backend
         if not requests or not isinstance(backend, contract.Recalls):
             return [None] * len(requests)
         return self._question(lambda: backend.recall(requests, since))
 
     def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
-        """Prove an answer; an error's hint says where to look at this CA."""
+        """Verify an answer; an error's hint says what to check at this CA."""
         try:
             return verify.check(answer, request, expected)
         except VerificationError as e:
@@ -256,7 +256,7 @@ class CA:
             raise
 
     def put_away(self, reference: str) -> None:
-        """Let the backend remove a request that is over, and its answers."""
+        """Have the backend remove a finished request and its answers."""
         backend = self.backend
         if isinstance(backend, contract.PutsAway):
             self._question(lambda: backend.put_away(reference))
@@ -276,12 +276,12 @@ class CA:
             self._question(lambda: backend.revoke_proven(revocation))
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """Whether the CA has revoked it; False where this CA can't tell."""
+        """Whether the CA has revoked the certificate; False if this CA can't tell."""
         backend = self.backend
         return isinstance(backend, contract.TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
 
     def revoked(self) -> Collection[int] | None:
-        """The serial numbers of all that the CA has revoked; None: it lists none for us, see `is_revoked`."""
+        """Serial numbers of all certificates that the CA revoked; None: it does not list them, see `is_revoked`."""
         backend = self.backend
         return self._question(backend.revoked) if isinstance(backend, contract.ListsRevoked) else None
 
@@ -291,7 +291,7 @@ class CA:
             registry.close(self.backend)
 
     def _question(self, question: Callable[[], T]) -> T:
-        """Ask by the retry policy; a backend that fails by itself is an error of this CA, so that other CAs go on."""
+        """Ask under the retry policy; a backend's bug becomes an error of this CA, so that other CAs go on."""
         try:
             return self.retry.ask(question)
         except BridgeError:
@@ -300,14 +300,14 @@ class CA:
             raise failed(self.label, e) from e
 
     def opened(self) -> Backend:
-        """The backend; the error that kept it from being opened."""
+        """Return the backend, or raise the error that kept it from being opened."""
         if self.backend is None:
             raise self.trouble or AssertionError("a CA without a backend has a reason for it")
         return self.backend
 
 
 def failed(label: str, error: Exception) -> BackendError:
-    """A backend that fails by itself: unavailable by an error of the system, else a bug, whose text may hold a secret."""
+    """The error for a backend's own exception: unavailable for an OSError, else a bug, whose text may hold a secret."""
     if isinstance(error, OSError):
         return BackendUnavailableError(f"{label}: {error}")
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -316,7 +316,7 @@ def failed(label: str, error: Exception) -> BackendError:
 
 
 def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.Certificate, ...]:
-    """The certificate that signs at this CA, if it tells; not those above it: a company's root signs for others, too."""
+    """The CA's signing certificate, if it shows it; not those above: a company's root also signs for others."""
     with contextlib.closing(CA.of(configured, retry)) as ca:
         return ca.issuers()[:1]
 
@@ -324,7 +324,7 @@ def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.
 def _collected(
     backend: contract.Collects, request: SignRequest, reference: str, expected: verify.Expectation
 ) -> Issued | Pending:
-    """The CA's answer; of several candidates, the first that passes. Errors as `Collects`, or an UntrustedAnswerError."""
+    """The CA's answer; of several candidates, the first that passes. Raises as `Collects`, or UntrustedAnswerError."""
     if not isinstance(backend, contract.CollectsAll):
         return backend.collect(request, reference)
     wrong: list[VerificationError] = []
@@ -351,8 +351,8 @@ def _collected(
 def unfit(
     backend: object, specs: Sequence[CertificateSpec], wanted: Sequence[contract.Wanted] = ()
 ) -> dict[str, RefusedByCheckError]:
-    """Find which certificates the CA would sign with other usages, or refuse as they are `wanted`; errors by name."""
-    checked = backend.check(specs) if specs and isinstance(backend, contract.Checks) else {}  # which finds the roles
+    """Find certificates that the CA would sign with other usages, or refuse as they are `wanted`; errors by name."""
+    checked = backend.check(specs) if specs and isinstance(backend, contract.Checks) else {}  # finds the roles, too
     whole = backend.check_whole(wanted) if wanted and isinstance(backend, contract.ChecksWhole) else {}
     by_name = {spec.name: spec for spec in (*(one.spec for one in wanted), *specs)}
     return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=advice(backend, spec))
@@ -360,12 +360,12 @@ def unfit(
 
 
 def advice(backend: object, spec: CertificateSpec) -> str:
-    """The hint for an error about a certificate that is not what was asked for."""
+    """The hint for an error about a certificate that differs from its request."""
     return backend.advice(spec) if isinstance(backend, contract.Advises) else VerificationError.hint
 
 
 def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
-    """Compare a CA with the node's trust anchor."""
+    """Check that a CA leads to the node's trust anchor (BackendRefusedError: it does not)."""
     anchor = expected.anchors[0]
     with contextlib.suppress(NoPathError):
         verify.verified_path(issuers[0], issuers[1:], anchor, expected.now)
@@ -384,11 +384,11 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
     )
 
 
-# --- answers and requests that are over, which backends then put away; a killed run leaves that to the next one -------
+# --- putting away finished requests and answers; if a run is killed before, the next one does it ----------------------
 
 
 def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[str, str]]) -> None:
-    """Record, before an installation or a cancellation, what (authority and reference) its backend puts away after it."""
+    """Record, before an installation or a cancellation, the answers (authority, reference) to put away after it."""
     ours = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
     configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours)) if ours else {}
     new = [one for one in ours if hasattr(configured[one.authority].backend_type, "put_away")]
@@ -398,7 +398,7 @@ def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[s
 
 
 def put_away(settings: Settings, store: Store, note: Callable[[str], None]) -> None:
-    """Have backends remove what belongs to no request that is open; a failure is reported once."""
+    """Have backends remove files that belong to no open request; a failure is reported once."""
     if not store.collected.exists():
         return
     try:

@@ -1,4 +1,4 @@
-"""Checks of what all backends have in common, for `bridge.testing` and for `ca-bridge backend test`."""
+"""Checks that every backend must pass, for `bridge.testing` and for `ca-bridge backend test`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bridge.pki import csr, verify
 from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.waiting import wait_until
 
-#: Optional abilities by the name of their method; those that a suite of a backend's declares.
+#: Optional abilities by method name; a backend's suite declares which of them it lacks.
 ABILITIES = {
     "sign_many": contract.SignsMany,
     "collect": contract.Collects,
@@ -32,7 +32,7 @@ ABILITIES = {
     "identity": contract.Identifies,
     "close": contract.Closes,
 }
-#: Those that no check is about.
+#: Abilities without a check.
 FURTHER_ABILITIES = {
     "sign_side_by_side": contract.SignsSideBySide,
     "put_away": contract.PutsAway,
@@ -42,7 +42,7 @@ FURTHER_ABILITIES = {
     "is_revoked": contract.TellsRevoked,
     "revoked": contract.ListsRevoked,
 }
-#: One for each kind of CSR; the others differ in size alone.
+#: One for each kind of CSR; the other algorithms differ only in size.
 ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")
 
 _PAUSE_SECONDS = 0.05
@@ -63,16 +63,16 @@ class NotSupportedError(BridgeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A backend, and what it is asked."""
+    """A backend, and the certificates to renew with it."""
 
     backend: Backend
-    live: Mapping[str, x509.Certificate]  #: What is to be renewed, by kubeadm's name; never empty.
-    expected: verify.Expectation  #: What the node demands.
+    live: Mapping[str, x509.Certificate]  #: The certificates to renew, by kubeadm's name; never empty.
+    expected: verify.Expectation  #: The node's demands on an answer.
     validity: timedelta
     patience: timedelta = timedelta()  #: How long a CA that answers later may take.
-    node: str = "cp-1"  #: For a backend that carries requests to people.
+    node: str = "cp-1"  #: For a backend with `Carries`.
     cluster: str = "kubernetes"
-    issued: list[x509.Certificate] = field(default_factory=list)  #: All that was signed.
+    issued: list[x509.Certificate] = field(default_factory=list)  #: All certificates that were signed.
 
     @property
     def specs(self) -> list[CertificateSpec]:
@@ -80,11 +80,11 @@ class Trial:
         return [SPECS[name] for name in self.live]
 
     def request(self, spec: CertificateSpec, algorithm: KeyAlgorithm = "ecdsa-p256") -> SignRequest:
-        """A request for a new key, which is kept nowhere."""
+        """A request with a new key, which is thrown away."""
         return sign_request(self.live[spec.name], spec, algorithm, self.validity)
 
     def carried(self, requests: Sequence[SignRequest]) -> list[SignRequest]:
-        """One batch; without a proof, which takes the live certificates' keys."""
+        """The requests as one batch, without a proof, which would need the live certificates' keys."""
         if not isinstance(self.backend, contract.Carries):
             return list(requests)
         now = datetime.now(UTC).replace(microsecond=0)
@@ -92,7 +92,7 @@ class Trial:
         return [replace(request, continuity=who) for request in requests]
 
     def signed(self, request: SignRequest) -> Issued:
-        """The certificate, at once or within the trial's patience."""
+        """Have a request signed, at once or within the trial's patience."""
         [request] = self.carried([request])
         return self.awaited(request, self.backend.sign(request))
 
@@ -101,7 +101,7 @@ class Trial:
         verify.check(issued, request, replace(self.expected, now=datetime.now(UTC)))
 
     def awaited(self, request: SignRequest, answer: Issued | Pending | BackendError) -> Issued:
-        """The certificate that an answer is or becomes (NotConformingError, WaitingError: it does not become one)."""
+        """The certificate of an answer, collected if pending (NotConformingError, WaitingError: there is none)."""
         if isinstance(answer, BackendError):
             raise answer
         if isinstance(answer, Pending):
@@ -142,7 +142,7 @@ def tampered(request: SignRequest) -> SignRequest:
 
 
 def abilities(backend: Backend, known: Mapping[str, type] = ABILITIES) -> list[str]:
-    """Names of what the backend can do beside signing, in the order of `known`."""
+    """Names of the backend's abilities beside signing, in the order of `known`."""
     return [name for name, protocol in known.items() if isinstance(backend, protocol)]
 
 
@@ -150,7 +150,7 @@ def abilities(backend: Backend, known: Mapping[str, type] = ABILITIES) -> list[s
 
 
 def preflight_finds_nothing_wrong(trial: Trial) -> None:
-    """The preflight has nothing against a CA that is the right one and signs as it should."""
+    """The preflight accepts a CA that is the right one and signs as it should."""
     if not isinstance(trial.backend, contract.Checks | contract.ListsIssuers | contract.ListsIssuersOf):
         raise NotSupportedError("has no preflight")
     authority = trial.specs[0].authority.name
@@ -184,7 +184,7 @@ def signs_exactly_what_was_asked(trial: Trial, algorithm: KeyAlgorithm) -> None:
 
 
 def gives_the_validity_that_was_asked_for(trial: Trial) -> None:
-    """The certificate ends when the asked validity does, to the hour."""
+    """The certificate ends when the requested validity does, to the hour."""
     end = trial.signed(trial.request(trial.specs[0])).leaf.not_valid_after_utc
     wanted = datetime.now(UTC) + trial.validity
     if abs(end - wanted) >= timedelta(hours=1):
@@ -194,7 +194,7 @@ def gives_the_validity_that_was_asked_for(trial: Trial) -> None:
 
 
 def signs_the_same_csr_again(trial: Trial) -> None:
-    """A repeated request gets a certificate for the same key, new or the first one: a lost answer is no harm."""
+    """A repeated request gets a certificate for the same key, new or the first one: a lost answer does no harm."""
     request = trial.request(trial.specs[0])
     first, second = (trial.signed(request).leaf for _ in range(2))
     if first.public_key() != second.public_key():
@@ -225,7 +225,7 @@ def _is_refused(ask: Callable[[], Issued]) -> None:
 
 
 def signs_many_in_the_order_asked(trial: Trial) -> None:
-    """A batch is answered in its order, and one bad CSR in it fails alone."""
+    """Answers have the order of their batch, and one bad CSR in it does not fail the others."""
     backend = trial.backend
     if isinstance(backend, contract.SignsMany):
         sign = backend.sign_many
@@ -234,7 +234,7 @@ def signs_many_in_the_order_asked(trial: Trial) -> None:
     else:
         raise NotSupportedError("signs one by one")
     spoilt, *others = [trial.request(spec) for spec in trial.specs]
-    # a bundle that is carried has one request a name
+    # a carried bundle has one request for each name
     good = others if others or isinstance(trial.backend, contract.Carries) else [trial.request(trial.specs[0])]
     requests = trial.carried([tampered(spoilt), *good])
     bad, *answers = sign(requests)
@@ -267,7 +267,7 @@ class Check:
     must: bool = True  #: False: the contract lets a CA do otherwise.
 
 
-#: In their order: what spends no signature comes first, and nothing comes after the end.
+#: In order: the check that spends no signature is the first, `close` the last.
 CHECKS = (
     Check(name="its preflight finds nothing wrong", run=preflight_finds_nothing_wrong),
     *(

@@ -1,4 +1,4 @@
-"""Backends: found by entry point, and read from the settings; and the cross certificates that the settings name."""
+"""Backends, found by entry point and configured by the settings; and the cross certificates that the settings name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bridge.words import name_found
 
 
 class DuplicatePluginError(BridgeError):
-    """Two installed distributions bring a backend of the same name."""
+    """Two installed distributions provide a backend of the same name."""
 
     exit_code = Exit.USAGE
 
@@ -35,10 +35,10 @@ class BrokenPluginError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configured:
-    """A backend as one authority uses it; nothing was asked yet."""
+    """A backend as one authority uses it, not opened yet."""
 
     authority: str
-    name: str  #: Of the `[backend.NAME]` table.
+    name: str  #: NAME of its `[backend.NAME]` table.
     type_name: str
     settings: BackendSettings
     backend_type: BackendType
@@ -49,7 +49,7 @@ class Configured:
         return f"{self.name} ({self.type_name})"
 
     def open(self) -> Backend:
-        """Make the backend; a SettingsError is about a file that its settings name."""
+        """Make the backend (SettingsError: a file that its settings name can't be used)."""
         return self.backend_type.from_settings(self.settings)
 
 
@@ -73,7 +73,7 @@ def _distribution(entry: EntryPoint) -> str:
 
 def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Configured]:
     """
-    The backends of these authorities, by authority; the tables of unused backends are read as well.
+    The backends of these authorities, by authority; the tables of unused backends are checked, too.
 
     A SettingsError has all problems of all tables. DuplicatePluginError, BrokenPluginError: a backend can't be loaded.
     """
@@ -100,7 +100,7 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
 
 
 def credentials(settings: Settings, backends: Mapping[str, Configured]) -> list[CredentialFile]:
-    """The files of all our credentials; `backends` by authority, none of which is opened."""
+    """The files of all our credentials; `backends`, by authority, are not opened."""
     found = list(own_places(settings))
     for authority, one in backends.items():
         over = settings.authority_tables.get(authority, {})
@@ -111,13 +111,13 @@ def credentials(settings: Settings, backends: Mapping[str, Configured]) -> list[
 
 
 def _given(settings: Settings) -> dict[str, Any]:
-    """Values in every backend's settings that do not come from its table."""
+    """The values that the bridge fills into every backend's settings."""
     pairs = tuple(pair.name for pair in settings.node.pairs)
     return {"node": settings.node.node_name, "signed_by": settings.node.desk_key, "pairs": pairs}
 
 
 def _types(settings: Settings) -> tuple[dict[str, BackendType], list[SettingsProblem]]:
-    """The type of each `[backend.NAME]` table, and the problems of those that have none."""
+    """The type of each `[backend.NAME]` table, and the problems of tables without a known type."""
     found, types, reader = installed(), {}, Reader(settings.source)
     for name, table in settings.backends.items():
         type_name = str(table["type"])
@@ -140,7 +140,7 @@ def _loaded(entry: EntryPoint) -> BackendType:
 
 
 def that_sets_up(type_name: str) -> SetsUp:
-    """An installed backend type with `setup`."""
+    """The installed backend type with this name, which must have `setup`."""
     found = installed()
     backend_type = _loaded(found[type_name]) if type_name in found else None
     if isinstance(backend_type, SetsUp):
@@ -156,7 +156,7 @@ def with_names_beside_csr() -> str:
 
 
 def keys_so_far(settings: Settings, authority: str, type_name: str) -> dict[str, Any]:
-    """The values that the settings have for an authority's backend, by field; none if it has none of this type."""
+    """The settings of an authority's backend, by field; empty if its backend is not of this type."""
     ours = settings.authorities.get(authority)
     if ours is None or settings.backends[ours.backend].get("type") != type_name:
         return {}
@@ -167,7 +167,7 @@ def keys_so_far(settings: Settings, authority: str, type_name: str) -> dict[str,
 
 
 def located(error: SettingsError, settings: Settings, authority: str) -> SettingsError:
-    """A backend's error about its own keys, with the file and the lines of those keys."""
+    """Add the file and the lines of its keys to a backend's error about its settings."""
     if authority not in settings.authorities:
         return error
     _, reader = merged(settings, authority)
@@ -186,14 +186,14 @@ def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
 
 
 def merged(settings: Settings, authority: str) -> tuple[dict[str, Any], Reader]:
-    """The keys of an authority's backend as they stand in the settings, and a reader that knows their lines."""
+    """The keys of an authority's backend as the settings file has them, and a reader that knows their lines."""
     backend, over = settings.authorities[authority].backend, settings.authority_tables[authority]
     table = {key: value for key, value in settings.backends[backend].items() if key != "type"}
     return merge(table, over), Reader(settings.source, _locator(authority, backend, over))
 
 
 def merge(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`table` with the keys of `over` added or replaced; tables within tables likewise."""
+    """Return `table` with the keys of `over` added or replaced, recursively."""
     merged = dict(table)
     for key, value in over.items():
         below = merged.get(key)
@@ -221,11 +221,11 @@ def close(backend: Backend) -> None:
         backend.close()
 
 
-# --- the certificate that an earlier CA gave to the one that signs now, which goes behind each new one -------------------
+# --- cross certificates: an earlier CA certifies the one that signs now, and each new chain has that certificate ------
 
 
 def load_cross(path: Path) -> x509.Certificate:
-    """Read the file that a setting names (SettingsError: it is not there, others can change it, or it has not one certificate)."""
+    """Read a cross certificate (SettingsError: no such file, others can change it, or not exactly one certificate)."""
     what = "a cross certificate: the CA's name and key, certified by the CA before it"
     hint = "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
     text = own_text(path, what, hint)
@@ -239,14 +239,14 @@ def load_cross(path: Path) -> x509.Certificate:
 
 
 def is_cross_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datetime) -> bool:
-    """Whether a certificate with this one behind it is not due at once."""
+    """Whether a new certificate with this cross certificate behind it would not be due for renewal at once."""
     return cross.not_valid_after_utc - now > renewal.before.of(renewal.validity)
 
 
 def cross_behind(
     settings: Settings, authority: str, anchor: x509.Certificate, now: datetime
 ) -> x509.Certificate | None:
-    """As `cross_of`; None also if it ends so soon that the certificates before it would be due for renewal at once."""
+    """Return what `cross_of` does; None also if it expires so soon that new certificates would be due at once."""
     found = cross_of(settings, authority, anchor)
     return found if found is not None and is_cross_long_enough(found, settings.renewal, now) else None
 

@@ -1,4 +1,4 @@
-"""When a CA that is unavailable is asked again: a run waits for it, a service leaves it alone for a while."""
+"""When to ask an unavailable CA again: a run waits for it, a service leaves it alone for a while."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
 _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
-#: So often another thread of a service asks a CA that was away, should it keep the one before waiting.
+#: How often another thread of a service tries a CA that was away, if it keeps the previous thread waiting.
 _TRIED_SECONDS = 5.0
 
 T = TypeVar("T")
 
 
 class Outage:
-    """How long a CA may be unavailable in one run: `retry_for` after its first failure in a row, for all requests."""
+    """Waits for an unavailable CA in one run: `retry_for` from its first failure in a row, over all requests."""
 
     def __init__(
         self, retry_for: timedelta, label: str = "", tell: Callable[[str], None] = lambda text: log.info("%s", text)
     ) -> None:
-        """`tell` gets one message an outage: why, and until when the CA is asked again; each further try is for `-v`."""
+        """`tell` gets one message per outage: the cause, and until when we try again; `-v` shows each further try."""
         self._retry_for_seconds = retry_for.total_seconds()
         self._label = label
         self._tell = tell
@@ -41,7 +41,7 @@ class Outage:
         self._gave_up: BackendUnavailableError | None = None
 
     def ask(self, question: Callable[[], T]) -> T:
-        """Ask, and ask again while the CA is unavailable; once given up, it is not waited for a second time."""
+        """Ask, and ask again while the CA is unavailable; after giving up once, fail at once."""
         from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA is asked)
 
         if self._gave_up is not None:
@@ -67,7 +67,7 @@ class Outage:
                 self._since = self._since or time.monotonic()
             raise
         except BackendRefusedError as e:
-            if not isinstance(e, LocalFileError):  # an answer, too
+            if not isinstance(e, LocalFileError):  # a refusal is an answer
                 self._is_there()
             raise
         self._is_there()
@@ -90,7 +90,7 @@ class Outage:
         log.debug("%s; asked again in %.1f s, until %s UTC", about, upcoming_sleep_seconds, f"{until:%H:%M:%S}")
 
     def _is_over(self, upcoming_sleep_seconds: float) -> bool:
-        with self._lock:  # another thread's success may have ended the outage: then it has begun anew, just now
+        with self._lock:  # another thread's success may have ended the outage: then a new one begins just now
             lasted = time.monotonic() - self._since if self._since is not None else 0.0
             return lasted + upcoming_sleep_seconds > self._retry_for_seconds
 
@@ -100,33 +100,33 @@ def _error_of(state: RetryCallState) -> BaseException | None:
 
 
 def _wait(attempt: int, error: BaseException | None) -> float:
-    """Seconds: the CA's own `Retry-After` if it is longer than our pause."""
+    """Seconds to wait: the CA's own `Retry-After` if it is longer than our pause."""
     wanted = error.retry_after_seconds if isinstance(error, BackendUnavailableError) else None
     return max(back_off_seconds(attempt - 1, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS), wanted or 0.0)
 
 
 def _is_for_a_person(error: BaseException | None) -> bool:
-    """Whether nothing listens at the CA's port, or no way leads there: a person would rather know at once than wait."""
+    """Whether nothing listens at the CA's port, or no route leads there: a person wants to know that at once."""
     reasons = (os.strerror(code).lower() for code in (errno.ECONNREFUSED, errno.ENETUNREACH))
     return is_attended() and any(reason in str(error).lower() for reason in reasons)
 
 
 class Rest:
-    """A policy that never waits: after a failure the CA is to be left alone for `seconds_left`, longer each time."""
+    """A policy that never waits: after a failure, leave the CA alone for `seconds_left`, longer each time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._failures = 0
-        self._failed = 0.0  # when the latest one was
+        self._failed = 0.0  # time of the latest failure
         self._answered = 0.0
         self._until = 0.0
 
     def seconds_left(self) -> float:
-        """For how long the CA should not be asked."""
+        """How long to leave the CA alone."""
         return max(0.0, self._until - time.monotonic())
 
     def turn(self) -> float:
-        """0: the caller may ask; else seconds. One in a while finds out whether a CA that was away is back, and the others wait for that."""
+        """Seconds that the caller has to wait. After a failure, one caller at a time tries the CA; the others wait."""
         with self._lock:
             now = time.monotonic()
             left = max(0.0, self._until - now)
@@ -135,25 +135,25 @@ class Rest:
             return left
 
     def ask(self, question: Callable[[], T]) -> T:
-        """Ask once; the failures of questions that were under way together count as one."""
+        """Ask once; failures of concurrent questions count as one."""
         began = time.monotonic()
         try:
             answer = question()
         except BackendUnavailableError as e:
             with self._lock:
                 now = time.monotonic()
-                if self._answered > began:  # it is there, and hangs on this question alone
+                if self._answered > began:  # the CA is up, and stuck on this question alone
                     raise
                 if began >= self._failed:
                     self._failures += 1
                 self._failed = now
                 rest = back_off_seconds(self._failures - 1, _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS)
-                # and as long as the CA let us wait: threads that it keeps waiting are missed by other CAs
+                # at least as long as the CA let us wait: other CAs lack the threads that it keeps
                 wanted = min(max(e.retry_after_seconds or 0.0, now - began), _LONGEST_REST_SECONDS)
                 self._until = max(self._until, now + max(rest, wanted))
             raise
         except BackendRefusedError as e:
-            if not isinstance(e, LocalFileError):  # an answer, too
+            if not isinstance(e, LocalFileError):  # a refusal is an answer
                 self._is_there(began)
             raise
         self._is_there(began)
@@ -166,5 +166,5 @@ class Rest:
                 self._until = 0.0
 
 
-#: What happens to a question while the CA is unavailable; a refusal comes at once.
+#: The policy for a question while the CA is unavailable; a refusal is raised at once.
 Retry = Outage | Rest
