@@ -49,7 +49,7 @@ from bridge.system.http import (
 from bridge.system.paths import open_regular
 from bridge.words import one_line
 
-#: For the second look at a connection that broke.
+#: Time limit for the second look at a broken connection.
 _ALERT_SECONDS = 5.0
 #: The hint for a server whose certificate is not valid yet.
 _CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
@@ -61,25 +61,25 @@ _OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "connecti
 class Wording:
     """A backend's own words for the errors that all backends share."""
 
-    name: str  #: Of the backend's type, before each message.
-    not_ours: str  #: A hint where the server is probably another product.
-    tls: Callable[[str], str]  #: A hint for a handshake that failed, by OpenSSL's text.
-    silent: str = ""  #: A hint where there is no answer, and the cause tells nothing.
-    cut_off: str = ""  #: A hint where the server ended the connection without a word.
-    status_suffices: bool = False  #: An error's status counts although its body broke off.
+    name: str  #: The name of the backend's type, which begins each message.
+    not_ours: str  #: The hint if the server is probably another product.
+    tls: Callable[[str], str]  #: The hint for a failed handshake, by OpenSSL's text.
+    silent: str = ""  #: The hint if there is no answer and the cause says nothing.
+    cut_off: str = ""  #: The hint if the server closed the connection without an answer.
+    status_suffices: bool = False  #: An error's status counts even if its body broke off.
 
 
 class Http:
     """
-    One CA's server over kept connections, from several threads.
+    Sends requests to one CA's server over kept connections; several threads may share it.
 
-    Every request goes to this server, whatever its URL is. Nothing is repeated, and no redirect is followed.
+    Every request goes to this server, whatever its URL is. It repeats nothing, and follows no redirect.
     """
 
     def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
         """
         `timeout` is for one request with its whole answer. If the URL is `https:`, `tls` is called now and for each
-        connection, and reads its files again. A SettingsError: a file can't be used.
+        connection, and reads its files again (SettingsError: a file can't be used).
         """
         self._wording = wording
         self._seconds = timeout.total_seconds()
@@ -98,7 +98,7 @@ class Http:
     def ask_all(
         self, method: str, headers: Mapping[str, str], wanted: Sequence[tuple[str, bytes]]
     ) -> list[Answer | BackendError]:
-        """As `ask`, for several URLs with their bodies at the same time, each over a connection of its own."""
+        """Do as `ask` for several URLs with their bodies at the same time, each over its own connection."""
         sent: list[Callable[[], Answer] | BackendError] = []
         for url, body in wanted:
             if sent and isinstance(sent[-1], BackendUnavailableError):  # each further try may last as long
@@ -119,7 +119,7 @@ class Http:
 
     @property
     def clock_ahead(self) -> timedelta | None:
-        """How far the server's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1, whole seconds); None: it did not say."""
+        """How far the server's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1); None: it did not say."""
         date, now = self._clock
         try:
             return parsedate_to_datetime(date) - now
@@ -176,7 +176,7 @@ class Http:
 
     @contextlib.contextmanager
     def _errors(self, where: str) -> Iterator[None]:
-        """The one place where what keeps an answer from us becomes a backend's error."""
+        """The one place where a failure to get an answer becomes a backend's error."""
         name = self._wording.name
         try:
             yield
@@ -184,7 +184,7 @@ class Http:
             raise self._error(where, e) from e
         except SettingsError as e:  # the files were good when we began
             raise LocalFileError(f"{name}: {e}", hint=e.hint) from e
-        except ValueError as e:  # a header's value may be in its text, as in those of `requests`
+        except ValueError as e:  # its text may quote a header's value, as in `requests`
             text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
 
@@ -211,7 +211,7 @@ class Http:
 
 
 class OverHttp:
-    """A backend that asks one server: nothing is sent when it is made, and its connections end with it."""
+    """A backend that asks one server; making it sends nothing, and closing it closes its connections."""
 
     _http: Http
 
@@ -219,7 +219,7 @@ class OverHttp:
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
-        """Make the backend of its own settings; nothing is sent yet. A SettingsError: a file can't be used."""
+        """Make the backend, without sending anything (SettingsError: a file can't be used)."""
         return cls(settings)
 
     def close(self) -> None:
@@ -249,14 +249,14 @@ def retry_after_seconds(answer: Answer) -> float | None:
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:
-    """A server's text with our secrets blotted out, should the server repeat them."""
+    """Blot out our secrets in a server's text, in case the server repeats them."""
     for value in hidden:
         text = text.replace(value, "…") if value else text
     return text
 
 
 def read_secret(place: Secret, what: str, hint: str) -> str:
-    """A secret of the operator's; a LocalFileError, which begins with `what` it is, where it can't be read."""
+    """Read an operator's secret (LocalFileError, whose text begins with `what`: it can't be read)."""
     try:
         return place.read()
     except SecretUnavailableError as e:
@@ -264,7 +264,7 @@ def read_secret(place: Secret, what: str, hint: str) -> str:
 
 
 def token_end(key: str, secret: Secret, token: str) -> list[CredentialEnd]:
-    """The end of a JWT that is a backend's secret `key`, by its own claims (RFC 7519 §4.1); nothing for another kind of token."""
+    """When a JWT in a backend's secret `key` expires, by its claims (RFC 7519 §4.1); empty for another token."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -276,7 +276,7 @@ def token_end(key: str, secret: Secret, token: str) -> list[CredentialEnd]:
 
 
 def secret_end(key: str, secret: Secret, begins: datetime | None, ends: datetime) -> CredentialEnd:
-    """The end of a secret, with the file that has it."""
+    """When a secret expires, with the file that holds it."""
     file = Path(secret.where) if secret.kind == "file" else None
     return CredentialEnd(key=f"{key}_{secret.kind}", ends=ends, begins=begins, file=file)
 
@@ -285,7 +285,7 @@ def secret_end(key: str, secret: Secret, begins: datetime | None, ends: datetime
 
 
 def pair_problems(client_cert: Path | None, client_key: Path | None, prefix: str = "") -> Iterator[SettingsProblem]:
-    """A client certificate without its key, or a key without its certificate; `prefix` is before both keys."""
+    """Find a client certificate without its key, or a key without its certificate; `prefix` begins both names."""
     certificate, key = f"{prefix}client_cert", f"{prefix}client_key"
     if (client_cert is None) != (client_key is None):
         missing = certificate if client_cert is None else key
@@ -295,7 +295,7 @@ def pair_problems(client_cert: Path | None, client_key: Path | None, prefix: str
 def url_problems(
     url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
 ) -> Iterator[SettingsProblem]:
-    """The problems of a server's URL; `plain_http` says whether `http:` may lead to another machine."""
+    """Find problems of a server's URL; `plain_http`: whether `http:` may lead to another machine; None: only https."""
     try:
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
@@ -313,7 +313,7 @@ def url_problems(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is this machine, to which a secret may go in the clear."""
+    """Whether the host is this machine, to which a secret may go in the clear."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -321,7 +321,7 @@ def is_loopback(host: str) -> bool:
 
 
 def subject_of(client_cert: Path, backend: str) -> x509.Name:
-    """The subject of a client certificate; a BackendRefusedError of this backend where the file has none that can be read."""
+    """The subject of a client certificate (BackendRefusedError of this backend: the file has no readable one)."""
     try:
         with open_regular(client_cert) as file:
             return x509.load_pem_x509_certificate(file.read()).subject
@@ -338,8 +338,8 @@ def common_name(client_cert: Path, backend: str) -> str:
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:
     """
-    TLS 1.2 or newer, with the server's name and chain checked by a CA file or else the system's CAs, and our
-    certificate shown if there is one. A SettingsError names all files that can't be used.
+    A context for TLS 1.2 or newer that checks the server's name and chain against a CA file or else the system's CAs,
+    and shows our certificate if there is one (SettingsError, with all files that can't be used).
     """
     # not create_default_context, which would obey SSLKEYLOGFILE
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -370,7 +370,7 @@ def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path
 
 
 def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
-    """The same from what is in memory, with no other CAs than these; a ValueError where something can't be used."""
+    """A context as `tls_context` makes it, from PEM in memory, with no other CAs (ValueError: PEM can't be used)."""
     try:
         made = context(trust_pem, certificate_pem, key_pem)
     except HttpsError as e:
@@ -381,7 +381,7 @@ def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes |
 
 
 def load_system_cas(context: ssl.SSLContext) -> None:
-    """Trust the system's CAs where OpenSSL was built to find them, whatever SSL_CERT_FILE says."""
+    """Trust the system's CAs in OpenSSL's built-in locations, whatever SSL_CERT_FILE says."""
     built_in = ssl.get_default_verify_paths()
     file, directory = Path(built_in.openssl_cafile), Path(built_in.openssl_capath)
     if file.is_file():
@@ -391,7 +391,7 @@ def load_system_cas(context: ssl.SSLContext) -> None:
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:
-    """The JSON object of an answer; None: it is something else."""
+    """The JSON object in an answer; None: the answer is something else."""
     try:
         found = of_server(body)
     except ValueError:

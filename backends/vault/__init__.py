@@ -61,22 +61,22 @@ _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
 }
 _SECRET_KEYS = frozenset({"token", "role_id", "secret_id", "jwt", "password"})
 _OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = {"approle": ("wrapped",), "cert": ("role",)}
-#: Of a server, for one certificate, in the log; a good one has one or two.
+#: How many of the server's warnings about one certificate we log; usually there are one or two.
 _MOST_WARNINGS = 5
-#: Texts of issuers' certificates that are remembered; an answer has at most a megabyte.
+#: How many issuers' chains are cached; each has at most a megabyte of text.
 _CHAINS = 8
-#: More revoked certificates are not listed, since the list would be longer than an answer may be.
+#: The longest list of certificates that we ask for: a longer one would exceed the size limit of an answer.
 _MOST_LISTED = 10_000
 _NUMBER = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){0,20}")
-#: Certificates that are read at the same time, and how long before its time of signing one may begin.
+#: How many certificates to read at the same time, and how long before it was signed a certificate may begin.
 _READ_AT_ONCE, _BACKDATED = 4, timedelta(hours=1)
-#: Older ones are kept, too, so that no request that is a little older has all read again.
+#: How much further back certificates are cached, so that a slightly older request does not read all again.
 _FURTHER = timedelta(days=1)
-#: Which role a certificate is signed with.
+#: Chooses the role that signs a certificate.
 RoleOf = Callable[[CertificateSpec], str]
-#: As `key_and_usages`.
+#: What `key_and_usages` returns.
 _Kind = tuple[bytes, frozenset[str] | None]
-#: By default: for certificates that all nodes have alike, and for those with a node's own names.
+#: The default roles: for certificates that are alike on all nodes, and for those with a node's own names.
 DEFAULT_ROLE, _OWN_ROLE = "kubeadm-{name}", "kubeadm-{node}-{name}"
 
 
@@ -90,7 +90,7 @@ class VaultAuth:
     token: Secret | None = None  #: For method `token`.
     role_id: Secret | None = None  #: For method `approle`.
     secret_id: Secret | None = None  #: For method `approle`.
-    wrapped: bool = False  #: Whether `secret_id` is a response-wrapping token with the secret id.
+    wrapped: bool = False  #: Whether `secret_id` is a response-wrapping token that holds the secret id.
     role: str | None = None  #: For methods `kubernetes` and `jwt`; optional for `cert`.
     #: For methods `kubernetes` and `jwt`: the token of the service account or of the node's identity provider.
     jwt: Secret | None = None
@@ -98,7 +98,7 @@ class VaultAuth:
     password: Secret | None = None  #: For method `userpass`.
 
     def method_problems(self) -> Iterator[SettingsProblem]:
-        """Keys that the method lacks, and keys of other methods; with their names in this table."""
+        """Find keys that the method lacks, and keys of other methods; named as in this table."""
         needed = _METHOD_KEYS[self.method]
         usable = {"method", *needed, *_OPTIONAL_KEYS.get(self.method, ())}
         usable |= set() if self.method == "token" else {"mount"}
@@ -134,7 +134,7 @@ class VaultSettings(BackendSettings):
     auth: VaultAuth = field(default_factory=VaultAuth)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Problems that types can't see."""
+        """Find problems that types can't show."""
         risk = "a token goes over the network in clear"
         yield from url_problems(self.url, plain_http=self.plain_http, risk=risk)
         if not self.mount.strip("/"):
@@ -147,7 +147,7 @@ class VaultSettings(BackendSettings):
 
 
 def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str) -> RoleOf:
-    """Choose roles by the settings, or else `kubeadm-{name}`, with a known node in it where names differ."""
+    """Choose roles by the settings, or else `kubeadm-{name}`, with the node (if known) where names differ by node."""
     chosen = Selector(DEFAULT_ROLE if pattern is None else pattern, exceptions, node)
     own = Selector(_OWN_ROLE, exceptions, node) if pattern is None and node else chosen
     return lambda spec: (own if spec.by_node else chosen)(spec)
@@ -165,12 +165,12 @@ class VaultBackend(OverHttp):
         self._tokens = Tokens.of(self, settings)
         self._server = self._tokens.server
         self._http = self._server.http
-        self._roles: dict[str, str] = {}  #: By certificate, after a look at the server.
-        self._unstored: dict[str, bool] = {}  #: Whether the role has `no_store`; likewise.
-        #: Stored certificates that are not older than this, by number, as `recall` has read them; None: older, or unreadable.
+        self._roles: dict[str, str] = {}  #: Role by certificate, as `check` found it.
+        self._unstored: dict[str, bool] = {}  #: Whether that role has `no_store`, by certificate.
+        #: Stored certificates by number since that time, as `recall` has read them; None: older, or unreadable.
         self._read_since: datetime | None = None
         self._read: dict[str, tuple[_Kind, x509.Certificate] | None] = {}
-        self._reading = Lock()  # of both
+        self._reading = Lock()  # for both
         self._tells_that_it_may_not = True
 
     @classmethod
@@ -186,7 +186,7 @@ class VaultBackend(OverHttp):
         return self._accepted(request, self._send("post", path, body))
 
     def sign_side_by_side(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
-        """Have several signed at the same time; those whose token was not accepted are sent again, with another one."""
+        """Have several CSRs signed at the same time; if the token was rejected, send the request again with another."""
         found = list[Issued | BackendError]()
         answers = self._server.post_all(list(map(self._wanted, requests)), self._tokens.get())
         is_used_up = any(isinstance(one, Answer) and one.token_rejected for one in answers)
@@ -194,7 +194,7 @@ class VaultBackend(OverHttp):
             try:
                 if isinstance(answer, BackendError):
                     raise answer
-                # OpenBao says "internal error", too, to requests that come right when a token is used up
+                # OpenBao also answers "internal error" to requests that arrive just as a token is used up
                 is_lost = answer.token_rejected or (is_used_up and answer.status == HTTPStatus.INTERNAL_SERVER_ERROR)
                 found.append(self.sign(request) if is_lost else self._accepted(request, answer))
             except BackendError as e:
@@ -202,20 +202,20 @@ class VaultBackend(OverHttp):
         return found
 
     def _wanted(self, request: SignRequest) -> tuple[str, dict[str, object]]:
-        """Path and body, with no parameter more than needed: a policy may list those that are allowed."""
+        """Path and body, with no more parameters than needed: a policy may list the allowed ones."""
         path = self._sign_path(self._role(request.spec))
         body = {"csr": request.csr_pem.decode("ascii"), "ttl": f"{int(request.validity.total_seconds())}s"}
         if self._settings.mode == "sign":
-            # Or a CN that looks like a host name becomes one more DNS SAN; a role can't say so.
+            # Without it a CN that looks like a host name becomes one more DNS SAN; a role can't forbid that.
             return path, body | {"exclude_cn_from_sans": True} | _beside(request.names)
-        # Else no EKU, and keyAgreement. keyEncipherment for ECDSA keys too, as kubeadm has it.
+        # The default is no EKU, and keyAgreement. keyEncipherment also for ECDSA keys, as in kubeadm.
         usages = [_EKU_NAMES[eku] for eku in EKU if eku in request.spec.ekus]
         return path, body | {"key_usage": list(_KEY_USAGE), "ext_key_usage": usages}
 
     def _accepted(self, request: SignRequest, answer: Answer) -> Issued:
         answer.or_raise()
         for warning in texts(answer.body.get("warnings"))[:_MOST_WARNINGS]:
-            # Such as a lifetime that was cut to the mount's maximum, which is no error to the server.
+            # Such as a lifetime that was cut to the mount's maximum, which the server does not call an error.
             log.warning("%s: %s", request.spec.name, self._server.presentable(warning))
         if answer.body.get("lease_id"):
             self._tokens.leased = True
@@ -226,7 +226,7 @@ class VaultBackend(OverHttp):
         return _issued(answer)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """Log in and check the token's rights on the paths; and the roles, if a further right allows to read them."""
+        """Log in, check the token's rights on the paths, and check the roles that the token may read."""
         paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
         answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
         rights = {} if answer.forbidden else answer.or_raise().data
@@ -234,7 +234,7 @@ class VaultBackend(OverHttp):
         return {name: violations for name, violations in found.items() if violations}
 
     def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
-        """Compare each role with the certificate, where the token may read it; `sign-verbatim` has none."""
+        """Compare each role that the token may read with its certificate; `sign-verbatim` has no roles."""
         if self._settings.mode != "sign":
             return {}
         from backends.vault import setup as vault_setup  # noqa: PLC0415 (signing does not need it)
@@ -250,7 +250,7 @@ class VaultBackend(OverHttp):
         return found
 
     def _another_issuer(self, role: Mapping[str, object]) -> Iterator[Violation]:
-        """A role that signs by another issuer than the mount's default one, whose certificate `issuers` tells."""
+        """Find a role whose issuer is not the mount's default one, which `issuers` returns."""
         reference = role.get("issuer_ref")
         if self._settings.issuer is not None or not isinstance(reference, str) or reference in {"", "default"}:
             return
@@ -259,7 +259,7 @@ class VaultBackend(OverHttp):
             yield Violation(subject="issuer_ref", want=want, got=one_line(reference))
 
     def advice(self, spec: CertificateSpec) -> str:
-        """The role, or in mode `sign-verbatim` the engine."""
+        """Name the role, or in mode `sign-verbatim` the engine."""
         mount = self._settings.mount.strip("/")
         setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
         if spec == USER:
@@ -273,7 +273,7 @@ class VaultBackend(OverHttp):
         return self._http.clock_ahead
 
     def issuers(self) -> list[x509.Certificate]:
-        """The settings' issuer or the mount's default one, with its chain; no token is needed, and no role is read."""
+        """The settings' issuer or the mount's default one, with its chain; needs no token, and reads no role."""
         return self._issuers(self._settings.issuer)
 
     def _issuers(self, issuer: str | None) -> list[x509.Certificate]:
@@ -283,12 +283,12 @@ class VaultBackend(OverHttp):
         return list(dict.fromkeys(_certificates(pem, answer.where)))
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """Revoke one that this mount's CA signed, stored or not; the token needs `update` on the mount's `revoke`."""
+        """Revoke a certificate of this mount's CA, stored or not; the token needs `update` on the mount's `revoke`."""
         pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
         self._send("post", f"{self._mount}/revoke", {"certificate": pem}).or_raise()
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """Look it up by its number, without a token; False as well for a certificate that the mount did not store."""
+        """Look a certificate up by its serial number, without a token; False also if the mount did not store it."""
         number = "-".join(re.findall("..", serial_hex(certificate).lower()))
         answer = self._server.send("get", f"{self._mount}/cert/{number}")
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
@@ -296,30 +296,30 @@ class VaultBackend(OverHttp):
         return bool(answer.or_raise().data.get("revocation_time"))
 
     def revoked(self) -> frozenset[int] | None:
-        """The numbers of all, where the token has `list` on the mount's `certs/revoked`, and they are not too many."""
+        """All revoked serial numbers; None: the token lacks `list` on the mount's `certs/revoked`, or too many."""
         numbers = self._listed("certs/revoked")
         return None if numbers is None else frozenset(int(number.replace(":", ""), 16) for number in numbers)
 
     def may_recall(self) -> bool:
-        """Whether the token has `list` on the mount's `certs`, they are not too many, and no role that `check` read has `no_store`."""
+        """Whether the token may list `certs`, there are not too many, and no role that `check` read has `no_store`."""
         return not any(self._unstored.values()) and self._listed("certs") is not None
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
-        """Look through what the mount has stored, the newest first; by the issuer of `issuers` alone."""
+        """Search the certificates that the mount has stored, the newest first, for those of the first of `issuers`."""
         signers, leaves = self.issuers(), dict[_Kind, x509.Certificate]()
         wanted = [asked_key_and_usages(request.csr_pem, request.spec.ekus) for request in requests]
         for kind, leaf in sorted(self._stored(since), key=lambda one: one[1].not_valid_before_utc, reverse=True):
             is_wanted = kind in wanted and kind not in leaves and is_signed_by(leaf, signers[0])
-            if is_wanted and not self.is_revoked(leaf):  # an operator may revoke what no node has got
+            if is_wanted and not self.is_revoked(leaf):  # an operator may revoke a certificate that no node got
                 leaves[kind] = leaf
         found = [leaves.get(kind) for kind in wanted]
         return [Issued(leaf=leaf, intermediates=tuple(signers)) if leaf is not None else None for leaf in found]
 
     def _stored(self, since: datetime) -> list[tuple[_Kind, x509.Certificate]]:
-        """The mount's certificates that are not older; each is read once."""
+        """The mount's certificates that are not older than `since`; each is read once."""
         numbers = self._listed("certs")
         if numbers is None:
-            text = "a request of a killed run may be signed twice: the token lacks `list` on %s/certs, or they are more than %d"
+            text = "a request of a killed run may be signed twice: the token lacks `list` on %s/certs, or there are more than %d"
             level = logging.WARNING if self._tells_that_it_may_not else logging.DEBUG
             log.log(level, text, self._settings.mount.strip("/"), _MOST_LISTED)
             self._tells_that_it_may_not = False
@@ -338,7 +338,7 @@ class VaultBackend(OverHttp):
 
     def _read_one(self, number: str, oldest: datetime) -> tuple[_Kind, x509.Certificate] | None:
         answer = self._server.send("get", f"{self._mount}/cert/{number.replace(':', '-')}")
-        if answer.status == HTTPStatus.NOT_FOUND:  # it was tidied away
+        if answer.status == HTTPStatus.NOT_FOUND:  # `tidy` has removed it
             return None
         pem = texts(answer.or_raise().data.get("certificate"))
         if not pem:
@@ -349,11 +349,11 @@ class VaultBackend(OverHttp):
         return None
 
     def _listed(self, which: str) -> list[str] | None:
-        """The numbers of certificates; None: the token may not list them, or they are too many."""
+        """The serial numbers of certificates; None: the token may not list them, or there are too many."""
         path = f"{self._mount}/{which}?list=true&limit={_MOST_LISTED + 1}"
         try:
             answer = self._send("get", path)
-            if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # there was never one
+            if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # the mount never had one
                 return []
             numbers = texts(answer.or_raise().data.get("keys"))
         except LocalFileError:
@@ -364,7 +364,7 @@ class VaultBackend(OverHttp):
         return numbers if len(numbers) <= _MOST_LISTED and all(map(_NUMBER.fullmatch, numbers)) else None
 
     def identity(self) -> str:
-        """The login's role or user and its entity; for a token that was given, what it may see of itself."""
+        """The login's role or user and its entity; for a given token, what it may see of itself."""
         token = self._tokens.get()
         if self._tokens.identity is None:
             answer = self._server.send("get", "auth/token/lookup-self", token=token)
@@ -375,19 +375,19 @@ class VaultBackend(OverHttp):
         return self._server.presentable(self._tokens.identity)
 
     def credential_ends(self) -> list[CredentialEnd]:
-        """Look up the token that was given, or the secret id, as far as its policy allows; a JWT says it by itself."""
+        """Look up the given token or the secret id, as far as its policy allows; a JWT has the time in itself."""
         return self._tokens.ends()
 
     def close(self) -> None:
-        """Leave the login that others may still use; a server that can't be reached is only logged."""
+        """Leave the login, which other backends may still use; an unreachable server is only logged."""
         self._tokens.leave(self)
 
     def spends(self) -> str:
-        """A wrapping token opens once."""
+        """Name the wrapping token, which opens only once."""
         return f"the wrapping token in {self._settings.auth.secret_id}" if self._settings.auth.wrapped else ""
 
     def _send(self, method: Literal["get", "post"], path: str, body: object = None) -> Answer:
-        """Send with the token; with another one, once, if the server does not accept it any more."""
+        """Send with the token; if the server no longer accepts it, send once more with another."""
         token = self._tokens.get()
         answer = self._server.send(method, path, body, token=token)
         if not answer.token_rejected:
@@ -399,7 +399,7 @@ class VaultBackend(OverHttp):
         return answer if other == token else self._server.send(method, path, body, token=other)
 
     def _candidates(self, spec: CertificateSpec) -> list[str]:
-        """Roles that may be the certificate's; version 0.1 had default roles without the node's name."""
+        """Roles that may sign the certificate; version 0.1 had default roles without the node's name."""
         settings = self._settings
         found = [role_selector(settings.role, settings.roles, settings.node)(spec)]
         if settings.role is None:
@@ -421,7 +421,7 @@ class VaultBackend(OverHttp):
         return self._settings.mode == "sign"
 
     def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
-        """The violations of the first role that is there and may be used; if none is, the right one's."""
+        """The violations of the first role that exists and may be used; if none does, those of the first choice."""
         found: list[list[Violation]] = []
         for role in self._candidates(spec):
             path = self._sign_path(role)
@@ -460,7 +460,7 @@ _EKU_FLAGS = {
 
 
 def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
-    """Usages and SANs that a role, as the server tells it, would get wrong; see `setup.unlike` for the rest."""
+    """Usages and SANs that a role, as the server shows it, would get wrong; see `setup.unlike` for the rest."""
     labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()}
     labels |= {eku.value: eku.label for eku in EKU}
     named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
@@ -484,7 +484,7 @@ def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterat
 
 
 def _beside(names: Names | None) -> dict[str, object]:
-    """The parameters for names that the CSR does not have; an empty one is left out."""
+    """The parameters for names that the CSR does not have, without empty ones."""
     if names is None:
         return {}
     texts_of = {"common_name": names.common_name, "uri_sans": ",".join(names.uris), "alt_names": ",".join(names.dns)}
@@ -503,7 +503,7 @@ def _issued(answer: Answer) -> Issued:
 
 @lru_cache(maxsize=_CHAINS)
 def _issuers(pem: tuple[str, ...], where: str) -> tuple[x509.Certificate, ...]:
-    """The issuers' certificates, which are the same ones in each answer of a role."""
+    """The issuers' certificates, which are the same in each answer of a role."""
     return tuple(_certificates(pem, where))
 
 

@@ -1,4 +1,4 @@
-"""One Vault or OpenBao over HTTPS: its answers and errors, and tokens; one login for all authorities that share a server."""
+"""One Vault or OpenBao over HTTPS: its answers, errors and tokens; authorities that share a server share one login."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from backends.vault import VaultSettings
 
 log = logging.getLogger("ca-bridge.vault")
-#: What the server says in an answer 500 although its configuration is at fault, so that "later" won't help.
+#: Texts in the server's 500 answers that blame its configuration, so that trying later won't help.
 _FINAL_500 = (
     "could not fetch the CA certificate",
     "unable to find PKI issuer",
@@ -47,9 +47,7 @@ _FINAL_500 = (
     "failed to verify client's certificate",
     "unable to verify signature on presented cert",
 )
-_ROLE = (
-    "compare the role with what `ca-bridge setup vault` prints; of a user's, `ca-bridge help users` says what it needs"
-)
+_ROLE = "compare the role with what `ca-bridge setup vault` prints; for a user's role, see `ca-bridge help users`"
 #: Fragments of the server's texts, and what to do about them.
 _HINTS = (
     ("beyond the expiration of the CA", "the CA ends before the certificate would: set a shorter renewal.validity"),
@@ -69,9 +67,9 @@ _HINTS = (
 )
 
 
-#: Of a gateway that runs for months; a token that is good for few requests is one of thousands a day.
+#: How many secrets to hide: a gateway runs for months, and may get thousands of short-lived tokens a day.
 _MOST_SECRETS = 64
-#: Threads that one login serves.
+#: How many threads one login serves.
 _MOST_TOGETHER = 256
 
 
@@ -81,15 +79,15 @@ class Answer:
 
     where: str  #: Method and URL, for messages.
     status: int
-    location: str = field(repr=False)  #: Of a redirect.
+    location: str = field(repr=False)  #: Target of a redirect.
     body: Mapping[str, object] = field(repr=False)  #: The JSON object; empty where there is none.
     reasons: tuple[str, ...] = field(repr=False)  #: The server's own words.
-    display: str  #: The same, fit to be shown.
+    display: str  #: The same, safe to show.
     retry_after_seconds: float | None
 
     @property
     def ok(self) -> bool:
-        """Whether the server did what was asked."""
+        """Whether the request succeeded."""
         return 200 <= self.status < 300  # noqa: PLR2004
 
     @property
@@ -99,22 +97,22 @@ class Answer:
 
     @property
     def token_rejected(self) -> bool:
-        """The token itself is bad, expired, revoked or used up; a forbidden path has a text of its own."""
+        """Whether the token itself is bad, expired, revoked or used up; a forbidden path has its own text."""
         return self.status == HTTPStatus.FORBIDDEN and not any("1 error occurred" in r for r in self.reasons)
 
     @property
     def forbidden(self) -> bool:
-        """The token is good, and its policy does not allow this."""
+        """Whether the token is good, but its policy does not allow this request."""
         return self.status == HTTPStatus.FORBIDDEN and not self.token_rejected
 
     def or_raise(self) -> Answer:
-        """The answer itself, unless it is an error."""
+        """Return the answer, or raise its error."""
         if not self.ok:
             raise self.error()
         return self
 
     def error(self) -> BackendError:
-        """Refused, or unavailable: the one place where the server's statuses become our errors."""
+        """Refused or unavailable: the one place where the server's statuses become our errors."""
         text = "; ".join(self.reasons)
         message = f"vault: {self.where}: HTTP {self.status}{': ' if self.display else ''}{self.display}"
         hint = next((hint for fragment, hint in _HINTS if fragment in text), None)
@@ -148,11 +146,11 @@ _WORDING = Wording(
 
 
 class Server:
-    """HTTP; from any thread."""
+    """Sends requests to the server; any thread may use it."""
 
     def __init__(self, settings: VaultSettings) -> None:
         self._url = settings.url.rstrip("/")
-        self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest
+        self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest ones
         tls = partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
         self.http = Http(_WORDING, self._url, settings.timeout, tls)
         self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
@@ -160,12 +158,12 @@ class Server:
             self._headers["X-Vault-Namespace"] = settings.namespace
 
     def hide(self, value: str) -> str:
-        """Remember a secret, so that no text of the server that repeats it is shown."""
+        """Remember a secret, to hide it if the server's text repeats it."""
         remember(self._secrets, value, None, _MOST_SECRETS)
         return value
 
     def read(self, secret: Secret | None, *, token: bool = False) -> str:
-        """A secret of the operator's; a `token` has to be fit for a header. A LocalFileError where it can't be read."""
+        """Read an operator's secret; a `token` has to fit into a header (LocalFileError: it can't be read)."""
         if secret is None:
             raise TypeError("a secret that `VaultSettings.problems` demands is not set")
         value = read_secret(secret, "vault", "put the secret there, readable for this process")
@@ -179,13 +177,13 @@ class Server:
     def send(
         self, method: Literal["get", "post"], path: str, body: object = None, *, token: str | None = None
     ) -> Answer:
-        """Send one request, without repeating it; errors are those of `Http.ask`."""
+        """Send one request, without repeating it; raises as `Http.ask`."""
         data = None if body is None else json.dumps(body).encode()
         url = f"{self._url}/v1/{path}"
         return self._answer(self.http.ask(method.upper(), url, self._with(token), data), f"{method.upper()} {url}")
 
     def post_all(self, wanted: Sequence[tuple[str, object]], token: str) -> list[Answer | BackendError]:
-        """As `send`, for several paths with their bodies at the same time; an error is an answer."""
+        """Do as `send` for several paths with their bodies at the same time; an error is an answer."""
         bodies = [(f"{self._url}/v1/{path}", json.dumps(body).encode()) for path, body in wanted]
         answers = self.http.ask_all("POST", self._with(token), bodies)
         return [one if isinstance(one, BackendError) else self._answer(one, f"POST {url}")
@@ -195,14 +193,14 @@ class Server:
         return {**self._headers, "X-Vault-Token": token} if token else self._headers
 
     def login(self, url: str, *, json: Mapping[str, object], use_token: bool) -> Answer:
-        """Send one login for hvac's auth methods, whose adapter we are: its own would send it in another way than `send`."""
-        del use_token  # hvac's adapter would go on with the token
+        """Send one login for hvac's auth methods, in place of hvac's adapter, which would not send as `send` does."""
+        del use_token  # hvac's adapter would keep using the token
         return self.send("post", url.removeprefix("/v1/"), json)
 
     def _answer(self, answer: http.Answer, where: str) -> Answer:
         body = json_object(answer.body)
         if body is None:
-            # A body of another product is not shown, except what Go's HTTP server says.
+            # Another product's body is not shown, except this text of Go's HTTP server.
             plain = b"Client sent an HTTP request to an HTTPS server"
             body = {"errors": [plain.decode()]} if answer.body.startswith(plain) else {}
         reasons = tuple(texts(body.get("errors")))
@@ -217,7 +215,7 @@ class Server:
         )
 
     def presentable(self, text: str) -> str:
-        """A text of the server's as one line, not too long, without our secrets."""
+        """The server's text on one line, cut, without our secrets."""
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, "(secret)")
         return one_line(text)
@@ -230,14 +228,14 @@ def _origin(location: str) -> str:
 
 
 def texts(value: object) -> list[str]:
-    """A list's texts, or the one text; the server is free to answer something else."""
+    """The strings in a list, or the one string; other types are left out, since the server may answer anything."""
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
 
 
 class Tokens:
     """
-    The token that requests are made with: given, or got by logging in, once for all threads and for all backends with the
-    same settings: a wrapping token opens once.
+    The token for our requests: given, or from a login that all threads and all backends with the same settings share,
+    since a wrapping token opens only once.
     """
 
     _sharing: ClassVar[Lock] = Lock()
@@ -249,19 +247,19 @@ class Tokens:
         self._auth = auth
         self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
         self._lock = Lock()
-        #: Logins, each for all threads that wait for one: a server that hangs is waited for once, and not by each in turn.
+        #: Logins, each for all threads that wait for one: they wait once for a server that hangs, and not in turn.
         self._together: Combined[str | None, str] = Combined(self._logged_in, _MOST_TOGETHER)
         self._current: str | None = None
         self._made: list[str] = []
-        self._secret_id: str | None = None  # a wrapped one can be had only once
-        self.identity: str | None = None  #: As the login says; None: no login, the token was given.
-        self._role_name: object = None  #: An AppRole's, as the login says.
-        self.leased = False  #: A certificate would be revoked together with the token that it was signed with.
+        self._secret_id: str | None = None  # a wrapped one opens only once
+        self.identity: str | None = None  #: From the login; None: no login, the token was given.
+        self._role_name: object = None  #: The AppRole's name, from the login.
+        self.leased = False  #: Revoking a token would revoke the certificates that it signed.
         self._users: WeakSet[object] = WeakSet()
 
     @classmethod
     def of(cls, user: object, settings: VaultSettings) -> Tokens:
-        """Those that others have opened and not closed, or new ones."""
+        """The tokens that other backends with these settings have open, or new ones."""
         tls = (settings.ca_file, settings.client_cert, settings.client_key)
         key = (settings.url, settings.namespace, settings.auth, *tls, settings.timeout)
         with cls._sharing:
@@ -272,7 +270,7 @@ class Tokens:
             return found
 
     def leave(self, user: object) -> None:
-        """The last user revokes the tokens of our logins, and closes the connections."""
+        """Drop a user; the last one revokes the tokens of our logins and closes the connections."""
         with self._sharing:
             self._users.discard(user)
             if self._users:
@@ -283,11 +281,11 @@ class Tokens:
         self.server.http.close()
 
     def get(self) -> str:
-        """The token; logs in if there is none yet."""
+        """Return the token; log in if there is none yet."""
         return self._current or self._together(None)
 
     def renew(self, rejected: str) -> str:
-        """Another token than the rejected one where that is possible; a token file may have been written again."""
+        """Return another token than the rejected one if possible; a token file may have been written again."""
         return self._together(rejected)
 
     def _logged_in(self, rejected: Sequence[str | None]) -> list[str]:
@@ -319,7 +317,7 @@ class Tokens:
             raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
         self.identity = identity_text(f"auth/{self._mount}", object_of(login, "metadata"), login)
         self._role_name = object_of(login, "metadata").get("role_name")
-        if login.get("token_type") != "batch":  # which can't be revoked
+        if login.get("token_type") != "batch":  # a batch token can't be revoked
             self._made.append(token)
         return self.server.hide(token)
 
@@ -337,17 +335,17 @@ class Tokens:
             case "userpass":
                 user, password = quote(auth.username or "", safe=""), server.read(auth.password)
                 answer = Userpass(server).login(user, password, mount_point=quote(mount), use_token=False)
-            case _:  # `cert`, for which hvac wants the files again, where our connection has shown them already
+            case _:  # `cert`, for which hvac wants the files again, which our connection has already shown
                 body = {"name": auth.role} if auth.role else {}
                 answer = server.send("post", f"auth/{quote(mount)}/login", body)
         return answer
 
     def ends(self) -> list[CredentialEnd]:
-        """When the given token, secret id or JWT ends; none for what has no end, or as far as a policy forbids to look."""
+        """When the given token, secret id or JWT expires; empty if it does not, or if a policy forbids to look."""
         auth, token = self._auth, self.get()
         if auth.token is not None:
             looked = self.server.send("get", "auth/token/lookup-self", token=token)
-            if looked.forbidden or looked.or_raise().data.get("period"):  # which something else renews
+            if looked.forbidden or looked.or_raise().data.get("period"):  # something else renews a periodic token
                 return []
             return _ends("auth.token", auth.token, looked.data, "issue_time", "expire_time")
         if auth.secret_id is not None and not auth.wrapped and isinstance(self._role_name, str):
@@ -365,8 +363,8 @@ class Tokens:
 
     def _unwrap(self, token: str) -> str:
         """
-        The secret id in a wrapping token, which opens once. Its origin is checked before: anyone can wrap, but only the
-        server's own paths wrap secret ids (https://openbao.org/docs/concepts/response-wrapping/).
+        Unwrap the secret id in a wrapping token, which opens once, after checking its origin: anyone can wrap, but only
+        the server's own paths wrap secret ids (https://openbao.org/docs/concepts/response-wrapping/).
         """
 
         def alarm(text: str) -> BackendRefusedError:
@@ -380,7 +378,7 @@ class Tokens:
         if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
             message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
             raise alarm(f"{self.server.presentable(message)}; it was not opened")
-        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header where there is no other
+        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header if that has no other
         answer = self.server.send("post", "sys/wrapping/unwrap", token=token)
         if answer.status == HTTPStatus.BAD_REQUEST:
             raise alarm(f"the wrapping token in {source} was opened just now, not by us")
@@ -396,7 +394,7 @@ def _ends(key: str, secret: Secret, data: Mapping[str, object], begin: str, end:
 
 
 def _time(value: object) -> datetime | None:
-    """A time of the server's; None: none, or Go's zero, which stands for no end."""
+    """Parse a time of the server; None: none, or Go's zero time, which means that it never expires."""
     try:
         found = datetime.fromisoformat(str(value))
     except ValueError:
@@ -404,7 +402,7 @@ def _time(value: object) -> datetime | None:
     return found if found.tzinfo is not None and found.year > 1 else None
 
 
-#: What the login methods tell of us in a token's metadata that is a name. A secret id's own metadata is free text.
+#: Names that login methods put into a token's metadata. A secret id's own metadata is free text.
 _NAMES = (
     *("display_name", "role_name", "role", "username", "cert_name", "common_name"),
     *("service_account_namespace", "service_account_name"),

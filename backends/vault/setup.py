@@ -1,7 +1,7 @@
 """
-What the administrator of a Vault or OpenBao PKI engine needs for this node, and what an existing role would do to a
-certificate. `sign/:role` replaces the CSR's O by the role's: so each certificate has a role (OpenBao 2.7; Vault has no
-`allowed_ip_sans_cidr` and no `not_*_bound`, and ignores unknown fields).
+A script with roles and a policy for the administrator of a Vault or OpenBao PKI engine, and the comparison of an
+existing role with a certificate. `sign/:role` replaces the CSR's O by the role's: so each certificate has a role
+(OpenBao 2.7; Vault has no `allowed_ip_sans_cidr` and no `not_*_bound`, and ignores unknown fields).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bridge.pki import certificates
 from bridge.specs import EKU, PODS, SPECS, CertificateSpec
 from bridge.words import one_line
 
-#: Field of a role for each subject attribute that it can give; all take lists.
+#: The role's field for each subject attribute that it can set; all take lists.
 _SUBJECT_FIELDS = {
     NameOID.ORGANIZATION_NAME.dotted_string: "organization",
     NameOID.ORGANIZATIONAL_UNIT_NAME.dotted_string: "ou",
@@ -39,7 +39,7 @@ _SUBJECT_FIELDS = {
 }
 _HOSTNAME = re.compile(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.IGNORECASE | re.ASCII)
 
-#: For all roles, since the defaults are too wide.
+#: Fields of all roles, since the defaults allow too much.
 _COMMON: Mapping[str, object] = {
     "key_type": "any",
     "key_usage": ["DigitalSignature", "KeyEncipherment"],
@@ -62,8 +62,8 @@ _COMMON: Mapping[str, object] = {
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """A script for the authority's engine, with the mount, roles and mode that the settings name."""
-    engine = VaultSettings(**{"url": "", **wanted.settings})  # the server's own may still be missing
+    """Write a script for the authority's engine, with the mount, roles and mode of the settings."""
+    engine = VaultSettings(**{"url": "", **wanted.settings})  # the server's URL may still be missing
     if problems := list(Selector(engine.role or DEFAULT_ROLE, engine.roles).problems("role", "roles")):
         raise SettingsError(problems)
     if wanted.patterns:
@@ -75,8 +75,8 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 
 def _policy_name(wanted: SetupRequest) -> str:
     """
-    The policy's name, each node's own: what another node's script writes must not take its place. No node's name has an
-    underscore, so that `eu-cp-1` of prod, and `cp-1` of prod-eu, are two; so are ca of `cp-etcd`, and etcd-ca of `cp`.
+    The policy's name, which is the node's own, so that another node's script does not replace it. Node names have no
+    underscore, so `eu-cp-1` of prod differs from `cp-1` of prod-eu, and ca of `cp-etcd` from etcd-ca of `cp`.
     """
     cluster = f"{wanted.cluster}_" if wanted.cluster != DEFAULT_CLUSTER else ""
     return f"ca-bridge-{cluster}{wanted.node}_{wanted.authority.name}"
@@ -85,7 +85,7 @@ def _policy_name(wanted: SetupRequest) -> str:
 def text(
     engine: VaultSettings, items: Mapping[str, x509.Certificate], validity: timedelta, policy_name: str, node: str = ""
 ) -> str:
-    """The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not look at."""
+    """The script for one engine: the policy, and the roles, which mode `sign-verbatim` does not use."""
     select = role_selector(engine.role, engine.roles, node)
     payloads = roles(items, validity, select) if engine.mode == "sign" else {}
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, mode=engine.mode)
@@ -93,7 +93,7 @@ def text(
 
 
 def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
-    """The same for certificates whose names travel beside the CSR, as parameters (mode `sign` alone)."""
+    """The script for certificates whose names travel beside the CSR, as parameters (only mode `sign`)."""
     select = role_selector(engine.role, engine.roles, "")
     payloads: dict[str, dict[str, object]] = {}
     for one in wanted.patterns:
@@ -113,8 +113,8 @@ def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
 
 def role_beside(one: NamePatterns) -> dict[str, object]:
     """
-    A role for an empty CSR. Its patterns are no guard (`*` also matches `/`, and nothing says how many names there must
-    be): what the gateway's policy gives is for the gateway to say, and each answer is compared with it.
+    A role for an empty CSR. Its patterns are no guard (`*` also matches `/`, and a role can't demand names):
+    the gateway's policy decides about names, and the gateway compares each answer with it.
     """
     return {
         **_COMMON,
@@ -148,7 +148,7 @@ def roles(
     validity: timedelta,
     select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
 ) -> dict[str, dict[str, object]]:
-    """One role for each live certificate that allows only its like: payloads by role name (NoRoleError: none can)."""
+    """One role for each live certificate, which allows only its like: payloads by role name (NoRoleError: none can)."""
     found: dict[str, dict[str, object]] = {}
     for name, certificate in items.items():
         role, payload = select(SPECS[name]), _role(SPECS[name], certificate, validity)
@@ -171,10 +171,10 @@ def _role(spec: CertificateSpec, certificate: x509.Certificate, validity: timede
         "server_flag": EKU.SERVER_AUTH in spec.ekus,
         "client_flag": EKU.CLIENT_AUTH in spec.ekus,
         "allowed_domains": domains,
-        # Names such as system:kube-scheduler are no host names, but are in allowed_domains all the same.
+        # Names such as system:kube-scheduler are not host names, but are still in allowed_domains.
         "enforce_hostnames": all(_HOSTNAME.fullmatch(domain.removeprefix("*.")) for domain in domains),
         "allow_wildcard_certificates": any(domain.startswith("*.") for domain in domains),
-        # Without SANs in the live certificate none gets into the new one.
+        # If the live certificate has no SANs, the new one gets none.
         "use_csr_sans": bool(sans),
         "allow_ip_sans": bool(addresses),
         "allowed_ip_sans_cidr": [f"{address}/{128 if ':' in address else 32}" for address in addresses],
@@ -214,7 +214,7 @@ def policy(
     beside: Sequence[str] = (),
 ) -> str:
     """
-    The minimal policy of the node's token, as HCL; `read_roles` is for `ca-bridge doctor`, `beside` are parameters for
+    The minimal policy of the node's token, as HCL; `read_roles` is for `ca-bridge doctor`, `beside` has parameters for
     names that the CSR does not have.
     """
     mount = mount.strip("/")
@@ -330,7 +330,7 @@ def _json(payload: Mapping[str, object]) -> str:
 
 
 def _duration(value: timedelta) -> str:
-    """A duration as the server writes it, in whole hours where it can be."""
+    """A duration as the server writes it, in whole hours if possible."""
     seconds = int(value.total_seconds())
     return f"{seconds}s" if seconds % 3600 else f"{seconds // 3600}h"
 
@@ -351,7 +351,7 @@ def unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
 
 
 def _lifetime(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
-    """The role's maximum counts, whatever is asked for; 0 is the mount's, which is not ours to see."""
+    """The role's maximum limits every request; 0 means the mount's maximum, which we can't see."""
     seconds = role.get("max_ttl")
     if isinstance(seconds, int) and 0 < seconds < wanted.at_least.total_seconds():
         want = f"at least {_round(wanted.at_least)}, or its answer is refused"
@@ -374,7 +374,7 @@ def _key(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
 
 
 def _subject_unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
-    """The role's values take the place of the CSR's, without a word."""
+    """The role's values silently replace the CSR's."""
     subject = certificates.attributes(wanted.certificate.subject)
     for oid, key in _SUBJECT_FIELDS.items():
         has = {value for kind, value in subject if kind == oid}
@@ -437,7 +437,7 @@ def _allows_cn(role: Mapping[str, object], name: str) -> bool:
 
 
 def _allows(role: Mapping[str, object], name: str) -> bool:
-    """Whether one of the role's ways to allow a name fits; in doubt it does."""
+    """Whether the role allows a name in one of its ways; True if in doubt."""
     lenient = ("allow_any_name", "allowed_domains_template", "allow_token_displayname")
     if any(role.get(key) is True for key in lenient) or "allowed_domains" not in role:
         return True

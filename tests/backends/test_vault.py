@@ -906,7 +906,7 @@ def test_a_token_that_may_list_nothing_finds_nothing(
     with vault(pki.url, token_file(tmp_path, token)) as backend:
         assert not backend.may_recall()
         assert backend.recall([apiserver], begin) == [None]
-    assert "may be signed twice: the token lacks `list` on pki/certs, or they are more than" in caplog.text
+    assert "may be signed twice: the token lacks `list` on pki/certs, or there are more than" in caplog.text
 
 
 def test_what_a_role_does_not_store_is_not_recalled(
