@@ -55,7 +55,7 @@ from bridge.system.http import Answer
 from bridge.words import one_line
 
 API = "/api/v1/cfssl"
-#: cfssl takes any key, an empty one too; RFC 2104 §3 discourages less than the hash's 32 bytes.
+#: cfssl takes any key, even an empty one; RFC 2104 §3 discourages less than the hash's 32 bytes.
 MIN_KEY_BYTES = 16
 #: As cfssl spells them.
 EKU_NAMES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
@@ -73,7 +73,7 @@ class CfsslSettings(BackendSettings):
     #: A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer), `{node}` the node.
     profile: str = "{usage}"
     profiles: dict[str, str] = field(default_factory=dict)  #: Other profiles, by certificate or usage class.
-    #: The HMAC key in hexadecimal. Its place may be a pattern as well, if the server has one key for each profile.
+    #: The HMAC key in hexadecimal. Its path or name may be a pattern, if the server has one key for each profile.
     auth_key: Secret | None = None
     endpoint: Literal["authsign", "sign"] = "authsign"  #: `"sign"` is for a server without keys only.
     #: Allow `http://` to another machine: anyone on the network path can read, record and replay every request.
@@ -81,18 +81,18 @@ class CfsslSettings(BackendSettings):
 
     @property
     def tls(self) -> bool:
-        """Over HTTPS."""
+        """Whether the URL is https."""
         return self.url.lower().startswith("https:")
 
     def private_files(self) -> Iterator[Path]:
-        """The HMAC keys, one a profile if their place is a pattern."""
+        """The files with HMAC keys; one for each profile if their path is a pattern."""
         yield from super().private_files()
         if self.auth_key is not None and self.auth_key.kind == "file":
             place = Selector(self.auth_key.where, node=self.node)
             yield from dict.fromkeys(Path(place(spec)) for spec in SPECS.values())
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Contradictions, and settings that would send a request with its HMAC in the clear."""
+        """Find contradictions, and settings that would send a request with its HMAC in the clear."""
         # The HMAC covers neither time nor nonce, so a recorded body is good until the key changes.
         risk = "over plain HTTP a request can be recorded and sent again, for ever new certificates"
         wanted = f"https://HOST[:PORT], without {API} and what follows it"
@@ -142,7 +142,7 @@ class CfsslBackend(OverHttp):
 
     def sign(self, request: SignRequest) -> Issued:
         """Have the server sign one CSR (`bridge.contract.Backend`); the profile decides the validity."""
-        issuer = self._issuer or self.issuers()[0]  # the first look comes before a certificate, so that none is lost
+        issuer = self._issuer or self.issuers()[0]  # look before signing, so that an error here loses no certificate
         profile = self._profile(request.spec)
         # text around the block may be in any encoding
         csr = request.csr_pem.decode("ascii", "replace")
@@ -180,7 +180,7 @@ class CfsslBackend(OverHttp):
         return found
 
     def advice(self, spec: CertificateSpec) -> str:
-        """The profile, and the HMAC key for it."""
+        """Name the profile, and the HMAC key for it."""
         setup = f"`ca-bridge setup cfssl --authority {spec.authority.name}`"
         return f"compare profile {self._profile(spec)}, and the HMAC key if that is refused, with what {setup} prints"
 
@@ -194,7 +194,7 @@ class CfsslBackend(OverHttp):
         return [self._issuer]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """Have the server's database mark a certificate; anyone who reaches the server may do so."""
+        """Have the server mark a certificate in its database; anyone who reaches the server can do that."""
         try:
             known = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
         except (x509.ExtensionNotFound, ValueError):
@@ -219,7 +219,7 @@ class CfsslBackend(OverHttp):
         return common_name(file, "cfssl") if file is not None else ""
 
     def _post(self, endpoint: str, body: Mapping[str, object]) -> _Reply:
-        """The server's answer; errors are those of `Http.request`."""
+        """Send one request to an endpoint; raises as `Http.request`."""
         url = f"{self._settings.url.rstrip('/')}{API}/{endpoint}"
         return _parse(self._http.request("POST", url, json=body), body)
 
@@ -229,7 +229,7 @@ class CfsslBackend(OverHttp):
         self._issuer = _certificate(info)
         listed = info.get("usages")
         usages = map(str, listed) if isinstance(listed, list) else ()
-        # cfssl has two names for this one
+        # cfssl has two names for this usage
         names = frozenset("digital signature" if usage == "signing" else usage for usage in usages)
         return _Offer(usages=names, expiry=str(info.get("expiry")))
 
@@ -245,7 +245,7 @@ class CfsslBackend(OverHttp):
 
     def _body(self, csr: str, profile: str, key_place: Secret | None, names: Names | None = None) -> dict[str, object]:
         request: dict[str, object] = {"certificate_request": csr, "profile": profile, **self._label}
-        if names is not None:  # in the place of the CSR's
+        if names is not None:  # instead of the CSR's
             request |= {"hosts": [*names.uris, *names.dns], "subject": {"CN": names.common_name}}
         if key_place is None:
             return request
@@ -258,7 +258,7 @@ class CfsslBackend(OverHttp):
         return secret and Secret(secret.kind, Selector(secret.where, node=self._settings.node)(spec))
 
     def _result(self, reply: _Reply, profile: str) -> Mapping[str, Any]:
-        """A success's result; the one place where cfssl's errors become ours."""
+        """Return a success's result; the one place where cfssl's errors become ours."""
         if reply.result is not None:
             return reply.result
         code = "" if reply.code is None else f", code {reply.code}"
@@ -289,7 +289,7 @@ def _usage_violations(
 ) -> list[Violation]:
     """Check for kubeadm's key usages and exactly the spec's EKUs; `default` is the answer for an unknown profile."""
     want = {"digital signature", "key encipherment"} | {EKU_NAMES[eku] for eku in spec.ekus}
-    needless = {"key encipherment"} if spec.authority == PODS else set()  # SPIFFE's own need no such usage
+    needless = {"key encipherment"} if spec.authority == PODS else set()  # SPIFFE certificates need no such usage
     if want - needless <= offer.usages <= want:
         return []
     unknown = "unknown or without these usages" if offer == default() else "without these usages"
@@ -326,7 +326,7 @@ def _read_key(place: Secret) -> bytes:
 _LATER_STATUSES = frozenset({429, 502, 503, 504})
 _LATER_CODES = frozenset({11000, 7400})
 
-#: Messages that say, before the CSR is looked at, that nothing will be signed with this profile and key.
+#: Messages by which the server refuses this profile and key before it looks at the CSR.
 _NO_ENTRY = frozenset(
     {"invalid token", "no authentication provider", "authentication required", "authorisation required"}
     | {"invalid profile", "bad label", "not authorised", "404 page not found"}
@@ -336,7 +336,7 @@ _NOT_FOUND = "404 page not found"
 _UNKNOWN_PROFILE = "does the server have profile {profile}? for an unknown one it uses its default profile"
 _NOT_CFSSL = "wanted an answer of cfssl, found something else"
 _WHICH_LABEL = "is {label} a label in the server's roots file? the reason is in its log, never in its answers"
-#: What to do next, by message where that tells more than the code.
+#: What to do next, by message if that says more than the code.
 _HINTS: Mapping[str | int | None, str] = {
     "invalid token": "either the HMAC key is not that of profile {profile}, or the server has no such profile: both "
     "look alike; compare auth_key and profile with the server's configuration",
@@ -364,13 +364,13 @@ _HINTS: Mapping[str | int | None, str] = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reply:
     status: int
-    result: Mapping[str, Any] | None = None  #: Of a success.
+    result: Mapping[str, Any] | None = None  #: The result of a success.
     code: int | None = None  #: Of cfssl's error.
     message: str = ""
     retry_after_seconds: float | None = None
 
 
-#: Answers that are no JSON, but cfssl's own all the same. Others are not quoted: they may hold anything.
+#: Answers of cfssl's own that are not JSON. Others are not quoted: they may hold anything.
 _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
 
 

@@ -31,9 +31,9 @@ from bridge.words import escaped
 
 DIRECTORY = PurePath("/etc/cfssl")
 #: For `cfssl serve -disable`: all but authsign, info and health. newcert (a key and certificate for anyone) and revoke
-#: ask for no key; cfssl ignores names that it does not know, without a message.
+#: need no HMAC key; cfssl silently ignores names that it does not know.
 DISABLED = "sign,newcert,newkey,init_ca,scan,scaninfo,bundle,certinfo,certadd,gencrl,crl,revoke,ocspsign,/"
-#: One server an authority, on these ports.
+#: One server for each authority, on these ports.
 PORTS = {name: port for port, name in enumerate(AUTHORITIES, start=8881)}
 
 _SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$])")  # what Go's regexp.QuoteMeta quotes
@@ -62,14 +62,14 @@ def _config(
         "auth_keys": {
             name: {"type": "standard", "key": f"file:{directory}/keys/{file}.hex"} for name, file in keys.items()
         },
-        # cfssl takes the default for every profile name that it does not know. Without usages it gives no certificate,
-        # and with a key of its own /sign is switched off.
+        # cfssl uses the default for every profile name that it does not know. Without usages it signs nothing, and its
+        # own key switches /sign off.
         "signing": {"default": {"expiry": "1m", "auth_key": "deny"}, "profiles": profiles},
     }
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """A script for the authority's server, with the address and file names that the node's settings have for it."""
+    """Write a script for the authority's server, with the address and file names of the node's settings."""
     if wanted.patterns:
         config = json.dumps(config_beside(wanted.authority, wanted.patterns), indent=2, ensure_ascii=False)
         return [SetupFile(name=f"{wanted.authority.name}.json", text=f"{escaped(config)}\n", alone=True)]
@@ -83,7 +83,7 @@ def config_beside(
     """
     The signing configuration of a server for certificates whose names travel beside the CSR (`hosts`, `subject`).
 
-    `name_whitelist` looks at text alone, and a backdate of 5 minutes would be refused by the API server half of the time.
+    `name_whitelist` checks only text, and the API server would refuse a backdate of 5 minutes half of the time.
     """
     return _config(authority, {one.spec.usage: profile_beside(one) for one in patterns}, directory)
 
@@ -102,7 +102,7 @@ def profile_beside(one: NamePatterns) -> dict[str, object]:
 
 
 def _server(authority: Authority, settings: Mapping[str, Any]) -> CfsslSettings:
-    """The node's settings of the server; where there are none, those that `ca-bridge settings init cfssl` writes."""
+    """The node's settings for the server, completed with those that `ca-bridge settings init cfssl` writes."""
     here, key = Path("/etc/ca-bridge"), settings.get("auth_key")
     usual: dict[str, Any] = {
         "url": f"https://cfssl.corp.example:{PORTS[authority.name]}",
@@ -156,7 +156,7 @@ def text(
         node=node,
         host=shlex.quote(host),
         san=shlex.quote(san),
-        # on one address if the url has it, else on all, where TLS lets in only its clients
+        # on the url's address if it has one, else on all, where TLS admits only its clients
         address=host if san.startswith("IP:") or host == "localhost" else "0.0.0.0",  # noqa: S104
         port=urlsplit(node.url).port or PORTS[authority.name],
         disabled=DISABLED,
@@ -253,7 +253,7 @@ def _profile(certificates: Mapping[CertificateSpec, x509.Certificate], validity:
         "name_whitelist": f"^({'|'.join(_quoted(name) for name in sorted(names))})$",
     }
     if not any(sans):
-        # Nothing else is copied from the CSR, and so no IP address, which the whitelist does not look at.
+        # Nothing else is copied from the CSR, so no IP address, which the whitelist does not check.
         fields = ("Subject", "PublicKeyAlgorithm", "PublicKey", "SignatureAlgorithm")
         profile["CSRWhitelist"] = dict.fromkeys(fields, True)
     return profile

@@ -1,10 +1,10 @@
 """
 EST, "Enrollment over Secure Transport" (RFC 7030, RFC 8951), over HTTPS.
 
-A request holds the CSR alone: the *label* in the URL, the client, or the server's default decides what the certificate
-is for. So each usage class has a label, and the answer is verified as always. `simplereenroll` is not used, since it
-needs the key of the certificate that is renewed, which no backend gets. Details that the RFCs leave open were measured
-with GlobalSign's estserver 1.0.6.
+A request holds only the CSR: the *label* in the URL, the client, or the server's default decides what the certificate
+is for. So each usage class has a label, and the bridge verifies the answer as always. `simplereenroll` is not used,
+since it needs the key of the certificate that is renewed, which no backend gets. Details that the RFCs leave open were
+measured with GlobalSign's estserver 1.0.6.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _DAY_SECONDS = 86400
 
 #: A long Retry-After, or a clock that was set back, must not delay the next try until the certificate has expired.
 LONGEST_RETRY_AFTER = timedelta(days=1)
-#: No label may be called like one of them (RFC 7030 §3.2.2).
+#: Names that no label may have (RFC 7030 §3.2.2).
 OPERATIONS = frozenset({"cacerts", "simpleenroll", "simplereenroll", "fullcmc", "serverkeygen", "csrattrs"})
 
 
@@ -98,7 +98,7 @@ class EstSettings(BackendSettings):
         return context
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Settings that contradict each other, or would make no URL."""
+        """Find settings that contradict each other, or would make no URL."""
         wanted = f"https://HOST[:PORT] (EST knows no other), without /{ROOT} and what follows it"
         yield from url_problems(self.url, wanted, suffix=ROOT)
         yield from Selector(self.label, self.labels).problems("label", "labels", self.pairs)
@@ -129,7 +129,7 @@ class EstBackend(OverHttp):
     def __init__(self, settings: EstSettings) -> None:
         self._settings = settings
         self._label = Selector(settings.label, settings.labels, settings.node)
-        self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: By label, as they were at the last look.
+        self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: CA certificates by label, as last seen.
         wording = Wording(
             name="est",
             not_ours=_NOT_EST,
@@ -140,7 +140,7 @@ class EstBackend(OverHttp):
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """One page for the authority; labels as the settings name them, or else one a usage class."""
+        """Write a page for the authority, with the settings' labels or one for each usage class."""
         each_usage = f"{wanted.authority.name}-{{usage}}"  # whose label gives its own EKUs
         label = Selector(wanted.settings.get("label") or each_usage, wanted.settings.get("labels") or {}, wanted.node)
         by_label: dict[str, list[CertificateSpec]] = {}
@@ -176,7 +176,7 @@ class EstBackend(OverHttp):
         return Issued(leaf=leaf, intermediates=intermediates_of(leaf, known))
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not before its Retry-After."""
+        """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not before the server's Retry-After."""
         digest, _, end = reference.partition("@")
         if digest != _digest(request):
             hint = "`ca-bridge pending cancel` makes room for a new request"
@@ -189,15 +189,15 @@ class EstBackend(OverHttp):
         return self.sign(request)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """Ask whether the server knows each label, whether they belong to one CA, and whether it accepts us."""
+        """Ask whether the server knows each label and accepts us, and whether all labels belong to one CA."""
         labels = {label: self._label_violations(label) for label in dict.fromkeys(map(self._label, specs))}
         return {spec.name: found for spec in specs if (found := labels[self._label(spec)])}
 
     def issuers(self) -> list[x509.Certificate]:
-        """The CA's certificates of now, the one that signs first, from the label of a client's: each authority has one."""
+        """The CA's current certificates, the signing one first, by a client label, which every authority has."""
         self._cas.clear()
         clients = [spec for spec in SPECS.values() if spec.usage == "client"]
-        *others, last = dict.fromkeys(map(self._label, clients))  # one, unless it depends on the certificate's name
+        *others, last = dict.fromkeys(map(self._label, clients))  # one, unless labels depend on certificates' names
         known = next((label for label in others if self._knows(label)), last)
         return issuing_first(self._ca_certificates(known))
 
@@ -213,7 +213,7 @@ class EstBackend(OverHttp):
         return self._cas[label]
 
     def _knows(self, label: str) -> bool:
-        """Whether the server has the label; all else that is wrong is an error."""
+        """Whether the server has the label; any other failure is an error."""
         if label not in self._cas:
             answer = self._cacerts(label)
             if answer.status == HTTPStatus.NOT_FOUND:
@@ -293,9 +293,9 @@ class EstBackend(OverHttp):
         )
 
 
-#: Answers to a request without a CSR that a request with a CSR would get as well.
+#: Statuses for a request without a CSR that a request with a CSR would also get.
 NO_ENTRY = frozenset({401, 403, 404, 405})
-#: Answers about the request; others say that we are not let in, or that no EST server answers at url.
+#: Statuses about the request; others say that the server rejects us, or that no EST server answers at url.
 _VERDICTS = frozenset({400, 403, 409, 410, 413, 415, 422})
 
 
@@ -304,7 +304,7 @@ def _digest(request: SignRequest) -> str:
 
 
 def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
-    """RFC 7030 §4.2.3: no reference, and a Retry-After, which not every server sends."""
+    """The pending answer: RFC 7030 §4.2.3 has no reference, and not every server sends its Retry-After."""
     said = f" ({answer.text})" if answer.text else ""
     if answer.retry_after_seconds is None:
         return Pending(reference=_digest(request), note=f"the server answers later{said}")
@@ -340,11 +340,11 @@ class Answer:
     headers: Mapping[str, str]
     body: bytes
     retry_after_seconds: float | None
-    hidden: Sequence[str | None] = field(repr=False)  #: What we sent and do not repeat.
+    hidden: Sequence[str | None] = field(repr=False)  #: Secrets that we sent and never show.
 
     @functools.cached_property
     def text(self) -> str:
-        """Its beginning as one line for people, or a page's title; without our secrets, should the server repeat them."""
+        """The body's beginning on one line for people, or a web page's title; without our secrets."""
         kind = self.headers.get("content-type", "")
         text = without(self.body.decode("utf-8", "replace"), self.hidden)
         if "html" in kind or text.lstrip()[:1] == "<":
@@ -353,7 +353,7 @@ class Answer:
         return one_line(text) if kind.startswith("text/") or "json" in kind else ""
 
     def header(self, name: str) -> str:
-        """A header as it may be shown; empty: there is none."""
+        """A header, safe to show; empty: there is none."""
         return one_line(without(self.headers.get(name.lower(), ""), self.hidden))
 
 
@@ -443,10 +443,10 @@ def operation_url(url: str, label: str, operation: str) -> str:
     return "/".join([url.rstrip("/"), ROOT, *segments, operation])
 
 
-# An answer is a PKCS#7 without a signature (RFC 7030 §4.1.3, §4.2.3), a *set*: its order says nothing, so that keys and
-# signatures have to tell what a certificate is.
+# An answer is a PKCS#7 without a signature (RFC 7030 §4.1.3, §4.2.3), a *set*: its order says nothing, so keys and
+# signatures have to show what each certificate is.
 
-#: A chain has three or four, a roll-over of its keys twice as many; each more costs signatures to be looked at.
+#: A chain has three or four certificates, during a key roll-over twice as many; each more costs signature checks.
 MAX_CERTIFICATES = 50
 
 _PEM_ARMOUR = re.compile(rb"-----[A-Z0-9 ]+-----")
@@ -483,8 +483,8 @@ def leaf_of(found: Sequence[x509.Certificate], csr: x509.CertificateSigningReque
 
 def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
     """
-    All that may be needed between a leaf and an anchor, first the path. Roots are known by their signature: roll-over
-    certificates (RFC 7030 §4.1.3) have the same subject and issuer, and are needed.
+    All certificates that a path from leaf to anchor may need, the path first. Roots are known by their signature:
+    roll-over certificates (RFC 7030 §4.1.3) also have the same subject and issuer, and are needed.
     """
     left = [one for one in dict.fromkeys(pool) if one != leaf and not certifies(one, one)]
     path: list[x509.Certificate] = []
@@ -502,7 +502,7 @@ def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
     return sorted(found, key=lambda one: sum(certifies(one, other) for other in found if other != one))
 
 
-@functools.lru_cache(maxsize=256)  # the CA's own are asked about again with every leaf
+@functools.lru_cache(maxsize=256)  # the CA's own certificates come again with every leaf
 def certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
     """Whether a certificate names this issuer, and is signed with its key."""
     return issuer.subject == certificate.issuer and is_signed_by(certificate, issuer)

@@ -1,4 +1,4 @@
-"""A CA reached by files: request bundles go into an outbox, answer bundles come from an inbox; neither is trusted."""
+"""A CA behind files: request bundles go into an outbox, answer bundles come from an inbox; neither is trusted."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from bridge.system.files import reasons, write_atomically
 from bridge.system.files import version as version_of
 from bridge.system.paths import UnreadableError, read_once, read_public_key
 
-#: One look at an inbox costs no more; what was read is remembered, so that the next look goes on from there.
+#: Limits of one look at an inbox; files that were read are remembered, so the next look goes on from there.
 _MOST_READ, _MOST_FILES, _LONGEST_LOOK_SECONDS = 64 << 20, 2000, 10.0
 
-#: Requests hold nothing secret, and usually another user carries them.
+#: Requests hold no secret, and usually another user carries them.
 REQUEST_MODE = 0o644
 
 
@@ -42,16 +42,16 @@ class ExchangeSettings(BackendSettings):
 
     outbox: Path  #: The directory for request bundles.
     inbox: Path  #: The directory for answer bundles; any file that ends in `.json` is read.
-    #: `node.desk_key`, which the bridge fills in: only answers that are signed by this key count.
+    #: `node.desk_key`, which the bridge fills in: only answers signed with this key count.
     signed_by: Path | None = field(default=None, metadata={GIVEN: True})
-    retry_for: timedelta = timedelta()  #: A directory that is not there now is looked for by the next run.
+    retry_for: timedelta = timedelta()  #: How long to wait for a missing directory; the next run looks again.
 
     def writes(self) -> Sequence[Path]:
         """The outbox, and the inbox, from which installed answers are removed."""
         return (self.outbox, self.inbox)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Refuse one directory for outbox and inbox."""
+        """Refuse the same directory for outbox and inbox."""
         if self.outbox == self.inbox:
             yield SettingsProblem("inbox", "another directory than the outbox", str(self.inbox))
 
@@ -60,13 +60,13 @@ class ExchangeSettings(BackendSettings):
 class _Found:
     """A file of the inbox, and its content if it answers our request."""
 
-    digest: str = ""  #: Of the request that it answers.
+    digest: str = ""  #: Digest of the request bundle that it answers.
     answer: AnswerBundle | None = None
     note: str = ""  #: Why it is no answer.
 
 
 class ExchangeBackend:
-    """Asks by a file, and answers when the answer's file is there."""
+    """Writes requests into files, and returns answers once their files are there."""
 
     settings_type = ExchangeSettings
     carries = True
@@ -75,17 +75,17 @@ class ExchangeBackend:
     def __init__(self, settings: ExchangeSettings) -> None:
         self._settings = settings
         self._desk_key = None if settings.signed_by is None else read_public_key(settings.signed_by, "node.desk_key")
-        #: Answers are proven to be the desk's, not those of anyone who can write to the inbox.
+        #: Answers are proven to be the desk's, not from anyone who can write to the inbox.
         self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, ...], _Found]] = {}
 
     @classmethod
     def from_settings(cls, settings: ExchangeSettings) -> Self:
-        """Make the backend; no directory is looked at yet."""
+        """Make the backend, without looking at a directory yet."""
         return cls(settings)
 
     def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:
-        """Find whether both directories are there; nothing here can ask the CA."""
+        """Check that both directories are there; files can't ask the CA."""
         del specs
         for key in ("outbox", "inbox"):
             directory: Path = getattr(self._settings, key)
@@ -96,14 +96,14 @@ class ExchangeBackend:
         return {}
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """One request in a bundle of its own."""
+        """Write one request in a bundle of its own."""
         [answer] = self.sign_many([request])
         if isinstance(answer, BackendError):
             raise answer
         return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
-        """All requests of a batch in one bundle; one that lies in the outbox already is not written again."""
+        """Write each batch as one bundle, unless it is already in the outbox."""
         self.check(())
         batches: dict[str, list[SignRequest]] = {}
         for request in requests:
@@ -114,7 +114,7 @@ class ExchangeBackend:
     def _submit(self, bundle: RequestBundle) -> Pending:
         csrs = {one.csr for one in bundle.requests}
         there = (
-            (path, one)  # a run wrote it that was cut off before it could say so
+            (path, one)  # from a run that died before it could report it
             for path, one in self._outbox(bundle.node)
             if one.batch == bundle.batch and csrs <= {request.csr for request in one.requests}
         )
@@ -138,7 +138,7 @@ class ExchangeBackend:
         sent = [(path, there) for path, there in ours if digest(there) == reference]
         given = _given(answers, request)
         certificates = [one for _, one in given if isinstance(one, Issued)]
-        if certificates:  # whatever refusals lie beside them
+        if certificates:  # whatever refusals there are beside them
             return certificates[0]
         for answer, refused in given:
             if isinstance(refused, Refusal):
@@ -158,7 +158,7 @@ class ExchangeBackend:
         ]
 
     def accepted(self, request: SignRequest, reference: str) -> None:
-        """Take the request bundle out of the outbox once all of it is answered, or another desk has yet to fetch it."""
+        """Remove the request bundle from the outbox once all of it is answered; until then another desk may need it."""
         with contextlib.suppress(OSError, BackendUnavailableError):  # a bundle that stays does no harm
             answered = {name for answer in self._inbox(_node_of(request), reference)[0] for name in answer.answers}
             for path, bundle in self._outbox(_node_of(request)):
@@ -179,14 +179,14 @@ class ExchangeBackend:
                 path.unlink(missing_ok=True)
 
     def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
-        """Request bundles of a node that were not fetched yet."""
+        """A node's request bundles that are still in the outbox."""
         for path in self._files(self._settings.outbox):
             if path.name.startswith(node):
-                with contextlib.suppress(FileNotFoundError, BundleError, UnreadableError):  # another's, whatever it is
+                with contextlib.suppress(FileNotFoundError, BundleError, UnreadableError):  # not our file, or gone
                     yield path, loads_request(read_once(path)[0])
 
     def _inbox(self, node: str, reference: str) -> tuple[list[AnswerBundle], list[str]]:
-        """Complete answer bundles to this request bundle, the likely and newest files first, and notes about other files."""
+        """Complete answer bundles to this request bundle, the likeliest first, and notes about other files."""
         found: list[AnswerBundle] = []
         notes: list[str] = []
         budget = Budget(_MOST_READ, _MOST_FILES, seconds=_LONGEST_LOOK_SECONDS, clock=time.monotonic)
@@ -204,7 +204,7 @@ class ExchangeBackend:
         return found, notes
 
     def _look(self, path: Path, reference: str, budget: Budget) -> _Found | None:
-        """Read once, as long as it stays the same, since each request of a run asks for it; None: taken away meanwhile."""
+        """Read a file once while it stays the same, since each request of a run looks at it; None: it is gone."""
         try:
             status = path.lstat()
         except OSError:
@@ -217,7 +217,7 @@ class ExchangeBackend:
         return known[1]
 
     def _answer_at(self, path: Path, reference: str) -> _Found:
-        """The answer in a file; of an answer to another request only the digest is kept, since inboxes have no end."""
+        """Read the answer in a file; keep only the digest of another request's answer, since inboxes never end."""
         try:
             answer = loads_answer(read_once(path)[0])
         except IncompleteBundleError:
@@ -252,7 +252,7 @@ def _remove(path: Path, version: tuple[int, ...]) -> None:
 
 
 def _written(path: Path) -> int:
-    """When the file was written last; 0 for one that was taken away meanwhile."""
+    """When the file was last written; 0 if it is gone."""
     try:
         return path.lstat().st_mtime_ns
     except OSError:
@@ -260,7 +260,7 @@ def _written(path: Path) -> int:
 
 
 def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[AnswerBundle, Issued | Refusal]]:
-    """Each answer to a request with its bundle, the latest first; when it was signed is its sender's word, too."""
+    """Each answer to a request with its bundle, the latest first by the sender's own time of signing."""
     latest = sorted(answers, key=lambda one: one.signed, reverse=True)
     return [(answer, one) for answer in latest if (one := answer.answers.get(request.spec.name)) is not None]
 

@@ -1,9 +1,9 @@
 """
-The door of `ca-bridge serve`: request bundles by HTTPS, with the continuity proof, and no secret of a CA on the node.
+A door (`ca-bridge serve`) as a CA: request bundles by HTTPS with the continuity proof, and no CA secret on the node.
 
-Each batch is one bundle, as for a CA desk, or several where one would be too long. The same bundle has the same id at the
-door, so that a run which was killed asks again without harm. The run waits a while for the answers, and leaves them to the
-next run where people have to decide.
+Each batch is one bundle, as for a CA desk, or several if one would be too long. The door gives the same bundle the same
+id, so a killed run can ask again without harm. A run waits a while for the answers; if people have to decide, it leaves
+them to the next run.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from bridge.words import one_line
 log = logging.getLogger(__name__)
 
 _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
-#: Answers that may be another one later.
+#: Statuses that may change later.
 _LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HINTS = {
     403: (
@@ -78,7 +78,7 @@ _ENDED_HINT = (
     "the door's server certificate has ended, or this node's clock is wrong: a new one goes into the file that "
     "serve.certificate of the door's settings names, and is read by itself"
 )
-#: Between two looks for an answer, unless the door says otherwise.
+#: Pauses between two looks for an answer, unless the door says otherwise.
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 
 
@@ -92,11 +92,11 @@ class GatewaySettings(BackendSettings):
     wait: timedelta = timedelta(seconds=30)
     #: The one-time secret that `ca-bridge enroll NODE` prints at the door, for a node without live certificates.
     enrolment: Secret | None = None
-    #: `node.desk_key`, which the bridge fills in: only answers that are signed by this key count.
+    #: `node.desk_key`, which the bridge fills in: only answers signed with this key count.
     signed_by: Path | None = field(default=None, metadata={GIVEN: True})
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A URL that leads to no door."""
+        """Find a URL that can't be a door's."""
         yield from url_problems(self.url, "https://HOST[:PORT], without a path", suffix="/")
 
 
@@ -118,12 +118,12 @@ class GatewayBackend(OverHttp):
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """One part of the door's `desk-policy.toml` for the authority; parts for several authorities go well together."""
+        """Write the authority's part of the door's `desk-policy.toml`; parts of several authorities fit together."""
         text = "\n".join([*_allow_lines(wanted), *_certificate_lines(wanted)])
         return [SetupFile(name=f"door-{wanted.authority.name}.toml", text=f"{text}\n")]
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """Ask the door which CAs it has; what its policy allows it says to a request alone."""
+        """Ask the door which CAs it has; only a request shows what its policy allows."""
         answer = self._ask("GET", "/v1/authorities")
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
@@ -138,25 +138,25 @@ class GatewayBackend(OverHttp):
         }
 
     def issuers_of(self, authority: str) -> list[x509.Certificate]:
-        """The CA certificates that the door has of an authority, the one that signs first; none while it has not reached it."""
+        """The door's CA certificates of an authority, the signing one first; empty until it has reached that CA."""
         answer = self._ask("GET", f"/v1/authorities/{authority}")
         if answer.status in {HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE}:
             return []
         return self._certificates(answer)
 
     def identity(self) -> str:
-        """The node's name: it is the door that finds out, by proof, who asks."""
+        """The node's name; the door verifies it by the proof."""
         return self._settings.node
 
     def sign(self, request: SignRequest) -> Issued | Pending:
-        """One request in a bundle of its own."""
+        """Send one request in a bundle of its own."""
         [answer] = self.sign_many([request])
         if isinstance(answer, BackendError):
             raise answer
         return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
-        """Each batch in one bundle, or in several (`_lots`); waits for the answers, as long as the settings say."""
+        """Send each batch in one bundle or several (`_lots`), and wait for the answers as long as the settings say."""
         batches: dict[str, list[SignRequest]] = {}
         for request in requests:
             batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
@@ -169,7 +169,7 @@ class GatewayBackend(OverHttp):
         return [found[id(request)] for request in requests]
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
-        """Ask for the answer once; a door that has lost the request is given it again."""
+        """Ask for the answer once; if the door has lost the request, send it again."""
         found = self._read(self._look(reference), reference)
         given = _given(found or self._posted(*_bundled([request])), request)
         if isinstance(given, BackendError):
@@ -177,14 +177,14 @@ class GatewayBackend(OverHttp):
         return given
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
-        """Ask for what was issued for each CSR; its digest is as unguessable as its key."""
+        """Ask for the certificate of each CSR by its digest, which is as unguessable as its key."""
         del since  # a CSR is signed once
-        if self._desk_key is not None:  # which signs whole answers; the same bundle gets its answer once more
+        if self._desk_key is not None:  # it signs only whole answers; the same bundle gets its answer again
             return [None] * len(requests)
         return [self._recalled(request) for request in requests]
 
     def revoke_proven(self, revocation: Revocation) -> None:
-        """Have the door's CA revoke it; the proof says to the door who asks, and its policy whether that may be."""
+        """Have the door's CA revoke a certificate; the proof shows which node asks, and the door's policy decides."""
         answer = self._ask("POST", "/v1/revocations", node_proofs.revocation_json(revocation))
         if answer.status != HTTPStatus.OK:
             raise _error(answer)
@@ -207,7 +207,7 @@ class GatewayBackend(OverHttp):
             raise BackendRefusedError(f"gateway: wanted certificates in PEM, found: {one_line(e)}") from e
 
     def _posted(self, bundle: RequestBundle, data: bytes) -> Pending | BackendError:
-        """That the door has the bundle; a BackendError: it is against each of its requests, or they are too long."""
+        """Post a bundle: Pending, or a BackendError for all its requests, which are refused or too long."""
         if len(data) > LARGEST_REQUEST_BYTES:
             wanted = f"wanted at most {LARGEST_REQUEST_BYTES} bytes in the bundle of one request, found {len(data)}"
             return BackendRefusedError(f"gateway: {wanted}", hint=_LARGE_HINT)
@@ -222,7 +222,7 @@ class GatewayBackend(OverHttp):
         return Pending(reference=f"{request_digest}@{reference}", note=f"the door has request {request_digest[:16]}")
 
     def _enrolled(self, bundle: RequestBundle) -> dict[str, str]:
-        """The header that proves an enrolment, where a request has no live certificate to be proven with."""
+        """The header that proves an enrolment, if a request has no live certificate to prove it."""
         place, now = self._settings.enrolment, datetime.now(UTC)
         if place is None or all(
             one.proof and one.replaces and one.replaces.not_valid_after_utc > now for one in bundle.requests
@@ -240,7 +240,7 @@ class GatewayBackend(OverHttp):
             return {}
 
     def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
-        """The answer, or what is still to wait for when the time is over."""
+        """Wait for the answer; Pending when the time is over."""
         pause, left = 0.0, self._settings.wait.total_seconds()  # one look, even where other bundles took all the time
         while left > 0:
             time.sleep(min(pause, left))
@@ -265,7 +265,7 @@ class GatewayBackend(OverHttp):
         return self._http.ask(method, self._settings.url.rstrip("/") + path, headers, body)
 
     def _read(self, answer: Answer, reference: str) -> AnswerBundle | Pending | None:
-        """The answer bundle to this request, or that it waits; None: the door does not know it."""
+        """The answer bundle to this request, or Pending; None: the door does not know it."""
         if answer.status == HTTPStatus.NOT_FOUND:
             return None
         if answer.status == HTTPStatus.ACCEPTED:
@@ -287,7 +287,7 @@ class GatewayBackend(OverHttp):
 
 
 def _lots(requests: Sequence[SignRequest]) -> Iterator[tuple[Sequence[SignRequest], tuple[RequestBundle, bytes]]]:
-    """A batch with its bundle, or each half of it and so on where the bundle would be longer than a door takes."""
+    """A batch with its bundle, halved again and again while a bundle is longer than a door accepts."""
     middle, made = len(requests) // 2, _bundled(requests)
     if middle and len(made[1]) > LARGEST_REQUEST_BYTES:
         yield from (*_lots(requests[:middle]), *_lots(requests[middle:]))
@@ -296,7 +296,7 @@ def _lots(requests: Sequence[SignRequest]) -> Iterator[tuple[Sequence[SignReques
 
 
 def _bundled(requests: Sequence[SignRequest]) -> tuple[RequestBundle, bytes]:
-    """Their bundle, and its bytes."""
+    """The requests' bundle, and its bytes."""
     try:
         bundle = bundle_of(requests, datetime.now(UTC))
         return bundle, dumps(bundle)
@@ -317,7 +317,7 @@ def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) 
 
 
 def _said(answer: Answer) -> str:
-    """The door's own words; empty for an answer of something before it."""
+    """The door's own words; empty for an answer from a proxy in front of it."""
     said = (json_object(answer.body) or {}).get("error")
     return one_line(said, 2000) if isinstance(said, str) else ""
 
@@ -331,12 +331,12 @@ def _error(answer: Answer) -> BackendError:
     return kind(text, hint=_HINTS.get(answer.status, _NOT_OURS))
 
 
-#: The policy's own default, and what its rules for SANs can name.
+#: The policy's own default, and the types of SANs that its rules can name.
 _LONGEST, _KINDS = timedelta(days=365), {"DNS", "IP"}
 
 
 def _allow_lines(wanted: SetupRequest) -> Iterator[str]:
-    """As comments, since the policy has the table once for all."""
+    """Lines for the table `[allow]`, as comments, since the policy has the table only once."""
     where = f"authority {wanted.authority.name} of cluster {one_line(wanted.cluster)}, node {one_line(wanted.node)}"
     yield f"# For desk-policy.toml at the door: {where}."
     yield "# The table [allow], which is there once, needs at least:"
@@ -373,5 +373,5 @@ def _certificate_lines(wanted: SetupRequest) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str:
-    """A TOML string, which JSON's are."""
+    """A TOML string; a JSON string is one."""
     return json.dumps(text)
