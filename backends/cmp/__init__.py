@@ -71,7 +71,7 @@ class CmpSettings(BackendSettings):
     client_cert: Path | None = None  #: A certificate with its chain that signs requests, instead of a shared secret.
     client_key: Path | None = None  #: The key of `client_cert`.
     trusted_file: Path | None = None  #: The CAs of the certificate that the server signs its answers with.
-    sender: str = ""  #: The subject of that certificate; any other is refused.
+    sender: str = ""  #: The subject of the certificate that the server signs with; any other is refused.
     tls_ca_file: Path | None = None  #: CA certificates (PEM) for the server's TLS certificate.
     tls_client_cert: Path | None = None  #: The client certificate for mutual TLS.
     tls_client_key: Path | None = None  #: The key of `tls_client_cert`.
@@ -88,18 +88,18 @@ class CmpSettings(BackendSettings):
 
     @property
     def path_pattern(self) -> str:
-        """The URL path, or else the server's profile of the usage class, unless something else says the usages."""
+        """The URL path; by default the server's profile for the usage class, unless something else gives the usages."""
         if self.path is not None:
             return self.path
         return WELL_KNOWN if self.mode == "cr" or self.profile else f"{WELL_KNOWN}/p/{{usage}}"
 
     @property
     def tls(self) -> bool:
-        """Over HTTPS."""
+        """Whether the URL is https."""
         return self.url.lower().startswith("https:")
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Contradictions, and settings that would accept unprotected answers."""
+        """Find contradictions, and settings that would accept unprotected answers."""
         yield from url_problems(self.url, "http://HOST[:PORT], without a query", plain_http=True)
         if not self.url.isprintable():
             yield SettingsProblem("url", "a URL of printable characters", repr(self.url))
@@ -167,7 +167,7 @@ def _file_problems(name: str, file: Path, label: bytes) -> Iterator[SettingsProb
         yield SettingsProblem(name, wanted, f"{file}: none in it")
 
 
-#: openssl reads a line of that many bytes; with less than 16 a recorded request can be attacked offline.
+#: With less than 16 bytes, a recorded request can be attacked offline; openssl reads a line of at most 1023.
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 16, 1023
 #: CRLReason (RFC 5280 §5.3.1).
 _SUPERSEDED = "4"
@@ -188,7 +188,7 @@ class CmpBackend:
 
     @classmethod
     def from_settings(cls, settings: CmpSettings) -> CmpBackend:
-        """Make the backend; no network yet."""
+        """Make the backend, without the network."""
         check_files(settings)
         return cls(settings)
 
@@ -235,7 +235,7 @@ class CmpBackend:
             return _issued(ran)
         log = Log.of(ran.messages)
         if ran.answers and (ran.poll or log.has_waited):
-            # a later process goes on from this answer: it has transaction and nonce, and no secret
+            # a later process goes on from this answer: it has the transaction and nonce, and no secret
             return Pending(reference=base64.b64encode(ran.answers[0]).decode(), note=_note(ran))
         raise failure(log, self._url(request.spec))
 
@@ -258,7 +258,7 @@ class CmpBackend:
         raise BackendUnavailableError(str(error), hint=error.hint)
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """Send a general message to each path: is the server there, and does the protection fit on both sides?"""
+        """Send a general message to each path: is the server there, and does each side accept the other's messages?"""
         greet = functools.cache(self._greet)
         found = {spec.name: greet(self._url(spec), self._profile(spec)) for spec in specs}
         return {name: [violation] for name, violation in found.items() if violation}
@@ -290,7 +290,7 @@ class CmpBackend:
         raise _error(ran, url)
 
     def _enrol(self, request: SignRequest, given: dict[str, bytes]) -> Ran:
-        """Send the request, or go on with the transaction of the answer that is `given`."""
+        """Send the request, or continue the transaction of the answer in `given`."""
         words = ["-cmd", self._settings.mode, "-csr", _CSR, "-implicit_confirm", *ENROLMENT]
         files = {_CSR: request.csr_pem, **given}
         if _WAITING in given:
@@ -305,7 +305,7 @@ class CmpBackend:
             words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted"]
             if request.names is not None and request.names.common_name:
                 words += ["-subject", f"/CN={request.names.common_name}"]
-            # a pod's day begins a moment ago, so that a whole one is too long: the profile's life counts
+            # a pod's certificate is backdated, so a whole day would be too long: the profile's lifetime counts
             if request.names is None or request.validity.days:
                 words += ["-days", str(max(1, request.validity.days))]
         else:
@@ -313,7 +313,7 @@ class CmpBackend:
         return self._run(self._url(request.spec), self._profile(request.spec), words, files)
 
     def _run(self, url: str, profile: str, words: Sequence[str], files: Mapping[str, bytes]) -> Ran:
-        """Run openssl once the server's port is seen to be open: it would try a closed one for half a minute."""
+        """Run openssl after a test connection, since openssl tries a closed port for half a minute."""
         words, secret = [*words, *self._addressed(url, profile)], self._secret()
         try:
             reach(url, self._settings.timeout.total_seconds())
@@ -359,7 +359,7 @@ class CmpBackend:
         return f"{self._settings.url.rstrip('/')}/{self._path(spec).lstrip('/')}"
 
     def _secret(self) -> bytes | None:
-        """Read before openssl is started, which takes the place of a secret for the secret where there is none."""
+        """Read the secret before openssl starts, since openssl takes the name of a missing file for the secret."""
         place = self._settings.secret
         if place is None:
             return None
@@ -372,12 +372,12 @@ class CmpBackend:
         return secret
 
 
-#: What means nothing else in an openssl configuration, or in a subject on the command line.
+#: Text without a special meaning in an openssl configuration, or in a subject on the command line.
 _PLAIN_SAN, _PLAIN_NAME = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+"), re.compile(r"[A-Za-z0-9._-]+")
 
 
 def _extensions(request: SignRequest) -> bytes:
-    """An openssl configuration with the extensions of the template, and SANs if they are not the CSR's."""
+    """An openssl configuration with the template's extensions, and with SANs if they are not the CSR's."""
     ekus = ", ".join(eku.label for eku in EKU if eku in request.spec.ekus)
     usage, sans = "critical, digitalSignature, keyEncipherment", ""
     if request.names is not None:
@@ -397,7 +397,7 @@ def _sans(names: Names) -> str:
 
 
 def _spec_like(certificate: x509.Certificate) -> CertificateSpec:
-    """A kubeadm certificate with the same usages; one of several, since only its path or profile matters."""
+    """Any kubeadm certificate with the same usages, since only its path or profile matters."""
     try:
         ekus = extended_key_usages(certificate)
         return next(spec for spec in SPECS.values() if frozenset(eku.value for eku in spec.ekus) == ekus)
@@ -420,13 +420,13 @@ def _issued(ran: Ran) -> Issued:
 
 def _error(ran: Ran, url: str) -> BackendError:
     """The error of an operation that can't wait for an answer."""
-    if ran.poll is not None:  # since 3.3 a server may put off anything
+    if ran.poll is not None:  # since openssl 3.3 a server may postpone any request
         return BackendUnavailableError(f"cmp: {url}: {_note(ran)}")
     return failure(Log.of(ran.messages), url)
 
 
 def _note(ran: Ran) -> str:
-    """Why it waits, for the operator; the reason is in the server's words."""
+    """Tell the operator why the request waits, with the server's own reason."""
     if ran.poll is None:
         return "the server has not decided yet"
     reason = f": {quoted(ran.poll.reason)}" if ran.poll.reason else ""
@@ -502,7 +502,7 @@ def _profile(
 
 
 def _patterns(one: NamePatterns) -> Iterator[str]:
-    """The names that pods may have; their templates name no shorter validity than a day."""
+    """The names that pods may have; a template can't ask for less than a day."""
     yield f"#    validity: the profile's, counted from its backdated beginning at most {int(one.longest.total_seconds())} s"
     yield "#    notBefore: less than 5 minutes ago; SANs critical below an empty subject"
     for what, values in (("URI", one.uris), ("DNS", one.dns), ("CN", one.common_names)):

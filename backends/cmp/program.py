@@ -1,6 +1,6 @@
 """
-`openssl cmp` (3.0.19 and 3.5.9, measured): one run, to which the secret goes by a pipe, and what it means by what it
-prints, since it only ends with 0 or 1; the server's own words among that choose between "refused" and "unavailable" alone.
+Runs `openssl cmp` (measured with 3.0.19 and 3.5.9) with the secret in a pipe, and reads the cause of a failure from its
+output, since it exits only with 0 or 1; the server's own words only choose between "refused" and "unavailable".
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from bridge.words import one_line
 OLDEST, OLDEST_WITH_PROFILES = (3, 0), (3, 3)
 #: openssl reads its answers with a limit of 100 kB; a certificate with its chain is a few.
 _MOST_FILE_BYTES = 1 << 20
-#: All that it prints about one request is below 10 kB, with both chains of a server that is not trusted.
+#: Its output about one request is below 10 kB, even with both chains of a server that is not trusted.
 _MOST_MESSAGE_BYTES = 64 << 10
-#: Far less than the second that it sleeps at least.
+#: Far less than a second, the least that openssl sleeps.
 _MOMENT_SECONDS = 0.2
-#: Beyond its own limits, for its start and end on a busy machine.
+#: Added to openssl's own limits, for its start and end on a busy machine.
 _GRACE = timedelta(seconds=10)
 
 _CERTIFICATE, _EXTRA, _CA_CERTIFICATES = "leaf.pem", "extra.pem", "ca.pem"
@@ -46,10 +46,10 @@ class Ran:
     """The end of a run of `openssl cmp`: its exit code, what it printed, and the files that it left."""
 
     code: int | None  #: Exit code, negative for a signal; None: we stopped it.
-    messages: str  #: Empty if it was stopped, as it prints at its end.
-    answers: tuple[bytes, ...] = ()  #: The CA's messages in DER, in their order; none if there are none to keep.
+    messages: str  #: Empty if we stopped it, since it prints only at its end.
+    answers: tuple[bytes, ...] = ()  #: The CA's messages in DER, in their order.
     leaf_pem: bytes = b""
-    others_pem: bytes = b""  #: Further certificates that came with it.
+    others_pem: bytes = b""  #: Further certificates that came with the leaf.
     poll: Poll | None = None  #: Why we stopped it: it would have slept for longer than we wait.
 
 
@@ -59,7 +59,7 @@ class Program:
 
     name: str  #: As in the settings.
     timeout: timedelta  #: For one request and its answer.
-    wait: timedelta  #: For a CA that answers "waiting", to be asked again in the same run.
+    wait: timedelta  #: How long one run asks again while the CA answers "waiting".
 
     def version(self) -> tuple[int, int]:
         """Major and minor version."""
@@ -82,7 +82,7 @@ class Program:
         or process list. LocalFileError: no such program; BackendUnavailableError: time limit, signal or full disk.
         """
         seconds, wait = _whole_seconds(self.timeout), _whole_seconds(self.wait)
-        # An answer that comes after the total is thrown away, issued or not: so it is beyond all that is wanted.
+        # openssl throws away an answer after the total timeout, issued or not: so that exceeds the other limits.
         total = 2 * seconds + wait
         names = [f"{number}.der" for number in range(wait + 2)]
         limits = ["-msg_timeout", str(seconds), "-total_timeout", str(total), "-rspout", ",".join(names)]
@@ -136,7 +136,7 @@ class Program:
             folder=folder,
             inherited=inherited,
             umask=0o077,
-            # it has the secret in its memory, which a core file would show
+            # its memory has the secret, which a core file would show
             resources={resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: _MOST_FILE_BYTES},
         )
         ended = run(command, lambda data: output.extend(data[: _MOST_MESSAGE_BYTES - len(output)]), STDOUT, is_enough)
@@ -148,12 +148,12 @@ class Program:
         return ended, bytes(output)
 
 
-#: Where the certificates go that came.
+#: The files for certificates that the CA sends.
 ENROLMENT = ("-certout", _CERTIFICATE, "-extracertsout", _EXTRA, "-cacertsout", _CA_CERTIFICATES)
 
 
 class _Watch:
-    """Looks at the CA's answers while the program runs, and says when nothing more is to be had from it for now."""
+    """Looks at the CA's answers while the program runs, and says when it is of no use to wait any longer."""
 
     def __init__(self, files: Sequence[Path], wait: timedelta) -> None:
         self._files = list(files)
@@ -163,8 +163,8 @@ class _Watch:
 
     def is_enough(self, seconds: float) -> bool:
         """
-        Whether it now sleeps for longer than we wait, so that stopping it loses nothing. Each answer is judged once,
-        when it is new: later the program may be asking again, and stopping it could lose a certificate.
+        Whether the program now sleeps longer than we wait, so that stopping it loses nothing. Each answer is judged
+        once, when it is new: later the program may be asking again, and stopping it could lose a certificate.
         """
         if self._enough_at is not None:
             return seconds >= self._enough_at
@@ -179,7 +179,7 @@ class _Watch:
 
 @contextmanager
 def _pipe(secret: bytes | None) -> Iterator[int | None]:
-    """The end to read from of a pipe with the secret's line in it, closed behind it; None without a secret."""
+    """The read end of a pipe that holds the secret's line, open during the run; None without a secret."""
     if secret is None:
         yield None
         return
@@ -199,7 +199,7 @@ def _read(file: Path) -> bytes:
 
 
 def _whole_seconds(value: timedelta) -> int:
-    """Rounded up; at least one, as 0 means for ever."""
+    """The seconds, rounded up; at least one, since 0 means for ever."""
     return max(1, math.ceil(value.total_seconds()))
 
 
@@ -214,7 +214,7 @@ _MOST_SECONDS = 10**9  #: Thirty years; a server may write an integer of any siz
 class Poll:
     """A server's "not yet" (RFC 9810 §5.3.22)."""
 
-    seconds: int  #: To wait before it is asked again.
+    seconds: int  #: How long to wait before asking again.
     reason: str = ""
 
 
@@ -228,7 +228,7 @@ def body_of(message: bytes) -> tuple[int, bytes] | None:
 
 
 def poll_of(body: tuple[int, bytes]) -> Poll | None:
-    """Parse a pollRep, as far as the first certificate that it is about; None: the body is something else."""
+    """Parse a pollRep, only for its first certificate; None: the body is something else."""
     tag, content = body
     if tag != _POLL_REP:
         return None
@@ -251,7 +251,7 @@ _LONGEST_LINE = 2000  #: The longest of the program's own, a rejection with its 
 
 
 def quoted(text: str) -> str:
-    """Text from outside, quoted: on one line, cut, and without what steers a terminal."""
+    """Quote text from outside: on one line, cut, without terminal controls."""
     return repr(one_line(text, _LONGEST_QUOTE))
 
 
@@ -264,11 +264,11 @@ class Log:
     """The log of a run of `openssl cmp`; lines that continue another one, such as a dump of a chain, are left out."""
 
     errors: tuple[str, ...]
-    text: str  #: All lines of its log, and those outside of it (of standard error, which come first).
+    text: str  #: All lines of the log, and the other lines of standard error, which come first.
 
     @classmethod
     def of(cls, messages: str) -> Log:
-        """Standard error and output together."""
+        """Parse standard error and output together."""
         errors, lines = [], []
         is_own = True
         for whole in messages.splitlines():
@@ -285,23 +285,23 @@ class Log:
 
     @property
     def has_waited(self) -> bool:
-        """The server has the request, and has not answered it when the run ended."""
+        """Whether the server had the request and no answer yet when the run ended."""
         ended = "total timeout" in self.text or "polling failed" in self.text
         return "received 'waiting' PKIStatus" in self.text and ended and self.rejection is None
 
     @property
     def has_polled(self) -> bool:
-        """The server was asked for the answer to an earlier request."""
+        """Whether the run asked for the answer to an earlier request."""
         return "sending POLLREQ" in self.text
 
     @property
     def must_wait(self) -> bool:
-        """The server said "not yet" when it was asked for the answer."""
+        """Whether the server then said "not yet"."""
         return "received polling response" in self.text
 
     @property
     def is_no_such_path(self) -> bool:
-        """The HTTP server knows no such place."""
+        """Whether the HTTP server knows no such path."""
         return re.search(r"code[= ]404\b", self.text) is not None
 
     @property
@@ -319,7 +319,7 @@ class Log:
         )
 
 
-#: With `code=…` it is HTTP's. What is too long for the program is left out by it, up to the `;`.
+#: With `code=…` the error is HTTP's. The program leaves out text that is too long for it, up to the `;`.
 _VERDICT = re.compile(r"(?:received error|request rejected by server):(?!code=)(?P<status>.*)")
 
 
@@ -327,8 +327,8 @@ _VERDICT = re.compile(r"(?:received error|request rejected by server):(?!code=)(
 class Rejection:
     """The server's own words (PKIStatusInfo, RFC 9810 §5.2.3)."""
 
-    failures: frozenset[str]  #: Names of PKIFailureInfo; none if it gave none.
-    text: str  #: Its statusString, quoted; empty if it gave none.
+    failures: frozenset[str]  #: Names of PKIFailureInfo; empty if the server gave none.
+    text: str  #: The statusString, quoted; empty if the server gave none.
 
     def __str__(self) -> str:
         return ": ".join(filter(None, [", ".join(sorted(self.failures)), self.text])) or "it gave no reason"
@@ -371,12 +371,12 @@ _FAILURE_HINTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A failure, recognised by what the program says of it."""
+    """A failure, recognised by the program's text about it."""
 
     sign: str  #: A regular expression for the log.
-    found: str  #: What we tell; its fields are the groups of `sign`.
+    found: str  #: What we report; its fields are the groups of `sign`.
     hint: str = ""
-    hint_tls: str = field(default="", kw_only=True)  #: What to do next where it was asked over TLS; empty: `hint`.
+    hint_tls: str = field(default="", kw_only=True)  #: The hint for an https URL; empty: `hint`.
     later: bool = field(default=False, kw_only=True)  #: Trying again may help.
 
 
@@ -384,7 +384,7 @@ _TLS_CLIENT = "does the server want a TLS client certificate? (`tls_client_cert`
 _NOT_CMP = "is it a CMP server that answers at this url and path? A proxy or a sign-in page may be in between"
 _PROTECTION = "someone else may be answering in the server's place"
 
-#: The first that fits counts; those of a transfer come first, as nothing of its answer was looked at.
+#: The first rule that fits counts; rules about a transfer come first, since openssl then saw no answer.
 _RULES: Sequence[_Rule] = (
     _Rule(
         r"error = 6[24]\b",

@@ -39,14 +39,14 @@ from bridge.system.run_command import Account, Command, Ended, reached, run
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge.exec")
-#: Variables that say what is asked for.
+#: Variables that describe the request.
 _OURS = re.compile(
     r"CA_BRIDGE_\w+|CERTMONGER_(?:OPERATION|CSR|CA_PROFILE|CA_NICKNAME|CA_COOKIE|SPKI|KEY_TYPE|REQ_(?:SUBJECT|HOSTNAME|IP_ADDRESS|EMAIL))"
 )
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 #: Names of variables that hold a secret, not the place of a secret.
 _SECRET = re.compile(r"(?:PASSW|PASSPHRASE|SECRET|TOKEN)(?!\w*_(?:FILE|PATH|DIR|URL|URI|ARN)$)", re.IGNORECASE)
-#: What certmonger may give, and we have nothing to make it from: it takes the node's private key, or a Kerberos principal.
+#: Variables that certmonger may set but we can't: they take the node's private key, or a Kerberos principal.
 NOT_OURS_TO_GIVE = frozenset(
     {"CERTMONGER_REQ_PRINCIPAL", "CERTMONGER_SPKAC", "CERTMONGER_PKCSREQ", "CERTMONGER_PKCSREQ_REKEY"}
     | {"CERTMONGER_GETCERTINITIAL", "CERTMONGER_GETCERTINITIAL_REKEY", "CERTMONGER_SCEP_RA_CERTIFICATE"}
@@ -57,7 +57,7 @@ _MOST_OUTPUT = 1 << 20
 LONGEST_VARIABLE = (32 << 12) - 1
 #: certmonger's exit statuses (its src/submit-e.h).
 _ISSUED, _WAIT, _UNREACHABLE, _NOT_CONFIGURED, _WAIT_SECONDS, _UNKNOWN_OPERATION = 0, 1, 3, 4, 5, 6
-#: For optional information: also a refusal, such as dogtag-submit's of a list of profiles.
+#: No answer about optional information: also a refusal, such as dogtag-submit's to list profiles.
 _NO_ANSWER = (2, _UNKNOWN_OPERATION)
 #: The program could not ask its CA: it lacks settings, or a shell could not start what it calls.
 _NO_VERDICT = (_NOT_CONFIGURED, 126, 127)
@@ -80,11 +80,11 @@ class ExecSettings(BackendSettings):
     user: str = ""  #: The user (with its groups) that runs the program; if empty, the user of ca-bridge.
 
     def programs(self) -> Sequence[str]:
-        """The command's."""
+        """The command's program."""
         return self.command[:1]
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """A program that can't be one, and variables that are ours or would hold a secret."""
+        """Find a command without a program, and variables that are ours or would hold a secret."""
         if not self.command or not self.command[0].startswith("/"):
             found = repr(self.command[0]) if self.command else "an empty list"
             yield SettingsProblem("command", "a program's absolute path, then its arguments", found)
@@ -135,7 +135,7 @@ class ExecBackend:
 
     @classmethod
     def from_settings(cls, settings: ExecSettings) -> ExecBackend:
-        """Make the backend; nothing is run yet."""
+        """Make the backend, without running the program yet."""
         try:
             account = Account.of(settings.user)
         except KeyError:
@@ -146,13 +146,13 @@ class ExecBackend:
 
     @property
     def names_beside_csr(self) -> bool:
-        """By the settings: the program alone knows."""
+        """As the settings say, since only the program's author knows."""
         return self._settings.names_beside_csr
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
-        Run the program with SUBMIT (BackendRefusedError: it said no, can't be run, or answered something else;
-        BackendUnavailableError: its CA is out of reach, the time limit, or status 1 without a cookie, as a broken
+        Run the program with SUBMIT (BackendRefusedError: it refused, can't be run, or answered something else;
+        BackendUnavailableError: its CA is out of reach, the time limit, or status 1 without a cookie, as from a broken
         program).
         """
         if not is_signed(request.csr):
@@ -165,7 +165,7 @@ class ExecBackend:
         return self._answer(request, self._run("POLL", variables))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """Run the program with IDENTIFY, and ask for its profiles and required variables; usages can't be asked for."""
+        """Run the program with IDENTIFY, and ask for its profiles and required variables; it can't ask for usages."""
         authority = _authority_variables(specs[0]) if specs else {}
         self._ask("IDENTIFY", authority)
         profiles = self._ask("GET-SUPPORTED-TEMPLATES", authority, silent=_NO_ANSWER)
@@ -213,7 +213,7 @@ class ExecBackend:
     def _ask(
         self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
     ) -> bytes:
-        """Ask the program for information: its output; empty, too, where its status says that it has no answer."""
+        """Ask the program for information, and return its output; empty if its status says that it has no answer."""
         ended = self._run(operation, variables)
         if ended.code == _ISSUED:
             return ended.output
@@ -246,7 +246,7 @@ class ExecBackend:
         return _Answer(code=ended.code, output=bytes(output), messages=bytes(messages))
 
     def _check_program(self) -> None:
-        """Only root, we, and the account that runs the program may change it, as `sudo` has it for its own files."""
+        """Check that only root, we and the program's account may change it, as `sudo` does for its files."""
         try:
             found = reached(partial(program_exposure, self._program, self._account.uid))
         except TimeoutError as e:
@@ -339,7 +339,7 @@ _UNKNOWN_HINT = "a program ends with status 6 for operations that it does not kn
 
 
 def _issued(request: SignRequest, output: bytes) -> Issued:
-    """The certificate for the CSR's key, and what came with it, in no order that could be relied on."""
+    """The certificate for the CSR's key, and the other certificates, in no reliable order."""
     found = certificates_of(output)
     ours = [one for one in found if is_for(one, request.csr)]
     if not ours:
@@ -360,12 +360,12 @@ def _authority_variables(spec: CertificateSpec) -> dict[str, str]:
 
 
 def _names_variables(names: Names | None) -> dict[str, str]:
-    """The names that are beside the CSR, one a line; without any variable, those of the CSR count."""
+    """The variables for names beside the CSR, one name a line; without these variables the CSR's names count."""
     if names is None:
         return {}
-    odd = [name for name in (*names.uris, *names.dns, names.common_name) if not name.isprintable()]
-    if odd:  # a line break would make two names of one
-        raise BackendRefusedError(f"exec: wanted names of printable characters, found {odd[0]!r}")
+    unprintable = [name for name in (*names.uris, *names.dns, names.common_name) if not name.isprintable()]
+    if unprintable:  # a line break would make two names of one
+        raise BackendRefusedError(f"exec: wanted names of printable characters, found {unprintable[0]!r}")
     return {
         "CA_BRIDGE_URIS": "\n".join(names.uris),
         "CA_BRIDGE_DNS": "\n".join(names.dns),
@@ -374,7 +374,7 @@ def _names_variables(names: Names | None) -> dict[str, str]:
 
 
 def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:
-    """The CSR, and its content as text; a type without SANs has no variable."""
+    """The CSR, and its content as text; a type of SAN that it lacks has no variable."""
     names = extension(csr, x509.SubjectAlternativeName) or x509.SubjectAlternativeName([])
     sans = {
         "CERTMONGER_REQ_HOSTNAME": names.get_values_for_type(x509.DNSName),
@@ -392,7 +392,7 @@ def _csr_variables(csr: x509.CertificateSigningRequest) -> dict[str, str]:
 
 
 def _printed(ended: _Answer) -> str:
-    """All that it printed, for a message: both outputs, each on one line and cut."""
+    """The program's two outputs for a message, each on one line and cut."""
     text = display_text(ended.output)
     return (f', printed: "{text}"' if text else ", printed nothing") + _aside(ended)
 
@@ -404,7 +404,7 @@ def _aside(ended: _Answer) -> str:
 
 # --- certmonger's contract: the environment of a helper, and what it prints -----------------------------------------------
 
-#: What a program finds around it, beside HOME and what the settings name; nothing of our own environment.
+#: A program's environment, beside HOME and the settings' variables; nothing comes from our own environment.
 ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "SHELL": "/bin/sh",
@@ -469,7 +469,7 @@ def _delayed_cookie(output: bytes) -> tuple[int, str]:
 
 
 def display_text(data: bytes, *, keep_end: bool = False) -> str:
-    """Text for the operator: on one line, cut, and without what steers a terminal."""
+    """Text for the operator: on one line, cut, without terminal controls."""
     text = data.decode("utf-8", "replace")
     return one_line(text[::-1], _LONGEST_TEXT)[::-1] if keep_end else one_line(text, _LONGEST_TEXT)
 

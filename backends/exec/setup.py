@@ -1,5 +1,5 @@
 """
-What the author of a program for the backend `exec` needs: what it will be asked for, and a way to try it.
+What the author of a program for the backend `exec` needs: the requests that it will get, and a way to try it.
 
 Where the settings name the program `config/exec/step-ca`, its administrator gets a provisioner for each profile, whose
 template signs this node's certificates and nothing else. A holder of a provisioner's password chooses subject and SANs, and
@@ -27,7 +27,7 @@ from bridge.specs import EKU, SPECS
 from bridge.words import one_line
 
 _LONGEST_CELL = 4000
-#: Where the settings name no program yet.
+#: The program while the settings name none.
 PROGRAM = ("/usr/local/libexec/ca-bridge/program",)
 
 _TEXT = """\
@@ -68,7 +68,7 @@ _AS_USER = """\
 
 
 def setup(wanted: SetupRequest) -> list[SetupFile]:
-    """A script for the authority that tries the program, for step-ca also one that makes its provisioners; for pods a text."""
+    """Write a script that tries the authority's program, for step-ca also one with provisioners; for pods a text."""
     if wanted.patterns:
         return [SetupFile(name=f"{wanted.authority.name}.txt", text="".join(_beside(wanted)))]
     settings = ExecSettings(**{"command": PROGRAM, **wanted.settings})
@@ -80,7 +80,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
         for name, certificate in wanted.certificates.items()
     ]
     head = ("NAME", "PROFILE", "EKUS", "SUBJECT", "SANS")
-    # a line break in a CA's certificate would end the comment, and what follows it would run
+    # a line break in a CA's certificate would end the comment, and the shell would run the rest
     lines = [[one_line(cell, _LONGEST_CELL) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     table = "\n".join(
@@ -104,7 +104,7 @@ def setup(wanted: SetupRequest) -> list[SetupFile]:
 
 
 def _beside(wanted: SetupRequest) -> Iterator[str]:
-    """The variables of a program whose certificates get their names beside the CSR, and the certificate that it has to make."""
+    """The variables for a program that gets names beside the CSR, and the certificate that it has to make."""
     yield "The CSR is empty: subject and SANs are those of the variables, one name a line, and no others.\n"
     yield "Below an empty subject the SANs are critical; a certificate begins less than 5 minutes ago.\n"
     for one in wanted.patterns:
@@ -138,7 +138,7 @@ def sans_text(certificate: x509.Certificate) -> str:
 
 # --- step-ca ----------------------------------------------------------------------------------------------------------
 
-#: The name of the program by which it is known in `command`.
+#: The program's file name, by which we recognise it in `command`.
 STEP_CA = "step-ca"
 
 #: step-ca's fields of a subject, in the order in which it writes them.
@@ -154,7 +154,7 @@ _STEP_CA_FIELDS = {
     NameOID.COMMON_NAME: "commonName",
 }
 _SINGLE = ("serialNumber", "commonName")
-#: What Go's encoder escapes, since JSON may stand in HTML.
+#: Characters that Go's JSON encoder escapes, in case the JSON is in HTML.
 _ESCAPED = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 
 _STEP_CA_SCRIPT = """\

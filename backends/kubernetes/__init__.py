@@ -111,19 +111,19 @@ class KubernetesSettings(BackendSettings):
     delete: bool = True  #: Delete answered objects, if the account may do that.
 
     def private_files(self) -> Iterator[Path]:
-        """A kubeconfig has a key or a token in it."""
+        """Secret files, among them the kubeconfig, which holds a key or a token."""
         yield from super().private_files()
         if self.kubeconfig is not None:
             yield self.kubeconfig
 
     def credentials(self) -> Iterator[tuple[str, Path]]:
-        """A kubeconfig may log in with a certificate."""
+        """Certificate files, among them the kubeconfig, which may hold a client certificate."""
         yield from super().credentials()
         if self.kubeconfig is not None:
             yield "kubeconfig", self.kubeconfig
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Contradictions, and settings that no API server accepts."""
+        """Find contradictions, and settings that no API server accepts."""
         selector = Selector(self.signer, self.signers, self.node)
         wrong = list(selector.problems("signer", "signers", self.pairs))
         yield from wrong
@@ -151,7 +151,7 @@ class KubernetesSettings(BackendSettings):
             yield SettingsProblem("token_file", "a token or a client certificate", "both")
 
     def tls_context(self) -> ssl.SSLContext:
-        """A TLS context for one connection; files are read again each time, as short-lived credentials are replaced."""
+        """A TLS context for one connection; reads files again each time, since short-lived credentials are replaced."""
         if self.kubeconfig is None:
             return tls_context(self.ca_file, self.client_cert, self.client_key)
         access = self.access()
@@ -161,7 +161,7 @@ class KubernetesSettings(BackendSettings):
             raise self._unusable(str(e)) from None
 
     def bearer(self) -> str | None:
-        """The token as it is now; None: a client certificate says who asks."""
+        """The current token; None: a client certificate identifies us."""
         try:
             access = self.access() if self.kubeconfig is not None else None
         except SettingsError as e:
@@ -172,7 +172,7 @@ class KubernetesSettings(BackendSettings):
         return (access and access.token_text) or None
 
     def access(self) -> Access:
-        """The server and the credentials that the kubeconfig names now; errors quote nothing of it."""
+        """The server and credentials that the kubeconfig names now; errors quote nothing of it."""
         assert self.kubeconfig is not None  # noqa: S101 (only where it is set)
         try:
             return parse_kubeconfig(_bounded(self.kubeconfig), self.kubeconfig.parent)
@@ -188,7 +188,7 @@ class KubernetesSettings(BackendSettings):
 
 
 def parse_kubeconfig(data: bytes, directory: Path) -> Access:
-    """Server and credentials of a kubeconfig's current context; OSError: a file it names; ValueError: all else."""
+    """Server and credentials of a kubeconfig's current context (OSError: a file it names; ValueError: all else)."""
     try:
         document = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe loaders)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -246,7 +246,7 @@ def _bounded(path: Path) -> bytes:
 
 
 def _signer_problems(selector: Selector) -> Iterator[SettingsProblem]:
-    """Signer names that the API does not accept, from any of the settings."""
+    """Find signer names that the API does not accept, for any certificate."""
     wrong = {name for spec in SPECS.values() if not _SIGNER.fullmatch(name := selector(spec))}
     if wrong:
         wanted = "DOMAIN/NAME, such as ca-bridge.example.com/{name} or clusterissuers.cert-manager.io/corp"
@@ -264,7 +264,7 @@ _KUBERNETES_SIGNERS = {
     "kubernetes.io/kubelet-serving": {EKU.SERVER_AUTH},
 }
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 1.0
-#: Objects that are answered and not removed yet; those of a process that runs for long are removed meanwhile.
+#: How many answered objects may be left before a long-running process removes some.
 _MOST_ANSWERED = 64
 
 
@@ -301,7 +301,7 @@ class KubernetesBackend(OverHttp):
         answer = self._ask("POST", CSRS, body)
         if answer.status == HTTPStatus.CONFLICT:
             answer = self._ask("GET", path_of(name))
-            there = object_of(answer.document, "spec")  # which can't be changed; the server adds who asked
+            there = object_of(answer.document, "spec")  # immutable; the server only adds the requester
             if answer.status == HTTPStatus.OK and any(there.get(key) != value for key, value in body["spec"].items()):
                 hint = "another client made it; `kubectl describe csr` shows who: spec.username"
                 raise BackendRefusedError(f"kubernetes: {name}: wanted our own request there, found another", hint=hint)
@@ -314,13 +314,13 @@ class KubernetesBackend(OverHttp):
         return self._awaited(request, reference, self._look(reference))
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
-        """Ask the API server for our rights, and compare usages with Kubernetes' signers; no API tells who signs."""
+        """Ask the API server for our rights, and compare usages with Kubernetes' signers; no API shows others."""
         rights = [found for verb in ("create", "get") if (found := self._missing_right(verb))]
         by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
         return {name: violations for name, violations in by_name.items() if violations}
 
     def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
-        """Compare the validity with the API's limit, and groups with what it never takes."""
+        """Compare the validity with the API's limit, and the groups with those that it never accepts."""
         found = {}
         for one in wanted:
             violations = []
@@ -336,7 +336,7 @@ class KubernetesBackend(OverHttp):
         return found
 
     def advice(self, spec: CertificateSpec) -> str:
-        """The signer."""
+        """Name the signer."""
         setup = f"`ca-bridge setup kubernetes --authority {spec.authority.name}`"
         return f"look at who signs for {self._signer(spec)} there, and compare with what {setup} prints"
 
@@ -349,12 +349,12 @@ class KubernetesBackend(OverHttp):
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         answer = self._ask("POST", SUBJECT_REVIEWS, review)
         if answer.status != HTTPStatus.CREATED:
-            return ""  # older than 1.28, or not allowed: it does not tell
+            return ""  # older than 1.28, or not allowed
         user = object_of(object_of(answer.document, "status"), "userInfo").get("username")
         return one_line(user) if isinstance(user, str) else ""
 
     def credential_ends(self) -> list[CredentialEnd]:
-        """A service account's token says by itself when it ends."""
+        """When our token expires; a service account's token holds that itself."""
         settings, token = self._settings, self._settings.bearer()
         if token is None:
             return []
@@ -423,7 +423,7 @@ class KubernetesBackend(OverHttp):
                     self._remove(*self._answered.popleft())
 
     def _remove(self, name: str, uid: str) -> None:
-        """Any answer will do: without the right to delete, kube-controller-manager removes it an hour later."""
+        """Delete an object, whatever the answer: otherwise kube-controller-manager deletes it an hour later."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
         self._ask("DELETE", path_of(name), body)
 
@@ -445,10 +445,10 @@ class KubernetesBackend(OverHttp):
     # --- the server ---------------------------------------------------------------------------------------------------
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        """Send one request; any status is an answer, except that after 401 credential files are read again, once."""
+        """Send one request; any status is an answer, but after 401 read credential files again and send once more."""
         answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
-            self._http.close()  # they show the client certificate that they began with
+            self._http.close()  # open connections keep showing their first client certificate
             answer = self._send(method, path, body)
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise self._error(answer)
@@ -470,15 +470,15 @@ class KubernetesBackend(OverHttp):
         answer = self._http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
         later = retry_after_seconds(answer)
         document = json_object(answer.body.replace(token.encode(), "…".encode()) if token else answer.body)
-        # anything else than an object is not quoted: it may come from anywhere
+        # anything but an object is not quoted: it may come from anywhere
         document = {"message": "no object in JSON"} if document is None else document
         return Answer(status=answer.status, document=document, retry_after_seconds=later)
 
 
 def _object(request: SignRequest, signer: str) -> dict[str, Any]:
-    """The object; its name is that of the same request always."""
+    """Build the object; the same request always gets the same name."""
     csr = request.csr
-    # Built anew: text around the block, or a second one, is left out.
+    # Encoded again, without text around the block or a second block.
     pem = csr.public_bytes(Encoding.PEM)
     seconds = min(int(request.validity.total_seconds()), _LONGEST_SECONDS)
     usages = ["digital signature"]
@@ -526,14 +526,14 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
 
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The object's true conditions, by type (the API demands that the three which count here are true)."""
+    """The object's true conditions, by type (the API demands that the three that count here are true)."""
     listed = object_of(document, "status").get("conditions")
     found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     return {str(one.get("type")): one for one in found if one.get("status") == "True"}
 
 
 def _note(document: Mapping[str, Any]) -> str:
-    """Tell the operator whose turn it is."""
+    """Tell the operator who has to act next."""
     name, conditions = one_line(_metadata(document, "name")), _conditions(document)
     if "Approved" in conditions:
         signer = one_line(object_of(document, "spec").get("signerName"))
@@ -569,7 +569,7 @@ _LONG = 300
 
 
 def _last_clause(text: str) -> str:
-    """A short message as it is; of a long one what stands behind the value that it quotes."""
+    """A short message as it is; the end of a long one, after the value that it quotes."""
     return text if len(text) <= _LONG else text.rpartition(_QUOTED)[2]
 
 
@@ -581,7 +581,7 @@ def path_of(name: str) -> str:
 _NOT_KUBERNETES = "is it a Kubernetes API server that answers at url?"
 #: Statuses below 500 that may pass: a conflict, a version that is gone, time and rate.
 _LATER = frozenset({408, 409, 410, 425, 429})
-#: Statuses about the request itself; others are about our rights, or of something before the API server.
+#: Statuses about the request itself; others are about our rights, or come from a proxy before the API server.
 _VERDICTS = frozenset({413, 422})
 _HINTS: Mapping[int, str] = {
     HTTPStatus.BAD_REQUEST: _NOT_KUBERNETES,

@@ -2,7 +2,7 @@
 What the administrator of the signing cluster needs: an account for the node, a role for approvers, and policies.
 
 With RBAC an account that may create a request may name any signer and subject. So ValidatingAdmissionPolicies reserve
-these signer names for this cluster's accounts, for each those of its own node, and the page lists what to approve.
+these signer names for this cluster's accounts and limit each account to its node's; the page lists what to approve.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PATTERN = "ca-bridge.example.com/{name}"
 
 
 def files(wanted: SetupRequest) -> Sequence[SetupFile]:
-    """Manifests with comments, for `kubectl apply`; BridgeError: the settings so far don't give the signer's name."""
+    """Write commented manifests for `kubectl apply` (BridgeError: the settings so far don't give the signer's name)."""
     settings = wanted.settings
     selector = Selector(settings.get("signer") or _PATTERN, settings.get("signers") or {}, wanted.node)
     wrong = list(selector.problems("signer", "signers"))
@@ -43,8 +43,8 @@ def files(wanted: SetupRequest) -> Sequence[SetupFile]:
 
 
 def account(node: str) -> str:
-    """The node's service account, with its whole name, so that no two nodes share one (BridgeError: it can have none)."""
-    if not is_node_name(node) or node == "gateway":  # whose account would be that of `ca-bridge gateway`
+    """The node's service account, with the node's whole name, so that no two share one (BridgeError: not a name)."""
+    if not is_node_name(node) or node == "gateway":  # which is the name in the account of `ca-bridge gateway`
         wanted = "wanted a node's name (a-z, 0-9, '-' and '.') other than gateway"
         raise BridgeError(f"{wanted}, found {one_line(repr(node))}", hint="it is node.name, or in the list of --nodes")
     return f"ca-bridge-{node}"
@@ -193,11 +193,11 @@ rules:
 
 
 def _admission(wanted: SetupRequest, signers: Sequence[str]) -> str:
-    """The admission policy; none for Kubernetes' own signers, which others of that cluster use as well."""
+    """The admission policy; none for Kubernetes' own signers, which others in that cluster also use."""
     ours = [signer for signer in signers if not signer.partition("/")[0].endswith("kubernetes.io")]
     if not ours:
         return ""
-    # the node's own, or the next node's file, which may have other signers, would leave these open
+    # named after the node: else the next node's file, which may have other signers, would leave these open
     name = f"{account(wanted.node)}-requests-{wanted.authority.name}"
     return f"""\
 # Only the accounts of nodes may ask these signers; and for no longer than was agreed.
