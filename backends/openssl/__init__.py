@@ -53,7 +53,7 @@ _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
 _PREFIX = "ca-bridge-"
 _LONGEST_CHECK = 86_400  # seconds
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
-#: Others would mean something in an openssl.cnf.
+#: Other characters have a meaning in an openssl.cnf.
 _PLAIN_SAN = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+")
 
 # All paths are relative to the folder of the run, so that none of the site's has to be quoted.
@@ -84,11 +84,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """All that the certificates of one run share."""
+    """What the certificates of one run share."""
 
     usage: Usage
     validity: timedelta
-    names: Names | None  #: Beside the CSRs; one run has one section of extensions.
+    names: Names | None  #: Names beside the CSRs; one run has one section of extensions.
 
 
 _Batch = tuple[_Alike, list[tuple[int, SignRequest]]]
@@ -117,7 +117,7 @@ class OpensslBackend:
 
     @classmethod
     def from_settings(cls, settings: OpensslSettings) -> OpensslBackend:
-        """As `BackendType`; reads the site's openssl.cnf, if one is named."""
+        """Make the backend; read the site's openssl.cnf, if the settings name one."""
         return cls(settings, files_of(settings))
 
     def sign(self, request: SignRequest) -> Issued:
@@ -128,7 +128,7 @@ class OpensslBackend:
         return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
-        """Have all signed, with one process a usage class and chunk of it."""
+        """Have all requests signed, with one process for each chunk of a usage class."""
         if not requests:
             return []
         with _os_errors():
@@ -143,7 +143,7 @@ class OpensslBackend:
         with _os_errors():
             signers = self.issuers()
             with self._at_work(signers) as desk:
-                revoked = desk.database.revoked()  # an operator may revoke what no node has got
+                revoked = desk.database.revoked()  # an operator may revoke a certificate that no node got
                 found = {
                     key_and_usages(leaf): leaf
                     for leaf in desk.database.issued_since(since)
@@ -163,12 +163,12 @@ class OpensslBackend:
                 desk.revoke(certificate)
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """Look the serial number of a certificate by this CA up in the index."""
+        """Look up a certificate of this CA in the index, by serial number."""
         return certificate.serial_number in self.revoked() and certificate.issuer == self.issuers()[0].subject
 
     def revoked(self) -> frozenset[int]:
-        """The serial numbers that are revoked in the index; another CA may have used them, too."""
-        self.issuers()  # a CA whose directory is away is unavailable in the words in which it will be the next time
+        """The serial numbers that are revoked in the index; another CA may use the same numbers."""
+        self.issuers()  # so that a missing CA directory is the same error in every method
         with _os_errors():
             return self._database().revoked()
 
@@ -208,7 +208,7 @@ class OpensslBackend:
 
     @contextmanager
     def _at_work(self, signers: list[x509.Certificate]) -> Iterator[_Desk]:
-        """Lock the database, and put right what a killed run left."""
+        """Lock the database, and repair what a killed run left."""
         database = self._database()
         with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
             desk = _Desk(self._openssl, database, signers, folder, lock, seen=self._seen)
@@ -241,9 +241,9 @@ class OpensslBackend:
 
 
 def _sweep(parent: Path, locked: Database) -> None:
-    """Remove what killed runs left: only the holder of a database's lock may have a folder for it, or a short check."""
+    """Remove folders of killed runs: only the holder of a database's lock, or a short check, may have one for it."""
     for path in parent.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another's
+        with suppress(OSError):  # another user's
             status, is_for_us = path.lstat(), path.joinpath("database").readlink() == locked.index.parent
             is_left = path.joinpath("newcerts").is_symlink() or time.time() - status.st_mtime > _LONGEST_CHECK
             if status.st_uid == os.geteuid() and is_for_us and is_left:
@@ -265,7 +265,7 @@ class _Desk:
     readings: list[Future[_Answers]] = field(default_factory=list)
 
     def recover(self) -> None:
-        """Put right what a killed run left: no index, or certificates that are in no index."""
+        """Repair what a killed run left: no index, or certificates that are in no index."""
         self.database.check_folders()
         self.database.put_right()
         self.seen = self.database.read(self.seen)
@@ -279,7 +279,7 @@ class _Desk:
             log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
 
     def _orphans(self, index: Snapshot) -> list[Path]:
-        """Ours alone, and not the expired ones: sites move such rows to an archive, and they do no harm."""
+        """Unrecorded certificates of this CA that have not expired: sites archive expired rows, which do no harm."""
         orphans, now = self.database.orphans(index), datetime.now(UTC)
         signer = self.signers[0]
         return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and is_signed_by(leaf, signer)]
@@ -297,7 +297,7 @@ class _Desk:
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """Sign batch by batch; requests that were not tried get the error that ended the run."""
         answers: _Answers = {}
-        # while openssl signs one batch, the next is looked through, and the certificates of the last are read
+        # while openssl signs one batch, another thread checks the next and reads the certificates of the last
         with ThreadPoolExecutor(1) as beside:
             checks = [beside.submit(_checked_all, requests) for _, requests in batches]
             for (alike, _), check in zip(batches, checks, strict=True):
@@ -314,7 +314,7 @@ class _Desk:
         return dict.fromkeys((position for _, requests in batches for position, _ in requests), self.fatal) | answers
 
     def _sign_or_halve(self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]) -> _Answers:
-        """Halve a run that fails as a whole, until the CSR is found that it fails for: only that CSR is refused."""
+        """Halve a run that fails as a whole until the CSR at fault is found: only that CSR is refused."""
         if not orders or self.fatal:
             return {}
         failure = self._run_batch(beside, alike, orders)
@@ -335,7 +335,7 @@ class _Desk:
     def _run_batch(
         self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]
     ) -> BackendError | None:
-        """One run; if it issued anything, the answers will be among the readings."""
+        """Run one batch; if it issued anything, `readings` will have the answers."""
         try:
             with _os_errors():
                 outcome, serials = self._run_recorded(alike, orders)
@@ -351,12 +351,12 @@ class _Desk:
         return None
 
     def _run_recorded(self, alike: _Alike, orders: Sequence[CheckedCsr]) -> tuple[ProcessEnd, list[int]]:
-        """How a run ended, and the serial numbers that it added to the database."""
+        """Run one batch; return how it ended, and the serial numbers that it added to the database."""
         before = self.seen = self.database.read(self.seen)
         self.database.check_space(len(before.data), len(orders))
         copy = self.database.back_up(before)
         names = [f"{number}.csr" for number in range(len(orders))]
-        with folder_of(self.folder) as folder:  # a later batch writes over these: they go with the folder
+        with folder_of(self.folder) as folder:  # a later batch overwrites these, and they go with the folder
             for name, order in zip(names, orders, strict=True):
                 write_in(folder, name, order.csr_pem)
         # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
@@ -365,7 +365,7 @@ class _Desk:
         return outcome, self.database.added(before, copy)
 
     def _read(self, orders: Sequence[CheckedCsr], serials: Sequence[int], error: BackendError | None) -> _Answers:
-        """The new certificates by their public keys: a CSR that openssl skips shifts the order of the others."""
+        """Match new certificates to requests by public key: a CSR that openssl skips shifts the order of the others."""
         waiting: dict[bytes, list[int]] = defaultdict(list)
         for order in reversed(orders):
             waiting[order.public_key].append(order.position)
@@ -373,7 +373,7 @@ class _Desk:
         answers: _Answers = {}
         lost = []
         try:
-            # not as the index is now: openssl has written it anew for the next batch, perhaps
+            # not the index's status now: openssl may have rewritten it for the next batch
             pattern = self.seen.status if self.seen else None
             for serial, leaf in zip(serials, self.database.certificates(serials, pattern), strict=True):
                 if leaf is None:
@@ -386,7 +386,7 @@ class _Desk:
         return answers | dict.fromkeys(missing, error or _not_issued(lost))
 
     def _extensions(self, alike: _Alike) -> list[str]:
-        """The arguments for the usage's section, or for a file with one that has the names in it, too."""
+        """The arguments for the usage's section, or for a file whose section also has the names."""
         if alike.names is None:
             return ["-extensions", alike.usage]
         section = SECTION.format(usage="named", ekus=EKUS[alike.usage])
@@ -395,7 +395,7 @@ class _Desk:
         return ["-extfile", "named.cnf", "-extensions", "named", *subject]
 
     def _dates(self, alike: _Alike) -> list[str]:
-        """Within the CA's own dates, which openssl does not look at; with names beside the CSR, the whole life is asked for."""
+        """Dates within the CA's own, which openssl does not check; with names beside the CSR, hardly backdated."""
         now, signer = datetime.now(UTC), self.signers[0]
         backdated = _BACKDATED if alike.names is None else _BACKDATED_LITTLE
         begin = max(now - backdated, signer.not_valid_before_utc)
@@ -404,11 +404,11 @@ class _Desk:
 
     def _run(self, *arguments: str, csrs: int = 0) -> ProcessEnd:
         fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
-        # should we be killed, the process holds the lock until it has ended
+        # if we are killed, the process keeps the lock until it ends
         return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock], csrs=csrs)
 
 
-#: openssl's words for what needs no second time.
+#: openssl's text about a certificate that needs no second revocation.
 _ALREADY_REVOKED = "Already revoked"
 
 
@@ -431,7 +431,7 @@ def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
 
 
 def _sans_of(names: Names) -> str:
-    """The SANs in the words of an openssl.cnf; critical below an empty subject (RFC 5280 §4.2.1.6)."""
+    """The SANs as an openssl.cnf has them; critical below an empty subject (RFC 5280 §4.2.1.6)."""
     lines = [
         *(f"URI.{n} = {one}" for n, one in enumerate(names.uris)),
         *(f"DNS.{n} = {one}" for n, one in enumerate(names.dns)),
@@ -477,7 +477,7 @@ def _asn1_time(moment: datetime) -> str:
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """The operating system's errors as the contract's."""
+    """Turn the operating system's errors into the contract's."""
     try:
         yield
     except OSError as e:
@@ -493,8 +493,8 @@ def _os_errors() -> Iterator[None]:
 
 _SAN = x509.SubjectAlternativeName.oid
 _EXTENSION_REQUEST = x509.ObjectIdentifier("1.2.840.113549.1.9.14")
-# With challengePassword and unstructuredName, which go nowhere. openssl takes extensions from Microsoft's
-# 1.3.6.1.4.1.311.2.1.14 as well, which cryptography does not show as extensions.
+# With challengePassword and unstructuredName, which get into no certificate. Not Microsoft's 1.3.6.1.4.1.311.2.1.14:
+# openssl also takes extensions from it, and cryptography does not show them as extensions.
 _ATTRIBUTES = {_EXTENSION_REQUEST, *map(x509.ObjectIdentifier, ("1.2.840.113549.1.9.7", "1.2.840.113549.1.9.2"))}
 _STRINGS = {"UTF8String", "PrintableString", "T61String", "BMPString"}
 
@@ -509,7 +509,7 @@ class CheckedCsr:
 
 
 def checked(position: int, request: SignRequest) -> CheckedCsr:
-    """A CSR that can't stop the others of its run, and brings only subject and SANs into a certificate."""
+    """Check that a CSR can't stop the others of its run, and brings only subject and SANs into a certificate."""
     try:
         csr = request.csr
         wrong = _wrong_with(request.csr_pem, csr, request.names)
@@ -536,8 +536,8 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest, names: Names | 
         return "no names in this CSR, found some" if subject or list(csr.extensions) else _wrong_beside(names)
     if not subject:
         return "a subject, found an empty one"
-    odd = [f"{one.rfc4514_attribute_name} as {_string_type(one)}" for one in subject if not _is_readable(one)]
-    return f"a subject in strings that openssl ca reads, found {', '.join(odd)}" if odd else ""
+    unread = [f"{one.rfc4514_attribute_name} as {_string_type(one)}" for one in subject if not _is_readable(one)]
+    return f"a subject in strings that openssl ca reads, found {', '.join(unread)}" if unread else ""
 
 
 def _wrong_beside(names: Names) -> str:
@@ -547,7 +547,7 @@ def _wrong_beside(names: Names) -> str:
 
 
 def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
-    """Whether openssl ca reads its string; at any other, or an e-mail address that is no IA5String, it ends and signs none."""
+    """Whether openssl ca reads the string; any other, or an e-mail address that is no IA5String, stops its run."""
     kind = _string_type(attribute)
     if kind == "IA5String":
         return isinstance(attribute.value, str) and attribute.value.isascii()
@@ -555,5 +555,5 @@ def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:
 
 
 def _string_type(attribute: x509.NameAttribute[str | bytes]) -> str:
-    """Its ASN.1 string type; empty if the library no longer tells: then halving a run finds what openssl can't read."""
+    """The ASN.1 string type; empty if the library no longer shows it: then halving a run finds unreadable CSRs."""
     return getattr(getattr(attribute, "_type", None), "name", "")

@@ -37,13 +37,13 @@ QUARANTINE_NAME = ".ca-bridge-quarantine"
 _BACKUP = ".ca-bridge."  # and a time; beside the index
 _BACKUPS_KEPT = 3
 
-# Between its two renames an `openssl ca` that was started by hand, without our lock, leaves for
-# microseconds what a killed one leaves for ever.
+# Between its two renames, an `openssl ca` that was started by hand without our lock looks for
+# microseconds like a killed one.
 _SETTLE_SECONDS = 1.0
 _TICK_SECONDS = 2.0  # file systems' clocks may be that coarse
 _MANY_FILES = 32
-# Type, expiry, revocation date and reason, serial, file name (always "unknown"), subject. What `openssl ca`
-# itself refuses is refused here first, since 1.1.1 does it without a word, and so is what it would drop.
+# Type, expiry, revocation date and reason, serial, file name (always "unknown"), subject. We first refuse each
+# row that `openssl ca` would refuse (1.1.1 without a message) or drop.
 _ROW = re.compile(
     rb"(?:[VE]\t\d{10,14}Z\t|R\t\d{10,14}Z\t\d{10,14}Z(?:,[^\t]*)?)\t((?:[0-9A-Fa-f]{2})+)\t[^\t]*\t[^\t]*"
 )
@@ -51,20 +51,20 @@ _CERTIFICATE_NAME = re.compile(r"((?:[0-9A-F]{2})+)\.pem")
 # Two copies that `openssl ca` makes of the index and one of ours; a certificate takes one or two blocks.
 _INDEX_COPIES = 3
 _BYTES_PER_CERTIFICATE = 16 * 1024
-#: The size of a certificate, with the text that openssl may have written before it.
+#: The largest certificate, with the text that openssl may have written before it.
 _LARGEST_FILE = 1 << 20
-#: Two million rows; `openssl ca`, too, has all of them in memory, several times.
+#: Two million rows; `openssl ca` has all of them in memory several times.
 _LARGEST_INDEX = 256 << 20
 
 log = logging.getLogger(__name__)
 
 
-#: A row of a certificate that was revoked, and its serial number.
+#: The row of a revoked certificate, and its serial number.
 _REVOKED = re.compile(rb"^R\t[^\t\n]*\t[^\t\n]*\t([0-9A-Fa-f]+)\t", re.MULTILINE)
 
 
 class IndexDamagedError(Exception):
-    """An index that `openssl ca` would refuse, or would silently lose rows of."""
+    """An index that `openssl ca` would refuse, or from which it would silently lose rows."""
 
 
 def parse_index(data: bytes) -> dict[int, int]:
@@ -114,7 +114,7 @@ class Database:
 
     @property
     def attributes(self) -> Path:
-        """The file in which `openssl ca` keeps `unique_subject`; it wins over openssl.cnf."""
+        """The file in which `openssl ca` keeps `unique_subject`; it overrides openssl.cnf."""
         return self._beside(".attr")
 
     def _beside(self, suffix: str) -> Path:
@@ -122,7 +122,7 @@ class Database:
 
     @contextmanager
     def locked(self, limit: timedelta) -> Iterator[int]:
-        """Hold the lock."""
+        """Hold the lock (BackendUnavailableError: another process holds it)."""
         path = self.index.with_name(LOCK_NAME)
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -132,7 +132,7 @@ class Database:
                 hint="run as the CA's own user, which must be able to write in the database's folder",
             ) from e
         try:
-            with suppress(PermissionError):  # else it is the CA's own user's already, or can't be given to them
+            with suppress(PermissionError):  # then it is the CA's own user's already, or we can't give it away
                 os.fchown(lock, self._pattern().st_uid, self._pattern().st_gid)
             with suppress(PermissionError):
                 os.fchmod(lock, 0o600)  # a user who may open it may hold it for ever
@@ -145,7 +145,7 @@ class Database:
             os.close(lock)
 
     def read(self, earlier: Snapshot | None = None) -> Snapshot:
-        """The index as it is."""
+        """Read the index (LocalFileError: no such file; BackendRefusedError: it is damaged)."""
         try:
             with self._open() as file:
                 data, status = file.read(), os.fstat(file.fileno())
@@ -167,7 +167,7 @@ class Database:
             ) from e
 
     def revoked(self) -> frozenset[int]:
-        """The serial numbers that are revoked; also while another run signs."""
+        """The serial numbers that are revoked; works also while another run signs."""
         try:
             with self._open() as file:
                 return frozenset(int(serial, 16) for serial in _REVOKED.findall(file.read()))
@@ -175,14 +175,14 @@ class Database:
             raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
 
     def _open(self) -> FileIO:
-        """Open the index, for which it waits while another run's `openssl ca` is between its renames."""
+        """Open the index, or wait while another run's `openssl ca` is between its renames."""
         with suppress(FileNotFoundError):
             return open_regular(self.index, _LARGEST_INDEX)
         time.sleep(_SETTLE_SECONDS)
         return open_regular(self.index, _LARGEST_INDEX)
 
     def _check_emptiness(self) -> None:
-        """An index that lost all in a power cut looks like that of a new CA, and `openssl ca` takes it for that."""
+        """Refuse an index that a power cut emptied: it looks like a new CA's, and `openssl ca` takes it for one."""
         for path in (self._beside(".old"), *self._backups()[-1:]):
             if _read_if_there(path):
                 raise IndexDamagedError(f"wanted rows, as in {path.name}, found an empty file")
@@ -195,7 +195,7 @@ class Database:
         self.check_folders()
 
     def check_folders(self) -> None:
-        """Make sure that both folders are there and can be written in."""
+        """Make sure that both folders exist and that we can write in them."""
         for folder in (self.index.parent, self.new_certs_dir):
             if not folder.is_dir():
                 hint = f"mkdir -m 0700 {folder}, as the CA's own user; or set `dir` to the CA's folder"
@@ -209,7 +209,7 @@ class Database:
                 )
 
     def put_right(self) -> None:
-        """Undo what a killed run left: no index, or no attributes."""
+        """Repair what a killed run left: no index, or no attributes."""
         self._find_index()
         if not self._unique_subject():
             _write(self.attributes, b"unique_subject = no\n", self._pattern())
@@ -222,7 +222,7 @@ class Database:
             _write(self.index, remains, self._pattern())
 
     def _remains(self) -> bytes | None:
-        """The index as it should be after a run that died between its renames; None: there is nothing to go by."""
+        """The index as it should be after a run that died between its renames; None: no file shows it."""
         before, after = _read_if_there(self._beside(".old")), _read_if_there(self._beside(".new"))
         if before is not None and after is not None and after.startswith(before):
             with suppress(IndexDamagedError):
@@ -239,7 +239,7 @@ class Database:
             found = parse_config(text, {}).get("default", "unique_subject")
         except ConfigDoubtError as e:
             raise BackendRefusedError(f"{self.attributes}:{e.line}: wanted {e.wanted}, found {e.found}") from e
-        # only the first letter counts for openssl, and what it can't read is a yes
+        # openssl reads only the first letter, and takes any other value for a yes
         if found is not None and found.text[:1] not in tuple("nNfF0"):
             raise BackendRefusedError(
                 f"{self.attributes}:{found.line}: wanted unique_subject = no, found {found.text!r}",
@@ -256,7 +256,7 @@ class Database:
     def certificates(
         self, serials: Sequence[int], pattern: os.stat_result | None = None
     ) -> Iterator[x509.Certificate | None]:
-        """As `certificate`, of thousands; their files get the owner and the mode of `pattern`."""
+        """Read thousands of certificates as `certificate` does; their files get the owner and the mode of `pattern`."""
         try:
             with folder_of(self.new_certs_dir) as folder:
                 for serial in serials:
@@ -268,7 +268,7 @@ class Database:
             raise LocalFileError(f"wanted to read {path}, found: {e.strerror}") from e
 
     def issued_since(self, moment: datetime) -> Iterator[x509.Certificate]:
-        """The certificates whose files are not older."""
+        """The certificates whose files are not older than `moment`."""
         earliest = moment.timestamp() - _TICK_SECONDS
         for entry in os.scandir(self.new_certs_dir):
             name = _CERTIFICATE_NAME.fullmatch(entry.name)
@@ -302,7 +302,7 @@ class Database:
         path.rename(target)
 
     def check_space(self, index_size: int, certificates: int) -> None:
-        """Make sure that the disk holds what a run writes: `openssl ca` does not notice when it does not."""
+        """Make sure that the disk has room for a run: `openssl ca` does not notice a full disk."""
         wanted = _INDEX_COPIES * index_size + _BYTES_PER_CERTIFICATE * (certificates + 1)
         for folder in {self.index.parent, self.new_certs_dir}:
             disk = os.statvfs(folder)
@@ -318,7 +318,7 @@ class Database:
                 )
 
     def back_up(self, before: Snapshot) -> Path:
-        """Keep a copy of the index; `.old` is no backup, since the next run puts a damaged index there."""
+        """Keep a copy of the index; `.old` is no backup, since the next run would put a damaged index there."""
         remove_unfinished(self.index.parent, f".{self.index.name}{_BACKUP}*.????????")
         copy = self._beside(datetime.now(UTC).strftime(f"{_BACKUP}%Y%m%dT%H%M%S.%fZ"))
         _write(copy, before.data, before.status)
@@ -332,9 +332,9 @@ class Database:
 
     def added(self, before: Snapshot, copy: Path) -> list[int]:
         """
-        The new serial numbers in order, by the index `before` the run; it gets the old owner and mode.
+        The serial numbers that a run added to the index `before` it, in order; the index gets its old owner and mode.
 
-        BackendRefusedError: the run damaged the index, and `copy` (from `back_up`) is the index again.
+        BackendRefusedError: the run damaged the index, and `copy` (from `back_up`) replaced it.
         """
         self._find_index()
         try:
@@ -352,7 +352,7 @@ class Database:
         return serials
 
     def adopt(self, pattern: os.stat_result) -> None:
-        """Give the index and its attributes, which each run writes anew, the owner and the mode that they had."""
+        """Give the index and its attributes, which each run writes anew, their previous owner and mode."""
         for path in (self.index, self.attributes):
             with suppress(FileNotFoundError), open_regular(path, None) as file:
                 _adopt(file.fileno(), pattern)
@@ -391,7 +391,7 @@ def _serials(data: bytes, earlier: Snapshot | None) -> frozenset[int]:
 
 
 def _new_serials(before: Snapshot, after: bytes) -> list[int]:
-    """Usually the old rows are all there as they were, and only what follows them need be parsed."""
+    """The serial numbers of new rows; usually the old rows are unchanged, and only the new ones are parsed."""
     if after.startswith(before.data):
         return list(parse_index(after[len(before.data) :]))
     # someone without our lock may have revoked a certificate meanwhile: the old rows would undo that
@@ -404,7 +404,7 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
 
 @contextmanager
 def folder_of(path: Path) -> Iterator[int]:
-    """A folder, to open thousands of its files by: for the row "`sign` of an inbox" of docs/evidence/numbers.md."""
+    """Open a folder, to open thousands of files in it: for row "`sign` of an inbox" of docs/evidence/numbers.md."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield folder
@@ -420,7 +420,7 @@ def write_in(folder: int, name: str, data: bytes) -> None:
 
 
 def _read_in(folder: int, name: str, pattern: os.stat_result | None) -> bytes | None:
-    """A file of an open folder, up to `_LARGEST_FILE`; it gets the owner and the mode of `pattern`."""
+    """Read a file of an open folder, up to `_LARGEST_FILE`; it gets the owner and the mode of `pattern`."""
     with suppress(FileNotFoundError), _opened(folder, name, os.O_RDONLY) as fd:
         if pattern is not None:
             _adopt(fd, pattern)
@@ -458,7 +458,7 @@ def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
 
 
 def _adopt(fd: int, pattern: os.stat_result) -> None:
-    """Give a file the owner and the mode of another; only root can give one away, others leave it theirs."""
+    """Give a file the owner and the mode of another; only root can give it away, other users keep it."""
     found, mode = os.fstat(fd), pattern.st_mode & 0o666
     if (found.st_uid, found.st_gid) != (pattern.st_uid, pattern.st_gid):
         with suppress(PermissionError):
@@ -469,7 +469,7 @@ def _adopt(fd: int, pattern: os.stat_result) -> None:
 
 
 def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:
-    """The old content or the new, never half, even after a power cut."""
+    """Replace a file: it has the old content or the new, never half, even after a power cut."""
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "wb") as file:
@@ -485,7 +485,7 @@ def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:
 
 
 def _sync(path: Path, *, whole_file_system: bool = False) -> None:
-    """Make a file, or what was created and renamed in a folder, last; or all there is, faster than many fsync(2)."""
+    """Flush a file, or a folder's new names, to disk; or the whole file system, which is faster than many fsync(2)."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if not whole_file_system:

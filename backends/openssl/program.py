@@ -34,10 +34,10 @@ from bridge.system.run_command import Command, openssl_environment, run
 
 SCHEME = "pkcs11:"
 
-# RFC 7512 without what means something in an openssl.cnf: `$`, quotes, `#` and backslashes have percent encodings.
+# RFC 7512 without characters that are special in an openssl.cnf: `$`, quotes, `#`, backslashes must be percent-encoded.
 _URI = re.compile(r"pkcs11:(?:[A-Za-z0-9._~:@!()*+,&=;?/-]|%[0-9A-Fa-f]{2})+")
-# With these openssl would find the token; with others it would take the PIN from where all can see it, or another
-# module than the settings name.
+# Attributes that find the token and key; others would take the PIN from a place that all can see, or name another
+# module than the settings.
 _NAMES = {"token", "manufacturer", "serial", "model", "object", "id", "type", "slot-id"}
 
 _WRONG_PASSPHRASE = re.compile(r"wrong password|bad decrypt|empty password|bad password read", re.IGNORECASE)
@@ -49,12 +49,12 @@ _NO_TOKEN = re.compile(r"No matching initialized token|Specified object not foun
 _SEVERAL_TOKENS = re.compile(r"Multiple matching (?:slots|tokens)")
 _LOGIN = re.compile(r"PIN (?P<text>incorrect|invalid|expired|locked)|Error (?P<code>16[0-4]) returned by C_Login")
 _LOGIN_CODES = {"160": "incorrect", "161": "invalid", "162": "of a wrong length", "163": "expired", "164": "locked"}
-# The provider's own report about its calls.
+# The provider's own log of its calls.
 _CALLS = re.compile(r"Calling C_Initialize")
 _LOGGED_IN = re.compile(r"Calling C_Login")
 
-# The provider after the default one: SoftHSM calls OpenSSL, which would call the provider, and so on for ever.
-# Without the quirk openssl crashes at its end, when everything is recorded.
+# The provider comes after the default one: SoftHSM calls OpenSSL, which would call the provider, and so on for ever.
+# Without the quirk openssl crashes at its end, after everything is recorded.
 _PROVIDER_CONFIG = """\
 openssl_conf = bridge_init
 
@@ -108,11 +108,11 @@ class KeyFile:
             raise LocalFileError(text, hint="put it back, or set `private_key` to its file") from e
 
     def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:  # noqa: ARG002 (tried at will)
-        """Surround one run of openssl; what it yields is to be called with what openssl said."""
+        """Surround one run of openssl; the caller passes openssl's messages to the function that it yields."""
         return nullcontext(lambda _: None)
 
     def failure(self, messages: str, notes: str) -> BackendError | None:
-        """Why the key can't be used, by all that openssl said, and what may be shown of it; None: something else."""
+        """Why the key can't be used, by openssl's messages and the notes that may be shown; None: not the key."""
         if _WRONG_PASSPHRASE.search(messages) and self.secret:
             return LocalFileError(
                 f"wanted the passphrase of {self} in {self.secret}, found one that does not open it",
@@ -143,10 +143,10 @@ class Pkcs11Settings:
 
 @dataclass(slots=True)
 class _Logins:
-    """The logins to one token by this process: one at a time, and the PINs that were refused."""
+    """Our process's logins to one token: one at a time, and never again with a PIN that was refused."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    refused: dict[bytes, str] = field(default_factory=dict)  #: Why, by the PIN's digest.
+    refused: dict[bytes, str] = field(default_factory=dict)  #: The reason, by the PIN's digest.
 
 
 # Three CAs may have their keys in one token, and a token may lock itself after three failed logins.
@@ -158,7 +158,7 @@ class TokenKey:
     """A private key that never leaves its token."""
 
     secret_name: ClassVar[str] = "PIN"  # noqa: S105 (what it is called)
-    # As slow as 20 signatures a second, an HSM must be through before the time limit.
+    # Even an HSM with 20 signatures a second must finish before the time limit.
     batch_size: ClassVar[int] = 100
 
     reference: str  #: Its URI, without a PIN (see `uri_problem`).
@@ -174,27 +174,27 @@ class TokenKey:
 
     @property
     def config(self) -> str:
-        """As `KeyFile`."""
+        """The lines that come first in the openssl.cnf of a run."""
         return _PROVIDER_CONFIG if self.settings.method == "provider" else ""
 
     def arguments(self, command: str) -> list[str]:
-        """As `KeyFile`."""
+        """Further arguments of an openssl command."""
         if self.settings.method == "provider":
             return []
         return ["-engine", "pkcs11", "-keyform" if command == "ca" else "-inform", "engine"]
 
     def environment(self, command: str) -> dict[str, str]:
-        """As `KeyFile`; a variable needs no quoting, as a path in an openssl.cnf would."""
+        """Further variables of an openssl command; they need no quoting, as a path in an openssl.cnf would."""
         module = str(self.settings.module)
         if self.settings.method == "engine":
             return {**self.settings.environment, "PKCS11_MODULE_PATH": module}
-        # a command without -config reads it from there; and what the provider does is logged only for one key, and not
-        # for a thousand signatures
+        # a command without -config reads OPENSSL_CONF; and the provider logs what it does only for one key, not for a
+        # thousand signatures
         looking = {"OPENSSL_CONF": "openssl.cnf", "PKCS11_PROVIDER_DEBUG": "file:/dev/stderr,level:1"}
         return {**self.settings.environment, "PKCS11_PROVIDER_MODULE": module, **(looking if command != "ca" else {})}
 
     def check(self) -> None:
-        """Make sure of a module that can be read. What a token lacks shows only after a login."""
+        """Make sure that the module can be read; only a login shows what the token lacks."""
         module = self.settings.module
         if not os.access(module, os.R_OK) or not module.is_file():
             raise BackendRefusedError(
@@ -205,7 +205,7 @@ class TokenKey:
 
     @contextmanager
     def login(self, secret: bytes) -> Iterator[Callable[[str], None]]:
-        """As `KeyFile`: one at a time to a token, and no PIN again that it has refused."""
+        """As `KeyFile.login`: one login to a token at a time, and never again with a PIN that it refused."""
         names = [part for part in _parts(self.reference) if part.partition("=")[0] not in {"object", "id", "type"}]
         logins, pin = _LOGINS[str(self.settings.module), *sorted(names)], sha256(secret).digest()
         with logins.lock:
@@ -219,7 +219,7 @@ class TokenKey:
             yield note
 
     def failure(self, messages: str, notes: str) -> BackendError | None:
-        """As `KeyFile`; a PIN that was not accepted is never tried again by the bridge."""
+        """As `KeyFile.failure`; the bridge never tries a refused PIN again."""
         method, module = self.settings.method, self.settings.module
         if _NO_METHOD.search(messages):
             package = {"engine": "libengine-pkcs11-openssl", "provider": "pkcs11-provider"}[method]
@@ -266,7 +266,7 @@ PrivateKey = KeyFile | TokenKey
 
 
 def key_problems(private_key: str | None, pkcs11: object, passphrase: object) -> Iterator[SettingsProblem]:
-    """Problems of a key's settings, each by itself or together."""
+    """Find problems of a key's settings, single or combined."""
     if private_key is None or not private_key.startswith(SCHEME):
         if private_key is not None and not private_key.startswith("/"):
             yield SettingsProblem("private_key", "a file with an absolute path, or a pkcs11: URI", masked(private_key))
@@ -303,21 +303,21 @@ def _why(login: re.Match[str]) -> str:
 
 
 def masked(text: str) -> str:
-    """A path; of a URI, which may hold a PIN, only its scheme."""
+    """Show a path; of a URI, which may hold a PIN, only its scheme."""
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text)
     return f"a {scheme[0]} URI" if scheme else repr(text) if text else "none"
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
 
-#: So many an openssl signs within the settings' `timeout`, be its HSM slow or its host busy.
+#: How many CSRs openssl signs within the settings' `timeout`, even with a slow HSM or on a busy host.
 CSRS_A_LIMIT = 100
 _OLDEST = (1, 1, 1)
 _LONGEST_PASSPHRASE = 1023  # bytes; openssl takes a line of that size at most
 _LINES_QUOTED = 3
 _LONGEST_LINE = 200
 
-# What `openssl ca` says when all is well; `name :STRING:'value'` are the parts of a subject.
+# What `openssl ca` prints when all is well; `name :STRING:'value'` are the parts of a subject.
 _NOISE = re.compile(
     r"Using configuration|Check that the request|Signature ok|The Subject's Dist|Certificate is to be certified|"
     r"Write out database|Data ?base updated|Everything appears|Adding Entry|Enter pass phrase|engine .pkcs11. set|\s*$|\w+\s*:[A-Z\d. ]+:'",
@@ -340,14 +340,14 @@ class ProcessEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Openssl:
-    """The program, and the key that it is to use."""
+    """The openssl program, and the key that it uses."""
 
     program: str
     limit: timedelta  #: For one process, and again for every `CSRS_A_LIMIT` CSRs that it signs.
     key: PrivateKey
 
     def check_version(self) -> None:
-        """Make sure that there is such a program, and that it is new enough."""
+        """Make sure that the program exists and is new enough."""
         outcome = self._run(["version"], folder=Path("/"), environment={}, inherited=(), limit=self.limit)
         if error := self._stopped(outcome) or _killed(outcome):
             raise error
@@ -443,7 +443,7 @@ class Openssl:
         return ProcessEnd(None, limit=limit) if ended.stopped else ProcessEnd(ended.code, bytes(output), notes)
 
     def failure(self, outcome: ProcessEnd) -> BackendError:
-        """Why it failed, as far as its messages tell; `is_for_all`: any other run would fail for the same reason."""
+        """Why a run failed, by its messages; `is_for_all`: any other run would fail for the same reason."""
         error: BackendError | None = self._stopped(outcome)
         if error is None and _MISMATCH.search(outcome.messages):
             error = self.key_of_another_ca()
@@ -466,14 +466,14 @@ class Openssl:
         return None
 
     def key_of_another_ca(self) -> BackendRefusedError:
-        """The key and the certificate are no pair."""
+        """The error for a key that does not fit the CA's certificate."""
         return BackendRefusedError(
             f"wanted the key of the CA's certificate in {self.key}, found another's",
             hint="`certificate` and `private_key` must be of one CA, and the signing certificate the first in its file",
         )
 
     def _notes(self, messages: str) -> str:
-        """The first lines that tell something; never the secret, though openssl has no reason to print it."""
+        """The first lines that say something; never the secret, though openssl has no reason to print it."""
         lines = []
         for line in messages.splitlines():
             if error := _ERROR_LINE.match(line):

@@ -1,5 +1,5 @@
 """
-The settings of a CA that is run by `openssl ca`, and the four places of its files, which a site's openssl.cnf may name.
+The settings of a CA that `openssl ca` runs, and the four places of its files, which a site's openssl.cnf may name.
 
 `setup_files` has what a CA desk needs to sign by hand: a directory for a CA, and an openssl.cnf.
 """
@@ -39,7 +39,7 @@ class OpensslSettings(BackendSettings):
     dir: Path | None = None
     certificate: Path | None = None  #: The CA's certificate, followed by its chain.
     private_key: str | None = None  #: The CA's key: a file, or a `pkcs11:` URI.
-    database: Path | None = None  #: The index of signed certificates, of 256 MiB at most.
+    database: Path | None = None  #: The index of signed certificates, at most 256 MiB.
     new_certs_dir: Path | None = None  #: The directory where openssl puts a copy of each certificate.
     config: Path | None = None  #: An openssl.cnf of your own; only these four places are read from it.
     section: str | None = None  #: The section of `config`; if not set, the one that its `default_ca` names.
@@ -49,7 +49,7 @@ class OpensslSettings(BackendSettings):
     digest: Literal["sha256", "sha384", "sha512"] = "sha256"  #: The digest of the signature.
 
     def writes(self) -> Sequence[Path]:
-        """Where the database and the new certificates are; a site's openssl.cnf is not read for it."""
+        """The directories of the database and the new certificates; a site's openssl.cnf is not read for them."""
         places = [self.dir, self.database and self.database.parent, self.new_certs_dir]
         return [place for place in places if place is not None]
 
@@ -66,7 +66,7 @@ class OpensslSettings(BackendSettings):
                 yield Path(key)
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Files that are named twice or not at all, and a key that openssl could not find for sure."""
+        """Find files that are named twice or not at all, and a key that openssl might not find."""
         yield from super().problems()
         named = [key for key in ("dir", *_FILES) if getattr(self, key) is not None]
         if self.config and named:
@@ -91,7 +91,7 @@ class CAFiles:
 
 
 def files_of(settings: OpensslSettings) -> CAFiles:
-    """The CA's files by the settings, or by the site's openssl.cnf that they name."""
+    """The CA's files from the settings, or from the site's openssl.cnf that they name."""
     if settings.config:
         return _site_files(settings)
     folder = settings.dir or Path("/")  # without dir all four are named
@@ -116,7 +116,7 @@ def _site_files(settings: OpensslSettings) -> CAFiles:
     except ConfigDoubtError as e:
         problems = [SettingsProblem("config", e.wanted, e.found, path, e.line)]
     else:
-        # a relative path means wherever openssl is started, not the file's own folder
+        # a relative path is relative to the folder where openssl starts, not to the file's own
         problems = [
             SettingsProblem("config", f"{key} as an absolute path in [{section}]", masked(text), path)
             for key, text in found.items()
@@ -165,7 +165,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A parsed file."""
+    """A parsed openssl.cnf."""
 
     sections: dict[str, dict[str, Value]] = field(default_factory=lambda: {"default": {}})
 
@@ -178,7 +178,7 @@ class Config:
 
 
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
-    """Parse a file."""
+    """Parse an openssl.cnf."""
     config, current = Config(), "default"
     for number, line in _logical_lines(text):
         if line.startswith("["):
@@ -194,7 +194,7 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
         if not equals or not name or re.search(r"\s", name):
             raise ConfigDoubtError(number, "name = value", repr(line))
         section, _, key = name.rpartition("::")
-        # a key that is there twice counts from its second line on, as for openssl
+        # a repeated key counts from its second line on, as in openssl
         config.sections.setdefault(section or current, {})[key] = _expanded(
             Value(value, number), section or current, config, environment
         )
@@ -251,10 +251,10 @@ def _expanded(value: Value, section: str, config: Config, environment: Mapping[s
 
 # --- an openssl.cnf of ours -------------------------------------------------------------------------------------------
 
-# `copy` takes from the CSR what the section does not have; so it has all but the SAN, and a CSR that asks for
-# something else is refused. `keyid,issuer` is the key identifier alone; issuer and serial number if the CA has none
+# `copy` takes extensions from the CSR that the section does not have; so it has all but the SAN, and we refuse a
+# CSR that asks for others. `keyid,issuer` is the key identifier alone; issuer and serial number if the CA has none
 # (as kubeadm before 1.19 made them), which is an error with `keyid:always`.
-#: The section of a usage class.
+#: The openssl.cnf section of a usage class.
 SECTION = """
 [{usage}]
 basicConstraints = critical,CA:FALSE
@@ -265,7 +265,7 @@ authorityKeyIdentifier = keyid,issuer
 """
 #: As openssl spells the usages of each class.
 EKUS: dict[Usage, str] = {"server": "serverAuth", "client": "clientAuth", "peer": "serverAuth,clientAuth"}
-DIRECTORY = PurePath("/srv/ca")  #: Below it a directory an authority.
+DIRECTORY = PurePath("/srv/ca")  #: Each authority has a directory below it.
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/+:@-]+")  # else `$`, `#`, quotes and backslashes mean something to openssl
 
 _TEXT = """\
@@ -346,7 +346,7 @@ echo 'unique_subject = no' > {quoted}/index.txt.attr
 
 
 def setup_files(wanted: SetupRequest) -> list[SetupFile]:
-    """An openssl.cnf for the authority's directory: the one that the settings name, or else one below `DIRECTORY`."""
+    """Write an openssl.cnf for the authority's directory: the settings' or else one below `DIRECTORY`."""
     directory = wanted.settings.get("dir")
     if wanted.patterns:
         place = str(directory or DIRECTORY / wanted.authority.name)
