@@ -365,7 +365,7 @@ _HINTS: Mapping[str | int | None, str] = {
 class _Reply:
     status: int
     result: Mapping[str, Any] | None = None  #: The result of a success.
-    code: int | None = None  #: Of cfssl's error.
+    code: int | None = None  #: cfssl's error code.
     message: str = ""
     retry_after_seconds: float | None = None
 

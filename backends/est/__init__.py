@@ -461,7 +461,7 @@ def certificates(body: bytes) -> list[x509.Certificate]:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
         _ = [(one.subject, one.issuer, one.not_valid_before_utc) for one in found]  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
-        # ValueError: a date in the year 0, too; TypeError: a type that does not fit an attribute
+        # ValueError: also a date in the year 0; TypeError: a type that does not fit an attribute
         raise ValueError(f"{len(body)} bytes in another form") from e
     if len(found) > MAX_CERTIFICATES:
         raise ValueError(f"{len(found)} certificates, where {MAX_CERTIFICATES} are too many")

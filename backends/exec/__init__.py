@@ -423,7 +423,7 @@ _SECONDS = re.compile(r"[0-9]{1,9}")
 
 
 def certificates_of(output: bytes) -> list[x509.Certificate]:
-    """All certificates of an answer: PEM, DER, PKCS#7 or certmonger's JSON (its doc/helpers.txt, "SUBMIT"); in its order."""
+    """The certificates of an answer, in its order: PEM, DER, PKCS#7 or certmonger's JSON (doc/helpers.txt, "SUBMIT")."""
     if not output.strip():
         raise ValueError("nothing")
     if output.lstrip().startswith(b"{"):

@@ -89,8 +89,8 @@ class Access:
     trust: bytes  #: PEM.
     certificate: bytes | None = None  #: PEM.
     key: bytes | None = field(default=None, repr=False)
-    token: Secret | None = None  #: In a file.
-    token_text: str = field(default="", repr=False)  #: Embedded.
+    token: Secret | None = None  #: From `tokenFile`.
+    token_text: str = field(default="", repr=False)  #: The embedded token.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -259,7 +259,7 @@ class _Desk:
     signers: list[x509.Certificate]
     folder: Path
     lock: int
-    failed_runs: int = 0  #: In a row.
+    failed_runs: int = 0  #: How many runs in a row failed.
     fatal: BackendError | None = None  #: Why nothing more is signed.
     seen: Snapshot | None = None  #: The index as it was read last.
     readings: list[Future[_Answers]] = field(default_factory=list)

@@ -296,7 +296,7 @@ class VaultBackend(OverHttp):
         return bool(answer.or_raise().data.get("revocation_time"))
 
     def revoked(self) -> frozenset[int] | None:
-        """All revoked serial numbers; None: the token lacks `list` on the mount's `certs/revoked`, or too many."""
+        """All revoked serial numbers; None: the token lacks `list` on `certs/revoked`, or there are too many."""
         numbers = self._listed("certs/revoked")
         return None if numbers is None else frozenset(int(number.replace(":", ""), 16) for number in numbers)
 
