@@ -1,4 +1,4 @@
-"""Whether everything is ready for the next renewal: `ca-bridge doctor`; each check yields findings."""
+"""`ca-bridge doctor`: checks, each of which yields findings, that everything is ready for the next renewal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bridge.errors import BridgeError, Exit
 from bridge.system.console import ROOT_HINT, lacks_rights
 from bridge.words import cause
 
-#: A note is in order, and worth knowing; for programs it is "ok".
+#: A note is about something in order that the operator should know; JSON calls it "ok".
 Level = Literal["error", "warning", "note", "ok"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note", "ok")
 
@@ -20,39 +20,39 @@ _WOULD_SIGN, _ANY_PATH = "what-the-ca-would-sign", "…"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check of one subject."""
 
     level: Level
-    check: str  #: Its name for programs, such as `key-of-another-certificate`; it stays.
+    check: str  #: The check's name for programs, such as `key-of-another-certificate`; it never changes.
     about: str  #: A certificate, a CA, a file, a setting.
-    text: str  #: Without what it is about; untrusted words in it are shown as they may be.
+    text: str  #: The sentence without its subject; untrusted words in it are already safe to print.
     hint: str = ""
-    path: str = ""  #: A file in text and hint, which differs between findings with one cause.
+    path: str = ""  #: A file in text and hint that differs between findings with the same cause.
 
     @classmethod
     def error(cls, check: str, about: str, text: str, hint: str = "", path: str = "") -> Finding:
-        """A fault that makes a renewal fail, or a component."""
+        """Return a fault that breaks a renewal or a component."""
         return cls(level="error", check=check, about=about, text=text, hint=hint, path=path)
 
     @classmethod
     def warning(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
-        """A fault that will do so, or may."""
+        """Return a fault that will, or may, break a renewal or a component."""
         return cls(level="warning", check=check, about=about, text=text, hint=hint)
 
     @classmethod
     def note(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
-        """Something that is in order, and worth knowing."""
+        """Return something in order that the operator should know."""
         return cls(level="note", check=check, about=about, text=text, hint=hint)
 
     @classmethod
     def ok(cls, check: str, about: str, text: str) -> Finding:
-        """Something that is in order."""
+        """Return something in order."""
         return cls(level="ok", check=check, about=about, text=text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """Findings that say the same of several subjects."""
+    """Findings that say the same about several subjects."""
 
     level: Level
     check: str
@@ -62,12 +62,12 @@ class Cause:
 
 
 def from_error(check: str, about: str, error: BridgeError) -> Finding:
-    """Turn an error into a finding; its text is about one subject already."""
+    """Turn an error into a finding; the error's reason does not name the subject."""
     return Finding(level="error", check=check, about=about, text=error.reason, hint=error.hint)
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:
-    """Group by level, check, hint and text, whatever files these name, and whatever roles and profiles at a CA."""
+    """Group findings by level, check, hint and text, ignoring the files, roles and profiles that these name."""
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
         text, hint = _of_paths(one.text, one, [_ANY_PATH]), _of_paths(one.hint, one, [_ANY_PATH])
@@ -92,11 +92,11 @@ def _one_of(found: Sequence[Finding]) -> Cause:
 
 
 def _of_paths(text: str, finding: Finding, paths: Sequence[str], separator: str = " ") -> str:
-    """The text with these paths in place of the finding's own; in a command they are separated by blanks."""
+    """Return the text with these paths in place of the finding's own path; a command separates them with blanks."""
     return text.replace(finding.path, separator.join(paths)) if finding.path else text
 
 
 def exit_code(found: Sequence[Finding] | Sequence[Cause]) -> int:
-    """1 if there is an error, 3 if there is a warning, else 0."""
+    """Return 1 if there is an error, 3 if there is a warning, else 0."""
     levels = {one.level for one in found}
     return Exit.FAILED if "error" in levels else Exit.DUE if "warning" in levels else Exit.DONE

@@ -1,4 +1,4 @@
-"""The CAs: each is asked what can be asked without spending a signature."""
+"""Checks of the CAs, as far as a CA can be asked without spending a signature."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from bridge.state.credentials import Credential, CredentialEndedError, Credentia
 from bridge.state.session import not_yet_signing
 from bridge.words import one_line
 
-#: Certificates that a CA's clock dates a little ahead are refused from here on (`verify.CLOCK_SKEW`).
+#: From this difference on, certificates of a CA whose clock is ahead are refused (`verify.CLOCK_SKEW`).
 _CLOCK_IS_WRONG = timedelta(minutes=5)
 
 
 class Question(NamedTuple):
-    """The certificates that one authority's CA is asked about."""
+    """The certificates about which one authority's CA is asked."""
 
     specs: Sequence[CertificateSpec]
-    wanted: Sequence[Wanted]  #: The same with what a renewal would ask for; empty where that is not known.
-    expected: verify.Expectation | None  #: None: the CA's own certificate is the only one that is known.
-    is_desks: bool = False  #: No file tells how long the CA's own certificate is good: the CA does.
+    wanted: Sequence[Wanted]  #: The requests that a renewal would make; empty where they are not known.
+    expected: verify.Expectation | None  #: None: no CA file is known here, only what the CA reports.
+    is_desks: bool = False  #: A desk asks: the end of the CA's certificate comes from the CA, and not from a file.
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine all CAs of this node's certificates."""
+    """Check all CAs of this node's certificates."""
     yield from _windows(settings, now)
     yield from failures(settings)
     yield from replacements(node, settings, now)
@@ -68,7 +68,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """A finding about each CA that another one is to replace: its phase, and for how long it has been in it."""
+    """Yield a finding about each CA that is being replaced: its phase, and since when."""
     try:
         found = places.look(settings, node, ())
     except BridgeError as e:
@@ -101,7 +101,7 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
 def _question(items: Sequence[Item], expected: verify.Expectation, settings: Settings) -> Question:
     wanted = []
     for item in items:
-        with contextlib.suppress(csr.CannotCarryError):  # a renewal tells that by itself
+        with contextlib.suppress(csr.CannotCarryError):  # a renewal reports it
             wanted.append(_wanted(item, expected, settings))
     return Question(specs=[item.spec for item in items], wanted=wanted, expected=expected)
 
@@ -127,7 +127,7 @@ def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wan
 def ask_all(
     settings: Settings, names: Mapping[str, None], questions: Mapping[str, Question], now: datetime
 ) -> Iterator[Finding]:
-    """Ask each authority's CA; one that does not answer is not asked again for another of its authorities."""
+    """Ask each authority's CA; a backend that does not answer is not asked again for its other authorities."""
     try:
         backends = registry.configured(settings, names)
     except SettingsError as e:
@@ -136,7 +136,7 @@ def ask_all(
         return
     yield from _credentials(settings, registry.credentials(settings, backends), now)
     silent: dict[str, BackendUnavailableError] = {}
-    with contextlib.ExitStack() as opened:  # until all were asked, since they may share a login
+    with contextlib.ExitStack() as opened:  # backends stay open until all were asked, since they may share a login
         for name, configured in backends.items():
             for path in configured.settings.private_files():
                 yield from private_file(path, str(path))
@@ -157,7 +157,7 @@ def _about(configured: registry.Configured) -> str:
 
 
 def _refused(configured: registry.Configured, error: BridgeError) -> Finding:
-    """The clock is the likelier cause of a TLS certificate that is not valid *yet*, whatever the backend makes of it."""
+    """Return a finding for the error; it is about the clock if a TLS certificate is not valid *yet*."""
     return from_error("clock" if "not yet valid" in error.reason else "backend", _about(configured), error)
 
 
@@ -196,7 +196,7 @@ def _answers(reached: CA, spends: str) -> str:
 
 
 def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Finding]:
-    """Compare the CA's clock with the node's: what begins in the future is refused, what a late clock signs ends early."""
+    """Compare clocks: if the CA's is ahead, its certificates are refused as not yet valid; if behind, they end early."""
     ahead = backend.clock_ahead() if isinstance(backend, TellsTime) else None
     if ahead is None or abs(ahead) <= verify.CLOCK_SKEW:
         return
@@ -212,7 +212,7 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
 
 
 def _credentials(settings: Settings, places: Iterable[CredentialFile], now: datetime) -> Iterator[Finding]:
-    """Findings about files alone; what a CA says of a token comes with the question whether it answers."""
+    """Return findings about credential files alone; `_ask` reports what a CA says about a token."""
     return (_end(one, settings, now) for one in credentials.look(settings, places, None))
 
 
@@ -229,9 +229,9 @@ def _end(one: Credential, settings: Settings, now: datetime) -> Finding:
 
 
 def failures(settings: Settings) -> Iterator[Finding]:
-    """CAs whose renewals failed, in a row."""
+    """Yield a warning for each CA whose last renewals failed."""
     for name, found in Attempts(Store(settings.node.state_dir)).authorities.items():
-        is_local = found.exit_code == Exit.FAILED  # a CA's errors have codes of their own
+        is_local = found.exit_code == Exit.FAILED  # errors of a CA have other exit codes
         cause = ", and not by a CA's fault" if is_local else ""
         text = f"{found}{cause}; the last failure: {found.reason}"
         about = "this node" if is_local else f"backend of {name}"

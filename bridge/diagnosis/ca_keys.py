@@ -1,8 +1,8 @@
 """
 The keys of the cluster's CAs: whether kube-controller-manager signs with one, and where on this node there are copies.
 
-A copy is known by its public half, whatever the file's name. Others can write some of the files that are searched: each is
-opened once, without following a link, and read to a limit.
+The public half identifies a copy, whatever the file's name. Other users can write some of the searched files: each is
+opened once, without following a link, and read up to a limit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bridge.specs import Component
 from bridge.system.paths import UnreadableError, mounts, regular_file
 from bridge.words import one_line
 
-#: File systems that the kernel makes up, and those that mount another one when a program looks at them.
+#: File systems that the kernel makes up, and automounters.
 _NO_FILES = re.compile(
     r"autofs|binfmt_misc|bpf|cgroup2?|configfs|debugfs|devpts|efivarfs|fusectl|mqueue|proc|pstore|securityfs|selinuxfs"
     r"|sysfs|tracefs"
@@ -44,14 +44,14 @@ _NO_FILES = re.compile(
 #: File systems on other machines, which may be large, slow and full of other people's files.
 _REMOTE = re.compile(r"nfs4?|cifs|smb3|ceph|lustre|afs|gpfs|beegfs|glusterfs|fuse\..+")
 _PIECE = 1 << 20
-#: The limit for each file, and for what gzip has compressed in it.
+#: The limit for each file, and for a gzip file's decompressed content.
 _MOST_PIECES = 64
-#: The longest text that a key of 16,384 bits has, in base64 twice.
+#: The longest text of a key of 16,384 bits, base64-encoded twice.
 _LONGEST_KEY = 32_000
 _BEGIN = re.compile(rb"-----BEGIN ([A-Z ]{0,20}PRIVATE KEY)-----")
-#: Texts that begin with a PEM block, as a YAML or JSON file holds them.
+#: Base64 of text that begins with a PEM block, as in a YAML or JSON file.
 _BASE64 = re.compile(rb"LS0tLS1CRUdJTi[A-Za-z0-9+/\s]{100,}")
-#: What may be between the lines: also a line end as JSON writes it.
+#: Characters to remove from base64, among them line ends as JSON escapes them.
 _NOT_BASE64 = re.compile(rb"\\[nrt]|[^A-Za-z0-9+/]")
 _GZIP, _SEQUENCE = b"\x1f\x8b", b"\x30"
 
@@ -61,13 +61,13 @@ class Held:
     """The private keys in one file."""
 
     public: set[bytes] = field(default_factory=set)  #: Their public halves.
-    is_encrypted: bool = False  #: One has a passphrase.
+    is_encrypted: bool = False  #: A key has a passphrase.
     is_closed: bool = False  #: The file can't be read.
-    is_cut: bool = False  #: It is longer than what was read.
+    is_cut: bool = False  #: The file is longer than the part that was read.
 
     @classmethod
     def by_file(cls, path: Path) -> Held:
-        """Read one file; it may be gone."""
+        """Read one file, which may have been deleted meanwhile."""
         held = cls()
         try:
             with regular_file(path, os.O_NOFOLLOW) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
@@ -79,7 +79,7 @@ class Held:
         return held
 
     def read(self, file: BinaryIO) -> None:
-        """Read a file as it is, and what gzip has compressed in it."""
+        """Read a file as it is and, if it is a gzip file, decompressed."""
         self._read(file)
         file.seek(0)
         if file.read(2) == _GZIP:
@@ -106,7 +106,7 @@ class Held:
         for found in _BEGIN.finditer(text):
             end = text.find(b"-----", found.end(), found.end() + _LONGEST_KEY)
             body = text[found.end() : max(end, 0)]
-            if b"DEK-Info" in body:  # RFC 1421; PKCS #8 has it in the DER
+            if b"DEK-Info" in body:  # RFC 1421; PKCS #8 marks encryption in the DER
                 self.is_encrypted = True
             else:
                 self._add_key(_decoded(body))
@@ -121,7 +121,7 @@ class Held:
 
 
 def _decoded(text: bytes) -> bytes:
-    """Base64, perhaps in lines and cut off; empty: it is none."""
+    """Decode base64 that may be broken into lines and cut off; return nothing if it is no base64."""
     text = _NOT_BASE64.sub(b"", text)
     try:
         return base64.b64decode(text + b"=" * (-len(text) % 4))
@@ -131,9 +131,9 @@ def _decoded(text: bytes) -> bytes:
 
 _EMPTY = "`ca-bridge help gateway` says how the flags are emptied, and what signs instead"
 _SECRETS = "/api/v1/secrets"
-#: A Secret has up to 1 MiB, which base64 makes longer, and a page at most 4 MiB.
+#: A Secret has up to 1 MiB, which base64 makes longer; a page of the API has at most 4 MiB.
 _SECRETS_AT_ONCE = 2
-#: kubeadm's copy of all keys for nodes that join, for two hours.
+#: kubeadm's encrypted copy of all CA keys for joining nodes, which expires after two hours.
 _KUBEADM_CERTS = "Secret kube-system/kubeadm-certs"
 _LONGEST_PATH = 4096  # PATH_MAX
 _GONE = "delete it (`shred -u FILE`); a key that others may have read is worth nothing until there is a new CA"
@@ -141,23 +141,24 @@ _OUT = "delete it (`kubectl -n NAMESPACE delete secret NAME`) when nothing signs
 
 
 def look(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Examine what signs on this node beside the CAs of the settings, and copies of CA keys in our and kubeadm's places."""
+    """Check whether kube-controller-manager signs, and search kubeadm's directories and ours for copies of CA keys."""
     yield from _signer(node)
-    ours = {settings.node.pki_dir / state.authority.key_file for state in node.authorities}  # another finding has these
+    # `installed.authority` reports these
+    ours = {settings.node.pki_dir / state.authority.key_file for state in node.authorities}
     searched = _Search(node)
     for directory in (settings.node.kubeconfig_dir, settings.node.pki_dir, settings.node.state_dir):
         yield from searched.below(directory, "warning", passed=ours)
 
 
 def search(node: Node, settings: Settings, root: Path) -> Iterator[Finding]:
-    """Look for the CAs' keys in all files below a directory, and in the cluster: the proof that they have left."""
-    root = root.resolve()  # or /proc may be among its directories by another name
+    """Search all files below a directory, and the cluster, for the CAs' keys: the proof that these have left."""
+    root = root.resolve()  # else a link could lead to /proc by another name
     if not root.is_dir():
         yield Finding.error("ca-key-search", str(root), "wanted a directory to look for CA keys in, found none")
         return
     searched = _Search(node)
     yield from searched.below(root, "error")
-    if not (node.is_worker or node.is_etcd_host):  # which may not see Secrets
+    if not (node.is_worker or node.is_etcd_host):  # these may not read Secrets
         yield from searched.in_cluster(Api.of_node(node, settings.node.kubeconfig_dir))
     yield from searched.summary(root)
     yield from _signer(node)
@@ -182,7 +183,7 @@ def _signer(node: Node) -> Iterator[Finding]:
 
 
 def _by_authority(node: Node) -> Mapping[str, set[bytes]]:
-    """The public keys of all certificates in each CA file."""
+    """Return the public keys of all certificates in each CA file, by authority."""
     found: dict[str, set[bytes]] = {}
     for state in node.authorities:
         for certificate in state.certificates:
@@ -197,18 +198,18 @@ def _by_authority(node: Node) -> Mapping[str, set[bytes]]:
 
 
 class _Search:
-    """One search for the CAs' keys, and what it could not look at."""
+    """One search for the CAs' keys; it also counts the files that it could not read."""
 
     def __init__(self, node: Node) -> None:
         self._cas = _by_authority(node)
         self._unknown = [state for state in node.authorities if state.authority.name not in self._cas]
         self._seen: set[tuple[int, int]] = set()
-        self._remote: set[str] = set()  #: Places of other machines' file systems, which are left out.
+        self._remote: set[str] = set()  #: Mount points of remote file systems, which are not searched.
         self._found = self._closed = self._cut = self._secrets = 0
         self._encrypted: list[str] = []
 
     def below(self, root: Path, level: Level, passed: Collection[Path] = ()) -> Iterator[Finding]:
-        """A finding for each file with a CA's key."""
+        """Yield a finding for each file with a CA's key."""
         for path in self._files(root):
             if path in passed:
                 continue
@@ -221,7 +222,7 @@ class _Search:
                 yield Finding(level=level, check="ca-key-copy", about=about, text=text, hint=_GONE)
 
     def _files(self, root: Path) -> Iterator[Path]:
-        """All regular files below a directory of this machine, each once, without following a link."""
+        """Yield each regular file below a directory once, without following links or entering remote file systems."""
         kinds, waiting = mounts(), [str(root)]
         while waiting:
             try:
@@ -246,14 +247,14 @@ class _Search:
         return not _NO_FILES.fullmatch(kind)
 
     def _is_new(self, status: os.stat_result) -> bool:
-        """Whether this file was not seen by another name."""
+        """Whether this file was not yet seen under another name."""
         key = (status.st_dev, status.st_ino)
         is_new = key not in self._seen
         self._seen.add(key)
         return is_new
 
     def in_cluster(self, api: Api) -> Iterator[Finding]:
-        """A finding for each Secret with a CA's key, and for kubeadm's, which has all of them."""
+        """Yield a finding for each Secret with a CA's key, and for kubeadm's own, which has all of them."""
         try:
             for secret in api.every(_SECRETS, _SECRETS_AT_ONCE):
                 self._secrets += 1
@@ -269,7 +270,7 @@ class _Search:
             yield Finding.warning("ca-keys-in-cluster", "Secrets", f"not looked at: {e}", hint)
 
     def _names(self, held: Held, place: str) -> str:
-        """The CAs whose keys the file has."""
+        """Return the names of the CAs whose keys the file or Secret has, and note an encrypted key."""
         if held.is_encrypted:
             self._encrypted.append(one_line(place, _LONGEST_PATH))
         names = [name for name, publics in self._cas.items() if publics & held.public]
@@ -277,7 +278,7 @@ class _Search:
         return ", ".join(names)
 
     def summary(self, root: Path) -> Iterator[Finding]:
-        """Say what was read, and what could not be judged."""
+        """Yield findings about what was read, and what could not be judged."""
         for state in self._unknown:
             text = f"wanted its certificate in {state.path} to know its key by, found {state.trouble or 'none'}"
             hint = "put the CA certificate back, and look again"

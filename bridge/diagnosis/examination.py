@@ -1,4 +1,4 @@
-"""The whole examination of a node, a CA desk, or a machine that is neither."""
+"""All checks of a node, of a CA desk, or of a machine that is neither."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from bridge.system.paths import UnreadableError, read_ca_file
 
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Look at what `kubeadm upgrade` would make of this node's certificates; asks the cluster's API, and no CA."""
+    """Check what `kubeadm upgrade` would do to this node's certificates; asks the cluster's API, and no CA."""
     return _of_node(
         settings, lambda node: upgrade.look(node, settings, now), lambda node: use.look_at_names(node, settings)
     )
 
 
 def of_kubelets(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Look at what all kubelets of the cluster serve with; asks the cluster's API and each kubelet, and no CA."""
+    """Check every kubelet's serving certificate; asks the cluster's API and each kubelet, and no CA."""
     return _of_node(settings, lambda node: upgrade.look_at_kubelets(node, settings, now))
 
 
 def for_ca_keys(root: Path, settings: Settings, _now: datetime) -> Iterator[Finding]:
-    """Look for the keys of this node's CAs in all files below a directory, and in the cluster."""
+    """Search all files below a directory, and the cluster's Secrets, for the keys of this node's CAs."""
     return _of_node(settings, lambda node: ca_keys.search(node, settings, root))
 
 
@@ -49,7 +49,7 @@ def _of_node(settings: Settings, *looks: Callable[[Node], Iterator[Finding]]) ->
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Look at all that the next renewal depends on; it spends no signature and writes nothing."""
+    """Check everything that the next renewal depends on; spends no signature and writes nothing."""
     node = inventory.of(settings.node)
     is_desk = desk_files.policy_path(settings).is_file()
     settings = in_force(settings, node.bundles)
@@ -69,7 +69,7 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _whole(part: Iterator[Finding]) -> Iterator[Finding]:
-    """One part of the examination; what can't be looked at ends it, and no other."""
+    """Yield one part's findings; an unreadable file ends this part, and no other."""
     try:
         yield from part
     except OSError as e:
@@ -80,7 +80,7 @@ def _whole(part: Iterator[Finding]) -> Iterator[Finding]:
 
 
 def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine a desk: its policy, directories and CAs."""
+    """Check a desk: its policy, directories and CAs."""
     file = desk_files.policy_path(settings)
     policy = None
     try:
@@ -104,9 +104,9 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _question(name: str, policy: Policy | None, settings: Settings, now: datetime) -> authorities.Question:
-    # not every site has the CA sign what its kubelets serve with
+    # not every site has the CA sign its kubelets' serving certificates
     specs = [spec for spec in SPECS.values() if spec.authority.name == name and spec.of_kubeadm]
-    # the cluster's, as the policy names them; else the backends tell their own
+    # the cluster's CA files, where the policy names their directory; else the backends report their own CAs
     anchors: tuple[x509.Certificate, ...] = ()
     if policy is not None and policy.desk.ca_dir is not None:
         with contextlib.suppress(UnreadableError):

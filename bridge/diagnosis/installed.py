@@ -1,4 +1,4 @@
-"""What is installed: would each component start with it, and is it what a renewal may be made from?"""
+"""Checks of the installed files: would each component start with them, and can a renewal build on them?"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from bridge.system.files import user_name
 from bridge.system.paths import UnreadableError, exposure, open_secret, read
 from bridge.words import one_line
 
-#: What has been due for more than this share of the time before its end was passed over by several nights.
+#: With less than this share of the time from due to end left, several nightly runs have passed the certificate over.
 _OVERDUE_SHARE = 0.5
 #: kubeadm's users for components that run without root (feature gate RootlessControlPlane).
 _ROOTLESS = "kubeadm-"
@@ -51,10 +51,10 @@ _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or anoth
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine all that the files tell."""
+    """Check the node's files, and ask no network."""
     yield from _node_name(node, settings)
     anchors = {state.authority.name: state.certificates for state in node.authorities}
-    # without a kubelet's client certificate a rebooted node stays down: nothing is worse, and it comes first
+    # the kubelet's client certificate comes first: without it a rebooted node stays down
     for item in sorted(node.items, key=lambda one: one.spec.name != KUBELET_CONF):
         if item.pair is not None:  # `use.look_at_pairs` looks at it
             continue
@@ -85,7 +85,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Compare node.name with the name in the certificates: hooks, bundles and a desk's policy go by that."""
+    """Compare node.name with the certificates' node name, which hooks, bundles and a desk's policy use."""
     ours = settings.node.node_name
     names = {_name_in(item) for item in node.items if item.certificates} - {""}
     if names and ours not in names:
@@ -95,7 +95,7 @@ def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _name_in(item: Item) -> str:
-    """The node's name in a certificate; empty when it has none, or can't be read."""
+    """Return the node's name in a certificate; empty if it has none, or can't be read."""
     try:
         subject = name_text(item.certificates[0].subject)
     except UNREADABLE:
@@ -107,7 +107,7 @@ def _name_in(item: Item) -> str:
 
 
 def _self_made(item: Item, node: Node, now: datetime) -> Finding:
-    """A kubelet's self-signed certificate: every cluster has it, and no client can verify it."""
+    """Return a finding about a kubelet's self-signed certificate, the default, which no client can verify."""
     name, end = item.spec.name, expiry.first_end(item.certificates)
     hint = (
         f"`ca-bridge renew {name}` puts one of the CA in its place; so does [certificate.{name}] sans in the settings"
@@ -126,7 +126,7 @@ def _self_made(item: Item, node: Node, now: datetime) -> Finding:
 
 
 def _operators(item: Item, now: datetime) -> Finding:
-    """A component's serving certificate that an operator has from elsewhere: it stays, and no renewal keeps it from its end."""
+    """Return a finding about a component's serving certificate that an operator got elsewhere, and no run renews."""
     end = expiry.first_end(item.certificates)
     text = f"{expiry.left_text(end, now)}; of {_name(item.certificates[0], 'issuer')} in {item.certificate_path}, and not renewed here"
     if end <= now + CA_ENDS_SOON / 12:
@@ -165,7 +165,7 @@ def _early(certificate: x509.Certificate, about: str, now: datetime, hint: str) 
 
 
 def _super_admin(item: Item, settings: Settings) -> Finding:
-    """A finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
+    """Return a finding about super-admin.conf: kubeadm leaves it there, and its documentation says to move it away."""
     is_left_alone = SUPER_ADMIN in settings.renewal.left_alone
     renewed = 'only its name renews it (renewal.super_admin = "by-name")' if is_left_alone else "each renewal renews it"
     text = f"still here, as kubeadm init leaves it: no RBAC rule holds it back, and {renewed}"
@@ -174,14 +174,14 @@ def _super_admin(item: Item, settings: Settings) -> Finding:
 
 
 def _identity(item: Item, settings: Settings) -> Iterator[Finding]:
-    """Check the name that a certificate is for; `chain` checks its CA."""
+    """Check the identity in a certificate; `chain` checks its CA."""
     error = foreign_identity(item, settings) if item.managed else None
     if isinstance(error, ForeignIdentityError) and any(each.subject != "issuer" for each in error.violations):
         yield from_error("identity", item.spec.name, error)
 
 
 def _policy(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Judge each live certificate by the node's own policy, long before it is due."""
+    """Check each live certificate against the node's own policy, long before it is due."""
     if settings.policy.file is None:
         return
     allowed, found = Allowed(settings), []
@@ -197,7 +197,7 @@ def _policy(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def end(item: Item, settings: Settings, now: datetime) -> Finding:
-    """A finding about a certificate's end; one that is due is in order while runs renew it in time."""
+    """Return a finding about a certificate's end; a due certificate is in order until it is overdue."""
     name, end = item.spec.name, expiry.first_end(item.renewable)
     if expiry.is_early(item.certificates[:1], now):
         hint = "put the clock right; if it is right, it was wrong before: `ca-bridge renew NAME` makes a new one"
@@ -220,7 +220,7 @@ def end(item: Item, settings: Settings, now: datetime) -> Finding:
         hint = "does a signer in the cluster answer the kubelet's requests (kubectl get csr)?"
         return Finding.warning("rotation", name, text, hint)
     before = settings.renewal.before.of(min(end - begin, settings.renewal.validity))
-    due_since = max(begin, end - before)  # one that lives shorter than that is due from its first day
+    due_since = max(begin, end - before)  # a certificate with a shorter life is due from its first day
     if end - now < (end - due_since) * _OVERDUE_SHARE:
         text = f"{expiry.left_text(end, now)}{_by_its_ca(item, end)}, and due since {expiry.minute(due_since)}"
         return Finding.warning("overdue", name, text, "does the timer or cron job run? `ca-bridge renew` does it now")
@@ -229,7 +229,7 @@ def end(item: Item, settings: Settings, now: datetime) -> Finding:
 
 
 def _by_its_ca(item: Item, end: datetime) -> str:
-    """Words for an end that is not the certificate's own; a renewal puts it below the first CA of the file."""
+    """Say that the certificate ends with its CA, which is not the first in its file; a renewal changes to the first."""
     is_earlier = item.anchor is not None and item.anchor.not_valid_after_utc == end
     return f", with its CA, which is not the first in {item.anchor_path}" if is_earlier else ""
 
@@ -238,7 +238,7 @@ def _by_its_ca(item: Item, end: datetime) -> str:
 
 
 def _pair(item: Item) -> Iterator[Finding]:
-    """The key is there, belongs to the certificate, and is closed to other users."""
+    """Check that the key exists, belongs to the certificate, and is closed to other users."""
     yield from key_of(item)
     path = item.key_path or item.certificate_path
     if path.exists():
@@ -246,7 +246,7 @@ def _pair(item: Item) -> Iterator[Finding]:
 
 
 def key_of(item: Item) -> Iterator[Finding]:
-    """The key is there, and belongs to the certificate."""
+    """Check that the key exists and belongs to the certificate."""
     name, path = item.spec.name, item.key_path or item.certificate_path
     try:
         data = read(path)
@@ -272,24 +272,24 @@ def key_of(item: Item) -> Iterator[Finding]:
 
 
 def private_file(path: Path, about: str) -> Iterator[Finding]:
-    """A file with a secret is root's or ours, on a path that other users can't change, and closed to them."""
+    """Check that a secret's file belongs to root or us, and that others can neither read it nor change its path."""
     try:
         opened = open_secret(path)
     except OSError:
-        return  # the check that needs it says so
+        return  # the check that needs the file reports it
     if opened is not None:
         yield Finding.error("open-secret", about, str(opened), opened.hint, str(path))
     yield from _exposed(path, about)
 
 
 def open_directories(places: Iterable[Path]) -> Iterator[Finding]:
-    """A user who may write to a directory, or to one above it, may put other files in the place of ours."""
+    """Check that no other user can write to these directories or their parents, and so replace our files."""
     for path in dict.fromkeys(places):
         yield from _exposed(path, str(path))
 
 
 def _exposed(path: Path, about: str) -> Iterator[Finding]:
-    """Findings about each part of a path, and the file itself, that another user than root and ours can change."""
+    """Yield a finding if a user other than root and ours can change the file or a directory of its path."""
     found = exposure(path)
     if found is None:
         return
@@ -307,7 +307,7 @@ def _exposed(path: Path, about: str) -> Iterator[Finding]:
 
 
 def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding]:
-    """Check that it leads to a CA of its CA file, by the intermediates that its own file has."""
+    """Check that a certificate leads to a CA of its CA file by the intermediates in its own file."""
     anchors = next((state.certificates for state in authorities if state.authority == item.spec.authority), ())
     leaf, *intermediates = item.certificates
     if not anchors or any(not _no_path(leaf, intermediates, anchor) for anchor in anchors):
@@ -329,10 +329,10 @@ def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding
 
 
 def _no_path(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> str:
-    """Why there is no path at any time, empty where there is one; dates are judged apart."""
+    """Return why no path exists at any time, or an empty text; other checks look at dates."""
     chain = (leaf, *intermediates, anchor)
     end, begin = min(one.not_valid_after_utc for one in chain), max(one.not_valid_before_utc for one in chain)
-    if end <= begin:  # such as one that ended before its CA had a new certificate with the same key
+    if end <= begin:  # such as a leaf that ended before its CA had a new certificate with the same key
         return "" if leads_to(chain[:-1], [anchor]) else "another signature"
     time = max(end - timedelta(seconds=1), begin)
     try:
@@ -350,7 +350,7 @@ def _name(certificate: x509.Certificate, whose: Literal["subject", "issuer"] = "
 
 
 def authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
-    """Examine the CAs of a file."""
+    """Check the CAs of a file."""
     about = f"CA {state.authority.name}"
     if state.state != "present":
         text = state.trouble or f"wanted a CA certificate in {state.path}, found nothing"
@@ -366,7 +366,7 @@ def authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Find
 
 
 def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[Finding]:
-    """A finding for each CA behind the first; one that has ended is an error only where a certificate leads to it."""
+    """Yield a finding for each CA behind the first; an expired CA is an error only if a certificate leads to it."""
     for number, certificate in enumerate(state.certificates[1:], start=2):
         about, end = f"CA {state.authority.name}, number {number} in its file", certificate.not_valid_after_utc
         names = [item.spec.name for item in node.items if item.anchor == certificate]
@@ -386,7 +386,7 @@ def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[F
 
 
 def _with_longer(end: Finding, names: Sequence[str]) -> Finding:
-    """The finding about a CA's end, with the certificates that end later; a CA that has ended is no news there."""
+    """Add the certificates that end later to the finding about their CA's end, unless the CA has expired."""
     if end.level == "error":
         return end
     text = f"{end.text}; these end later, and Kubernetes refuses them from its end on: {', '.join(names)}"
@@ -396,7 +396,7 @@ def _with_longer(end: Finding, names: Sequence[str]) -> Finding:
 
 
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
-    """A finding about the end of a CA's certificate."""
+    """Return a finding about the end of a CA's certificate."""
     end = certificate.not_valid_after_utc
     if expiry.is_early([certificate], now):
         return _early(certificate, about, now, "put the clock right; if it is right, the CA's owner has to say why")
@@ -414,7 +414,7 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
 
 
 def _cluster(item: Item, anchors: Sequence[x509.Certificate], node: Node, settings: Settings) -> Iterator[Finding]:
-    """The API server that it leads to is this cluster's, and is trusted."""
+    """Check that a kubeconfig's API server is this cluster's, and that the kubeconfig trusts its CA."""
     path = settings.node.kubeconfig_dir / item.spec.base
     try:
         parsed = kubeconfig.parse(read(path) or b"")
@@ -438,7 +438,7 @@ def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequen
 
 
 def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
-    """The CAs that a kubeconfig trusts; None: it leaves that to the system."""
+    """Return the CAs that a kubeconfig trusts; None: it trusts those of the operating system."""
     data = parsed.ca_data
     if data is None and parsed.ca_file:
         data = read(path.parent / parsed.ca_file)
@@ -448,7 +448,7 @@ def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
 
 
 def server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
-    """The host is one that this node's API server has in its certificate; a load balancer's name is there, too."""
+    """Check that the API server's certificate has the kubeconfig's host, which may be a load balancer's."""
     host = parsed.tls_server_name or _host(parsed.server)
     serving = node.live("apiserver")
     if serving is None or not host or is_named(serving, host):
@@ -482,7 +482,7 @@ _PUBLIC_KEY = re.compile(rb"-----BEGIN ([A-Z ]*PUBLIC KEY)-----[^-]*-----END \1-
 
 
 def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
-    """An API server without them does not start, and no renewal makes them: tokens count with the same pair alone."""
+    """Check the service account keys: an API server does not start without them, and no renewal makes them."""
     apiserver = node.manifests.get(Component.APISERVER)
     if apiserver is None:
         return
@@ -513,23 +513,23 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _is_without_public_key(key: bytes, *public: bytes) -> bool:
-    """Whether none of these files, each of which may have several keys, has the key's public half."""
+    """Whether none of these files, which may hold several keys each, has the key's public half."""
     blocks = [block[0] for one in public for block in _PUBLIC_KEY.finditer(one)]
     return all(b"PUBLIC KEY" in one for one in public) and not any(is_sa_pair(key, one) for one in blocks)
 
 
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:
-    """A user who may write to a directory may put other files in the place of ours."""
+    """Check that no other user can write to the directories of certificates and manifests."""
     places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
     places += [item.certificate_path.parent for item in node.items if item.state == "present" and item.pair is None]
     manifests = settings.node.kubeconfig_dir / "manifests"
     if manifests.is_dir():
-        places.append(manifests)  # the kubelet starts, as root if it says so, what is put there
+        places.append(manifests)  # the kubelet runs every manifest in it, as root if the manifest says so
     yield from open_directories(places)
 
 
 def _manifests(node: Node, settings: Settings) -> Iterator[Finding]:
-    """A kubelet takes each file of its directory for a pod, whatever it is called, and follows links."""
+    """Check the kubelet's manifest directory: it runs each file as a pod, under any name, and follows links."""
     directory = settings.node.kubeconfig_dir / "manifests"
     if not node.manifests or not directory.is_dir():
         return
@@ -541,7 +541,7 @@ def _manifests(node: Node, settings: Settings) -> Iterator[Finding]:
     ours = {path_of(component, settings.node.kubeconfig_dir).name: component for component in node.manifests}
     for path in sorted(directory.iterdir()):
         if path.name.startswith(".") or path.is_dir():
-            continue  # a kubelet passes over them
+            continue  # the kubelet ignores these
         yield from _exposed(path, str(path)) if path.is_symlink() or path.name in ours else ()
         name = pod_name(path) if path.name not in ours else None
         if name in {component.value for component in ours.values()}:

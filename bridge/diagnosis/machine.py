@@ -1,4 +1,4 @@
-"""What a renewal needs of the machine: room, the state directory, the lock, and no outdated copies."""
+"""What a renewal needs of the machine: disk space, the state directory, the lock, and no outdated copies."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from bridge.system.state_file import StateError
 from bridge.system.waiting import within
 from bridge.words import one_line
 
-#: Below these it is a matter of time.
+#: Below these bytes and inodes there is a warning.
 _LITTLE, _FEW_INODES = 16 << 20, 512
-#: A run that waits for neighbours, a lease and restarts may take that long.
+#: A run may take this long while it waits for neighbours, a lease and restarts.
 _HUNG_AFTER = timedelta(hours=1)
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine the machine."""
+    """Check the machine."""
     yield from disk_space(directories(settings, [item for item in node.items if item.managed]))
     yield from _frozen(node)
     yield from state_directory(settings.node.state_dir)
@@ -52,7 +52,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def disk_space(places: Sequence[Path]) -> Iterator[Finding]:
-    """Bytes and inodes, on each file system that is written to."""
+    """Check free bytes and inodes on the file system of each path."""
     for found in disk_spaces(places):
         about = f"file system of {found.place}"
         if found.is_read_only:
@@ -70,7 +70,7 @@ def disk_space(places: Sequence[Path]) -> Iterator[Finding]:
 
 
 def _frozen(node: Node) -> Iterator[Finding]:
-    """Files and directories that not even root can replace, as a renewal finds them."""
+    """Find files and directories of certificates that not even root can replace."""
     paths: dict[Path, str] = {}
     for item in node.items:
         if item.managed and item.state == "present":
@@ -89,7 +89,7 @@ def _frozen(node: Node) -> Iterator[Finding]:
 
 
 def state_directory(path: Path) -> Iterator[Finding]:
-    """Ours alone, and nothing half done in it."""
+    """Check that the state directory is closed to other users, and holds nothing half done."""
     about = "state directory"
     if Store(path).is_interrupted:
         text = "an installation or restart is under way, or was interrupted; the next run, or `recover`, finishes it"
@@ -108,18 +108,18 @@ def state_directory(path: Path) -> Iterator[Finding]:
 
 
 def _state_files(store: Store) -> Iterator[Finding]:
-    """Files that are not what we wrote, for which each run may end at once, so that no CA is ever asked."""
+    """Find damaged state files, which may end each run before it asks a CA."""
     for file in state_files(store):
         try:
             found: StateError | None = file.damage()
-        except StateError as e:  # it can't be read
+        except StateError as e:  # the file can't be read
             found = e
         if found is not None:
             yield from_error("state-file", str(file.path), found)
 
 
 def _state_of_others(settings: Settings) -> Iterator[Finding]:
-    """What each run that writes refuses; one with nothing due doesn't look."""
+    """Check that the state directory belongs to this cluster, as each run that writes does."""
     try:
         is_ours(settings)
     except BridgeError as e:
@@ -127,7 +127,7 @@ def _state_of_others(settings: Settings) -> Iterator[Finding]:
 
 
 def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
-    """A run that never ends keeps all others away."""
+    """Report a run that holds the lock; a run that never ends keeps out all others."""
     try:
         holder = locks.held_by(Store(state_dir).lock)
     except BridgeError as e:
@@ -145,7 +145,7 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
 
 
 def jobs_of_cron() -> Iterator[Finding]:
-    """A file of ours in /etc/cron.d does nothing where no cron runs."""
+    """Check that cron runs where /etc/cron.d has a file of ours."""
     found = jobs.crontabs()
     if found and not jobs.cron_runs():
         text = f"wanted a cron that runs the jobs of {', '.join(map(str, found))}, found none"
@@ -154,7 +154,7 @@ def jobs_of_cron() -> Iterator[Finding]:
 
 
 def desk_directories() -> Iterator[Finding]:
-    """Whether the desk's job can take requests out of its inbox, and put answers into its outbox."""
+    """Check that the desk's job can write to its inbox and outbox."""
     for places in jobs.desk_places():
         for name, path in (("inbox", places.inbox), ("outbox", places.outbox)):
             try:
@@ -170,7 +170,7 @@ def desk_directories() -> Iterator[Finding]:
 
 
 def _metrics(settings: Settings) -> Iterator[Finding]:
-    """Whether the next run could write its metrics; nothing is written."""
+    """Check that the next run could write its metrics; writes nothing."""
     file = settings.metrics.file
     if file is None:
         return
@@ -189,13 +189,13 @@ def _metrics(settings: Settings) -> Iterator[Finding]:
 # --- copies of admin.conf --------------------------------------------------------------------------------------------
 
 
-#: For one home, which may be on a dead network file system, and for all of them.
+#: Limits for one home, which may be on a dead network file system, and for all homes.
 _HOME_SECONDS, _ALL_HOMES_SECONDS = 5.0, 20.0
 _UNSEEN_HINT = "see whether its file system answers"
 
 
 def _homes() -> list[Path]:
-    """Home directories of users who may have followed kubeadm's advice to copy admin.conf."""
+    """Return the home directories of users who may have followed kubeadm's advice to copy admin.conf."""
     found = [Path("/root"), Path("~").expanduser()]
     with contextlib.suppress(OSError, TimeoutError):
         found += sorted(within(_HOME_SECONDS, lambda: list(Path("/home").iterdir())))
@@ -203,7 +203,7 @@ def _homes() -> list[Path]:
 
 
 def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
-    """Look for copies, which no run renews: each is as old as the day on which it was made."""
+    """Find copies of admin.conf in home directories, which no run renews."""
     admins = {item.spec.name: item for item in node.items if item.spec.component is None and item.embedded}
     live = {item.certificates[0]: name for name, item in admins.items() if item.certificates}
     end = time.monotonic() + _ALL_HOMES_SECONDS
@@ -237,7 +237,7 @@ def _copy(
 
 
 def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Examine the copies in copies.files, which a renewal refreshes."""
+    """Check the copies in copies.files, which a renewal refreshes."""
     for copy in copies.look(settings, node):
         about = str(copy.path)
         if copy.error is not None:
@@ -256,7 +256,7 @@ def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _client_certificate(path: Path) -> x509.Certificate | None:
-    """The client certificate in a kubeconfig of a home; None, too, for a link and any other file: not ours to judge."""
+    """Return the client certificate of a home's kubeconfig; None for a link, or a file that can't be parsed."""
     try:
         with opened(path) as place:
             pem = kubeconfig.parse(read_once(place.path)[0]).certificate_data
@@ -266,7 +266,7 @@ def _client_certificate(path: Path) -> x509.Certificate | None:
 
 
 def _name_of_old(certificate: x509.Certificate, admins: Mapping[str, Item]) -> str:
-    """The name of the certificate that it is an earlier one of: the same subject and the same CA's name; empty: of none."""
+    """Return the name of the live certificate with this subject and issuer; empty if there is none."""
     names = (certificate.subject, certificate.issuer)
     ours = ((name, live) for name, item in admins.items() for live in item.certificates[:1])
     return next((name for name, live in ours if (live.subject, live.issuer) == names), "")

@@ -1,11 +1,10 @@
 """
 What `kubeadm upgrade` will do on this node, and where it would abort, as far as certificates and their files decide it.
 
-kubeadm renews certificates component by component, each just before the component's manifest is exchanged; below a CA
-whose key is elsewhere it renews nothing, but looks at every certificate of that CA, and one that is not right aborts it
-(measured: 1.37 from 1.37, and from 1.36; the order is the same in 1.34 to 1.37).
-The next upgrade changes what API servers and kubelets have of each other, too: what every kubelet of the cluster serves
-with, and which API servers verify it, is the last part.
+kubeadm renews certificates component by component, each just before it replaces the component's manifest. Below an
+external CA it renews nothing, but checks every certificate of that CA, and aborts at the first bad one (measured: 1.37
+from 1.37, and from 1.36; the order is the same in 1.34 to 1.37).
+The last part checks every kubelet's serving certificate, and which API servers verify it: an upgrade changes both.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ from bridge.specs import CA, ETCD_CA, FRONT_PROXY_CA, KUBELET_CONF, SUPER_ADMIN,
 from bridge.system.paths import UnreadableError, read
 from bridge.words import one_line
 
-#: A maintenance should be over by then.
+#: Longer than a maintenance should take.
 _SOON = timedelta(days=1)
 _BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubeadm:"
-#: kubeadm keeps it for each node, beside that file, and writes it again (NodeLocalCRISocket).
+#: Keys that kubeadm keeps for each node beside config.yaml, and writes again (NodeLocalCRISocket).
 _OF_THE_NODE = {"containerRuntimeEndpoint"}
 _AUTO_APPROVE = ("node-autoapprove-bootstrap", "node-autoapprove-certificate-rotation")
 _KUBELET_CLIENT = "apiserver-kubelet-client"
-#: What kubeadm looks at to find out whether a CA is external (`validateExternal…` in cmd/kubeadm/app/phases/certs).
+#: Certificates that kubeadm checks below an external CA (`validateExternal…` in cmd/kubeadm/app/phases/certs).
 _VALIDATED = {
     CA.name: ("apiserver", _KUBELET_CLIENT),
     FRONT_PROXY_CA.name: ("front-proxy-client",),
     ETCD_CA.name: ("apiserver-etcd-client", "etcd-server", "etcd-peer", "etcd-healthcheck-client"),
 }
-#: In kubeadm's order, with the CAs that it looks at before it exchanges the component's manifest.
+#: Components in kubeadm's order, with the CAs that it checks before it replaces the component's manifest.
 _STEPS: tuple[tuple[Component, tuple[str, ...]], ...] = (
     (Component.ETCD, (ETCD_CA.name,)),
     (Component.APISERVER, (CA.name, FRONT_PROXY_CA.name, ETCD_CA.name)),
@@ -59,7 +58,7 @@ _STEPS: tuple[tuple[Component, tuple[str, ...]], ...] = (
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine what an upgrade needs; asks the cluster's API, if it answers, and writes nothing."""
+    """Check what an upgrade needs; asks the cluster's API, if it answers, and writes nothing."""
     if node.is_worker:
         text = "kubeadm upgrade node asks the cluster by kubelet.conf, and writes the kubelet's configuration anew"
         yield _says("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
@@ -69,7 +68,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         text = "kubeadm upgrade changes nothing on a host of etcd alone, and kubeadm certs renews nothing of it by the cluster's"
         yield _says("etcd", text, "the image is in etcd.yaml; ca-bridge renew goes on as before")
         return
-    # of an external etcd's kubeadm looks at nothing
+    # kubeadm checks nothing of an external etcd
     external = [state for state in node.authorities if state.key == "external" and state.listed]
     for state in external:
         yield from _authority(state, node, now)
@@ -111,7 +110,7 @@ def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Fin
 
 
 def _where(authority: str, node: Node) -> str:
-    """A sentence about where the upgrade aborts, and what is exchanged by then."""
+    """Say where the upgrade aborts, and which manifests it has replaced by then."""
     done: list[str] = []
     for component, names in _STEPS:
         if component is Component.ETCD and not node.local_etcd:
@@ -128,7 +127,7 @@ def _where(authority: str, node: Node) -> str:
 
 
 def _wrong(item: Item, state: AuthorityState, now: datetime) -> str:
-    """The fault that kubeadm would find, if any: it wants a key, the CA file's first certificate as issuer, and dates that hold."""
+    """Return the fault that kubeadm would find: no key, bad dates, or no path to the CA file's first certificate."""
     if item.state != "present":
         return f"wanted it in {item.certificate_path}, found it {item.state}"
     if item.key_path is not None and not item.key_path.exists():
@@ -145,7 +144,7 @@ def _wrong(item: Item, state: AuthorityState, now: datetime) -> str:
 
 
 def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
-    """Check by what kubeadm is itself a client: admin.conf, which it looks at in the end, too; a worker's kubelet.conf."""
+    """Check the kubeconfig that kubeadm itself uses: admin.conf, or a worker's kubelet.conf."""
     item = node.item(name)
     if item is None or item.state != "present":
         found = item.state if item is not None else "missing"
@@ -163,7 +162,7 @@ def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
 
 
 def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Check the server in kubelet.conf: from 1.35 on, a control plane's kubelet is led to its own API server."""
+    """Check the server in kubelet.conf: from 1.35 on, kubeadm points it at the node's own API server."""
     manifest = node.manifests.get(Component.APISERVER)
     local = endpoints.name(manifest.flags) if manifest is not None else None
     try:
@@ -226,7 +225,7 @@ def _is_bound(api: Api, name: str) -> bool:
 
 
 def _config(api: Api) -> Iterator[Finding]:
-    """Findings about a configuration in the cluster that kubeadm 1.37 no longer reads."""
+    """Yield findings about parts of kubeadm-config that kubeadm 1.37 no longer reads."""
     root = _document(api, kubeadm.CLUSTER)
     if root is None:
         text = "wanted kubeadm-config in the cluster, found none: kubeadm upgrade aborts"
@@ -246,7 +245,7 @@ def _config(api: Api) -> Iterator[Finding]:
 
 
 def _kubelet_config(api: Api) -> Iterator[Finding]:
-    """Warn of kubelet settings that are in this node's file alone: an upgrade loses them."""
+    """Warn about kubelet settings that only this node's file has: an upgrade loses them."""
     root, own = _document(api, kubeadm.KUBELETS), kubelet.configuration(KUBELET_CONFIG)
     if root is None or own is None:
         return
@@ -267,7 +266,7 @@ def _document(api: Api, place: kubeadm.ConfigMapKey) -> YamlNode | None:
 
 
 def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine all kubelets, from a control-plane node; asks the cluster's API and each kubelet, and writes nothing."""
+    """Check all kubelets from a control-plane node; asks the cluster's API and each kubelet, and writes nothing."""
     manifest = node.manifests.get(Component.APISERVER)
     if manifest is None:
         text = "wanted a control-plane node, from which all kubelets can be seen, found another one"
@@ -300,7 +299,7 @@ def _of_kubelet(one: Served, verifying: list[str], now: datetime) -> Finding:
 
 
 def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Finding]:
-    """The API servers against each other, and against what the next upgrade makes of them."""
+    """Compare each API server's flag with kubeadm-config, from which the next upgrade writes it."""
     kept = manifest_flags.arguments(kubeadm.read_cluster(api), Component.APISERVER)
     wanted = kept.get(AUTHORITY.removeprefix("--"), "")
     for name, authority in authorities.items():

@@ -1,4 +1,4 @@
-"""The users of the installed certificates: static pods, restarts, hooks, kubeconfigs, kubeadm's configuration, further pairs."""
+"""Checks of where certificates are used: static pods, restarts, hooks, kubeconfigs, kubeadm-config, further pairs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from bridge.system.paths import UnreadableError, read, read_ca_file
 from bridge.system.run_command import unsafe_program
 from bridge.words import one_line
 
-#: The flag for the key, beside the one for the certificate.
+#: The key's flag, by the certificate's.
 _KEY_FLAGS = {
     "--tls-cert-file": "--tls-private-key-file",
     "--etcd-certfile": "--etcd-keyfile",
@@ -47,7 +47,7 @@ _KEY_FLAGS = {
     "--peer-cert-file": "--peer-key-file",
     "--cert-file": "--key-file",
 }
-#: Which CA's certificate a flag's file has to hold.
+#: By component and flag, the CA whose certificate the flag's file must hold.
 _CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
     Component.APISERVER: {
         "--client-ca-file": "ca",
@@ -60,7 +60,7 @@ _CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine how the node uses its certificates: files, CAs, names, restarts and hooks."""
+    """Check how the node uses its certificates: files, CAs, names, restarts and hooks."""
     if not node.manifests:
         place = settings.node.kubeconfig_dir / "manifests"
         text = f"no static pods could be read in {place}: which files they use was not looked at"
@@ -79,7 +79,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 
 def _files(item: Item, node: Node, settings: Settings) -> Iterator[Finding]:
-    """The flags name the files that a renewal replaces."""
+    """Check that the flags name the files that a renewal replaces."""
     component = item.spec.component
     manifest = node.manifests.get(component) if component is not None else None
     if component is None or manifest is None:
@@ -120,7 +120,7 @@ def _authorities(node: Node) -> Iterator[Finding]:
 
 
 def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Findings about installed certificates whose components have not restarted yet."""
+    """Yield findings about installed certificates whose components have not restarted yet."""
     for one in in_use.late(settings, node, now):
         if one.component is not None:
             text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
@@ -129,7 +129,7 @@ def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Findi
 
 
 def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Check that each component can be restarted that a renewal of all would restart, before a certificate is spent on it."""
+    """Check that each component that a renewal would restart can be restarted, before a certificate is spent on it."""
     restart = settings.restart
     if restart.method == "none":
         return
@@ -161,19 +161,19 @@ _SERVICE_RANGE = "--service-cluster-ip-range"
 
 
 def look_at_names(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Examine files, kubeconfigs and names; the cluster's API is asked for kubeadm-config."""
+    """Compare names and addresses with manifests and kubeadm-config; asks the cluster's API for the latter."""
     yield from _addresses(node)
     yield from _cluster(node, settings)
 
 
 def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Findings from files alone: manifests and kubeconfigs against certificates; no network."""
+    """Compare manifests and kubeconfigs with certificates, from files alone."""
     yield from _addresses(node)
     for item in node.items:
         if item.spec.kubeconfig and item.state == "present":
             try:
                 parsed = kubeconfig.parse(read(settings.node.kubeconfig_dir / item.spec.base) or b"")
-            except (BridgeError, UnreadableError):  # the inventory tells it
+            except (BridgeError, UnreadableError):  # the inventory reports it
                 continue
             yield from server(item, parsed, node)
 
@@ -182,7 +182,7 @@ def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _addresses(node: Node) -> Iterator[Finding]:
-    """Check that certificates have the addresses at which their components say that they can be reached."""
+    """Check that certificates have the addresses that their components' flags advertise or listen on."""
     api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
     wanted: dict[str, list[str | None]] = {}
     if api is not None:
@@ -200,13 +200,13 @@ def _addresses(node: Node) -> Iterator[Finding]:
 
 
 def _hosts(flags: Flags, flag: str) -> list[str]:
-    """Hosts of the URLs with TLS in a flag; one for all addresses says nothing of names."""
+    """Return the hosts of a flag's TLS URLs, without wildcard addresses such as 0.0.0.0."""
     hosts = [urlsplit(url).hostname or "" for url in endpoints.urls(flags, flag)]
     return [host for host in hosts if host and not endpoints.is_any(host)]
 
 
 def _service_address(flags: Flags) -> str | None:
-    """The address by which pods reach the API server: the first of the (first) service range."""
+    """Return the address by which pods reach the API server: the first of the (first) service range."""
     try:
         return str(ipaddress.ip_network(flags.get(_SERVICE_RANGE, "").partition(",")[0])[1])
     except (ValueError, IndexError):
@@ -226,7 +226,7 @@ def _missing_names(node: Node, name: str, hosts: Iterable[str], whose: str, chec
 
 
 def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Compare with what kubeadm would make by kubeadm-config, where this node's API server answers."""
+    """Compare the node with kubeadm-config, if this node's API server answers."""
     manifest = node.manifests.get(Component.APISERVER)
     if manifest is None:
         return
@@ -262,7 +262,7 @@ def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
 
 
 def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
-    """The next `kubeadm upgrade` renders the manifests from kubeadm-config."""
+    """Compare the service range with kubeadm-config, from which the next `kubeadm upgrade` renders the manifest."""
     found = flags.get(_SERVICE_RANGE)
     if found is not None and found != config.service_subnet:
         text = f"wanted {_SERVICE_RANGE}={config.service_subnet}, as kubeadm-config has it, found {one_line(found)}"
@@ -271,7 +271,7 @@ def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
 
 
 def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
-    """admin.conf leads to `controlPlaneEndpoint`, where there is one."""
+    """Check that admin.conf names `controlPlaneEndpoint`, if there is one."""
     try:
         found = kubeconfig.parse(read(settings.node.kubeconfig_dir / "admin.conf") or b"").server
     except (BridgeError, UnreadableError):
@@ -283,7 +283,7 @@ def _endpoint(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
 
 
 def _directory(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
-    """kubeadm looks for certificates in `certificatesDir`, whatever directory a renewal replaces files in."""
+    """Compare node.pki_dir with `certificatesDir`, where kubeadm looks for certificates."""
     found, ours = config.certificates_dir, settings.node.pki_dir
     if found and os.path.realpath(found) != os.path.realpath(ours):
         text = f"wanted kubeadm-config's certificatesDir, {one_line(found)}, found {ours}: kubeadm judges other files"
@@ -292,7 +292,7 @@ def _directory(config: KubeadmConfig, settings: Settings) -> Iterator[Finding]:
 
 
 def _servers(config: KubeadmConfig, node: Node) -> Iterator[Finding]:
-    """The next `kubeadm upgrade` writes the flags for serving certificates as kubeadm-config has them."""
+    """Compare the serving certificates' flags with kubeadm-config, from which the next `kubeadm upgrade` writes them."""
     for component, spec in SERVERS.items():
         item, is_kept = pairs.served_item(node, component), pairs.is_named_by(config.cluster, component)
         manifest = f"{component.value}.yaml"
@@ -313,7 +313,7 @@ def _servers(config: KubeadmConfig, node: Node) -> Iterator[Finding]:
 
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:
-    """Findings about what a renewal keeps, and kubeadm would not make: extra SANs, and older subjects."""
+    """Yield notes about extra SANs and older subjects: a renewal keeps them, but kubeadm would not make them."""
     facts = config.naming_facts(settings.node.name, endpoints.name(flags) or "")
     for item in node.items:
         if item.state == "present" and item.managed and item.spec.listed:
@@ -335,13 +335,13 @@ def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
 
 
 def look_at_pairs(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """Examine all of them."""
+    """Check all further pairs."""
     for item in node.items:
         if item.pair is not None:
             yield from _pair(item, item.pair, node.authorities, settings, now)
     for one in in_use.late(settings, node, now):
         if one.component is None:
-            from bridge.renewal.pairs import how  # noqa: PLC0415 (loads all that restarts, and `renew` reads this file)
+            from bridge.renewal.pairs import how  # noqa: PLC0415 (loads the restarts' code; `renew` imports this file)
 
             text = f"its program was not seen to use the installed pair: {one.what}: {one.state}: {one.detail}"
             hints = [how(item) for item in node.items if item.spec.name == one.certificate]
@@ -376,12 +376,12 @@ def _pair(
 
 
 def _key_file(name: str, files: PairFiles) -> Iterator[Finding]:
-    """The key is closed to others, and belongs to the owner that the settings name."""
+    """Check that the key is closed to others, and belongs to the owner that the settings name."""
     try:
         status = files.key_file.stat()
         wanted = account(files.owner) if files.owner else (status.st_uid, status.st_gid)
     except (OSError, LookupError):
-        return  # another finding says so
+        return  # `key_of` reports it
     mode = stat.S_IMODE(status.st_mode)
     if mode & ~KEY_MASK:
         text = f"{files.key_file}: wanted it for its owner, and perhaps a group that reads it, found mode {mode:04o}"
@@ -393,7 +393,7 @@ def _key_file(name: str, files: PairFiles) -> Iterator[Finding]:
 
 
 def _reload(pair: PairSettings) -> Iterator[Finding]:
-    """The command could be run, before a certificate is spent on it."""
+    """Check that the reload command or static pod exists, before a certificate is spent on it."""
     words, manifest = command_words(pair.reload), pair.static_pod
     if manifest is not None and not pod_name(manifest):
         text = f"wanted the manifest of a static pod in {manifest}, found none"
