@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     from bridge.specs import KeyAlgorithm
     from bridge.state.credentials import Credential
 
-#: What may stand beside a command; anything else is for the command line proper.
+#: Options that the fast paths understand; `bridge.cli` handles all others.
 _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 
 
 def main() -> NoReturn:
-    """Say that nothing is due, or what expires when, or hand over to `bridge.cli.app`."""
+    """Print that nothing is due, or the table of expirations, or hand over to `bridge.cli.app`."""
     _open_standard_streams()
-    gc.disable()  # importing makes many objects and no garbage: looking for it takes a twentieth of a cron run
+    gc.disable()  # imports make many objects and no garbage, and collection takes a twentieth of a cron run
     try:
         _run()
-    except KeyboardInterrupt:  # before a command has begun
+    except KeyboardInterrupt:  # before a command began
         os.write(2, b"error: interrupted, nothing was replaced\n")
-        os._exit(130)  # as shells have it: 128 and SIGINT
+        os._exit(130)  # as shells do: 128 plus SIGINT
 
 
 def _open_standard_streams() -> None:
     """
-    Open /dev/null on each closed stream, or the next pipe, which may carry a passphrase, would get its number, and Python
-    would have no stream at all; and let no character that the locale lacks end a run, as on standard error.
+    Open /dev/null on each closed stream, whose number the next pipe would get else, perhaps with a passphrase; and
+    escape characters that the locale lacks, so that none of them ends a run.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -53,13 +53,13 @@ def _open_standard_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # open takes the lowest free number
             setattr(sys, name, open(number, "w" if number else "r", errors="backslashreplace"))  # noqa: PTH123, SIM115
 
 
 def _run() -> NoReturn:
     quiet = nothing_to_do(sys.argv[1:])
-    if quiet is not None and not os.isatty(1):  # a terminal's lines end between words
+    if quiet is not None and not os.isatty(1):  # for a terminal `bridge.cli` wraps the sentence
         _end_quietly(quiet)
     table = expirations(sys.argv[1:])
     if table is not None:
@@ -75,13 +75,13 @@ def _run() -> NoReturn:
         app()
     except SystemExit as e:
         _end(e.code)
-    except OSError as e:  # the version, or help
+    except OSError as e:  # from --version or --help
         _end_unwritten(e)
     raise AssertionError("Typer ends with SystemExit")
 
 
 def _end(code: str | int | None, text: str = "") -> NoReturn:
-    """Print, and end at once: taking a few hundred modules apart one by one is a tenth of a cron run's time."""
+    """Print, and exit at once: an orderly teardown of a few hundred modules takes a tenth of a cron run's time."""
     try:
         _print(text)
         print(end="", file=sys.stderr, flush=True)  # noqa: T201
@@ -99,7 +99,7 @@ def _end_unwritten(error: OSError, code: str | int | None = None) -> NoReturn:
         with contextlib.suppress(OSError):
             os.write(2, f"error: standard output: {error.strerror}\n".encode())
     codes = [code, Exit.FAILED] if isinstance(code, int) else [Exit.FAILED]
-    # a usage error has ended the run before there was an outcome
+    # a usage error ended the run before it had an outcome
     os._exit(Exit.worst(codes) if codes[0] in Exit.PRECEDENCE and code != Exit.USAGE else codes[0])
 
 
@@ -111,11 +111,11 @@ class Quiet(NamedTuple):
 
 
 def _end_quietly(quiet: Quiet) -> NoReturn:
-    """Print the sentence; where the settings name a metrics file, this run is in it, too."""
+    """Print the sentence, and record this run in the metrics file if the settings name one."""
     text = f"{quiet.sentence}\n"
     if quiet.settings.metrics.file is None:
         _end(0, text)
-    from bridge import monitoring  # noqa: PLC0415 (where it is wanted)
+    from bridge import monitoring  # noqa: PLC0415 (only for a metrics file)
     from bridge.system import console  # noqa: PLC0415
 
     console.set_up(0, console.LogFormat.TEXT)
@@ -128,7 +128,7 @@ def _end_quietly(quiet: Quiet) -> NoReturn:
 
 
 def expirations(arguments: Sequence[str]) -> tuple[int, str] | None:
-    """Exit code and table of a plain `check-expiration`; None: anything is odd, which the command line proper says."""
+    """Return the exit code and table of a plain `check-expiration`; None: `bridge.cli` must do it, and report problems."""
     plain = _plain("check-expiration", arguments)
     if plain is None or plain.names:
         return None
@@ -137,28 +137,28 @@ def expirations(arguments: Sequence[str]) -> tuple[int, str] | None:
         from bridge.node import inventory  # noqa: PLC0415
 
         settings = plain.settings()
-        if any(ours.next for ours in settings.authorities.values()):  # the command line proper says where that stands
+        if any(ours.next for ours in settings.authorities.values()):  # `bridge.cli` shows the phases
             return None
         own: Sequence[Credential] | None = ()
         if _may_have_credentials(settings):
-            from bridge.state import credentials  # noqa: PLC0415 (only where there is one)
+            from bridge.state import credentials  # noqa: PLC0415 (only if there is a credential)
 
             own = credentials.seen(settings)
             if own is None and credentials.may_look(settings):
                 return None
         node, now = inventory.of(settings.node), datetime.now(UTC)
         text, troubles, code = look(node, now, None, "table", renewal=settings.renewal, own=own)
-    except Exception:  # noqa: BLE001 (the same again, with a command line that tells what it is)
+    except Exception:  # noqa: BLE001 (`bridge.cli` meets the same error, and reports it)
         return None
     return (code, text) if not troubles and text.isascii() else None
 
 
 def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     """
-    The output of a `renew` that has nothing to do and nothing else to say; None in every other case.
+    Return the output of a `renew` that has nothing to do and nothing else to say; None in every other case.
 
-    Whatever is odd (an argument, the settings, a file, an interrupted installation) is not judged here. Where something
-    will be renewed, its keys are begun.
+    Problems (an argument, the settings, a file, an interrupted installation) are left to `bridge.cli`. If something
+    will be renewed, the making of its keys begins.
     """
     plain = _plain("renew", arguments)
     if plain is None:
@@ -180,7 +180,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         left += [store.copies, store.collected, store.attempts]
         is_something_left = store.is_interrupted or any(map(Path.exists, left))
         is_held = not names and bool(settings.renewal.window or settings.renewal.jitter.most)
-    except OSError:  # we may not look into the state directory
+    except OSError:  # this user may not read the state directory
         return None
     if selection.items and not is_something_left and not is_held:
         _begin_keys(selection.items, settings.renewal.key)
@@ -195,13 +195,13 @@ def _has_to_warn(settings: Settings, now: datetime) -> bool:
     """Whether one of our own credentials ends soon, or can't be read."""
     if not _may_have_credentials(settings):
         return False
-    from bridge.state import credentials  # noqa: PLC0415 (only where there is one)
+    from bridge.state import credentials  # noqa: PLC0415 (only if there is a credential)
 
     return bool(credentials.warnings(credentials.seen(settings) or (), settings, now))
 
 
 def _may_have_credentials(settings: Settings) -> bool:
-    """Whether the settings name a file with a credential of our own, a CA has reported a token's end, or no run has looked yet."""
+    """Whether the settings name a credential of ours, a CA has reported a token's end, or no run has looked yet."""
     keys = settings.node.desk_key or settings.node.order_key or settings.gateway.kubeconfig
     if keys or not settings.authorities:
         return bool(keys)
@@ -212,33 +212,33 @@ def _may_have_credentials(settings: Settings) -> bool:
 
 
 def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:
-    from bridge.pki.csr import key_algorithm  # noqa: PLC0415 (only where something is renewed)
+    from bridge.pki.csr import key_algorithm  # noqa: PLC0415 (only for a renewal)
     from bridge.renewal import new_keys  # noqa: PLC0415
 
-    with contextlib.suppress(BridgeError):  # the renewal says it
+    with contextlib.suppress(BridgeError):  # the renewal reports it
         kinds = {item.spec.name: (item.pair.key if item.pair is not None else None) or wanted for item in items}
         live = [item for item in items if item.certificates]
         new_keys.begin([key_algorithm(item.certificates[0], kinds[item.spec.name]) for item in live])
 
 
 class _Plain(NamedTuple):
-    """A command with names and places alone."""
+    """A command line of names and the options in `_PLACES` alone."""
 
     names: list[str]
     places: list[Path | None]  #: Values of `_PLACES`.
 
     def settings(self) -> Settings:
-        """The settings as the command line proper has them, but for the node's name (BridgeError: it matters)."""
+        """Return the settings as in `bridge.cli`, but without the node's name (BridgeError: they need it)."""
         from bridge.settings.load import Overrides  # noqa: PLC0415
 
         settings = Overrides(*self.places).settings()
         if settings.node.pairs and not settings.node.name:
-            raise BridgeError("names of further pairs may hold the node's")
+            raise BridgeError("names of further pairs may contain the node's")
         return settings
 
 
 def _plain(command: str, arguments: Sequence[str]) -> _Plain | None:
-    """The names and places of this command; None for another command, or with other options."""
+    """Parse this command's names and `_PLACES`; None for another command, or with other options."""
     if not arguments or arguments[0] != command:
         return None
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments[1:]))

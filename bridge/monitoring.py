@@ -1,4 +1,4 @@
-"""For monitors: how the last runs of `renew` ended, each metric's name and meaning, and the file that has them."""
+"""For monitors: how the last runs of `renew` ended, each metric's name and meaning, and the metrics file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 from bridge.words import steady
 
-#: A CA that has not answered yet, or another run that does the work: neither success nor failure.
+#: Neither success nor failure: a CA has not answered yet, or another run does the work.
 _NEITHER = (Exit.WAITING, Exit.LOCKED)
 
 
@@ -40,13 +40,13 @@ _NEITHER = (Exit.WAITING, Exit.LOCKED)
 class History:
     """How the last runs of `renew` on this node ended; a rehearsal is no run."""
 
-    ended: datetime | None = None  #: The last run; None: there was none.
-    succeeded: datetime | None = None  #: The end of the last one with exit code 0; None: there was none.
-    rehearsed: datetime | None = None  #: The end of the last rehearsal.
-    exit_code: int = field(default=Exit.DONE, metadata=named("exitCode"))  #: Of the last run.
-    seconds: float = 0  #: How long it took.
-    failures: int = 0  #: Failed runs in a row; a run that only waited, or found another one at work, does not count.
-    #: The result of the last rehearsal.
+    ended: datetime | None = None  #: End of the last run; None: there was none.
+    succeeded: datetime | None = None  #: End of the last run with exit code 0; None: there was none.
+    rehearsed: datetime | None = None  #: End of the last rehearsal.
+    exit_code: int = field(default=Exit.DONE, metadata=named("exitCode"))  #: Exit code of the last run.
+    seconds: float = 0  #: Duration of the last run.
+    failures: int = 0  #: Failed runs in a row, without runs that only waited or found another run at work.
+    #: Exit code of the last rehearsal.
     rehearsal_exit_code: int = field(default=Exit.DONE, metadata=named("rehearsalExitCode"))
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class History:
 
 
 def after(before: History | None, exit_code: int, ended: datetime, seconds: float) -> History:
-    """The history with one more run (pure); an interrupted one has the exit code 128 plus the signal's number."""
+    """Add a run to the history (pure); an interrupted run has the exit code 128 plus the signal's number."""
     run = dataclasses.replace(before or History(), ended=ended, exit_code=exit_code, seconds=seconds)
     if exit_code == Exit.DONE:
         return dataclasses.replace(run, succeeded=ended, failures=0)
@@ -63,13 +63,13 @@ def after(before: History | None, exit_code: int, ended: datetime, seconds: floa
 
 
 def history_file(store: Store) -> StateFile[History]:
-    """The file; a damaged one counts as none: the worst that follows is a count that begins anew."""
+    """Return the history's file; a damaged file counts as none, and the counts begin again."""
     return coded(History, store.history, "how the last runs ended", OnDamage.START_OVER, version=1)
 
 
 # --- the file ----------------------------------------------------------------------------------------------------------
 
-#: For another run that ends at the same moment.
+#: How long to wait for another run that ends at the same moment.
 _WAIT = timedelta(seconds=10)
 #: The end of a temporary file's name, as `tempfile` makes it.
 _RANDOM = "[a-z0-9_]" * 8
@@ -83,14 +83,14 @@ class MetricsError(BridgeError):
 
 @dataclass(slots=True)
 class RunExit:
-    """The exit code of a run, for the monitor."""
+    """The exit code of a run, which its block sets."""
 
     exit_code: int = Exit.DONE
 
 
 @contextlib.contextmanager
 def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool = False) -> Iterator[RunExit]:
-    """Write the file when the run in this block ends; without success that is exit code 1."""
+    """Write the file when the run in this block ends; a failed write turns success into exit code 1."""
     ending, start = RunExit(), time.monotonic()
     try:
         yield ending
@@ -111,7 +111,7 @@ def written(settings: Settings, now: Callable[[], datetime], *, rehearsal: bool 
 
 @contextlib.contextmanager
 def kept_current(settings: Settings, now: Callable[[], datetime]) -> Iterator[None]:
-    """Write the file when this ends, and count no run: for commands other than `renew` that change the metrics."""
+    """Write the file when this block ends, and count no run: for commands other than `renew` that change the metrics."""
     try:
         yield
     finally:
@@ -125,7 +125,7 @@ def _code_of(error: BaseException) -> int:
 
 
 def _write_or_report(settings: Settings, count: Callable[[History | None], History], now: datetime) -> bool:
-    """Write the file, if the settings name one; False: an error was printed."""
+    """Write the file, if the settings name one; return False after printing an error."""
     try:
         if settings.metrics.file is not None:
             write(settings, settings.metrics.file, count, now)
@@ -140,7 +140,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
     store = Store(settings.node.state_dir)
     try:
         store.prepare()
-        # a run that found another one at work ends while that goes on: the node's lock is not the one to take
+        # a run that found another run at work ends while that one still holds the node's lock
         with lock(store.history_lock, "renew", _WAIT):
             remove_unfinished(store.directory, f".{store.history.name}.{_RANDOM}")
             runs = history_file(store)
@@ -155,14 +155,14 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
 
 
 def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:
-    """All metrics of the node as it is at this moment."""
+    """Return all metrics of the node at this moment."""
     node = inventory.of(settings.node)
     found = report(node, now, None, settings.renewal.left_alone)
     return text(found, due_times(node, settings.renewal), seen)
 
 
 def known(settings: Settings, now: datetime) -> Remembered:
-    """Read the state directory, with or without its lock, since each file is replaced whole (StateError: damage)."""
+    """Read the state directory; this needs no lock, since each file is replaced whole (StateError: damage)."""
     store = Store(settings.node.state_dir)
     requests = OpenRequests(store).by_name()
     may_be_late = any(path.exists() for path in (store.unproven, store.postponed, store.pairs))
@@ -178,8 +178,8 @@ def known(settings: Settings, now: datetime) -> Remembered:
 
 
 def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
-    """The phase of each CA that is being replaced; `doctor` says why one can't be read."""
-    from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
+    """Yield the phase of each CA that is being replaced; `doctor` reports why it can't be read."""
+    from bridge.rotation import places  # noqa: PLC0415 (only while a CA is replaced)
 
     with contextlib.suppress(BridgeError, OSError):
         for name, one in places.look(settings, inventory.of(settings.node), ()).items():
@@ -189,7 +189,7 @@ def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
 
 
 def known_here(settings: Settings, now: datetime) -> Remembered | None:
-    """`known` of this node's state; None: this user may not see it, or it is damaged, which `doctor` reports."""
+    """Return `known`; None: this user may not read the state, or it is damaged, which `doctor` reports."""
     if not credentials.may_look(settings):
         return None
     if not settings.node.state_dir.exists():
@@ -216,19 +216,19 @@ def _put(file: Path, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
-    """The values for metrics from the state directory, which only root may read."""
+    """Values of metrics from the state directory, which only root may read."""
 
     failures: Mapping[str, Failures]  #: Runs in a row that failed, by authority.
     pending: tuple[OpenRequest, ...]  #: Requests that a CA has not answered yet.
     history: History | None  #: None: no run has ended yet.
-    #: Certificates that are installed and not in use, and their components; a further pair's program has no name.
+    #: Installed certificates that are not in use, with their components; empty for a further pair's program.
     late: tuple[tuple[str, str], ...] = ()
     own: str = ""  #: The metrics of our own credentials.
-    phases: tuple[tuple[str, datetime], ...] = ()  #: Labels of CAs that are being replaced, and since when they fit.
+    phases: tuple[tuple[str, datetime], ...] = ()  #: Labels of CAs that are being replaced, and since when they hold.
 
 
 def due_times(node: Node, renewal: RenewalSettings) -> dict[str, datetime]:
-    """The times from which on `renew` renews each certificate, by name, without those of the kubelet's own (pure)."""
+    """Return by name when each certificate becomes due for `renew`, without those of the kubelet's own (pure)."""
     return {
         item.spec.name: due_from(item.renewable, renewal.before, renewal.validity, rotates=item.rotates)
         for item in node.items
@@ -241,7 +241,7 @@ def _is_ours(item: Item) -> bool:
 
 
 def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | None) -> str:
-    """All metrics, from the rows, the due times by name, and the state that this user may see."""
+    """Return all metrics, from the rows, the due times by name, and the state if this user may read it."""
     return "".join([*_of_files(found, due), *(_of_state(known) if known is not None else ())])
 
 
