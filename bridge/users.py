@@ -1,8 +1,8 @@
 """
 Kubeconfigs for people and machines: short-lived client certificates of the cluster's CA.
 
-A user's key and CSR are made where the user is, and judged where they are signed; the certificate is judged by the settings,
-asked for, proven (its lifetime, too), and put into a kubeconfig.
+The user makes a key and a CSR on their own machine; the operator checks the CSR and the settings, has the CA sign,
+verifies the certificate and its lifetime, and writes the kubeconfig.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ from bridge.system.files import (
 from bridge.system.paths import UnreadableError, opened, read, read_ca_file, read_once
 from bridge.words import one_line
 
-#: Kubernetes accepts it everywhere, and it is made at once.
+#: Kubernetes accepts it everywhere, and it takes no time to make.
 DEFAULT_KEY: KeyAlgorithm = "ecdsa-p256"
-#: No hyphen within a block, so that a file of BEGIN lines alone is read once, not once for each line.
+#: A block has no hyphen, so that a file of BEGIN lines alone is scanned once, and not once for each line.
 _PEM = re.compile(rb"-----BEGIN ((?:NEW )?CERTIFICATE REQUEST)-----[^-]*-----END \1-----")
-#: A desk refuses a request that is older than a month, unless its policy says otherwise.
+#: A carried request is made anew after this: by default a desk refuses a request that is older than a month.
 _CARRIED_ANEW = timedelta(days=20)
-#: CAs date certificates back; an older one is an earlier request's, with the same CSR.
+#: How far CAs backdate; an even older certificate belongs to an earlier request with the same CSR.
 _DATED_BACK = timedelta(hours=1)
 _KEPT = (
     "other users may have written that, so the request is kept, and a good answer to it still counts: "
@@ -77,31 +77,31 @@ _LEAST_SHARE = 2
 
 
 class NoCsrError(BridgeError):
-    """A file that holds no CSR, or can't be read; no request was refused."""
+    """The file holds no CSR, or can't be read; no request was refused."""
 
     exit_code = Exit.USAGE
     hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
 
 
 class CsrRefusedError(BridgeError):
-    """A CSR that differs from the command's options."""
+    """The CSR differs from the command's options."""
 
     exit_code = Exit.REFUSED
     hint = "`ca-bridge kubeconfig request NAME --group GROUP` makes one where the person is"
 
 
 def make_csr(user: User, key: PrivateKey) -> bytes:
-    """A CSR in PEM, as `kubeadm kubeconfig user` makes it: all groups, then the name; no SAN."""
+    """Make a CSR in PEM, as `kubeadm kubeconfig user` does: all groups, then the name; no SAN."""
     return csr.build_for(Naming(subject=subject_of(user.name, user.groups)), key)
 
 
 def stem_of(name: str) -> str:
-    """A user's name as a part of a file's name, which leads to no other directory."""
+    """Return a user's name as a file name, which can't lead to another directory."""
     return re.sub(r"[^A-Za-z0-9._@+-]", "_", name)
 
 
 def write_request(user: User, directory: Path, algorithm: KeyAlgorithm) -> tuple[Path, Path]:
-    """Make a key and a CSR for it, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
+    """Write a new key and its CSR, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
     if wrong := [SettingsProblem(what, user_rules.NAME_FORM, found) for what, found in user_rules.misnamed(user)]:
         raise SettingsError(wrong)
     key_path, csr_path = (directory / f"{stem_of(user.name)}.{kind}" for kind in ("key", "csr"))
@@ -128,7 +128,7 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm) -> tuple
 
 
 def load_csr(path: Path, user: User) -> bytes:
-    """Read a CSR that was made elsewhere, check it against the operator's options, and return it as PEM."""
+    """Read a user's CSR, check it against the operator's options, and return it as PEM."""
     try:
         data = read(path)
     except UnreadableError as e:
@@ -175,37 +175,37 @@ def _listed(texts: tuple[str, ...] | list[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserOrder:
-    """A kubeconfig as the operator wants it."""
+    """The kubeconfig that the operator wants."""
 
     user: User
     out: Path  #: Where the kubeconfig goes.
-    csr: Path | None = None  #: The user's; None: a key is made here.
-    key_file: str = ""  #: Where the user has the key, seen from the kubeconfig; empty: beside it, under the CSR's name.
-    key: KeyAlgorithm = DEFAULT_KEY  #: Of a key that is made here.
+    csr: Path | None = None  #: The user's CSR; None: a key is made here.
+    key_file: str = ""  #: The user's key file, relative to the kubeconfig; empty: beside it, under the CSR's name.
+    key: KeyAlgorithm = DEFAULT_KEY  #: Algorithm of a key that is made here.
     validity: timedelta | None = None  #: None: `users.validity`.
-    server: str = ""  #: The API server's URL; empty: as in the node's admin.conf.
-    ca_file: Path | None = None  #: The cluster's CA; None: the node's.
+    server: str = ""  #: The API server's URL; empty: the one in the node's admin.conf.
+    ca_file: Path | None = None  #: The cluster's CA certificate; None: the node's CA file.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The kubeconfig that was made."""
+    """The kubeconfig that was written."""
 
     leaf: x509.Certificate
     server: str
     backend: str
-    key_file: str  #: Where the kubeconfig looks for the key; empty: it is in it.
+    key_file: str  #: The key file that the kubeconfig names; empty: the kubeconfig holds the key.
 
 
 class UserNotAllowedError(BridgeError):
-    """The settings do not allow such a user; no CA was asked."""
+    """The settings do not allow this user; no CA was asked."""
 
     exit_code = Exit.REFUSED
     hint = "[users] in the settings says what may be signed"
 
 
 def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None:
-    """Raise an error with all that speaks against this user."""
+    """Raise an error with every rule that this user breaks (UserNotAllowedError)."""
     limits = Limits(groups=rules.groups, allow=rules.allow, max_validity=rules.max_validity)
     if found := user_rules.problems(user, validity, limits):
         raise UserNotAllowedError("; ".join(found))
@@ -214,7 +214,7 @@ def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None
 def issue(
     settings: Settings, order: UserOrder, now: Callable[[], datetime], progress: Progress, wait: timedelta = timedelta()
 ) -> Done:
-    """Have the certificate signed, or collect its answer, and write the kubeconfig; after an error there is none."""
+    """Have the certificate signed, or collect it, and write the kubeconfig; an error leaves no new kubeconfig."""
     rules = settings.users
     validity = order.validity or rules.validity
     assert_allowed(order.user, validity, rules)
@@ -239,28 +239,28 @@ def issue(
     outage = Outage(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         put_away(settings, store, progress.note)
-        one = _taken_up(store, record, order, given, validity, configured.label, now(), older)
+        open_user = _resumed_or_new(store, record, order, given, validity, configured.label, now(), older)
         with contextlib.closing(CA.of(configured, outage)) as ca:
-            verified = _Submission(settings, ca, one, record, store).verified(expected, now)
-            _add(record, audit.VERIFIED, one, new=verified.leaf)
+            verified = _Submission(settings, ca, open_user, record, store).verified(expected, now)
+            _add(record, audit.VERIFIED, open_user, new=verified.leaf)
             record.write()
-            owe_putting_away(settings, store, [(CLUSTER_CA.name, one.reference)])
-            _write(order, fresh, verified, one)
-            _add(record, audit.INSTALLED, one, new=verified.leaf, result=f"in {order.out}")
-            _forget(store, one)
+            owe_putting_away(settings, store, [(CLUSTER_CA.name, open_user.reference)])
+            _write(order, fresh, verified, open_user)
+            _add(record, audit.INSTALLED, open_user, new=verified.leaf, result=f"in {order.out}")
+            _forget(store, open_user)
         put_away(settings, store, progress.note)
-    return Done(leaf=verified.leaf, server=fresh.server, backend=configured.label, key_file=_key_file(order, one))
+    return Done(leaf=verified.leaf, server=fresh.server, backend=configured.label, key_file=_key_file(order, open_user))
 
 
-def _name(one: OpenUser) -> str:
-    return f"{USER.name} {one.name}"
+def _name(open_user: OpenUser) -> str:
+    return f"{USER.name} {open_user.name}"
 
 
-def _add(record: audit.Record, event: str, one: OpenUser, **details: Any) -> None:
-    record.add(event, _name(one), authority=CLUSTER_CA.name, **details)
+def _add(record: audit.Record, event: str, open_user: OpenUser, **details: Any) -> None:
+    record.add(event, _name(open_user), authority=CLUSTER_CA.name, **details)
 
 
-# --- what is known before the CA is asked ----------------------------------------------------------------------------
+# --- before the CA is asked ------------------------------------------------------------------------------------------
 
 
 def _assert_may_write(order: UserOrder) -> Kubeconfig | None:
@@ -273,7 +273,7 @@ def _assert_may_write(order: UserOrder) -> Kubeconfig | None:
 
 
 def _older(path: Path, order: UserOrder) -> Kubeconfig | None:
-    """The kubeconfig of the same user that is to be replaced, if there is one; nothing else may be there."""
+    """Return the same user's kubeconfig, which will be replaced, or None; any other file is an error."""
     found: Kubeconfig | None = None
     with contextlib.suppress(UnreadableError, kubeconfig.KubeconfigError):
         try:
@@ -319,7 +319,7 @@ def _server(settings: Settings, order: UserOrder) -> str:
     return server
 
 
-def _taken_up(
+def _resumed_or_new(
     store: Store,
     record: audit.Record,
     order: UserOrder,
@@ -329,18 +329,18 @@ def _taken_up(
     now: datetime,
     older: Kubeconfig | None,
 ) -> OpenUser:
-    """The request that waits for this user, if it is the one that would be made now; else a new one."""
-    made = OpenUsers(store).get(order.user.name)
-    if made is not None:
-        wanted = (order.user.groups, label, given or made.csr_pem, validity)
-        is_same = (made.groups, made.backend, made.csr_pem, made.validity) == wanted
-        has_ended = _has_ended(made, older, now)
-        is_old = has_ended or (made.carried is not None and now - made.created > _CARRIED_ANEW)
-        is_key = made.key_pem is None or csr.known_algorithm(made.request.csr.public_key()) == order.key
-        if is_same and is_key and not is_old and (given is None) is (made.key_pem is not None):
-            return made
+    """Return the user's open request if it still fits the order, else a new open_user."""
+    open_user = OpenUsers(store).get(order.user.name)
+    if open_user is not None:
+        wanted = (order.user.groups, label, given or open_user.csr_pem, validity)
+        is_same = (open_user.groups, open_user.backend, open_user.csr_pem, open_user.validity) == wanted
+        has_ended = _has_ended(open_user, older, now)
+        is_old = has_ended or (open_user.carried is not None and now - open_user.created > _CARRIED_ANEW)
+        is_key = open_user.key_pem is None or csr.known_algorithm(open_user.request.csr.public_key()) == order.key
+        if is_same and is_key and not is_old and (given is None) is (open_user.key_pem is not None):
+            return open_user
         why = "its certificate is installed, and has ended" if has_ended else "something else is asked for now"
-        _add(record, audit.CANCELLED, made, result=why)
+        _add(record, audit.CANCELLED, open_user, result=why)
     key_pem = None
     if given is None:
         key = csr.generate_key(order.key)
@@ -356,92 +356,93 @@ def _taken_up(
     )
 
 
-def _forget(store: Store, one: OpenUser) -> None:
+def _forget(store: Store, open_user: OpenUser) -> None:
     requests = OpenUsers(store)
-    requests.drop(one.name)
+    requests.drop(open_user.name)
     requests.save()
 
 
-def _has_ended(made: OpenUser, older: Kubeconfig | None, now: datetime) -> bool:
-    """Whether a killed run has put the request's certificate into the kubeconfig, and it has ended meanwhile."""
+def _has_ended(open_user: OpenUser, older: Kubeconfig | None, now: datetime) -> bool:
+    """Whether a killed run wrote this request's certificate into the kubeconfig, and the certificate has expired."""
     with contextlib.suppress(*UNREADABLE):
         leaf, *_ = load_pem_certificates((older and older.certificate_data) or b"")
-        is_its = is_for(leaf, made.request.csr) and leaf.not_valid_before_utc >= made.created - _DATED_BACK
+        is_its = is_for(leaf, open_user.request.csr) and leaf.not_valid_before_utc >= open_user.created - _DATED_BACK
         return is_its and leaf.not_valid_after_utc <= now
     return False
 
 
 class _Submission:
-    def __init__(self, settings: Settings, ca: CA, one: OpenUser, record: audit.Record, store: Store) -> None:
-        self._ca, self._one, self._record, self._store = ca, one, record, store
+    def __init__(self, settings: Settings, ca: CA, open_user: OpenUser, record: audit.Record, store: Store) -> None:
+        self._ca, self._open_user, self._record, self._store = ca, open_user, record, store
         self._is_carried = isinstance(ca.backend, Carries)
-        if self._is_carried and one.carried is None:
+        if self._is_carried and open_user.carried is None:
             # unproven, for a desk's policy and for file names
-            name, cluster, created = settings.node.node_name, settings.node.cluster, one.created.replace(microsecond=0)
+            name, cluster = settings.node.node_name, settings.node.cluster
+            created = open_user.created.replace(microsecond=0)
             carried = Continuity(batch=secrets.token_hex(16), node=name, cluster=cluster, proof=None, asked=created)
-            self._one = dataclasses.replace(one, carried=carried)
+            self._open_user = dataclasses.replace(open_user, carried=carried)
 
     def verified(self, expected: verify.Expectation, now: Callable[[], datetime]) -> verify.Verified:
-        one = self._one
+        open_user = self._open_user
         try:
-            if self._is_carried:  # hours may go by on the way
+            if self._is_carried:  # the answer may be hours old when it arrives
                 expected = dataclasses.replace(expected, min_validity=min(expected.min_validity, SHORTEST))
             answer = self._answer(expected)
             if isinstance(answer, Pending):
-                self._remember(dataclasses.replace(one, reference=answer.reference))
+                self._remember(dataclasses.replace(open_user, reference=answer.reference))
                 raise WaitingError(
-                    f"{_name(one)}: {answer.note or 'the CA has the request, and has not answered yet'}",
+                    f"{_name(open_user)}: {answer.note or 'the CA has the request, and has not answered yet'}",
                     hint="the same command again takes the answer; no request is sent twice",
                 )
-            _add(self._record, audit.ISSUED, one, new=answer.leaf)
-            verified = self._ca.verified(answer, one.request, dataclasses.replace(expected, now=now()))
+            _add(self._record, audit.ISSUED, open_user, new=answer.leaf)
+            verified = self._ca.verified(answer, open_user.request, dataclasses.replace(expected, now=now()))
         except BridgeError as e:
             if isinstance(e, UntrustedAnswerError):
                 e.hint = _KEPT
             elif isinstance(e, BackendRefusedError | VerificationError) and not isinstance(e, NoVerdictError):
-                _forget(self._store, one)  # its CA said no, or signed something else
-            _add(self._record, audit.event_of(e), one, error=e)
+                _forget(self._store, open_user)  # its CA said no, or signed something else
+            _add(self._record, audit.event_of(e), open_user, error=e)
             raise
         return verified
 
     def _answer(self, expected: verify.Expectation) -> Issued | Pending:
-        one, ca = self._one, self._ca
+        open_user, ca = self._open_user, self._ca
         collects = isinstance(ca.backend, Collects)
-        if one.reference and collects:
-            answer = ca.collect(one.request, one.reference, expected)
+        if open_user.reference and collects:
+            answer = ca.collect(open_user.request, open_user.reference, expected)
         else:
             ca.look([USER], lambda _: expected)
             if (wrong := ca.error(USER.name)) is not None:
                 raise wrong
-            self._record.describe(_name(one), one.request, one.backend, ca.identity)
-            _add(self._record, audit.ASKED, one)
-            self._record.write()  # a CA is asked for nothing that the record can't have
+            self._record.describe(_name(open_user), open_user.request, open_user.backend, ca.identity)
+            _add(self._record, audit.ASKED, open_user)
+            self._record.write()  # the audit log has the request before the CA
             if collects:
-                self._remember(one)  # a key that may be signed for is on disk before
-            [answer] = ca.ask([one.request])
+                self._remember(open_user)  # the key is on disk before the CA can sign for it
+            [answer] = ca.ask([open_user.request])
         if isinstance(answer, BackendError):
             raise answer
         return answer
 
-    def _remember(self, one: OpenUser) -> None:
+    def _remember(self, open_user: OpenUser) -> None:
         requests = OpenUsers(self._store)
-        requests.put(one)
+        requests.put(open_user)
         requests.save()
 
 
-def _key_file(order: UserOrder, one: OpenUser) -> str:
-    """Where the kubeconfig looks for the key; empty: it is in it."""
+def _key_file(order: UserOrder, open_user: OpenUser) -> str:
+    """Return the key file that the kubeconfig names; empty: the kubeconfig holds the key."""
     beside = order.csr.with_suffix(".key").name if order.csr is not None else ""
-    return (order.key_file or beside) if one.key_pem is None else ""
+    return (order.key_file or beside) if open_user.key_pem is None else ""
 
 
-def _write(order: UserOrder, fresh: FreshKubeconfig, verified: verify.Verified, one: OpenUser) -> None:
-    """Write the kubeconfig with mode 0600, with or without a key; while a CA is replaced, it trusts both."""
-    text = fresh.text(pem(*verified.chain), one.key_pem, _key_file(order, one))
+def _write(order: UserOrder, fresh: FreshKubeconfig, verified: verify.Verified, open_user: OpenUser) -> None:
+    """Write the kubeconfig with mode 0600, with or without a key; while a CA is being replaced, it trusts both CAs."""
+    text = fresh.text(pem(*verified.chain), open_user.key_pem, _key_file(order, open_user))
     wanted, hint = f"{order.out}: wanted to write the kubeconfig", "run the same command again with a writable place"
-    # the directory is held open, so that its owner can't exchange it
+    # hold the directory open, so that its owner can't exchange it
     with reasons(BridgeError, wanted, hint=hint), opened(order.out) as place:
         _older(place.path, order)
-        # what a killed run left holds a key
+        # a killed run's temporary file holds a key
         remove_unfinished(place.path.parent, f".{glob.escape(place.name)}.????????")
         write_atomically(place.path, text)
