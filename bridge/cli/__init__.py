@@ -1,1 +1,1 @@
-"""The command line: parse, call one function of a room, print; `bridge.entry` alone imports it, and no rule is here."""
+"""The command line: each command parses, calls one function of a room, and prints; only `bridge.entry` imports it."""

@@ -1,9 +1,9 @@
 """
 The program `ca-bridge`: each command is in a file of its own, which is loaded when the command is used; it parses its
-options, calls a room, prints what came of it, and returns the exit code.
+options, calls a room, prints the result, and returns the exit code.
 
-Here is what is said of all commands: the task, the options that exclude each other, and examples. The help is plain
-text with whole sentences, from which `docs/commands.md` is made, too.
+This file lists all commands by task, options that exclude or need each other, and examples. The help is plain text in
+whole sentences; `docs/commands.md` and the manual pages are made from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from bridge.cli.printing import say, say_usage, wrapped
 
-#: What `ca-bridge --help` shows: headings in the order of an operator's day; below each its commands, with their file here.
+#: The contents of `ca-bridge --help`: headings in the order of an operator's day; below each its commands with files.
 TASKS: dict[str, dict[str, tuple[str, str]]] = {
     "Look, and change nothing": {
         "check-expiration": ("expiration", "Show when certificates expire, as kubeadm does."),
@@ -72,7 +72,7 @@ TASKS: dict[str, dict[str, tuple[str, str]]] = {
 #: The file of each command.
 FILES = {command: file for ours in TASKS.values() for command, (file, _) in ours.items()} | {"complete": "completion"}
 
-#: By command: an option, and the options that it can't be combined with.
+#: By command: an option, and the options that can't be combined with it.
 EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
     "renew": {
         "--csr-only": (
@@ -88,14 +88,14 @@ EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
     "bootstrap check": {"--control-plane": ("--worker",)},
 }
 
-#: By command: an option, and the option without which it means nothing.
+#: By command: an option, and the option that it needs.
 NEEDS: dict[str, dict[str, str]] = {
     "renew": {"--csr-only": "--csr-dir", "--csr-dir": "--csr-only", "--ahead": "--rehearse"},
     "kubeconfig user": {"--key-file": "--csr"},
     "rotate-ca drop": {"--accept-outage": "--emergency"},
 }
 
-#: Lines to type after the program's name, each with what it does; each begins with its command.
+#: Command lines without the program's name, each with its effect.
 EXAMPLES = (
     ("help", "List the pages."),
     ("help emergency", "Everything has expired, or keys have leaked: what to do."),
@@ -219,22 +219,22 @@ _WIDEST = 28
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a help text, on one line."""
+    """Return the first sentence of a help text, on one line."""
     paragraph = " ".join(inspect.cleandoc(text).split("\n\n")[0].split())
     return re.split(r"(?<=[.]) (?=[A-Z])", paragraph)[0]
 
 
 def examples_of(command: str) -> list[tuple[str, str]]:
-    """Lines to type for a command such as `audit show`, each with what it does."""
+    """Return the example lines of a command such as `audit show`, each with its effect."""
     return [(f"{PROGRAM} {line}", text) for line, text in EXAMPLES if f"{line} ".startswith(f"{command} ")]
 
 
 def name_of(context: typer.Context) -> str:
-    """A command without the program's name, such as `audit show`."""
+    """Return a command's name without the program's, such as `audit show`."""
     return context.command_path.partition(" ")[2]
 
 
-#: A hyphen at which no line is broken, until the text is printed.
+#: Stands for a hyphen while the help is wrapped, so that no line breaks at it.
 _HARD = "\N{NON-BREAKING HYPHEN}"
 
 
@@ -247,7 +247,7 @@ class Command(TyperCommand):
     """A command whose help ends with examples, and whose options are checked against each other."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse empty paths, which would be the working directory, options that can't be combined, or that lack another one."""
+        """Refuse empty paths, which would mean the working directory, and options that exclude or lack each other."""
         rest: list[str] = super().parse_args(ctx, args)
         for one in self.params:
             value = ctx.params.get(one.name)
@@ -267,7 +267,7 @@ class Command(TyperCommand):
         return rest
 
     def get_help(self, ctx: Any) -> str:
-        """The whole help text."""
+        """Return the whole help text."""
         return super().get_help(ctx).replace(_HARD, "-")
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (typer calls it)
@@ -277,7 +277,7 @@ class Command(TyperCommand):
             formatter.write_text(_hard(inspect.cleandoc(self.help or "")))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments, the command's own options, and those of every command."""
+        """Write arguments, the command's own options, those of every command, and which go together."""
         parts: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Options of every command": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -293,11 +293,11 @@ class Command(TyperCommand):
                     formatter.write_dl(records, col_max=_WIDEST)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write each example on a line that can be copied, and what it does below it."""
+        """Write each example on a line that can be copied, with its effect below it."""
         if examples := examples_of(name_of(ctx)):
             with formatter.section("Examples"):
                 for line, sentence in examples:
-                    # a shell takes it as it is shown: where it is too wide, its lines end with a backslash
+                    # a wide example is broken with backslashes, so that a shell takes it as it is shown
                     typed = " \\\n".join(wrapped(f"  {line}", formatter.width - len(" \\"), 4))
                     meaning = "\n".join(wrapped(f"{' ' * 6}{sentence}", formatter.width, 6))
                     formatter.write(f"{typed}\n{meaning}\n")
@@ -312,10 +312,10 @@ def _together(command: str) -> Iterator[tuple[str, str]]:
 
 
 class Group(TyperGroup):
-    """A group of commands, each with a sentence; those of the program are listed by task."""
+    """A group of commands, each with a sentence; the program's own commands are listed by task."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse what stands before the command, where no option of every command is known."""
+        """Parse the words before the command; an option of every command belongs behind it."""
         try:
             return super().parse_args(ctx, args)
         except typer.TyperException as error:
@@ -326,15 +326,15 @@ class Group(TyperGroup):
             raise
 
     def get_help(self, ctx: Any) -> str:
-        """The whole help text."""
+        """Return the whole help text."""
         return super().get_help(ctx).replace(_HARD, "-")
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 (typer calls it)
-        """The commands' names in the order of the help."""
+        """Return the commands' names in the order of the help."""
         return [name for ours in sections_of(self).values() for name in ours]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
-        """Write a section for each task, or one for a group within the program."""
+        """Write a section for each task of the program, or one section for a group."""
         sections = sections_of(self)
         width = max(len(name) for ours in sections.values() for name in ours)
         for heading, ours in sections.items():
@@ -343,7 +343,7 @@ class Group(TyperGroup):
 
 
 def sections_of(group: Any) -> dict[str, dict[str, str]]:
-    """By heading, the first sentence of each command of a group; the program's own are in `TASKS`, and load no file."""
+    """Return by heading the first sentence of each command; the program's come from `TASKS`, and load no file."""
     if group.name == PROGRAM:
         return {heading: {name: sentence for name, (_, sentence) in ours.items()} for heading, ours in TASKS.items()}
     return {"Commands": {name: first_sentence(one.help or "") for name, one in group.commands.items()}}
@@ -373,7 +373,7 @@ class _Program(Group):
         self.commands = _Commands()  # type: ignore[assignment]  # no command is added later
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Parse what stands before the command."""
+        """Parse the words before the command."""
         with _usage():
             return super().make_context(info_name, args, parent, **extra)
 
@@ -394,7 +394,7 @@ def _usage() -> Iterator[None]:
         raise typer.Exit(e.exit_code) from None
 
 
-# Rich tracebacks can print local variables, and ours hold tokens and keys.
+# rich's tracebacks can print local variables, and ours hold tokens and keys
 app = typer.Typer(
     name="ca-bridge",
     cls=_Program,

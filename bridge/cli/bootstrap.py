@@ -1,4 +1,4 @@
-"""`bootstrap`: what a new node needs before `kubeadm init` or `kubeadm join`."""
+"""`bootstrap`: keys and certificates of a new node, before `kubeadm init` or `kubeadm join`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class NodeOptions:
     wait: WaitOption = timedelta()
 
     def facts(self, **of_cluster: Any) -> ConfigurationFacts:
-        """The facts of the node itself, beside those of its cluster."""
+        """Return the facts of the node itself, together with these of its cluster."""
         return ConfigurationFacts(name=self.name, address=self.advertise_address, socket=self.cri_socket, **of_cluster)
 
 
@@ -145,7 +145,7 @@ def _both(one: str, other: str) -> SettingsError:
 def _said(
     settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None
 ) -> NodeInputs:
-    """Read the files that are carried; an OrderError if one can't be used."""
+    """Collect the inputs, and read the order and the shared file (OrderError: one of them can't be used)."""
     return NodeInputs(
         facts=facts,
         config=options.kubeadm_config,
@@ -196,10 +196,10 @@ def share(
 
 
 def _open_output() -> str | None:
-    """Say how others can read standard output; None: they can't."""
+    """Say what exposes standard output to other users; None: nothing does."""
     if sys.stdout.isatty():
         return "a terminal"
-    with contextlib.suppress(OSError, ValueError):  # there is no file
+    with contextlib.suppress(OSError, ValueError):  # standard output is closed, or no real file
         status = os.fstat(sys.stdout.fileno())
         if stat.S_ISREG(status.st_mode) and (status.st_mode & 0o077 or status.st_uid != os.geteuid()):
             return f"a file of mode {stat.S_IMODE(status.st_mode):04o} of user {status.st_uid}"
@@ -331,7 +331,7 @@ def _report(done: Bootstrapped) -> None:
 
 
 def _compare(settings: Settings, said: NodeInputs) -> None:
-    """Ask the operator to compare the order: a person who changed it decides what this node runs and trusts."""
+    """Ask the operator to compare an unsigned order, since an attacker who changed it decides what this node trusts."""
     if said.order is not None and settings.node.order_key is None:
         printed = fingerprint_text(orders.digest(said.order))
         say("\n")
@@ -339,8 +339,8 @@ def _compare(settings: Settings, said: NodeInputs) -> None:
 
 
 def _say_next(node: DesiredNode) -> None:
-    """Say how kubeadm goes on; advise settings that are cheap at `init`, and need a change on each node later."""
-    if node.role != "init":  # neither token nor flag: both are in the file
+    """Print the kubeadm command to run next, and advice that is cheap to follow at `init`, but not on many nodes later."""
+    if node.role != "init":  # no token and no flag: the file has everything
         say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")
         return
     config, super_admin = node.places.kubeadm_config, node.places.kubeconfigs / "super-admin.conf"

@@ -170,14 +170,14 @@ def pending_cancel(
 
 
 def _days_left(one: OpenRequest, now: datetime) -> int:
-    """Whole days, by which the list is ordered: the certificates of one `kubeadm init` end seconds apart, in no useful order."""
+    """Return whole days, to sort by: certificates of one `kubeadm init` end seconds apart, in no useful order."""
     return seconds_left(one.deadline or now, now) // DAY
 
 
 def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
     age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
     shown = _fingerprint(one)
-    # else its heading has that of all requests in the bundle
+    # the heading may show it already, for all requests of a bundle
     fingerprint = f"fingerprint {shown}" if shown not in _whereabouts(one) else ""
     return one.name, age, end_text(one.deadline, now), fingerprint
 
@@ -193,7 +193,7 @@ def _whereabouts(one: OpenRequest) -> str:
 
 
 def _fingerprint(one: OpenRequest) -> str:
-    """The short fingerprint of the bundle in which it was carried out last; else the beginning of the CSR's SHA-256."""
+    """Return the short fingerprint of the last bundle with the request; else the beginning of the CSR's SHA-256."""
     digest = one.bundles[-1] if one.bundles else one.reference
     is_sha256 = re.fullmatch("[0-9a-f]{64}", digest) is not None
     return fingerprint_text(digest) if is_sha256 else f"{csr_fingerprint(one.request.csr)[:16]}…"

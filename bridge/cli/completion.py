@@ -1,4 +1,4 @@
-"""`complete`: what a shell may offer for the word that is being typed; it loads nothing heavy and asks no CA."""
+"""`complete`: completions for the word that is being typed in a shell; it loads nothing heavy and asks no CA."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from bridge.system.console import printable
 
 commands = typer.Typer()
 
-#: A word, and what it means; the meaning may be empty.
+#: A word and its meaning, which may be empty.
 Offer = tuple[str, str]
 
 
 @commands.command("complete", hidden=True)
 def complete(context: typer.Context, words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Say what a shell may offer for the last word, each with its meaning after a tab."""
+    """Print completions for the last word, each with its meaning after a tab."""
     found = offers(context.find_root().command, words or [""])
     say("\n".join(f"{printable(word)}\t{meaning}" for word, meaning in found))
 
 
 def offers(program: Any, words: Sequence[str]) -> list[Offer]:
-    """The words that the last one may become; `words` is what was typed after the program's name."""
+    """Return completions for the last of `words`, which were typed after the program's name."""
     *typed, last = [word for word in words if word != "="] or [""]
     command, rest = _command(program, typed)
     option, is_joined, begun = last.partition("=")
@@ -44,7 +44,7 @@ def offers(program: Any, words: Sequence[str]) -> list[Offer]:
 
 
 def _command(program: Any, typed: Sequence[str]) -> tuple[Any, list[str]]:
-    """The command that the words name, and the words after its name."""
+    """Return the command that the words name, and the words after its name."""
     command, rest = program, list(typed)
     while hasattr(command, "commands") and rest:
         name = rest.pop(0)
@@ -77,7 +77,7 @@ def _options(command: Any, rest: Sequence[str]) -> Iterator[Offer]:
 
 
 def _arguments(command: Any, rest: Sequence[str], options: dict[str, Any], typed: Sequence[str]) -> Iterator[Offer]:
-    """The values of the argument whose turn it is; those named already are not offered again."""
+    """Yield values of the argument whose turn it is, without those that were typed already."""
     given: list[str] = []
     is_value = False
     for word in rest:
@@ -102,7 +102,7 @@ def _values(command: Any, parameter: Any, typed: Sequence[str]) -> Iterator[Offe
 
 
 def _settings(typed: Sequence[str]) -> Settings:
-    """The settings that the command would have; a BridgeError if they can't be used."""
+    """Return the settings that the command would have (BridgeError: they can't be used)."""
     named = dict(itertools.pairwise(typed))
     places = [named.get(option) for option in ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")]
     return Overrides(*(Path(place) if place else None for place in places)).settings()
@@ -168,7 +168,7 @@ def _pending(settings: Callable[[], Settings]) -> Iterator[Offer]:
         yield from ((one.name, "waits for its answer") for one in OpenRequests(Store(settings().node.state_dir)))
 
 
-#: By command and parameter, or by parameter alone.
+#: Sources of values, by command and parameter, or by parameter alone.
 VALUES: dict[tuple[str, str], Find] = {
     ("", "names"): _certificates_or_all,
     ("", "any_identity"): _certificates,

@@ -1,4 +1,4 @@
-"""`restart`, `prove`, `serving-certs` and `kubelets`: what components and kubelets run on, and what they serve."""
+"""`restart`, `prove`, `serving-certs` and `kubelets`: which certificates components and kubelets use and serve."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def restart(
 
 
 def print_restarts(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
-    """Print what was restarted, or what the operator has to restart."""
+    """Print which components were restarted, or which the operator has to restart."""
     advised = report.components if report.advised else ()
     advice = {one.value: control_plane.how_to_restart(one, settings.node) for one in advised}
     if output is Output.JSON:
@@ -110,7 +110,7 @@ def prove(
 
 
 def print_proof(found: proof.ProofReport, output: Output) -> None:
-    """Print a line for each component, what is wrong below it, and in the end whether all is well; with `-v` all of it."""
+    """Print a line for each component with its faults below it, then the verdict; with `-v` every check."""
     if output is Output.JSON:
         say_json(exitCode=found.exit_code, stale=found.stale, findings=found.findings)
         return
@@ -138,7 +138,7 @@ def _say_components(found: proof.ProofReport) -> None:
             say_sentence(f"{state}: {certificate}, {what}: {detail}", "       ")
 
 
-#: As `kube-controller-manager`.
+#: The width of `kube-controller-manager`.
 _WIDEST = max(len(component.value) for component in Component)
 
 
@@ -166,7 +166,7 @@ def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
     """
     settings = common.settings()
     wanted = serving.components(inventory.of(settings.node), settings)
-    # what a run left before its restart comes first: a renewal would complain about it
+    # a component that an earlier run left half done comes first, since a renewal would complain about it
     for component in sorted(wanted, key=lambda one: not serving.is_half_done(settings, one)):
         item = pairs.served_item(inventory.of(settings.node), component)
         if item is not None and item.state == "present" and item.named:

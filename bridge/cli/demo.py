@@ -172,10 +172,10 @@ class _Story:
                 _say_printed(line)
         return done.returncode
 
-    def _expect(self, is_so: bool, text: str) -> None:
-        if not is_so:
+    def _expect(self, is_true: bool, text: str) -> None:
+        if not is_true:
             self.wrong.append(text)
-        _say(f"{_INDENT}{_styled('✓', 'good') if is_so else _styled('✗ FAILED:', 'error')} {text}")
+        _say(f"{_INDENT}{_styled('✓', 'good') if is_true else _styled('✗ FAILED:', 'error')} {text}")
 
 
 def _say(text: str) -> None:
@@ -187,7 +187,7 @@ def _styled(text: str, style: str) -> str:
 
 
 def _say_printed(line: str) -> None:
-    """Show a line of the program; messages stand out as they do on a terminal."""
+    """Print a line of the program's output, with messages in their terminal style."""
     lines = "\n".join(wrapped(f"{_INDENT}{line}", _WIDTH, len(_INDENT) + 2))
     level, colon, text = lines.partition(":")
     is_level = level.strip() in {"error", "hint", "warning"}
@@ -210,7 +210,7 @@ def _is_good(item: Item) -> bool:
 # --- the scene: a control plane as kubeadm makes it, the company's CA, and a careless CA ---------------------------------
 
 _DAYS_LEFT = 20  # less than renewal.before, so that everything is due
-_PASSPHRASE = "correct horse battery staple"  # noqa: S105 (of a CA that lives for a minute)
+_PASSPHRASE = "correct horse battery staple"  # noqa: S105 (for a CA that lives a minute)
 
 _NODE_SETTINGS = """\
 [node]

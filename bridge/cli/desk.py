@@ -107,7 +107,7 @@ def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool
 
 
 def _dry_run(desk: Desk, session: Session) -> list[int]:
-    """Judge everything, write and sign nothing."""
+    """Judge every request; write and sign nothing."""
     codes: list[int] = []
     jobs, _ = session.work(desk)
     for job in jobs(None):
@@ -125,7 +125,7 @@ def _who(job: Job) -> str:
 
 
 def _tell_troubles(job: Job) -> list[int]:
-    """Print each reason once, with the names that it is for; the errors' exit codes."""
+    """Print each reason once, with the certificates that it is about; return the errors' exit codes."""
     reasons: dict[tuple[str, int, str], list[str]] = {}
     errors: dict[str, BridgeError] = {
         **{name: _refused(job, name, one) for name, one in job.answers.items() if isinstance(one, Refusal)},
@@ -152,11 +152,11 @@ def _refused(job: Job, name: str, answer: Refusal) -> BridgeError:
 
 
 class _Observer:
-    """Lines for what is done; where that takes long, the rate and the time that is left."""
+    """Prints each answered bundle and, if the run takes long, the rate and the time left."""
 
     def __init__(self, total: int, codes: list[int], line: Doing | None = None) -> None:
-        self._codes = codes  #: Gets what is to be in the exit code.
-        self._line = line  #: On a terminal, where it moves.
+        self._codes = codes  #: Exit codes of the bundles are added here.
+        self._line = line  #: The moving line on a terminal.
         self.seen = 0
         self._total = total
         self._certificates = 0
@@ -202,17 +202,17 @@ def _observer(total: int, codes: list[int]) -> Iterator[_Observer]:
 
 
 class _Terminal:
-    """The person at the desk, at the terminal that this process belongs to, wherever its input and output go."""
+    """The person at the desk, asked on the controlling terminal even if input and output are redirected."""
 
     def __init__(self) -> None:
-        """Open the terminal; a BridgeError if there is none."""
+        """Open the terminal (BridgeError: there is none)."""
         self._in: TextIO
         self._out: TextIO
         try:
             self._out = open("/dev/tty", "w", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115 (for the whole run)
             self._in = open("/dev/tty", encoding="utf-8", errors="replace")  # noqa: PTH123, SIM115
         except OSError as e:
-            if sys.stdin.isatty():  # as below `su -c`
+            if sys.stdin.isatty():  # as under `su -c`
                 self._out, self._in = sys.stderr, sys.stdin
                 return
             hint = "cron has none; without --approve the policy alone decides"

@@ -1,4 +1,4 @@
-"""`doctor`: what would make the next renewal fail."""
+"""`doctor`: the check that the next renewal will succeed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bridge.words import counted
 
 commands = typer.Typer()
 
-_ABOUT_WIDTH = 26  #: As `backend of front-proxy-ca`.
+_ABOUT_WIDTH = 26  #: The width of `backend of front-proxy-ca`.
 
 
 @command(commands, "doctor")
@@ -75,7 +75,7 @@ def doctor(
 
 
 def _rights_first(causes: Sequence[Cause]) -> list[Cause]:
-    """All that a user who is not root may not see, as one cause, before what is wrong by itself."""
+    """Merge all causes that only root may look at into one, and put it first."""
     closed = [cause for cause in causes if cause.hint == ROOT_HINT]
     if not closed:
         return list(causes)
@@ -86,7 +86,7 @@ def _rights_first(causes: Sequence[Cause]) -> list[Cause]:
 
 
 def _say_cause(cause: Cause) -> None:
-    """The sentence stands beside its subject, or below several; below it, where it is long."""
+    """Print a cause beside its subject; below it, if there are several subjects or the line is too long."""
     level, about = cause.level.ljust(len("warning")), ", ".join(cause.about)
     margin = " " * (len(level) + 2)
     is_long, width = len(about) > _ABOUT_WIDTH, width_here()

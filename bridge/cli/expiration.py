@@ -1,6 +1,6 @@
 """
-`check-expiration`; `expiration_forms` makes its texts but for `-o nagios`, which is a line, data and a status by
-https://nagios-plugins.org/doc/guidelines.html.
+`check-expiration`; `expiration_forms` makes its texts, except `-o nagios`: a line, data and a status, as
+https://nagios-plugins.org/doc/guidelines.html has them.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 _Output = Literal["table", "json", "yaml", "prometheus", "nagios"]
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 _UNKNOWN = 3  #: The status of a check that could not look.
-#: What is still not renewed with this share of `renewal.before` left was passed over by many nights.
+#: With this share of `renewal.before` left, many nightly runs have failed to renew the certificate.
 _CRITICAL_SHARE = 1 / 3
 
 commands = typer.Typer()
 
 
 class _Check(Command):
-    """The command; a wrong option gives a monitor's own output and exit code."""
+    """The command; with `-o nagios` even a wrong option gives a plugin's output and exit code."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse the command line."""
@@ -50,14 +50,14 @@ class _Check(Command):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        """Do what it says."""
+        """Run the command."""
         with _shown_to_nagios(is_wanted=ctx.params["output"] == "nagios"):
             return super().invoke(ctx)
 
 
 @contextlib.contextmanager
 def _shown_to_nagios(*, is_wanted: bool) -> Iterator[None]:
-    """Print a usage error as a plugin's line, too: monitors show no standard error, and code 2 is CRITICAL for them."""
+    """Print a usage error as a plugin's line: monitors show no standard error, and take code 2 for CRITICAL."""
     try:
         yield
     except typer.TyperException as error:
@@ -97,7 +97,7 @@ def check_expiration(
     settings = common.settings()
     known = None
     if output == "prometheus":
-        from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
+        from bridge import monitoring  # noqa: PLC0415 (only for this format)
 
         known = monitoring.known_here(settings, utc_now())
     node, now, own = inventory.of(settings.node), utc_now(), _own(settings)
@@ -107,7 +107,7 @@ def check_expiration(
 
 
 def _check_for_nagios(common: Common, warning: timedelta | None, critical: timedelta | None) -> int:
-    """Print a plugin's line and return its status; errors are in the line, too: monitors show no standard error."""
+    """Print a plugin's line and return its status; the line has errors too, since monitors show no standard error."""
     try:
         settings = common.settings()
         found = nagios_check(settings, utc_now(), warning, critical, _failures(settings), _own(settings) or ())
@@ -120,7 +120,7 @@ def _check_for_nagios(common: Common, warning: timedelta | None, critical: timed
 
 
 def _print(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = False) -> int:
-    """Print the result, and on standard error the files that could not be read; return the code."""
+    """Print the result, and on standard error the files that can't be used; return the code."""
     say(text, is_styled=is_styled)
     for trouble in troubles:
         log.error("%s", trouble)
@@ -130,8 +130,8 @@ def _print(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = F
 
 
 def _failures(settings: Settings) -> Mapping[str, Failures] | None:
-    """The failed runs in a row by authority; None: this user may not see them."""
-    from bridge.renewal.gate import attempts_file  # noqa: PLC0415 (for monitors alone)
+    """Return the failed runs in a row by authority; None: this user may not see them."""
+    from bridge.renewal.gate import attempts_file  # noqa: PLC0415 (only for Nagios)
     from bridge.state import credentials  # noqa: PLC0415 (as above)
 
     return attempts_file(Store(settings.node.state_dir)).read() or {} if credentials.may_look(settings) else None
@@ -139,11 +139,11 @@ def _failures(settings: Settings) -> Mapping[str, Failures] | None:
 
 def _own(settings: Settings) -> list[Credential] | None:
     """
-    Our own credentials; None: this user may not see them, or `settings check` has to be asked.
+    Return our own credentials; None: this user may not see them, or the settings are wrong (see `settings check`).
 
     Settings that no run has checked yet are read with their backends, which takes longer.
     """
-    from bridge.state import credentials  # noqa: PLC0415 (the fast way to the table has its own)
+    from bridge.state import credentials  # noqa: PLC0415 (`bridge.entry` loads it only if it must)
 
     found = credentials.seen(settings)
     if found is not None or not credentials.may_look(settings):
@@ -158,10 +158,10 @@ def _own(settings: Settings) -> list[Credential] | None:
 
 
 def _replaced(settings: Settings, node: Node) -> list[Replaced] | None:
-    """The CAs that are being replaced; None: this user may not see that."""
+    """Return the CAs that are being replaced; None: this user may not see that."""
     if not any(ours.next for ours in settings.authorities.values()):
         return []
-    from bridge.rotation import places  # noqa: PLC0415 (where a CA is being replaced)
+    from bridge.rotation import places  # noqa: PLC0415 (only while a CA is replaced)
 
     try:
         return list(places.look(settings, node, ()).values())
@@ -170,7 +170,7 @@ def _replaced(settings: Settings, node: Node) -> list[Replaced] | None:
 
 
 def _limits(settings: Settings, warning: timedelta | None, critical: timedelta | None) -> tuple[Limit, Limit]:
-    """When there is a warning (by default when `renew` would renew it), and when it is critical (at a third of that)."""
+    """Return the limits for WARNING (by default: due for `renew`) and CRITICAL (by default a third of that)."""
 
     def early(lifetime: timedelta) -> timedelta:
         return settings.renewal.before.of(min(lifetime, settings.renewal.validity)) if warning is None else warning
@@ -190,16 +190,16 @@ def nagios_check(
     own: Sequence[Credential] = (),
 ) -> tuple[str, list[str], int]:
     """
-    Look at a node: the plugin's line, lines for standard error, and its status.
+    Check a node, and return the plugin's line, lines for standard error, and the status.
 
-    `failures` has the failed runs by CA; None: this user can't see them. `own` are our own credentials.
+    `failures` are the failed runs by CA; None: this user can't see them. `own` are our own credentials.
     """
     node = inventory.of(settings.node)
     left_alone = settings.renewal.left_alone
     early_limit, late_limit = _limits(settings, warning, critical)
     early = report(node, now, early_limit, left_alone, early_limit if warning is not None else lambda _: CA_ENDS_SOON)
     late = report(node, now, late_limit, left_alone)
-    from bridge.renewal import in_use  # noqa: PLC0415 (for monitors alone)
+    from bridge.renewal import in_use  # noqa: PLC0415 (only for Nagios)
 
     unused = [] if failures is None else in_use.late(settings, node, now)
     errors = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
@@ -223,12 +223,12 @@ def _unknown(why: str) -> str:
 
 
 def _in_line(text: str) -> str:
-    """A text that may stand in the line; behind a bar it would be performance data."""
+    """Make a text safe for the plugin's line, in which a bar begins the performance data."""
     return one_line(text).replace("|", "/")
 
 
 def _unlisted(late: ExpiryReport) -> Iterator[str]:
-    """Files that can't be used and are no certificate's, such as a manifest: no row names them."""
+    """Yield troubles with files that belong to no certificate, such as a manifest: no row names them."""
     names = {row.name for row in late.rows}
     return (_in_line(trouble) for trouble in late.troubles if trouble.partition(":")[0] not in names)
 
@@ -270,6 +270,6 @@ def _good(found: ExpiryReport) -> str:
 
 
 def _performance(early: Row, late: Row) -> str:
-    """Seconds left; below a threshold it alerts, which is a range that ends in a colon."""
+    """Return the seconds left with both limits; the form `N:` alerts below N."""
     limits = ";".join("" if row.limit is None else f"{int(row.limit.total_seconds())}:" for row in (early, late))
     return f"'{early.name}'={early.chain_seconds_left}s;{limits}"

@@ -1,4 +1,4 @@
-"""What `check-expiration` prints: kubeadm's two tables and structure, what kubeadm can't show, and metrics."""
+"""Output of `check-expiration`: kubeadm's tables and structure, certificates that kubeadm does not list, and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bridge.rotation.places import Replaced
     from bridge.state.credentials import Credential
 
-#: Grows when a key changes its meaning or goes; new keys do not count.
+#: Grows when a key is removed or changes its meaning, but not for new keys.
 SCHEMA_VERSION = 1
 
 # Go's Format("Jan 02, 2006 15:04 MST"); strftime's month names follow the locale.
@@ -47,8 +47,8 @@ def look(
     """
     Return a `table`, `json`, `yaml` or `prometheus` text, lines for standard error, and the exit code.
 
-    The code is 1 when a file is there and can't be used, else 3 when a certificate ends `within` this time, else 0.
-    `known`, our own credentials and the CAs that are being replaced are None for a user who may not see them.
+    The code is 1 if a file exists and can't be used, else 3 if a certificate ends `within` this time, else 0. `known`,
+    `own` (our own credentials) and `replaced` (CAs that are being replaced) are None for a user who may not see them.
     """
     renewal = renewal or RenewalSettings()
     found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)
@@ -59,11 +59,11 @@ def look(
         ]
         text = "".join([table(found, renewal), _own_table(own or (), renewal, now), "\n" if lines else "", *lines])
     elif output == "prometheus":
-        from bridge import monitoring  # noqa: PLC0415 (for monitors alone)
+        from bridge import monitoring  # noqa: PLC0415 (only for this format)
 
         text = monitoring.text(found, monitoring.due_times(node, renewal), known)
     elif output == "json":
-        import json  # noqa: PLC0415 (7 ms that the table has no use for)
+        import json  # noqa: PLC0415 (7 ms, only for this format)
 
         text = escaped(json.dumps(_structure(found, own, now, replaced), indent=4, ensure_ascii=False)) + "\n"
     else:
@@ -73,10 +73,10 @@ def look(
 
 
 def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
-    """kubeadm 1.37's two tables, and one of the certificates that kubeadm has no row for."""
+    """Return kubeadm 1.37's two tables, and a third of the certificates that kubeadm does not list."""
     styles = {row.name: _style(row, renewal or RenewalSettings()) for row in found.rows}
     tables = [_table(_AUTHORITY_HEADER, found.authorities, styles)]
-    if found.certificates:  # a worker has none
+    if found.certificates:  # kubeadm lists none of a worker's
         tables.insert(0, _table(_HEADER, found.certificates, styles))
     if found.extra:
         place = 0 if any(row.first for row in found.extra) else len(tables)
@@ -85,7 +85,7 @@ def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
 
 
 def _ends_first(found: ExpiryReport) -> list[str]:
-    """A line for each CA that takes certificates along before their own end, which kubeadm's columns do not show."""
+    """Return a line for each CA that ends before its certificates, which kubeadm's columns do not show."""
     ends: dict[datetime, list[str]] = {}
     for row in found.rows:
         if row.outlasts_ca and not row.foreign:
@@ -105,12 +105,12 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:
-    """Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does, or in a shorter form."""
+    """Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does, or shortened for a narrow terminal."""
     return _lines(header, [_cells(row, header) for row in rows], styles, is_whole=is_verbose())
 
 
 def _lines(header: Sequence[str], rows: Sequence[_Cells], styles: Mapping[str, str], *, is_whole: bool = False) -> str:
-    """The rows as Go aligns them, or the short ones where the terminal is too narrow for that."""
+    """Return the rows aligned as by Go, or the short rows if the terminal is too narrow."""
     cells = [header, *(row.cells for row in rows)]
     short = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(row.short for row in rows)]
     widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
@@ -124,11 +124,11 @@ class _Cells(NamedTuple):
     """A row of a table."""
 
     cells: Sequence[str]
-    short: Sequence[str]  #: For a narrow terminal: with a shorter date, and without the file.
+    short: Sequence[str]  #: Cells for a narrow terminal: a shorter date, and no file.
 
 
 def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetime) -> str:
-    """Our own credentials, by which CAs and desks know this node; empty without any."""
+    """Return the table of our own credentials, by which CAs and desks know this node; empty without any."""
     if not own:
         return ""
     styles, rows = {}, []
@@ -154,7 +154,7 @@ def _toned(line: str, styles: Mapping[str, str]) -> str:
 
 
 _MARKS = {"missing": "!MISSING!", "broken": "!INVALID!", "unreadable": "!UNREADABLE!"}
-#: What a narrow terminal shows of the headings; it has no column for files.
+#: Headings for a narrow terminal, which has no column for files.
 _SHORT = {
     "CERTIFICATE AUTHORITY": "CA",
     "EXPIRES": "EXPIRES (UTC)",
@@ -166,12 +166,12 @@ _MOST_SHORT = len(_HEADER)
 
 
 def _cells(row: Row, header: Sequence[str]) -> _Cells:
-    """A row's cells; a certificate's with its CA, a CA's without."""
+    """Return a row's cells; a certificate's include its CA."""
     file = [row.path] if header is _EXTRA_HEADER else []
     if row.certificate is None or row.state != "present":
         blanks = [""] * (min(len(header), _MOST_SHORT) - 2)
         return _Cells([f"{_MARKS[row.state]} {row.name}", "", *blanks, *file], [row.name, _MARKS[row.state], *blanks])
-    left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # as kubeadm shows one that has ended
+    left = "<invalid>" if row.early else residual(row.seconds_left or 0)  # kubeadm's word for an expired certificate
     authority = [] if header is _AUTHORITY_HEADER else [row.authority or ""]
     others = [left, *authority, "yes     " if row.external else "no      "]
     return _ending(row.name, row.certificate.not_valid_after_utc, others, file)
@@ -183,22 +183,22 @@ def _ending(name: str, end: datetime, others: Sequence[str], file: Sequence[str]
 
 
 def _as_yaml(structure: Mapping[str, Any]) -> str:
-    """YAML with sorted keys, as kubeadm's."""
-    import yaml  # noqa: PLC0415 (loaded by the reading side already, but as a tree only)
+    """Return YAML with sorted keys, as kubeadm's."""
+    import yaml  # noqa: PLC0415 (only for this format)
 
     def dumped(*, allow_unicode: bool) -> str:
-        # not the dumper in C, which takes no path that is not UTF-8
+        # the dumper in C refuses a path that is not UTF-8
         return str(yaml.safe_dump(structure, sort_keys=True, allow_unicode=allow_unicode, width=10_000))
 
     text = dumped(allow_unicode=True)
-    # what steers a terminal is escaped, and then everything that is not ASCII
+    # if a character could steer a terminal, escape everything that is not ASCII
     return text if escaped(text) == text else dumped(allow_unicode=False)
 
 
 def _structure(
     found: ExpiryReport, own: Sequence[Credential] | None, now: datetime, replaced: Sequence[Replaced] | None
 ) -> dict[str, Any]:
-    """kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order, and more keys."""
+    """Return kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order, with further keys."""
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
@@ -225,14 +225,14 @@ def _own_entry(one: Credential, now: datetime) -> dict[str, Any]:
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """kubeadm's keys first, in kubeadm's order, then ours."""
+    """Return kubeadm's keys in kubeadm's order, then ours."""
     certificate = row.certificate
     entry: dict[str, Any] = {
         "name": row.name,
         "expirationDate": rfc3339(certificate.not_valid_after_utc) if certificate else None,
         "residualTime": row.seconds_left or 0,
         "externallyManaged": row.external and row.state != "missing",
-        # kubeadm leaves it out where it has nothing to say
+        # kubeadm omits it when it is empty
         **({"caName": row.authority} if row.authority and row.state != "missing" else {}),
         "missing": row.state == "missing",
         "state": row.state,

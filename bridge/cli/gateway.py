@@ -1,4 +1,4 @@
-"""`gateway` and `trust`: the service, its check, the manifests that `setup kubernetes` prints, and the roots that pods trust."""
+"""`gateway` and `trust`: the service and its check, manifests for `setup kubernetes`, and the roots that pods trust."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def _check(service: Service) -> int:
 
 
 NAMESPACE = "ca-bridge"
-#: Where the pod has the files that its settings name; and the trust anchors, of which kubeadm's ca.crt is in each namespace.
+#: The pod's directories for files that its settings name, and for trust anchors (each namespace has kubeadm's ca.crt).
 FILES, TRUST = Path("/etc/ca-bridge/files"), Path("/etc/ca-bridge/trust")
-#: As the shipped files have them.
+#: Texts of the shipped manifests that are replaced.
 _SHIPPED_SIGNERS = json.dumps(list(KUBERNETES_SIGNERS))
 _SHIPPED_POD_SIGNERS, _SHIPPED_BUNDLES = '["corp.example/spiffe"]', '["corp.example:spiffe:ca-bridge"]'
-#: Where a list of names would be empty, which RBAC takes for all names.
+#: Stands in an empty list of names, which RBAC would take for all names.
 _NO_SIGNER = "ca-bridge.invalid/none"
 _SHIPPED_ITEMS = (
     "items: [{key: role-id, path: files/role-id}, {key: secret-id, path: files/secret-id}, "
@@ -80,7 +80,7 @@ _SHIPPED_ITEMS = (
 
 
 def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
-    """The shipped manifests, filled in for this cluster as far as settings, policy and inventory are there."""
+    """Return the shipped manifests, filled in for this cluster as far as settings, policy and inventory exist."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((shipped / "kubernetes").glob("*.yaml"))}
     if not texts:
         raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
@@ -115,7 +115,7 @@ def _replaced(text: str, old: str, new: str) -> str:
 
 
 def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
-    """Exactly the policy's; what people approve is not kept for the gateway."""
+    """Put the policy's signers in; those that people approve are not reserved for the gateway."""
     ours = [name for name, rules in signers.items() if rules.approval != "required"]
     head = f"  - name: approved_here\n    expression: 'object.spec.signerName in {_SHIPPED_SIGNERS}'"
     text = text.replace(head, head.replace(_SHIPPED_SIGNERS, json.dumps(ours)))
@@ -123,7 +123,7 @@ def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
 
 
 def _with_block(text: str, key: str, content: str) -> str:
-    """Another value for a key of the ConfigMap; without control characters, some of which end a line in YAML alone."""
+    """Replace the value of a ConfigMap's key; refuse control characters, some of which end a line in YAML only."""
     lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         if has_controls(line.replace("\t", " ")):
@@ -141,11 +141,11 @@ def _with_block(text: str, key: str, content: str) -> str:
 
 
 def _askers(signers: Mapping[str, SignerRules]) -> Iterator[str]:
-    """Admission policies for signers of one's own: the API server admits requests only from the users that the policy grants them to."""
+    """Yield an admission policy for each signer of the site's own: only granted users may create requests for it."""
     for name, rules in signers.items():
         if name in KUBERNETES_SIGNERS:
             continue
-        policy = f"ca-bridge-gateway-{name.replace('/', '.')}"  # a name of its own for each domain's
+        policy = f"ca-bridge-gateway-{name.replace('/', '.')}"  # domains may have signers of the same name
         who = " || ".join(_condition(grant) for _, grant in rules.grants) or "false"
         yield f"""\
 ---
@@ -175,7 +175,7 @@ spec: {{policyName: {policy}, validationActions: [Deny]}}
 
 
 def _condition(grant: Grant) -> str:
-    """A grant as a condition in CEL; `{node}` matches anything, which the gateway then looks at."""
+    """Return a grant as a condition in CEL; `{node}` matches anything, and the gateway checks it later."""
     parts = [f"request.userInfo.groups.exists(g, g in {json.dumps(grant.groups)})"] if grant.groups else []
     for user in grant.users:
         before, pattern, after = user.partition("{node}")
@@ -188,7 +188,7 @@ def _condition(grant: Grant) -> str:
 
 
 def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
-    """The pod's settings file, and the files that it names, by name."""
+    """Return the pod's settings file, and the files that it names, by name."""
     files: dict[str, Path] = {}
     gateway = dataclasses.replace(
         settings.gateway, kubeconfig=None, state_dir=None, lease_namespace=NAMESPACE,
@@ -208,7 +208,7 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
 
 
 def _moved(table: Any, files: dict[str, Path]) -> Any:
-    """The same settings with the paths that the files have in the pod."""
+    """Replace the paths of files by their paths in the pod, and collect the files."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(table):
         value = getattr(table, field.name)
@@ -234,12 +234,12 @@ def _added(path: Path, files: dict[str, Path]) -> Path:
     return FILES / name
 
 
-#: CA files to mount, by name in the volume: not the cluster CA's, whose certificate every namespace has.
+#: CA files to mount, by name in the volume, except the cluster CA's, which every namespace has.
 _ANCHORS = {"etcd-ca.crt": "etcd/ca.crt", "front-proxy-ca.crt": "front-proxy-ca.crt", "pods.crt": "pods.crt"}
 
 
 def _with_files(text: str, files: Mapping[str, Path]) -> str:
-    """The example of a Secret becomes the command that makes it: no secret is printed."""
+    """Replace the example of a Secret by the command that makes it, so that no secret is printed."""
     head, mark, _ = text.partition("---\n# What must stay secret")
     if not mark:
         text = "wanted the example of a Secret in the shipped manifests, found none"
@@ -252,7 +252,7 @@ def _with_files(text: str, files: Mapping[str, Path]) -> str:
 
 _trust = group(commands, "trust", "Publish the roots that pods trust.")
 
-#: What a bundle has become, for people; `{name}` is the object's.
+#: Outcomes of publishing, for people; `{name}` is the ClusterTrustBundle's.
 _WORDS = {
     "published": "published as {name}",
     "replaced": "published anew: {name} had others",

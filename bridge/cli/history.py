@@ -1,4 +1,4 @@
-"""`recover`, `backups`, `rollback` and `audit`: what was done on this node, and how to go back."""
+"""`recover`, `backups`, `rollback` and `audit`: the record of this node, and the way back."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recover(
 
 
 def _exit_code_of_late(late: Sequence[BridgeError]) -> int:
-    """About copies that could not be refreshed, and lines that the audit log lacks."""
+    """Print errors about copies that were not refreshed and audit lines that are missing; return their exit code."""
     for error in late:
         print_error(error)
     return Exit.worst([error.exit_code for error in late])
@@ -184,7 +184,7 @@ def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str,
     }
 
 
-#: How the audit log's events stand out.
+#: Styles of the audit log's events.
 _EVENT_STYLES = {
     **dict.fromkeys((audit.REFUSED, audit.FAILED, audit.UNAVAILABLE, audit.DAMAGED, audit.NEEDS_A_PERSON), "error"),
     **dict.fromkeys((audit.INSTALLED, audit.ROLLED_BACK, audit.RECOVERED), "ok"),
@@ -208,7 +208,7 @@ def audit_show(
     known = [*SPECS, *(pair.name for pair in settings.node.pairs), *(component.value for component in Component)]
     store = Store(settings.node.state_dir)
     is_known = name is None or name in known or name.startswith(f"{USER.name} ")
-    if not is_known and not any(audit.events(store, None, name)):  # a pair of before has its lines still
+    if not is_known and not any(audit.events(store, None, name)):  # a pair that was removed may still have lines
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(str(name), known))])
     found = list(audit.events(store, begin, name))

@@ -1,4 +1,4 @@
-"""The options that all commands share, and the exit code of an error."""
+"""Options that commands share, and the message and exit code of an error."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ class Common(Overrides):
     """The options that every command has."""
 
     def settings(self) -> Settings:
-        """The settings file with the options over it; without node.name, the certificates have the node's name."""
+        """Return the settings with these options; without node.name, the node's name comes from its certificates."""
         return kubelet.with_node_name(Overrides.settings(self))
 
     def examined(self) -> tuple[Settings, list[SettingsProblem]]:
-        """As `settings`, with every problem instead of an error; see `Overrides`."""
+        """Return `settings` with all problems instead of an error; see `Overrides`."""
         settings, problems = Overrides.examined(self)
         return settings if problems else kubelet.with_node_name(settings), problems
 
     def settings_with_record(self) -> Settings:
-        """As `settings`, for a command that shows a state directory: one that is named must be there."""
+        """Return `settings` for a command that shows a state directory; --state-dir must exist."""
         if self.state_dir is not None and not self.state_dir.is_dir():
             raise SettingsError([SettingsProblem("--state-dir", "a state directory", f"no directory {self.state_dir}")])
         return self.settings()
 
 
-# Typer would refuse a file that can't be read as a mistake in the usage, and a monitor would see nothing of it.
+# readable=False, or Typer would report an unreadable file as a usage error, which a monitor would not see
 def _common_options(
     config: Annotated[
         Path | None,
@@ -85,8 +85,8 @@ def group(to: typer.Typer, name: str, sentence: str) -> typer.Typer:
 
 def command(to: typer.Typer, name: str, cls: type[Command] = Command) -> Callable[[_Function], _Function]:
     """
-    Register a command whose first parameter is a `Common`, and which returns its exit code (None: 0); errors become
-    messages and codes, and a parameter whose type is a dataclass an option of each of its fields.
+    Register a command whose first parameter is a `Common`, and which returns its exit code (None: 0). Errors become
+    messages and exit codes; each field of a parameter whose type is a dataclass becomes an option.
     """
 
     def register(function: _Function) -> _Function:
@@ -137,12 +137,12 @@ def _errors() -> Iterator[None]:
         elif changed_here:
             text, hint = f"interrupted after {changed_here[-1]} was changed", "the same command again goes on"
         _fail(BridgeError(text, hint=hint), waiting.exit_code(e))
-    except (typer.Exit, typer.Abort, typer.BadParameter):  # end a command as they should
+    except (typer.Exit, typer.Abort, typer.BadParameter):  # Typer handles these
         raise
     except OSError as e:
         _fail(BridgeError(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or type(e).__name__}"))
     except Exception as e:  # noqa: BLE001 (a bug)
-        # where, and of which kind; never its text, which might hold a secret
+        # the place and the type, never the text, which might hold a secret
         frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(e.__traceback__)]
         console.log.debug("traceback: %s", " < ".join(reversed(frames)))
         text = f"internal error: {type(e).__name__} at {frames[-1]}"
@@ -150,7 +150,7 @@ def _errors() -> Iterator[None]:
 
 
 def _report_unwritten() -> None:
-    """Report that standard output can't be written; a reader that went away, such as `head`, only after a replacement."""
+    """Report that standard output can't be written; a closed pipe, as with `head`, only after files were replaced."""
     for error in printing.unwritten:
         text = f"standard output: {error.strerror}"
         if replaced_here:
@@ -165,7 +165,7 @@ def _fail(error: BridgeError, code: int | None = None) -> NoReturn:
 
 
 def utc_now() -> datetime:
-    """The node's clock."""
+    """Return the time by the node's clock."""
     return datetime.now(UTC)
 
 
@@ -177,7 +177,7 @@ class Output(StrEnum):
 
 
 def duration(text: str | timedelta) -> timedelta:
-    """Read an option such as "30d"; an option's default is a duration already."""
+    """Parse an option such as "30d"; an option's default is a duration already."""
     if isinstance(text, timedelta):
         return text
     try:
@@ -187,7 +187,7 @@ def duration(text: str | timedelta) -> timedelta:
 
 
 def duration_option(text: str, *names: str) -> Any:
-    """An option such as "30d"; the help text says what its default is."""
+    """Return an option such as "30d", whose help text says its default."""
     return typer.Option(*names, parser=duration, metavar="DURATION", help=text, show_default=False)
 
 
@@ -215,7 +215,7 @@ NoRestartOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeOptions:
-    """One option a field."""
+    """The options that change the next certificates; one option a field."""
 
     add_san: Annotated[
         list[str] | None,
@@ -246,8 +246,8 @@ class ChangeOptions:
     any_identity: AnyIdentityOption = None
 
     def read(self, names: Sequence[str] | None, **more: Any) -> RunOptions:
-        """The options of a run as one value; without names it is about those whose SANs are to change."""
-        from bridge.renewal import Changes, RunOptions  # noqa: PLC0415 (only commands that renew have these)
+        """Return the options of a run; without names, the run is about the certificates whose SANs change."""
+        from bridge.renewal import Changes, RunOptions  # noqa: PLC0415 (only for commands that renew)
 
         changes = Changes(
             add=_sans("--add-san", self.add_san),

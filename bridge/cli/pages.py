@@ -1,4 +1,4 @@
-"""`help`: the pages that are installed with the program, whole or by section, in lines that fit a terminal."""
+"""`help`: the installed pages, whole or by section, in lines that fit a terminal."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from bridge.words import name_found
 
 commands = typer.Typer()
 
-#: The only pagers that are tried: root's environment names no program here.
+#: The only pagers that are tried; a pager that root's environment names is not run.
 _PAGERS = ("/usr/bin/less", "/bin/less")
-#: What the administrator of Vault or OpenBao does, as pages name it; it is installed among the examples.
+#: The page for the administrator of Vault or OpenBao, as other pages name it; it is installed among the examples.
 _ADMINISTRATORS = "config/vault/README"
 
 
 def topics() -> dict[str, Path]:
-    """The pages by their topic, such as `trouble`; empty where no pages are installed."""
+    """Return the pages by topic, such as `trouble`; empty if none are installed."""
     directory = pages()
     found = sorted(directory.glob("*.md")) if directory else []
     return {path.stem: path for path in found if path.stem != "README"}
 
 
 def title_of(page: Path) -> str:
-    """The heading of a page."""
+    """Return a page's heading."""
     with page.open(encoding="utf-8") as lines:
         return next(lines, "").removeprefix("#").strip()
 
 
 def sections(found: Mapping[str, Path]) -> dict[str, str]:
     """
-    The sections of all pages, each with those within it, by `page#heading` and by `heading`, written as links have it.
+    Return the sections of all pages, with their subsections, by `page#heading` and by `heading`, spelled as in links.
 
-    A heading that several pages have is the first page's; `README` is the index of the pages.
+    A `heading` on several pages is the first page's; `README` is the index of the pages.
     """
     parts: dict[str, str] = {}
     for page in [*found.values(), *(path.with_name("README.md") for path in list(found.values())[:1])]:
@@ -54,7 +54,7 @@ def sections(found: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _parts(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each heading, and the lines from it up to the next one that is no deeper."""
+    """Yield each heading, and the lines from it up to the next heading of its level or above."""
     starts, in_code = [], False
     for number, line in enumerate(lines):
         in_code ^= line.lstrip().startswith("```")
@@ -71,10 +71,10 @@ def _parts(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def fitted(text: str, width: int, page: str) -> Iterator[str]:
     """
-    The lines of a page in Markdown for a terminal: words are not broken, rows of wide tables become lists.
+    Yield a Markdown page's lines for a terminal, without breaking words; rows of wide tables become lists.
 
-    What is typed and printed stays as it is, without the indentation of its list. A link is followed by the topic that it
-    leads to, in parentheses; `page` is the topic of the text's own page.
+    Code blocks stay as they are, without their list's indentation. A link's topic follows it in parentheses; `page` is
+    the topic of the text's own page.
     """
     lines, number, indent = text.splitlines(), 0, None
     while number < len(lines):
@@ -94,7 +94,7 @@ def fitted(text: str, width: int, page: str) -> Iterator[str]:
 
 
 def _code(line: str, width: int) -> Iterator[str]:
-    """A line of a block; one that is too long has its comment above it."""
+    """Yield a line of a code block; a line that is too long gets its comment above it."""
     before, _, comment = line.rpartition("  # ")
     if len(line) <= width or not before.strip():
         yield line
@@ -104,7 +104,7 @@ def _code(line: str, width: int) -> Iterator[str]:
 
 
 def _followed(line: str, page: str) -> str:
-    """The line with links for a reader who types."""
+    """Replace links by their text and the topic to type."""
 
     def link(found: re.Match[str]) -> str:
         words, target = found[1], found[2]
@@ -112,7 +112,7 @@ def _followed(line: str, page: str) -> str:
             return f"(picture: {words})"
         if target == f"../{_ADMINISTRATORS}.md":
             return f"{words} ({_ADMINISTRATORS})"
-        if target.startswith("../"):  # not installed
+        if target.startswith("../"):  # the target is not installed
             return words
         if "/" not in target:
             target = (f"{page}{target}" if target.startswith("#") else target).replace(".md", "")
@@ -126,7 +126,7 @@ def _cells(row: str) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
-    """Columns where they fit; otherwise the first cell of each row, and the others below it with their headings."""
+    """Yield columns if they fit; otherwise the first cell of each row, and the others below it with their headings."""
     natural = sum(max(map(len, column)) for column in zip(*rows, strict=False)) + 2 * (len(rows[0]) - 1)
     if natural <= width:
         yield from columns(rows, width)
@@ -140,7 +140,7 @@ def _table(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
 
 
 def show(text: str) -> None:
-    """Print a page, by a pager where it is longer than the terminal."""
+    """Print a page, through a pager if it is longer than the terminal."""
     pager = next((path for path in _PAGERS if os.access(path, os.X_OK)), "")
     if not pager or not sys.stdout.isatty() or text.count("\n") < os.get_terminal_size().lines:
         say(text)

@@ -1,4 +1,4 @@
-"""What commands show: results on standard output, which are printed here alone, and progress on standard error."""
+"""Output of commands: results on standard output, which only this module prints, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from bridge.system import console
 from bridge.system.console import Progress, log
 from bridge.words import steady
 
-#: The version of the documents of `-o json`; it grows when a key goes or changes its meaning.
+#: The version of the documents of `-o json`; it grows when a key is removed or changes its meaning.
 SCHEMA_VERSION = 1
 
 
-#: Where the values begin in the description of a bundle.
+#: The column where values begin in the description of a bundle.
 VALUES_BEGIN = 14
 
-#: Why standard output can't be written, if so: the command goes on to its errors and its exit code.
+#: Errors of writing standard output: the command goes on to its errors and its exit code.
 unwritten: list[OSError] = []
 
 
 def end_text(end: datetime | None, now: datetime) -> str:
-    """When a certificate ends, to the minute if that is near, and how long that is from now; nothing for no end."""
+    """Say when a certificate ends, to the minute if that is near, and how far away that is; empty without an end."""
     if end is None:
         return ""
     moment = minute(end) if end - now < _NEAR else f"{end:%Y-%m-%d}"
@@ -43,8 +43,8 @@ _NEAR = timedelta(days=2)
 
 
 def say(text: str, *, is_styled: bool = False) -> None:
-    """Print lines; the last one needs no line break. Text that is not `is_styled` by us can't steer a terminal."""
-    import typer  # noqa: PLC0415 (what makes the text can be had without a command line)
+    """Print lines; the last one needs no line break. Control characters of text that is not `is_styled` are escaped."""
+    import typer  # noqa: PLC0415 (`bridge.entry` uses this module without a command line)
 
     console.clear_status()
     try:
@@ -55,12 +55,12 @@ def say(text: str, *, is_styled: bool = False) -> None:
 
 
 def exit_code(code: int) -> int:
-    """The exit code of a command with this result, which has failed, too, where standard output could not be written."""
+    """Return a command's exit code: that of its result, or of a failure to write standard output if that is worse."""
     return Exit.worst([code, Exit.FAILED]) if unwritten and code in Exit.PRECEDENCE else code
 
 
 def say_usage(error: Any) -> None:
-    """Print a usage error of Typer's, which has no public class, as all errors are."""
+    """Print a usage error of Typer's, which has no public class, in the form of all errors."""
     text = io.StringIO()
     error.show(file=text)
     found = re.sub("^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
@@ -69,20 +69,20 @@ def say_usage(error: Any) -> None:
 
 
 def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = "") -> None:
-    """Print prose, its first word in a style; what does not fit goes on in the next line, `hanging` columns further right."""
+    """Print prose, its first word in a style; a long line wraps, and goes on `hanging` columns further right."""
     lines = wrapped(f"{indent}{text}", width_here(), len(indent) + hanging)
     say("\n".join(_styled(lines, text.partition(" ")[0], style)), is_styled=True)
 
 
 def _styled(lines: Sequence[str], word: str, style: str) -> list[str]:
-    """Lines that steer no terminal; a word of the first one in a style."""
+    """Escape lines, so that they steer no terminal, and style a word of the first line."""
     first, *others = map(steady, lines)
     before, found, after = first.partition(steady(word)) if word else (first, "", "")
     return [f"{before}{console.styled(found, style, sys.stdout)}{after}", *others]
 
 
 def wrapped(line: str, width: int | None, hanging: int) -> list[str]:
-    """Lines that end between words; all but the first begin further to the right."""
+    """Wrap a line between words; all lines but the first are indented by `hanging`."""
     if width is None or len(line) <= width:
         return [line]
     import textwrap  # noqa: PLC0415 (for people alone)
@@ -111,7 +111,7 @@ def say_table(
 
 
 def _fitting(rows: Sequence[Sequence[str]], optional: Sequence[int] | None, width: int | None) -> list[list[str]]:
-    """The rows without those of the optional columns for which there is no room; what is still too long is cut."""
+    """Drop optional columns for which there is no room, and cut the last cell of a row that is still too long."""
     if not rows or optional is None or width is None or console.is_verbose():
         return [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -131,7 +131,7 @@ def _fitting(rows: Sequence[Sequence[str]], optional: Sequence[int] | None, widt
 
 
 def width_here() -> int | None:
-    """How wide what reads standard output is; None for a file or a pipe, in which every row is one line."""
+    """Return the terminal's width; None for a file or a pipe, in which every row is one line."""
     named = os.environ.get("COLUMNS", "")
     if named.isdecimal() and int(named):
         return int(named)
@@ -146,12 +146,12 @@ def say_json(**structure: Any) -> None:
 
 
 _GAP = "  "
-_LEAST_ROOM = 6  #: A cell that would have less goes on below.
+_LEAST_ROOM = 6  #: The least width to which the last cell is cut.
 _CONTINUED = "    "
 
 
 def columns(rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
-    """Lines with the cells of each column below each other; cells that don't fit go on below their row."""
+    """Yield lines with aligned columns; cells that don't fit go on below their row."""
     for lines in _rows(rows, width or width_here()):
         yield from lines
 
@@ -167,7 +167,7 @@ def _rows(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[str
 
 
 def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:
-    """Which columns share a line: as many as fit, and at least one."""
+    """Group columns into lines: as many as fit, and at least one a line."""
     parts: list[list[int]] = [[]]
     used = 0
     for column, width in enumerate(widths):
@@ -180,12 +180,12 @@ def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:
 
 
 def say_verdict(text: str, style: str) -> None:
-    """Print how it all went, on a line in one style."""
+    """Print the overall result, on a line in one style."""
     say(console.styled(steady(text), style, sys.stdout), is_styled=True)
 
 
 def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
-    """Rows, each with a sentence; a sentence of several rows stands once, above them."""
+    """Yield rows below their headings; rows with the same heading share it."""
     width = width_here()
     cells = list(_rows([row for _, row in rows], width - 2 if width else None))
     for heading in dict.fromkeys(heading for heading, _ in rows):
@@ -201,7 +201,7 @@ class _Progress:
     def __init__(self, line: console.Doing) -> None:
         self._line = line
         self._lock = threading.Lock()
-        self._unanswered: dict[str, list[str]] = {}  #: By backend: certificates that it has not answered for.
+        self._unanswered: dict[str, list[str]] = {}  #: By backend: certificates for which it has not answered.
         self._total = 0
         self._noted: set[str] = set()
 
@@ -221,7 +221,7 @@ class _Progress:
             self._line.text = self._text()
 
     def note(self, text: str) -> None:
-        """Warn once of what is the same for several authorities of a CA, but for a URL and a time."""
+        """Log a warning, but once for authorities of a CA whose warnings differ only in a URL and a time."""
         about = _URLS_AND_TIMES.sub("", text)
         with self._lock:
             is_new = about not in self._noted
@@ -239,6 +239,6 @@ class _Progress:
 
 @contextlib.contextmanager
 def progress_shown(text: str = "making new keys and requests") -> Iterator[Progress]:
-    """Show progress in the way that fits standard error; a line on a terminal is gone in the end."""
+    """Show progress on standard error; a terminal's status line disappears at the end."""
     with console.doing(text, is_plain=False) as line:
         yield _Progress(line)

@@ -111,7 +111,7 @@ def install_command(
     proven and installed as by `renew`, and must have the identity of the one that it replaces. Exits with 4 while a
     key has no certificate.
     """
-    from bridge.renewal import airgap  # noqa: PLC0415 (20 ms, which `renew` needs not)
+    from bridge.renewal import airgap  # noqa: PLC0415 (20 ms, and `renew` does not need it)
 
     settings, directory = common.settings(), directory.absolute()
     options = RunOptions(
@@ -127,7 +127,7 @@ def install_command(
 
 
 def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
-    """Renew, print the result, and return the exit code; the metrics file gets the code, whatever it is."""
+    """Renew, print the result, and return the exit code, which the metrics file gets in any case."""
     with monitoring.written(settings, now) as outcome:
         with progress_shown() as progress:
             result, node, selection = renewal.run(settings, options, now, progress)
@@ -157,8 +157,8 @@ class _Plan:
     drifted: Sequence[Finding]
     cas: Sequence[Finding]  #: CAs that end too soon, or are being replaced.
     shorter: Sequence[str]  #: Names whose next certificate would end before the live one.
-    components: Sequence[Component]  #: To be restarted.
-    copies: Sequence[Copy]  #: To be refreshed, or with an error.
+    components: Sequence[Component]  #: Components to restart.
+    copies: Sequence[Copy]  #: Copies to refresh, and copies with an error.
 
     @classmethod
     def of(cls, node: Node, settings: Settings, options: RunOptions, now: datetime) -> _Plan:
@@ -177,8 +177,8 @@ class _Plan:
 
 
 def _about_cas(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
-    """The findings of `doctor` about CAs that end too soon, and about those that are being replaced."""
-    from bridge.diagnosis import authorities, installed  # noqa: PLC0415 (for a plan alone)
+    """Yield `doctor`'s findings about CAs that end too soon or are being replaced."""
+    from bridge.diagnosis import authorities, installed  # noqa: PLC0415 (only for a plan)
 
     for state in node.authorities:
         ends = installed.authority(state, node, now) if state.state == "present" else ()
@@ -188,7 +188,7 @@ def _about_cas(node: Node, settings: Settings, now: datetime) -> Iterator[Findin
 
 
 def plan(settings: Settings, options: RunOptions, now: datetime, output: Output) -> int:
-    """Print what `renew` would do; 3 if that is anything."""
+    """Print what `renew` would do, and return the exit code: 3 if there is something to do."""
     node = inventory.of(settings.node)
     found = _Plan.of(node, settings, options, now)
     _warn(found, settings, now)
@@ -281,7 +281,7 @@ def _finding_json(one: Finding) -> dict[str, str]:
 
 
 def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: datetime) -> int:
-    """Write keys and CSRs into a directory; touch nothing else."""
+    """Write keys and CSRs into a directory, and change nothing else."""
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
     node = inventory.of(settings.node)
@@ -303,7 +303,7 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
 
 
 def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime], output: Output) -> int:
-    """Rehearse, print the result, and return the exit code; the metrics file gets the code, whatever it is."""
+    """Rehearse, print the result, and return the exit code, which the metrics file gets in any case."""
     with monitoring.written(settings, now, rehearsal=True) as outcome:
         with progress_shown() as progress:
             result = renewal.rehearse(settings, options, now, progress)

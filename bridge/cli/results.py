@@ -1,4 +1,4 @@
-"""The result of a run, for people and for programs; `renew` and `import` print it alike."""
+"""The result of a run, as text and as JSON; `renew`, `install` and `import` print it alike."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report(
     *,
     restarts: bool = True,
 ) -> None:
-    """Print what was renewed, waits, failed, and is to be restarted."""
+    """Print which certificates were renewed, wait or failed, and which components must be restarted."""
     by_hand = not restarts or settings.restart.method == "none"
     components = stale(result, node, settings) if by_hand else []
     if output is Output.JSON:
@@ -54,7 +54,7 @@ def report(
 
 
 def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
-    """List what must be restarted to use what was replaced."""
+    """List the components that must be restarted to use the renewed certificates."""
     specs = [item.spec for item in node.items if item.spec.name in {o.name for o in result.renewed}]
     return control_plane.stale(specs, control_plane.reloading(node, settings.node), settings.restart.components)
 
@@ -82,7 +82,7 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
 
 
 def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
-    """A row for each certificate that waits, below the CA and what it says."""
+    """Print a row for each waiting certificate, below its CA and the CA's note."""
     rows = []
     for one in waiting:
         end = one.old.not_valid_after_utc if one.old is not None else None
@@ -92,18 +92,18 @@ def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
 
 
 def whereabouts(outcome: Outcome) -> str:
-    """The CA that a certificate waits for, and what it says; or the operator's next step."""
+    """Return the CA that a certificate waits for, with the CA's note; or the operator's next step."""
     reason = printable(outcome.error.reason if outcome.error is not None else "")
     return f"{outcome.backend}: {reason}" if outcome.backend else reason
 
 
-#: A certificate that waits for its answer is warned of from here on, and cried out for from there on.
+#: How long before its end a waiting certificate causes a warning, and how long before it an error.
 NEAR = timedelta(days=7)
 VERY_NEAR = timedelta(days=2)
 
 
 def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
-    """The nearer the end of what is to be replaced, the louder."""
+    """Print a warning, or an error, if a certificate whose successor waits ends soon."""
     if not waiting:
         return
     ends = [o.old.not_valid_after_utc for o in waiting if o.old is not None]
@@ -123,7 +123,7 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
 
 
 def print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
-    """Say what to restart, and how."""
+    """Print which components to restart, and how."""
     if components:
         say("\n")
         say_sentence(f"{why}, one at a time:")
@@ -132,7 +132,7 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
 
 
 def print_pairs(node: Node, names: Sequence[str]) -> None:
-    """Say how the programs of these further pairs take them into use."""
+    """Print how the programs of these further pairs start to use them."""
     if any(item.pair is not None for item in node.items):
         from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a further pair)
 
@@ -141,7 +141,7 @@ def print_pairs(node: Node, names: Sequence[str]) -> None:
 
 
 def print_errors(failed: Sequence[Outcome], errors: Sequence[BridgeError] = ()) -> None:
-    """The errors of a run, and then those of its certificates."""
+    """Print the errors of a run, then those of its certificates."""
     for error in errors:
         print_error(error)
     for about, error in grouped(failed):
@@ -149,7 +149,7 @@ def print_errors(failed: Sequence[Outcome], errors: Sequence[BridgeError] = ()) 
 
 
 def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
-    """One message for all certificates that failed for the same reason at the same CA; the hint is the first one's."""
+    """Yield one error for all certificates that failed for the same reason at the same CA, with the first hint."""
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in failed:
         reason = outcome.error.reason if outcome.error else ""
@@ -162,7 +162,7 @@ def grouped(failed: Sequence[Outcome]) -> Iterator[tuple[str, BridgeError]]:
 
 
 def _who(backend: str, error: BridgeError) -> str:
-    """The CA, such as `corp (vault)`; without the type where the error begins with that."""
+    """Return the CA, such as `corp (vault)`, without the type if the error begins with it."""
     name, _, kind = backend.rpartition(" (")
     return name if name and error.reason.startswith(f"{kind.removesuffix(')')}: ") else backend
 
@@ -195,12 +195,12 @@ def _result_json(result: Result, selection: Selection, components: Sequence[Comp
 
 
 def about(outcome: Outcome) -> dict[str, Any]:
-    """The JSON of each outcome."""
+    """Return the keys that each outcome has in JSON."""
     return {"name": outcome.name, "authority": outcome.authority, "backend": outcome.backend}
 
 
 def certificates_json(outcome: Outcome) -> dict[str, Any]:
-    """The certificate that is installed now, and the one that it has replaced."""
+    """Return the keys about the installed certificate, and the one that it replaced."""
     new, old = outcome.new, outcome.old
     return {
         "notAfter": rfc3339(new.not_valid_after_utc) if new is not None else None,
@@ -210,11 +210,11 @@ def certificates_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def failed_json(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Certificates that could not be had, each with its error."""
+    """Return the certificates that failed, each with its error."""
     errors = [(one, one.error) for one in failed if one.error is not None]
     return [{**about(one), "exitCode": e.exit_code, "error": e.reason, "hint": hint_of(e)} for one, e in errors]
 
 
 def errors_json(errors: Sequence[BridgeError]) -> list[dict[str, Any]]:
-    """Errors with what to do next."""
+    """Return the errors with their hints."""
     return [{"exitCode": one.exit_code, "error": str(one), "hint": hint_of(one)} for one in errors]

@@ -1,4 +1,4 @@
-"""`rotate-ca`: another CA in the place of this one, phase by phase, while the cluster runs."""
+"""`rotate-ca`: replaces a CA by another one, phase by phase, while the cluster runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CaOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LogOptions:
-    """The sources about clients of the old CA; one option a field."""
+    """The options that name sources about clients of the old CA."""
 
     audit_log: Annotated[
         list[Path] | None,
@@ -103,7 +103,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
 
 
 def _watched(settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions) -> Watched | None:
-    """The requests of a while, by the ends of their certificates; None: that was not asked for."""
+    """Count requests for a while, by the ends of their certificates; None: without --requests."""
     if not logs.requests:
         return None
     if CA.name not in found:
@@ -152,7 +152,7 @@ def _say_witnesses(users: Users | None, refusals: Sequence[Refusal] | None) -> N
 
 
 def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
-    """The cluster's objects that are behind this node's phase, where a node may read them."""
+    """Return the cluster's objects that are behind this node's phase, if this node may read them."""
     phase = one.standing.phase
     if phase is None or not node.manifests or node.is_etcd_host:
         return []
@@ -202,7 +202,7 @@ def plan(common: Common, ca: CaOption = None) -> int:
 
 
 def _effect(node: Node, one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
-    """A sentence about a phase of one CA, or about all that are left `at_once`."""
+    """Describe a phase of one CA, or all remaining phases `at_once`."""
     names = [item.spec.name for item in one.items]
     what = (
         f"issues {', '.join(names)} from the new CA, in one step with {one.state.path}"
@@ -219,7 +219,7 @@ def _effect(node: Node, one: Replaced, phase: Phase, *, at_once: bool = False) -
 _SPARED = (
     "nothing to do: the cross certificate goes behind each new one, so that what trusts the old CA alone accepts it"
 )
-#: What users of the cluster notice (measured on 1.37): of a change of trust, and of new certificates.
+#: What users of the cluster notice (measured on 1.37) when trust changes, and when certificates change.
 _COSTS = {
     "ca": ("restarts the controller manager, the scheduler and the kubelet", "restarts the same"),
     "etcd-ca": ("restarts etcd, then the API server of this node, about a minute", "restarts nothing"),
@@ -234,7 +234,7 @@ _VERIFIES = ", and the API server, which verifies kubelets by this file and read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
-    """The options of each phase; one option a field."""
+    """The options of every phase."""
 
     ca: CaOption = None
     wait: WaitOption = timedelta()
@@ -298,7 +298,7 @@ def drop(common: Common, options: _DropOptions) -> int:
     return _run(common, Verb.DROP, options, gate)
 
 
-#: What an emergency breaks at once, by CA; no other node has been asked, so that all of them count.
+#: What an emergency breaks at once, by CA; no other node was asked, so each may be affected.
 _EMERGENCY_COSTS = {
     "ca": "this node's API server refuses every certificate of the old CA at once: kubeconfigs of people and machines, "
     "and the kubelets and components of nodes that are not done; these refuse this API server",
@@ -317,7 +317,7 @@ _EVERY_EMERGENCY = (
 
 
 def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> int:
-    """Show the cost, and do nothing; the operator who goes on has read it."""
+    """Print the cost, and do nothing, so that an operator who goes on has seen it."""
     node = inventory.of(settings.node)
     found = places.look(settings, node, options.ca or [])
     left = [one for one in found.values() if not steps.straight_to_the_new_ca(one).is_there]
@@ -371,7 +371,7 @@ def _say_done(done: Done, settings: Settings) -> None:
         say_sentence(f"next: {_next(done.steps)}" if done.steps else _NONE_HERE)
 
 
-#: A worker has `ca` alone, an etcd host `etcd-ca`.
+#: A worker has only `ca`, an etcd host only `etcd-ca`.
 _NONE_HERE = "nothing to do on this node, which has none of the CAs that are being replaced"
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bridge.door.fleet import FleetNode
 
 commands = typer.Typer()
-#: The distributions of the extra `serve`, by the module that is imported.
+#: Distributions of the extra `serve`, by their module.
 _NEEDED = {"cheroot": "cheroot", "jinja2": "Jinja2", "sqlalchemy": "SQLAlchemy", "alembic": "alembic"}
 
 
@@ -64,7 +64,7 @@ def serve(
     settings = common.settings()
     store = Store(settings.node.state_dir)
     store.prepare()
-    with lock(store.door_lock, "ca-bridge serve"):  # two doors of one state directory would be one to the others
+    with lock(store.door_lock, "ca-bridge serve"):  # other doors would take two with one state directory for one
         service = Service(settings, policy.absolute() if policy is not None else None, utc_now)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: service.stop())
@@ -72,8 +72,8 @@ def serve(
 
 
 def assert_installed(command: str) -> None:
-    """Refuse to begin without the packages of the extra `serve` (MissingExtraError)."""
-    from importlib.util import find_spec  # noqa: PLC0415 (for this command alone)
+    """Check that the packages of the extra `serve` are installed (MissingExtraError)."""
+    from importlib.util import find_spec  # noqa: PLC0415 (only for these commands)
 
     missing = [name for module, name in _NEEDED.items() if find_spec(module) is None]
     if missing:
@@ -369,7 +369,7 @@ def refuse(
 
 
 def _reviewer(common: Common) -> Reviewer:
-    from bridge.door.client import Reviewer  # noqa: PLC0415 (for these commands alone)
+    from bridge.door.client import Reviewer  # noqa: PLC0415 (only for these commands)
 
     return Reviewer(common.settings().approver, utc_now())
 

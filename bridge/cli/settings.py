@@ -1,4 +1,4 @@
-"""`settings` and `backend test`: the settings file, and a trial of the CAs that it names."""
+"""`settings` and `backend test`: the settings file, and a trial of its CAs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def settings_check(common: Common) -> None:
 
 
 def doubts(settings: Settings) -> Iterator[str]:
-    """Problems of well-formed settings: no CA, hosts and names of the examples, missing files and programs."""
+    """Yield problems of well-formed settings: no CA, names from the examples, missing files and programs."""
     backends = registry.configured(settings, settings.authorities)
     if not backends:
         yield "no CA is named: `ca-bridge settings init KIND FILE` writes tables for one to a new file"
@@ -121,11 +121,11 @@ def doubts(settings: Settings) -> Iterator[str]:
 
 
 def _lacking(what: str, programs: Iterable[str]) -> Iterator[str]:
-    """The programs that are not on this machine, or that this user can't run."""
+    """Yield a problem for each program that is not on this machine, or that this user can't run."""
     return (f"{what}: {name} is no program that can be run here" for name in programs if shutil.which(name) is None)
 
 
-#: RFC 2606: names that no site has.
+#: Names that no site has (RFC 2606), and the account number of AWS's examples.
 _EXAMPLE_NAME = re.compile(r"(?<![\w-])example\.(com|net|org)(?![\w.-])|\.example(?![\w.-])|:111122223333:")
 
 
@@ -138,7 +138,7 @@ def _texts(table: Any) -> Iterator[tuple[str, str]]:
 
 
 def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:
-    """The files of an authority's secrets; where their place is a pattern, those of its certificates on this node."""
+    """Yield the files of an authority's secrets; a pattern in a path is filled in for each certificate of this node."""
     items = inventory.of(settings.node).items
     ours = [item.spec for item in items if item.spec.authority.name == configured.authority and item.managed]
     for _, value in leaves(configured.settings):
@@ -148,7 +148,7 @@ def _secret_files(configured: registry.Configured, settings: Settings) -> Iterat
 
 
 def _is_absent(path: Path) -> bool:
-    """Whether a file is missing; one that this user may not read counts as there."""
+    """Whether a file is missing; a file that this user may not see counts as present."""
     try:
         path.stat()
     except OSError as e:
@@ -156,22 +156,22 @@ def _is_absent(path: Path) -> bool:
     return False
 
 
-#: A CA host has no control plane: its file has none of a node's tables.
+#: The kind for a CA host, whose settings have none of a node's tables.
 _DESK = "desk"
 
 
 def examples() -> dict[str, str]:
-    """The tables of each kind of CA, and of a CA host, by the name of the kind."""
+    """Return the example settings of each kind of CA, and of a CA host, by kind."""
     found = {path.parent.name: path.read_text(encoding="utf-8") for path in example().parent.glob("*/config.toml")}
     return {name: text for name, text in sorted(found.items()) if "\n[authority.ca]" in text}
 
 
 def initial(kind: str | None) -> str:
-    """A settings file to begin with: one kind's tables, and below them the program's own, with every default."""
+    """Return a settings file to start from: one kind's tables, then the program's own with every default."""
     general, kinds = example().read_text(encoding="utf-8"), examples()
     if kind is None:
         return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
-    kind = "door" if kind == "gateway" else kind  # the backend's type; alone it is the signer in a cluster
+    kind = "door" if kind == "gateway" else kind  # `gateway` is that backend's type; the example is called `door`
     if kind not in kinds:
         raise SettingsError([SettingsProblem("KIND", f"one of {', '.join(kinds)}", name_found(kind, kinds))])
     if kind == _DESK:
@@ -181,13 +181,13 @@ def initial(kind: str | None) -> str:
 
 
 def _behind(name: str, text: str) -> str:
-    """An example of which nothing is in force."""
+    """Comment out a whole example."""
     lines = (line if line.startswith("#") or not line else f"# {line}" for line in text.splitlines())
     return "\n".join([f"# --- {name} ".ljust(120, "-"), *lines, ""])
 
 
 def example() -> Path:
-    """The program's own tables, commented, as they are installed; the other examples are beside it."""
+    """Return the installed example of the program's own tables; the examples of CAs are in directories beside it."""
     found = shipped("config.toml")
     if found is None:
         text = "wanted the example settings that are installed with the program, found none"
@@ -196,7 +196,7 @@ def example() -> Path:
 
 
 def in_force(settings: Settings) -> str:
-    """The settings in force, as TOML that means the same; a backend's keys are in the tables of its authorities."""
+    """Return the settings in force as equivalent TOML; a backend's keys are in the tables of its authorities."""
     lines = [f"# from {settings.source.file or 'defaults alone: no settings file'}"]
     named = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name=settings.node.node_name))
     for name in ("node", "renewal", "policy", "restart", "cluster", "hooks", "audit", "backups", "gateway", "serve"):
@@ -217,18 +217,18 @@ def in_force(settings: Settings) -> str:
 
 
 def lines_of(table: Any) -> Iterator[str]:
-    """A table's keys in force, as lines of TOML."""
+    """Yield a table's keys in force as lines of TOML."""
     for key, value in leaves(table):
         if isinstance(value, Secret):
             yield f"{key}_{value.kind} = {json.dumps(value.where)}"
         elif isinstance(value, Mapping):
             yield from (f"{key}.{json.dumps(name)} = {json.dumps(text)}" for name, text in value.items())
-        elif value not in (None, "", timedelta()):  # else as if it were not set
+        elif value not in (None, "", timedelta()):  # these mean: not set
             yield f"{key} = {json.dumps(_plain(value))}"
 
 
 def _plain(value: Any) -> Any:
-    """The value as it may stand in the settings file."""
+    """Convert a value to its form in the settings file."""
     match value:
         case bool() | int() | tuple():
             return value
@@ -314,7 +314,7 @@ def _assert_known(authority: str, names: Sequence[str]) -> None:
 def _certificates(
     node: Node, authority: str, names: Sequence[str], now: datetime
 ) -> tuple[Mapping[str, x509.Certificate], bool]:
-    """Certificates to ask for the like of, by name, and whether they are made up: the node has none, or not those named."""
+    """Return the certificates to test with, by name, and whether they are samples because the node lacks some."""
     live = {item.spec.name: item.certificates[0] for item in node.items
             if item.spec.authority.name == authority and item.managed and item.state == "present"
             and not item.foreign and item.pair is None}  # fmt: skip
@@ -332,7 +332,7 @@ def _certificates(
 
 
 def _expectation(node: Node, settings: Settings, authority: str, backend: Backend, now: datetime) -> verify.Expectation:
-    """The node's own CA certificate is the anchor; where there is none, what the backend says is the CA's."""
+    """Return the expectation for the test, with the node's own CA certificate as anchor, or else the backend's."""
     files = {one.authority.name: str(one.path) for one in node.authorities}
     anchors, name = node.bundles.get(authority, ()), files.get(authority, "")
     if not anchors and isinstance(backend, ListsIssuers):
@@ -361,7 +361,7 @@ def _heading(label: str, authority: str, trial: Trial, *, sample: bool) -> str:
 
 
 def _results(trial: Trial) -> Iterator[tuple[str, int]]:
-    """A line and an exit code for each check; after an answer that does not come nothing more is asked for."""
+    """Yield a line and an exit code for each check; after a missing answer the CA is asked for nothing more."""
     over = ""
     for check in CHECKS:
         if over and check is not CHECKS[-1]:
@@ -385,7 +385,7 @@ def _result(check: Check, trial: Trial) -> tuple[str, int]:
         if not check.must:
             return _line("differs", check, f"{e}; a CA may do so"), Exit.DONE
         return _line("FAILED", check, _with_hint(e)), e.exit_code
-    except Exception as e:  # noqa: BLE001 (a plug-in's bug is what the test is to find)
+    except Exception as e:  # noqa: BLE001 (the test must report a plug-in's bug)
         bug = failed(type(trial.backend).__name__, e)
         return _line("FAILED", check, _with_hint(bug)), bug.exit_code
     return _line("ok", check), Exit.DONE

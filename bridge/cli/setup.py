@@ -1,4 +1,4 @@
-"""`setup`: what the administrator of a CA needs, and jobs for systemd and cron; the gateway's manifests are in `gateway`."""
+"""`setup`: files for a CA's administrator, and jobs for systemd and cron; `gateway` makes the gateway's manifests."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def setup(
 
 
 def _assert_looked_at(kind: str, of_cas: dict[str, object], of_jobs: dict[str, object]) -> None:
-    """Refuse options that have no meaning for this TYPE: what is printed would not be what was asked for."""
+    """Refuse options that have no meaning for this TYPE, instead of ignoring them."""
     is_job, is_gateway = kind in _KINDS, kind == "kubernetes" and not of_cas["--authority"]
     unused = {name: "a CA's TYPE, and for kubernetes --authority" for name in of_cas if is_job or is_gateway}
     unused |= {name: "TYPE systemd or cron" for name in of_jobs if not is_job}
@@ -111,7 +111,7 @@ def _assert_looked_at(kind: str, of_cas: dict[str, object], of_jobs: dict[str, o
 
 
 def for_next_cas(settings: Settings) -> Settings:
-    """The settings as they are once the next CAs sign (SettingsError: no authority has one)."""
+    """Return the settings as they are once the next CAs sign (SettingsError: no authority has a next CA)."""
     names = [name for name, ours in settings.authorities.items() if ours.next]
     if not names:
         problem = settings.source.problem(("authority",), 'a table `next` with `anchor = "FILE"`', "none")
@@ -120,7 +120,7 @@ def for_next_cas(settings: Settings) -> Settings:
 
 
 def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: str = "\n") -> None:
-    """Write the files into a directory, or print them one after the other if standard output can hold them all."""
+    """Write the files into a directory, or print them one after another if they may share standard output."""
     if directory is not None:
         _say_written(write_files(files, directory))
         return
@@ -132,7 +132,7 @@ def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: 
 
 
 def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
-    """Write each file into a directory, which is made if it is not there; never over an older file."""
+    """Write each file into a directory, which is made if it is missing; never over an older file."""
     written = []
     for file in files:
         path = directory / file.name
@@ -141,7 +141,7 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
             held_directory(directory) as held,
             (held / file.name).open("x", encoding="utf-8") as opened,
         ):
-            # not by its name, where the directory's owner may have put a link meanwhile
+            # by descriptor, since the directory's owner could replace the name by a link
             os.fchmod(opened.fileno(), 0o755 if file.executable else 0o644)
             opened.write(file.text)
         written.append(path)
@@ -151,7 +151,7 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
 def files_for(
     settings: Settings, type_name: str, authority: str | None, list_of_nodes: Path | None, *, servers: bool = False
 ) -> list[SetupFile]:
-    """The files that a CA's administrator needs for this node's certificates, or for those of several nodes."""
+    """Return the files that a CA's administrator needs for this node's certificates, or for those of several nodes."""
     if authority is not None and authority not in SIGNING_AUTHORITIES:
         known, found = ", ".join(SIGNING_AUTHORITIES), name_found(authority, SIGNING_AUTHORITIES)
         raise SettingsError([SettingsProblem("--authority", f"one of {known}", found)])
@@ -170,7 +170,7 @@ def files_for(
 
 
 def _renamed(live: ByAuthority, names: Mapping[str, str]) -> ByAuthority:
-    """Another node's certificates, by this node's."""
+    """Return another node's certificates: this node's with the names replaced."""
     if all(here == there for here, there in names.items()):
         return live
     return {ca: {name: renamed(one, names) for name, one in items.items()} for ca, items in live.items()}
@@ -200,7 +200,7 @@ def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[
 
 
 def files_of(settings: Settings, type_name: str, nodes: Mapping[str, ByAuthority]) -> list[SetupFile]:
-    """The files for nodes with these certificates, which need not be there yet."""
+    """Return the files for nodes with these certificates; the nodes need not exist yet."""
     backend_type = registry.that_sets_up(type_name)
     by_node: dict[str, list[SetupFile]] = {node: [] for node in nodes}
     for node, found in nodes.items():
@@ -218,7 +218,7 @@ def files_of(settings: Settings, type_name: str, nodes: Mapping[str, ByAuthority
 
 
 def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[str]) -> None:
-    """Say where the settings have no backend of this type, so that the type's own defaults stand in what is made."""
+    """Warn about authorities without a backend of this type, whose files get the type's own defaults."""
     ours = settings.authorities
     types = {name: settings.backends[ours[name].backend]["type"] for name in authorities if name in ours}
     others = [name for name in authorities if types.get(name) != type_name]
@@ -257,7 +257,7 @@ def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
 
 
 def _servers(settings: Settings) -> dict[str, x509.Certificate]:
-    """Certificates with the names that components' serving certificates get, where there are none yet."""
+    """Return sample certificates with the names of components' serving certificates that do not exist yet."""
     node = inventory.of(settings.node)
     names = tuple(item.spec.name for item in node.items if item.spec.by_flag and item.state == "missing")
     like, found = node.live("apiserver"), {}
@@ -270,7 +270,7 @@ def _servers(settings: Settings) -> dict[str, x509.Certificate]:
 
 
 def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
-    """A certificate with the names that the next one gets; None: its names are not known, and it is left out."""
+    """Return a certificate with the names that the next one gets; None: these are unknown, and it is left out."""
     live = item.certificates[0]
     try:
         naming = serving_names(item, settings)
@@ -281,7 +281,7 @@ def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
 
 
 def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
-    """A list of nodes: for each, its name and addresses by this node's."""
+    """Read a list of nodes: for each node, its name and addresses by this node's."""
     try:
         listed = {node.name: node.addresses for node in parse_nodes(read_present(file).decode())}
         if len({len(addresses) for addresses in listed.values()}) > 1:
@@ -307,7 +307,7 @@ def _files_of(backend_type: SetsUp, settings: Settings, request: SetupRequest) -
 
 
 def _joined(by_node: Mapping[str, Sequence[SetupFile]]) -> list[SetupFile]:
-    """One node's files as they are; of several nodes each one's, but only once what is the same for all."""
+    """Return all nodes' files, prefixed by node; files that are the same for all nodes only once."""
     (first, *others) = by_node.values()
     if not others or all(list(files) == list(first) for files in others):
         return list(first)
@@ -323,7 +323,7 @@ def _joined(by_node: Mapping[str, Sequence[SetupFile]]) -> list[SetupFile]:
 
 
 def _look_first(made: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
-    """Look whether something here would run the job, and name another job that does the same."""
+    """Check that this machine would run the job, and warn about another job that does the same."""
     (jobs.assert_cron_takes if kind == "cron" else jobs.assert_systemd_takes)(user)
     for other in jobs.others(made):
         log.warning("%s does the same, so that both would run", other)
@@ -349,12 +349,12 @@ def _say_written(paths: Sequence[Path]) -> None:
 _Kind = Literal["systemd", "cron"]
 _KINDS: tuple[_Kind, ...] = ("systemd", "cron")
 
-#: The shipped files, by what they are for; where the paths are that a desk's files have.
+#: The shipped files of a node's job.
 _NODE = {
     "systemd": ("systemd/ca-bridge.service", "systemd/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
     "cron": ("cron/ca-bridge",),
 }
-#: Where an answer comes later: what is due goes out, and what came is installed, within the hour.
+#: Those of a node whose CA answers later: within the hour, requests go out, and answers are installed.
 _CARRIED = {
     "systemd": ("systemd/ca-bridge.service", "exchange/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
     "cron": ("exchange/crontab",),
@@ -366,8 +366,8 @@ _DESK = {
 _DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
 #: A file in /etc/cron.d is read only if it has no dot in its name (cron(8)).
 _CRONTABS = {"desk/crontab": "ca-bridge-desk", "exchange/crontab": "ca-bridge"}
-#: As systemd takes it (systemd.exec(5), User=; https://systemd.io/USER_NAMES), at its widest: what ends a word or a line
-#: would be more than a name in a unit or a crontab.
+#: All user names that systemd takes (systemd.exec(5), User=; https://systemd.io/USER_NAMES); blanks and line ends would
+#: add words and lines to a unit or crontab.
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?")
 
 
@@ -377,12 +377,12 @@ class DeskJob:
 
     inbox: Path
     outbox: Path
-    user: str  #: Whose the CA is.
-    archive: Path | None = None  #: The one that the policy names; None: it is in the state directory.
+    user: str  #: The user who owns the CA.
+    archive: Path | None = None  #: The archive that the policy names; None: it is in the state directory.
 
 
 def _desk_of(settings: Settings, inbox: Path | None, outbox: Path | None, user: str) -> DeskJob | None:
-    """The desk whose directories are named, if they are; its policy need not be there yet."""
+    """Return the desk's job if its directories are named; the desk's policy need not exist yet."""
     if inbox is None and outbox is None:
         return None
     if inbox is None or outbox is None:
@@ -397,11 +397,11 @@ def _desk_of(settings: Settings, inbox: Path | None, outbox: Path | None, user: 
 def _make_jobs(
     settings: Settings, options: Sequence[str], kind: _Kind, desk: DeskJob | None, shipped: Path
 ) -> list[Job]:
-    """The files of a node's job, or of a desk's; `options` are those by which the job finds the same settings."""
+    """Return the files of a node's or a desk's job; its command gets the same `options` for the settings."""
     places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
     backends = registry.configured(settings, settings.authorities)
-    is_carried = any(hasattr(one.backend_type, "carries") for one in backends.values())  # then its CA answers later
+    is_carried = any(hasattr(one.backend_type, "carries") for one in backends.values())  # the CA answers later
     names = (_DESK if desk else _CARRIED if is_carried else _NODE)[kind]
     return [
         make_one(_CRONTABS.get(name, Path(name).name), (shipped / name).read_text(encoding="utf-8"), places)
@@ -410,7 +410,7 @@ def _make_jobs(
 
 
 def prepare(settings: Settings, desk: DeskJob | None) -> None:
-    """Make a job's directories with its user as owner: state, a desk's, those of the backends' secrets (JobError)."""
+    """Make directories that the job's user owns: for state, the desk, and the backends' secrets (JobError)."""
     user = desk.user if desk else "root"
     if desk is not None:
         for path in (desk.inbox, desk.outbox):
@@ -423,10 +423,10 @@ def prepare(settings: Settings, desk: DeskJob | None) -> None:
         for secret in configured.settings.private_files():
             if not secret.parent.exists():
                 jobs.make_directory(secret.parent, user, DIRECTORY_MODE)
-    jobs.make_directory(settings.node.state_dir, user, DIRECTORY_MODE)  # a unit that names a missing one does not start
+    jobs.make_directory(settings.node.state_dir, user, DIRECTORY_MODE)  # a unit with a missing directory does not start
 
 
-#: Bundles hold nothing secret, and another user carries them.
+#: Other users may read these directories: bundles hold nothing secret, and another user carries them.
 _CARRIERS_MODE = 0o755
 
 
@@ -461,6 +461,6 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
 
 
 def _outermost(paths: Sequence[Path]) -> list[Path]:
-    """The paths without those that lie in another one."""
+    """Return the paths that are not inside another one of them."""
     inner = [path for path in paths if any(path != other and path.is_relative_to(other) for other in paths)]
     return [path for path in dict.fromkeys(paths) if path not in inner]
