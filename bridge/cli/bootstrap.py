@@ -38,7 +38,7 @@ CaDirOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends tell theirs]",
+        help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends report theirs]",
     ),
 ]
 
@@ -48,16 +48,16 @@ class NodeOptions:
     """The options that `bootstrap init` and `bootstrap join` share."""
 
     kubeadm_config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="kubeadm's configuration file; else the facts below.")
+        Path | None, typer.Option(metavar="FILE", help="kubeadm's configuration file, in place of the facts below.")
     ] = None
-    order: Annotated[Path | None, typer.Option(metavar="FILE", help="What `bootstrap orders` wrote for this node.")] = (
-        None
-    )
+    order: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The order that `bootstrap orders` wrote for this node.")
+    ] = None
     name: Annotated[str, typer.Option(help="The node's name in the cluster.")] = ""
     advertise_address: Annotated[str, typer.Option(help="The node's own IP address.")] = ""
-    cri_socket: Annotated[str, typer.Option(help="The container runtime's. [default: kubeadm's]")] = ""
+    cri_socket: Annotated[str, typer.Option(help="The container runtime's socket. [default: kubeadm's]")] = ""
     ca_dir: CaDirOption = None
-    kubeadm: Annotated[str, typer.Option(help="The kubeadm of the version that will run.")] = "kubeadm"
+    kubeadm: Annotated[str, typer.Option(help="The kubeadm program of the version that will run.")] = "kubeadm"
     keep: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`."),
@@ -65,10 +65,8 @@ class NodeOptions:
     request: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.")
     ] = None
-    answer: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="What a desk has answered; may be repeated.")
-    ] = None
-    anew: Annotated[bool, typer.Option("--anew", help="Forget keys and requests that an earlier run has made.")] = False
+    answer: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A desk's answer; may be repeated.")] = None
+    anew: Annotated[bool, typer.Option("--anew", help="Forget the keys and requests of an earlier run.")] = False
     wait: WaitOption = timedelta()
 
     def facts(self, **of_cluster: Any) -> ConfigurationFacts:
@@ -80,7 +78,7 @@ class NodeOptions:
 def init(
     common: Common,
     options: NodeOptions,
-    control_plane_endpoint: Annotated[str, typer.Option(help="HOST[:PORT] by which all reach the control plane.")] = "",
+    control_plane_endpoint: Annotated[str, typer.Option(help="HOST[:PORT] of the control plane, for all nodes.")] = "",
     kubernetes_version: Annotated[str, typer.Option(help="Such as v1.37.2.")] = "",
     service_subnet: Annotated[str, typer.Option(help="[default: kubeadm's]")] = "",
     dns_domain: Annotated[str, typer.Option(help="[default: kubeadm's]")] = "",
@@ -92,8 +90,8 @@ def init(
     """
     Put everything in place for an unattended `kubeadm init` on the first control-plane node.
 
-    Keys and CSRs by kubeadm's own generate-csr, signed by the CAs of the settings or by a desk, verified, and put in place
-    in one step. Run it again after an interruption, or when a desk has answered: exit code 4 says that it waits.
+    kubeadm's own generate-csr makes keys and CSRs; CAs of the settings or a desk sign; the certificates are verified, and
+    put in place in one step. Run it again after an interruption, or when a desk has answered. Exits with 4 while it waits.
     """
     facts = options.facts(
         endpoint=control_plane_endpoint,
@@ -118,7 +116,7 @@ def join(
     worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
     shared: Annotated[
         Path | None,
-        typer.Option(metavar="FILE|-", help="What `bootstrap share` on another node printed; -: standard input."),
+        typer.Option(metavar="FILE|-", help="The output of `bootstrap share` on another node; -: standard input."),
     ] = None,
     *,
     options: NodeOptions,
@@ -126,8 +124,8 @@ def join(
     """
     Put everything in place for an unattended `kubeadm join`, without a bootstrap token.
 
-    A control-plane node needs what another one shares (its service account key among it); a worker needs the cluster's
-    configuration. Prints the command to run next. Exit code 4 says that it waits for an answer.
+    A control-plane node needs what another one shares, the service account key included; a worker needs the cluster's
+    configuration. Prints the command to run next. Exits with 4 while it waits for an answer.
     """
     settings, role = common.settings(), _role(control_plane, worker)
     said = _said(settings, options, options.facts(), shared)
@@ -209,9 +207,9 @@ def _open_output() -> str | None:
 @command(bootstrap, "orders")
 def write_orders(
     common: Common,
-    nodes: Annotated[Path, typer.Option(metavar="FILE", help="`ROLE NAME ADDRESS …` a line.")],
-    kubeadm_config: Annotated[Path, typer.Option(metavar="FILE", help="With the ClusterConfiguration.")],
-    directory: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where they go.")],
+    nodes: Annotated[Path, typer.Option(metavar="FILE", help="A list of nodes: `ROLE NAME ADDRESS …` on each line.")],
+    kubeadm_config: Annotated[Path, typer.Option(metavar="FILE", help="The file with the ClusterConfiguration.")],
+    directory: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the orders go.")],
     ca_dir: CaDirOption = None,
     sign_with: Annotated[
         Path | None,
@@ -251,14 +249,16 @@ def write_orders(
 def setup(
     common: Common,
     kind: Annotated[str, typer.Argument(metavar="TYPE", help="vault, cfssl, openssl …")],
-    order: Annotated[list[Path], typer.Option(metavar="FILE", help="What `bootstrap orders` wrote; may be repeated.")],
+    order: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="An order that `bootstrap orders` wrote; may be repeated.")
+    ],
     authority: Annotated[str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.")] = None,
     directory: Annotated[Path | None, typer.Option("-o", "--output", help="Write files into this directory.")] = None,
 ) -> None:
     """
-    Print what a CA's administrator needs for nodes that are yet to be made, as `ca-bridge setup` does for those that are.
+    Print what a CA's administrator needs for nodes that do not exist yet, as `ca-bridge setup` does for those that do.
 
-    Names are kubeadm's for the version in the order; no node and no kubeadm is needed.
+    Names are those of kubeadm in the order's version; no node and no kubeadm is needed.
     """
     settings = common.settings()
     nodes = {}
@@ -274,11 +274,13 @@ def setup(
 @command(bootstrap, "check")
 def check(
     common: Common,
-    control_plane: Annotated[bool, typer.Option("--control-plane", help="A node that is to join one.")] = False,
+    control_plane: Annotated[
+        bool, typer.Option("--control-plane", help="A control-plane node that will join.")
+    ] = False,
     worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
 ) -> int:
     """
-    Look at all files that `kubeadm init` or `kubeadm join` needs, as kubeadm does not: each pair, name, CA and date.
+    Check all files that `kubeadm init` or `kubeadm join` needs, more closely than kubeadm: pairs, names, CAs and dates.
 
     Changes nothing. Exits with 5 if something is missing or wrong.
     """

@@ -125,7 +125,7 @@ def inspect_bundle(
     common: Common, path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.")]
 ) -> int:
     """
-    Show a bundle to the operator who approves it: what is asked, what it replaces, and whose proof it has.
+    Show a bundle to the operator who approves it: what it asks for, what that replaces, and what proof it has.
 
     Compare the fingerprint over the phone: both sides see the same one unless the bundle was changed on its way.
     """

@@ -161,8 +161,8 @@ def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
     """
     Make the pairs, put them into the manifests of this node and, when each node has them, into kubeadm-config.
 
-    Run it on one control-plane node after the other; one component at a time is restarted, and checked in use. After that each
-    renewal renews them. Run it again to go on after an error, or when a CA has answered.
+    Run it on one control-plane node after the other; it restarts one component at a time, and checks what that serves.
+    From then on, each renewal renews the pairs. Run it again to go on after an error, or when a CA has answered.
     """
     settings = common.settings()
     wanted = serving.components(inventory.of(settings.node), settings)
@@ -222,9 +222,9 @@ def kubelets_on(
     Have this node's kubelet ask for its serving certificate; after the last one, the API servers verify kubelets.
 
     Run it on a control-plane node, on each other node, and then on the control-plane nodes again. It sets
-    serverTLSBootstrap, restarts the kubelet, and waits for the certificate; a control plane also writes kubelet-config and,
-    once all kubelets serve rightly, kubeadm-config and its API server's manifest. Exits with 4 while other nodes come first,
-    and with 8 if the kubelet has its old configuration again.
+    serverTLSBootstrap, restarts the kubelet, and waits for the certificate; a control plane also writes kubelet-config
+    and, once all kubelets serve signed certificates, kubeadm-config and its API server's manifest. Exits with 4 while
+    other nodes come first, and with 8 if the kubelet has its old configuration again.
     """
     return _switch(common, is_on=True, force=force, wait=wait, output=output)
 

@@ -36,7 +36,7 @@ def doctor(
     kubelets: Annotated[
         bool,
         typer.Option(
-            "--kubelets", help="Say instead what every kubelet of the cluster serves with, and who verifies it."
+            "--kubelets", help="Show instead every kubelet's serving certificate, and which API servers verify it."
         ),
     ] = False,
     ca_keys: Annotated[

@@ -74,13 +74,15 @@ def check_expiration(
     output: Annotated[_Output, typer.Option("--output", "-o", help="Format.")] = "table",
     within: Annotated[
         timedelta | None,
-        duration_option('Exit with 3 if one expires within this time, such as "30d", is missing or not valid yet.'),
+        duration_option(
+            'Exit with 3 if a certificate ends within this time, such as "30d", is missing or not yet valid.'
+        ),
     ] = None,
     warning: Annotated[
         timedelta | None, duration_option("For -o nagios. [default: renewal.before]", "--warning", "-w")
     ] = None,
     critical: Annotated[
-        timedelta | None, duration_option("For -o nagios. [default: a third of it]", "--critical", "-c")
+        timedelta | None, duration_option("For -o nagios. [default: a third of -w]", "--critical", "-c")
     ] = None,
 ) -> int:
     """

@@ -39,9 +39,9 @@ def gateway(
     ] = False,
 ) -> int:
     """
-    Sign what kubelets and users ask for by the certificates API, as far as the policy allows.
+    Sign what kubelets and users ask for through the certificates API, as far as the policy allows.
 
-    It works until SIGTERM; `ca-bridge help gateway` has its settings, policy and metrics.
+    It runs until SIGTERM; `ca-bridge help gateway` has its settings, policy and metrics.
     """
     service = Service(common.settings(), utc_now)
     if check:

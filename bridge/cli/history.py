@@ -66,7 +66,7 @@ def _exit_code_of_late(late: Sequence[BridgeError]) -> int:
 def list_backups(
     common: Common,
     backup_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Show this one, with its certificates and files.")
+        str | None, typer.Argument(metavar="[ID]", help="Show this backup with its certificates and files.")
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
@@ -136,7 +136,10 @@ def rollback(
         str | None, typer.Argument(metavar="[ID]", help="As in `backups`. [default: the newest]")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Also what would not pass as new; never damage or another CA.")
+        bool,
+        typer.Option(
+            "--force", help="Also certificates that would not pass as new; never damaged files or another CA's."
+        ),
     ] = False,
     wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
@@ -145,8 +148,8 @@ def rollback(
     Put a backup's files back in one step that survives a crash.
 
     Refused unless each file is as it was backed up, each key belongs to its certificate, and each certificate would
-    pass as a new one: CA, dates, usages, subject, SANs; with --force only the CA counts of these. The replaced files
-    are backed up: a second rollback undoes the first.
+    pass as a new one: CA, dates, usages, subject, SANs; of these, --force checks only the CA. The replaced files are
+    backed up: a second rollback undoes the first.
     """
     settings = common.settings()
     with monitoring.kept_current(settings, utc_now), progress_shown("putting files back") as progress:
@@ -194,7 +197,7 @@ _EVENT_STYLES = {
 @command(audit_group, "show")
 def audit_show(
     common: Common,
-    since: Annotated[timedelta | None, duration_option('Only events younger than this, such as "7d".')] = None,
+    since: Annotated[timedelta | None, duration_option('Only events newer than this, such as "7d".')] = None,
     name: Annotated[str | None, typer.Option(help="Only events of this certificate.")] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
@@ -227,7 +230,7 @@ def audit_verify(common: Common) -> int:
     """
     Find changed, missing, inserted, moved and cut lines of the audit log.
 
-    Exits with 1 if there are any. A log that was written anew as a whole can only be found by a copy elsewhere.
+    Exits with 1 if there are any. Only a copy elsewhere reveals a log that was rewritten as a whole.
     """
     store = Store(common.settings_with_record().node.state_dir)
     count, damages = audit.verify(store)

@@ -209,7 +209,7 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Also while another node is unhealthy, or shortly after another restart.")
 ]
 NoRestartOption = Annotated[
-    bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; name what to restart.")
+    bool, typer.Option("--no-restart", help="Restart nothing, whatever the settings say; list what to restart.")
 ]
 
 
@@ -232,7 +232,7 @@ class ChangeOptions:
         bool,
         typer.Option(
             "--adopt-defaults",
-            help="Give the named certificates the subjects of today's kubeadm; only if their rights are there.",
+            help="Give the named certificates the subjects of today's kubeadm, if the cluster grants them their rights.",
         ),
     ] = False
     kubeadm_config: Annotated[

@@ -152,15 +152,13 @@ def show(text: str) -> None:
 @command(commands, "help")
 def help_(
     _: Common,
-    topic: Annotated[
-        str, typer.Argument(help="A page, or a section of one, such as `trouble` or `trouble#symptoms`.")
-    ] = "",
+    topic: Annotated[str, typer.Argument(help="A page or a section, such as `trouble` or `trouble#symptoms`.")] = "",
 ) -> None:
     """
-    Show a page of the documents that are installed with the program, or one of its sections, or the list of the pages.
+    Show a page of the installed documents, one of its sections, or the list of the pages.
 
-    A page has topics of others in parentheses, such as (trouble#symptoms). `ca-bridge help questions` says which section
-    answers which question. On a terminal, `less` shows a page that does not fit, where that program is installed.
+    Pages name other topics in parentheses, such as (trouble#symptoms). `ca-bridge help questions` says which section
+    answers which question. On a terminal, `less` shows a page that does not fit, if it is installed.
     """
     found = topics()
     if not found:

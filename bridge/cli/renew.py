@@ -60,16 +60,15 @@ def renew_command(
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     is_rehearsal: Annotated[
-        bool, typer.Option("--rehearse", help="Have everything, or the names, signed and verified, and throw it away.")
+        bool,
+        typer.Option("--rehearse", help="Have all or the named certificates signed and verified, then discard them."),
     ] = False,
     ahead: Annotated[
-        timedelta | None, duration_option('With --rehearse: only what will be due so soon, such as "2d".')
+        timedelta | None, duration_option('With --rehearse: only what will be due within this time, such as "2d".')
     ] = None,
     *,
     options: ChangeOptions,
-    rekey: Annotated[
-        bool, typer.Option("--rekey", help="Make new keys, which every renewal does: it changes nothing.")
-    ] = False,
+    rekey: Annotated[bool, typer.Option("--rekey", help="Changes nothing: every renewal makes new keys.")] = False,
     wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:

@@ -1,4 +1,4 @@
-"""`rotate-ca`: replaces a CA by another one, phase by phase, while the cluster runs."""
+"""`rotate-ca`: replaces a CA with another one, phase by phase, while the cluster runs."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class _LogOptions:
 
     audit_log: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="An API server's audit log: whose certificates are still the old CA's."),
+        typer.Option(metavar="FILE", help="An API server's audit log, to find users of the old CA's certificates."),
     ] = None
     server_log: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="An API server's own log: which clients turned it away.")
+        list[Path] | None, typer.Option(metavar="FILE", help="An API server's own log, to find clients that reject it.")
     ] = None
     issued: Annotated[
         list[Path] | None,
@@ -60,7 +60,7 @@ class _LogOptions:
     requests: Annotated[
         timedelta,
         duration_option(
-            'Count by API servers\' metrics, for so long, such as "1m", requests by the ends of their certificates.'
+            'Count requests by the ends of their certificates, in API servers\' metrics, for this long, such as "1m".'
         ),
     ] = timedelta()
 
@@ -68,11 +68,11 @@ class _LogOptions:
 @command(rotate_group, "status")
 def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: OutputOption = Output.TEXT) -> None:
     """
-    Show in which phase each CA of this node is, and what is left there; nothing is changed.
+    Show the phase of each CA on this node, and what is left to do; changes nothing.
 
-    With --audit-log it names the users whose certificate is not known to be one of the new CA's: those that `drop` would
-    refuse. With --server-log it names the clients that did not trust the API server's certificate. With --requests it says
-    how many requests come with certificates that end when no certificate of the new CA does.
+    With --audit-log it names users whose certificates are not known to be the new CA's: after `drop` they are refused.
+    With --server-log it names clients that did not trust the API server's certificate. With --requests it counts
+    requests whose certificates end when no certificate of the new CA does.
     """
     settings = common.settings()
     node = inventory.of(settings.node)
@@ -257,7 +257,7 @@ class _LeavingOptions(_GatedOptions):
 
     keys_to: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Move CA keys that kubeadm has left on this node there, at the end."),
+        typer.Option(metavar="DIR", help="At the end, move CA keys that kubeadm left on this node to DIR."),
     ] = None
 
 
@@ -269,11 +269,11 @@ class _DropOptions(_LeavingOptions):
         bool,
         typer.Option(
             "--emergency",
-            help="A CA's key has leaked: from any phase, without a question to other nodes; says first what it costs.",
+            help="A CA's key has leaked: go from any phase, without asking other nodes; alone it only says the cost.",
         ),
     ] = False
     accept_outage: Annotated[
-        bool, typer.Option("--accept-outage", help="Do it, at the cost that --emergency alone has said.")
+        bool, typer.Option("--accept-outage", help="Do it, at the cost that --emergency alone says.")
     ] = False
 
 

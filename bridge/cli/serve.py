@@ -56,7 +56,7 @@ def serve(
     """
     Sign what nodes ask for over HTTPS, as far as the desk's policy allows: one door to the CA for all nodes.
 
-    It works until SIGTERM; `ca-bridge help door` has its settings, addresses and metrics.
+    It runs until SIGTERM; `ca-bridge help door` has its settings, addresses and metrics.
     """
     assert_installed("ca-bridge serve")
     from bridge.door.service import Service  # noqa: PLC0415 (heavy, and an extra's packages)
@@ -88,10 +88,10 @@ def fleet(
     ] = "text",
 ) -> int:
     """
-    List the nodes that have asked this door, the worst first: what ends next, what failed, who was not heard of.
+    List the nodes that have asked this door, the worst first: what ends next, what failed, who is silent.
 
-    It runs at the door's host, and reads the database alone. A node that should have asked for long, by renewal.before of
-    these settings, is silent. Exits with 3 if a node is expired, silent or failed.
+    It runs on the door's host, and reads only the database. A node is silent if it should have asked long ago, by
+    renewal.before of these settings. Exits with 3 if a node is expired, silent or failed.
     """
     assert_installed("ca-bridge fleet")
     from bridge.door import fleet as rules  # noqa: PLC0415 (heavy, and an extra's packages)
@@ -147,7 +147,7 @@ def status(common: Common) -> None:
 
 @command(database, "backup")
 def backup(common: Common, to: Annotated[Path, typer.Argument(help="The copy, a file that is replaced.")]) -> None:
-    """Copy SQLite's file while the door works; `pg_dump` copies PostgreSQL's."""
+    """Copy SQLite's file while the door runs; `pg_dump` copies PostgreSQL's."""
     assert_installed("ca-bridge serve-database")
     from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
 
@@ -158,9 +158,9 @@ def backup(common: Common, to: Annotated[Path, typer.Argument(help="The copy, a 
 @command(database, "restore")
 def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy that `backup` has made.")]) -> None:
     """
-    Put a copy in the place of SQLite's file, while no door works.
+    Replace SQLite's file with a copy, while no door runs.
 
-    From then on CAs are asked what they have signed before an older request is signed.
+    From then on, before an older request is signed, the door asks its CA whether it has signed it already.
     """
     assert_installed("ca-bridge serve-database")
     from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
@@ -175,7 +175,7 @@ def restored(common: Common) -> None:
     """
     Say that the database was restored by other means, such as `pg_restore`; run it on the host of each door.
 
-    From then on CAs are asked what they have signed before an older request is signed.
+    From then on, before an older request is signed, the door asks its CA whether it has signed it already.
     """
     assert_installed("ca-bridge serve-database")
     from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
@@ -209,15 +209,15 @@ _HOUR = timedelta(hours=1)
 @command(commands, "enroll")
 def enroll(
     common: Common,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, as kubeadm gets it.")],
+    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, as kubeadm has it.")],
     cluster: Annotated[str, typer.Option(help="The node's cluster. [default: node.cluster]", show_default=False)] = "",
-    lasts: Annotated[timedelta, duration_option("How long the secret counts. [default: 1h]", "--for")] = _HOUR,
+    lasts: Annotated[timedelta, duration_option("How long the secret is valid. [default: 1h]", "--for")] = _HOUR,
     certificates: Annotated[
         list[str] | None,
         typer.Option(
             "--certificate",
             metavar="NAME",
-            help="One that it is for, by kubeadm's name; may be given more than once. [default: all that the policy allows]",
+            help="A certificate that it is for, by kubeadm's name; repeatable. [default: all that the policy allows]",
         ),
     ] = None,
     policy: Annotated[
@@ -227,8 +227,8 @@ def enroll(
     """
     Print a one-time secret with which a node asks the door for its first certificates.
 
-    It runs at the door's host. The secret is for this node and one request, and ends by itself; the door keeps a hash of
-    it. Put it into the file that `enrolment_file` of the node's backend names. The policy decides what is signed.
+    It runs on the door's host. The secret is for this node and one request, and expires by itself; the door keeps only
+    a hash. Put it into the file that `enrolment_file` of the node's backend names. The policy decides what is signed.
     """
     assert_installed("ca-bridge enroll")
     from bridge.door import enrolments  # noqa: PLC0415 (heavy, and an extra's packages)
@@ -311,7 +311,7 @@ DigestArgument = Annotated[
 
 @command(approvals_group, "list")
 def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
-    """List the requests that wait for people: digest, node, and what each certificate of them means."""
+    """List the requests that wait for people: digest, node, and what each of their certificates means."""
     with closing(_reviewer(common)) as reviewer:
         found = reviewer.waiting()
     if output is Output.JSON:
@@ -352,7 +352,7 @@ def approve(
     """
     Approve a request: sign its digest with your key, and send the signature to the door.
 
-    `ca-bridge approvals show` has what you sign. The door asks its policy once more before the CA signs.
+    `ca-bridge approvals show` shows what you sign. The door checks its policy once more before the CA signs.
     """
     _decide(common, digest, "approved", reason, output)
 

@@ -48,7 +48,7 @@ def settings_init(
         str | None,
         typer.Argument(
             help="The kind of CA: vault, openssl, cfssl, cmp, est, exec, kubernetes, door, exchange; or desk, on a CA host. "
-            "Without it the file has an example of each behind `#`."
+            "Without it, the file has a commented-out example of each."
         ),
     ] = None,
     file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
@@ -259,7 +259,7 @@ def run_suite(
     wait: Annotated[timedelta, duration_option('For a CA that answers later, such as "10m".')] = timedelta(),
 ) -> int:
     """
-    Run the suite that every backend passes against an authority's backend; the node stays as it is.
+    Test an authority's backend with the suite that every backend passes; the node stays as it is.
 
     It asks for real certificates with the node's names, a dozen or more per name, for keys that it throws away.
     """

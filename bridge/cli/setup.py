@@ -66,14 +66,12 @@ def setup(
     serving_certs: Annotated[
         bool, typer.Option("--serving-certs", help="Also for the pairs that `serving-certs on` would ask for.")
     ] = False,
-    of_next: Annotated[
-        bool, typer.Option("--next", help="For the CAs that take the place of these: by the tables `next`.")
-    ] = False,
+    of_next: Annotated[bool, typer.Option("--next", help="For the next CAs, as the tables `next` name them.")] = False,
 ) -> None:
     """
     Print what a CA's administrator needs, or a job for cron.
 
-    For a CA it is made for exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
+    For a CA it fits exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
     openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give; gateway: the tables of a door's
     policy. `setup systemd` and `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths.
     `setup kubernetes` makes the gateway's manifests for this cluster; with `--authority`, what a cluster needs that

@@ -23,7 +23,7 @@ kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and mach
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).")]
 _Groups = Annotated[list[str] | None, typer.Option("--group", help="A group (O); may be given more than once.")]
-_Key = Annotated[str, typer.Option(metavar="KIND", help=f"Of the new key: {', '.join(KEY_ALGORITHMS)}.")]
+_Key = Annotated[str, typer.Option(metavar="KIND", help=f"Kind of the new key: {', '.join(KEY_ALGORITHMS)}.")]
 
 
 @command(kubeconfig, "request")
@@ -37,10 +37,10 @@ def request(
     key: _Key = "ecdsa-p256",
 ) -> None:
     """
-    Make a private key and a CSR, where the person is.
+    Make a private key and a CSR, on the person's own machine.
 
-    The key (NAME.key, for its owner alone) stays here; NAME.csr goes to the operator who runs `ca-bridge kubeconfig user`. It
-    needs no settings, no root and no cluster.
+    The key (NAME.key, for its owner alone) stays there; NAME.csr goes to the operator, who runs `ca-bridge kubeconfig
+    user`. It needs no settings, no root and no cluster.
     """
     key_path, csr_path = write_request(_user(name, groups), directory.absolute(), _algorithm(key))
     say_sentence(f"{key_path}  the private key: it stays yours alone")
@@ -62,7 +62,7 @@ def user(
         str,
         typer.Option(
             metavar="FILE",
-            help="With --csr: where the person has the key, seen from the kubeconfig. [default: beside it, as the CSR]",
+            help="With --csr: the person's key file, seen from the kubeconfig. [default: beside it, named like the CSR]",
         ),
     ] = "",
     validity: Annotated[timedelta | None, duration_option('Such as "4h". [default: users.validity, 8h]')] = None,
@@ -76,9 +76,9 @@ def user(
     """
     Have a short-lived client certificate signed, and write a kubeconfig with it.
 
-    With --csr the private key is not here: the kubeconfig names its file. Without, a key is made and put into the
-    kubeconfig, which is for its owner alone. [users] in the settings says which names, groups and lifetimes may be. A CA
-    that answers later exits with 4; the same command takes the answer.
+    With --csr the private key stays with the person, and the kubeconfig names its file. Without, a new key is put into
+    the kubeconfig, which is for its owner alone. [users] in the settings says which names, groups and lifetimes are
+    allowed. Exits with 4 if the CA answers later; the same command takes the answer.
     """
     order = UserOrder(
         user=_user(name, groups),
