@@ -77,16 +77,16 @@ def setup(
     `setup kubernetes` makes the gateway's manifests for this cluster; with `--authority`, what a cluster needs that
     signs for this one.
     """
-    _assert_looked_at(kind, {"--authority": authority, "--nodes": nodes, "--serving-certs": serving_certs},
-                      {"--enable": enable, "--inbox": inbox, "--outbox": outbox})  # fmt: skip
+    _assert_options_fit(kind, {"--authority": authority, "--nodes": nodes, "--serving-certs": serving_certs},
+                        {"--enable": enable, "--inbox": inbox, "--outbox": outbox})  # fmt: skip
     settings = for_next_cas(common.settings()) if of_next else common.settings()
     if kind in _KINDS:
         desk = _desk_of(settings, inbox, outbox, user)
-        made = _make_jobs(settings, common.words(), kind, desk, example().parent)
+        job_files = _make_jobs(settings, common.words(), kind, desk, example().parent)
         if enable:
-            _look_first(made, kind, user if desk else "root")
+            _assert_runnable(job_files, kind, user if desk else "root")
             prepare(settings, desk)
-        _print_or_enable(made, kind, directory, enable=enable)
+        _print_or_enable(job_files, kind, directory, enable=enable)
         return
     if kind == "kubernetes" and authority is None:
         from bridge.cli.gateway import manifests  # noqa: PLC0415 (all of the gateway)
@@ -97,7 +97,7 @@ def setup(
     print_or_write(files, directory, between)
 
 
-def _assert_looked_at(kind: str, of_cas: dict[str, object], of_jobs: dict[str, object]) -> None:
+def _assert_options_fit(kind: str, of_cas: dict[str, object], of_jobs: dict[str, object]) -> None:
     """Refuse options that have no meaning for this TYPE, instead of ignoring them."""
     is_job, is_gateway = kind in _KINDS, kind == "kubernetes" and not of_cas["--authority"]
     unused = {name: "a CA's TYPE, and for kubernetes --authority" for name in of_cas if is_job or is_gateway}
@@ -238,7 +238,7 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
             log.warning("%s is left out: %s", item.spec.name, why)
             continue
         if authority in (None, name) and item.managed and item.state == "present":
-            certificate = _to_be_asked(item, settings)
+            certificate = _with_next_names(item, settings)
             if certificate is not None:
                 found.setdefault(name, {})[item.spec.name] = certificate
     return {name: found[name] for name in AUTHORITIES if name in found}
@@ -247,8 +247,8 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
 def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
     hint = "--pki-dir tells where they are"
     node = inventory.of(settings.node)
-    for is_such, role, only in ((node.is_worker, "a worker", CA), (node.is_etcd_host, "an etcd host", ETCD_CA)):
-        if is_such and authority not in (None, only.name):
+    for is_role, role, only in ((node.is_worker, "a worker", CA), (node.is_etcd_host, "an etcd host", ETCD_CA)):
+        if is_role and authority not in (None, only.name):
             hint = f"this node is {role}, whose certificates are all of {only.name}"
     of = f" of {authority}" if authority else ""
     return BridgeError(f"wanted live certificates{of} to make it from, found none", hint=hint)
@@ -267,7 +267,7 @@ def _servers(settings: Settings) -> dict[str, x509.Certificate]:
     return found
 
 
-def _to_be_asked(item: Item, settings: Settings) -> x509.Certificate | None:
+def _with_next_names(item: Item, settings: Settings) -> x509.Certificate | None:
     """Return a certificate with the names that the next one gets; None: these are unknown, and it is left out."""
     live = item.certificates[0]
     try:
@@ -320,22 +320,22 @@ def _joined(by_node: Mapping[str, Sequence[SetupFile]]) -> list[SetupFile]:
 # --- jobs for systemd and cron ---------------------------------------------------------------------------------------
 
 
-def _look_first(made: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
+def _assert_runnable(job_files: Sequence[jobs.Job], kind: _Kind, user: str) -> None:
     """Check that this machine would run the job, and warn about another job that does the same."""
     (jobs.assert_cron_takes if kind == "cron" else jobs.assert_systemd_takes)(user)
-    for other in jobs.others(made):
+    for other in jobs.others(job_files):
         log.warning("%s does the same, so that both would run", other)
         undo = f"rm {other}" if kind == "systemd" else f"systemctl disable --now {other.name}"
         log.warning("%s", undo, extra={"is_hint": True})
 
 
-def _print_or_enable(made: Sequence[jobs.Job], kind: _Kind, directory: Path | None, *, enable: bool) -> None:
+def _print_or_enable(job_files: Sequence[jobs.Job], kind: _Kind, directory: Path | None, *, enable: bool) -> None:
     if not enable and directory is None:
-        say("\n".join(f"# {job.path}\n{job.text}" for job in made))
+        say("\n".join(f"# {job.path}\n{job.text}" for job in job_files))
         return
-    _say_written(jobs.write(made, directory))
+    _say_written(jobs.write(job_files, directory))
     if enable and kind == "systemd":
-        units = [job.path.name for job in made if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
+        units = [job.path.name for job in job_files if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
         jobs.enable(units)
         say(f"enabled {', '.join(units)}")
 

@@ -70,28 +70,28 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
     """Group findings by level, check, hint and text, ignoring the files, roles and profiles that these name."""
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
     for one in findings:
-        text, hint = _of_paths(one.text, one, [_ANY_PATH]), _of_paths(one.hint, one, [_ANY_PATH])
+        text, hint = _with_paths(one.text, one, [_ANY_PATH]), _with_paths(one.hint, one, [_ANY_PATH])
         if lacks_rights(one.text):
             hint = ROOT_HINT
         if one.check in {_WOULD_SIGN, "backend"}:
             text = cause(one.text, one.about)
         shared_hint = "" if one.check == _WOULD_SIGN else hint
         groups.setdefault((one.level, one.check, shared_hint, text), []).append(one)
-    return sorted(map(_one_of, groups.values()), key=lambda one: LEVELS.index(one.level))
+    return sorted(map(_merged, groups.values()), key=lambda one: LEVELS.index(one.level))
 
 
-def _one_of(found: Sequence[Finding]) -> Cause:
+def _merged(found: Sequence[Finding]) -> Cause:
     first, paths = found[0], list(dict.fromkeys(one.path for one in found))
     return Cause(
         level=first.level,
         check=first.check,
         about=tuple(dict.fromkeys(one.about for one in found)),
-        text=_of_paths(first.text, first, paths, ", "),
-        hint=ROOT_HINT if lacks_rights(first.text) else _of_paths(first.hint, first, paths),
+        text=_with_paths(first.text, first, paths, ", "),
+        hint=ROOT_HINT if lacks_rights(first.text) else _with_paths(first.hint, first, paths),
     )
 
 
-def _of_paths(text: str, finding: Finding, paths: Sequence[str], separator: str = " ") -> str:
+def _with_paths(text: str, finding: Finding, paths: Sequence[str], separator: str = " ") -> str:
     """Return the text with these paths in place of the finding's own path; a command separates them with blanks."""
     return text.replace(finding.path, separator.join(paths)) if finding.path else text
 

@@ -61,19 +61,19 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Check what an upgrade needs; asks the cluster's API, if it answers, and writes nothing."""
     if node.is_worker:
         text = "kubeadm upgrade node asks the cluster by kubelet.conf, and writes the kubelet's configuration anew"
-        yield _says("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
+        yield _note("kubelet", text, "edits of its config.yaml are lost; those of the ConfigMap kubelet-config stay")
         yield from _access(KUBELET_CONF, node, now)
         return
     if node.is_etcd_host:
         text = "kubeadm upgrade changes nothing on a host of etcd alone, and kubeadm certs renews nothing of it by the cluster's"
-        yield _says("etcd", text, "the image is in etcd.yaml; ca-bridge renew goes on as before")
+        yield _note("etcd", text, "the image is in etcd.yaml; ca-bridge renew goes on as before")
         return
     # kubeadm checks nothing of an external etcd
     external = [state for state in node.authorities if state.key == "external" and state.listed]
     for state in external:
         yield from _authority(state, node, now)
     yield from _access("admin.conf", node, now)
-    yield _says(
+    yield _note(
         "certificates",
         "kubeadm renews none of an external CA's, and aborts if one of them is not right"
         if external
@@ -86,7 +86,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _cluster(Api.of_node(node, settings.node.kubeconfig_dir))
 
 
-def _says(about: str, text: str, hint: str) -> Finding:
+def _note(about: str, text: str, hint: str) -> Finding:
     return Finding.note("upgrade", about, text, hint)
 
 
@@ -179,21 +179,21 @@ def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
         text = f"{text}, and the API server's certificate lacks that address"
         yield Finding.error("upgrade-kubelet-server", "kubelet.conf", text, hint)
     else:
-        yield _says("kubelet.conf", text, "its certificate stays")
+        yield _note("kubelet.conf", text, "its certificate stays")
 
 
 def _etcd(node: Node) -> Iterator[Finding]:
     manifest = node.manifests.get(Component.ETCD)
     if manifest is not None and manifest.flags.get("--initial-cluster-state") == "existing":
         text = "this member has joined: its manifest differs from what kubeadm renders, so that the upgrade restarts it"
-        yield _says("etcd", text, "seen: 72 s; upgrade one node after the other")
+        yield _note("etcd", text, "seen: 72 s; upgrade one node after the other")
 
 
 def _super_admin(node: Node) -> Iterator[Finding]:
     item = node.item(SUPER_ADMIN)
     if item is not None and item.state == "missing":
         text = "is not here, and is not made by an upgrade"
-        yield _says(SUPER_ADMIN, text, f"ca-bridge renew {SUPER_ADMIN} makes it")
+        yield _note(SUPER_ADMIN, text, f"ca-bridge renew {SUPER_ADMIN} makes it")
 
 
 # --- what is in the cluster ------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def _bindings(api: Api) -> Iterator[Finding]:
         yield Finding.warning("upgrade-auto-approve", "ClusterRoleBindings", text, hint)
     if not _is_bound(api, _KUBELET_CLIENT):
         text = f"kubeadm:{_KUBELET_CLIENT} is not there; upgrade apply makes it from 1.36 on"
-        yield _says("ClusterRoleBindings", text, f"only after it: ca-bridge renew {_KUBELET_CLIENT} --adopt-defaults")
+        yield _note("ClusterRoleBindings", text, f"only after it: ca-bridge renew {_KUBELET_CLIENT} --adopt-defaults")
 
 
 def _is_bound(api: Api, name: str) -> bool:

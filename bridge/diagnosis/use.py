@@ -318,10 +318,10 @@ def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags)
     for item in node.items:
         if item.state == "present" and item.managed and item.spec.listed:
             with contextlib.suppress(NoFactError, *UNREADABLE):
-                yield from _of_one(item, facts)
+                yield from _naming(item, facts)
 
 
-def _of_one(item: Item, facts: NamingFacts) -> Iterator[Finding]:
+def _naming(item: Item, facts: NamingFacts) -> Iterator[Finding]:
     name, certificate = item.spec.name, item.certificates[0]
     wanted = kubeadm_names.naming(item.spec, facts)
     if more := sorted(san_entries(certificate) - names_of(wanted.sans)):
