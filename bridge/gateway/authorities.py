@@ -1,4 +1,4 @@
-"""The CAs behind the signers: asked, collected from, and their answers proven, as for a renewal."""
+"""The CAs behind the signers: send requests, collect answers and verify them, as a renewal does."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from bridge.system.waiting import Combined
 
 log = logging.getLogger("ca-bridge")
 
-#: Requests that a CA gets in one round trip or process, where it can have many.
+#: The most requests in one round trip or process, for a CA that can take many.
 _MOST_TOGETHER = 64
 _ANCHOR_SECONDS = 60.0
 
 
 class AuthorityOfSigners:
-    """One of the cluster's CAs, from any thread."""
+    """One of the cluster's CAs; any thread may use it."""
 
     def __init__(self, configured: Configured, settings: Settings, specs: Sequence[CertificateSpec]) -> None:
         self.name = configured.authority
@@ -61,29 +61,29 @@ class AuthorityOfSigners:
         self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
         self._end = self._end_of_anchors()
         self._issuer_end: datetime | None = None
-        self.identity = ""  #: Our name at the CA, if it tells, as at the last look.
+        self.identity = ""  #: Our name at the CA as of the last check, if the CA reports it.
         self._min_validity = settings.gateway.min_validity
         self._renewal, self._signer = settings.renewal, self._anchors[0]
-        # pods have each root in their bundle, and need none behind their certificates
+        # pods trust each root in their bundle, so their certificates need no cross-certificate
         self._cross = None if self._each_anchor_counts else cross_of(settings, self.name, self._signer)
         backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
         self.signs_many = isinstance(backend, SignsMany)
-        # one that has to list and read all that it has stored would do so for each request after a start
+        # not a RecallsIfAllowed backend, which would list and read all that the CA stored for each request
         self.recalls = isinstance(backend, Recalls) and not isinstance(backend, RecallsIfAllowed)
         self.signs_lots = self.signs_many or isinstance(backend, SignsSideBySide)
-        #: Has requests signed; several at the same time are one round trip where the CA can do that.
+        #: Send requests to the CA; concurrent calls share one round trip where the CA can do that.
         self.signed: Callable[[Sequence[SignRequest]], Sequence[Answer]] = self.ca.ask_side_by_side
         if self.signs_many:
             self.signed = Combined(self.ca.ask, _MOST_TOGETHER).all
-        #: What the CA signed for an earlier gateway, which died before it stored it: requests and since when, in one look.
+        #: Find certificates that the CA signed for an earlier gateway, which died before it stored them.
         self.recalled = Combined[tuple[SignRequest, datetime], Issued | None](
             lambda wanted: self.ca.recall([request for request, _ in wanted], min(since for _, since in wanted)),
             _MOST_TOGETHER,
         ).all
 
     def anchors(self) -> tuple[x509.Certificate, ...]:
-        """The CA's certificates, from the cluster's own file; read again each minute."""
+        """Return the CA's certificates from the cluster's own file, which is read again each minute."""
         with self._mutex:
             if time.monotonic() - self._read_at >= _ANCHOR_SECONDS:
                 self._read_at = time.monotonic()
@@ -95,21 +95,21 @@ class AuthorityOfSigners:
             return self._anchors
 
     def end(self) -> datetime:
-        """The end of the path from the one that signs, if the CA tells which; else of the first of its certificates to end."""
+        """Return when the issuer's path ends if the CA reports its issuer, else when the first CA certificate expires."""
         self.anchors()
         return self._issuer_end or self._end
 
     def _end_of_anchors(self) -> datetime:
-        ends = [one.not_valid_after_utc for one in self._anchors]
+        ends = [anchor.not_valid_after_utc for anchor in self._anchors]
         if not self._each_anchor_counts:
             return ends[0]
-        # each may be the one that signs, unless it has ended: what outlives it would be refused
+        # any that has not expired may be the issuer, and a certificate that outlives its issuer would be refused
         return min((end for end in ends if end > datetime.now(UTC)), default=ends[0])
 
     def check(self, now: datetime, pods: Collection[PodSignerRules] = ()) -> list[str]:
         """
-        Ask who it is (BackendRefusedError: another CA), and whether its roles or profiles fit, also what the policy gives
-        to `pods`; each problem is a sentence.
+        Check the CA's identity (BackendRefusedError: another CA) and whether its roles or profiles fit, including what the
+        policy lets `pods` have; return a sentence for each problem.
         """
         self.identity = self.ca.ask_identity() or self.identity
         if issuers := self.ca.issuers():
@@ -118,14 +118,14 @@ class AuthorityOfSigners:
                 file = self._anchor_file.name
                 wanted = Expectation(anchors=self.anchors(), anchor_name=file, now=now, min_validity=self._min_validity)
                 assert_right_ca(issuers, wanted)
-        found = [unfit(self.ca.backend, self._specs)]  # by which a backend finds the roles
+        found = [unfit(self.ca.backend, self._specs)]  # first, since a backend finds its roles in it
         for rules in pods if self.name == PODS.name else ():
-            found += [unfit(self.ca.backend, (), [one]) for one in self._wanted_of_pods(rules, now)]
+            found += [unfit(self.ca.backend, (), [wanted]) for wanted in self._wanted_of_pods(rules, now)]
         texts = (f"{self.ca.label}: {name}: {error}" for errors in found for name, error in errors.items())
         return list(dict.fromkeys(texts))
 
     def _wanted_of_pods(self, rules: PodSignerRules, now: datetime) -> Iterator[Wanted]:
-        """What pods may have, by key: a pattern in a SPIFFE ID stands for itself; labels alone do not say which namespaces."""
+        """Yield a sample for each key type; its URIs are SPIFFE ID patterns, or none where only labels select namespaces."""
         uris = patterns([rules])[0].uris if rules.namespaces else ()
         names = Naming(subject=x509.Name([]), sans=tuple(map(x509.UniformResourceIdentifier, uris)))
         certificate, least = sample(names, now), max(self._min_validity, rules.least - rules.backdating)
@@ -143,33 +143,32 @@ class AuthorityOfSigners:
     def _end_of_path(
         self, issuers: Sequence[x509.Certificate], now: datetime, anchors: Sequence[x509.Certificate]
     ) -> datetime | None:
-        """The end of the path from the one that signs to an anchor: a CA may also show its old certificates, and other roots."""
+        """Return when the path from issuer to anchor ends; a CA may also list old certificates and other roots."""
         ends = []
         for anchor in anchors if self._each_anchor_counts else anchors[:1]:
             with contextlib.suppress(NoPathError):
                 path = verify.verified_path(issuers[0], issuers[1:], anchor, now)
-                ends.append(min(one.not_valid_after_utc for one in path))
+                ends.append(min(certificate.not_valid_after_utc for certificate in path))
         return max(ends, default=None)
 
     @property
     def _each_anchor_counts(self) -> bool:
-        """Pods trust each root of the file, of which there are two while one is replaced; kubeadm reads the first alone."""
+        """Whether all roots of the file count: pods trust each (two during a rotation), kubeadm reads only the first."""
         return self.name == PODS.name
 
     def verified(self, answer: Issued, request: SignRequest, longest: timedelta, now: datetime) -> Verified:
-        """Prove an answer; `longest` is what the policy allows (VerificationError)."""
+        """Verify an answer; `longest` is the policy's limit (VerificationError)."""
         expected = self._expected(request, longest, now)
         if self._each_anchor_counts and len(expected.anchors) > 1:
-            by_anchor = [replace(expected, anchors=(one,)) for one in expected.anchors]
-            good = (one for one in by_anchor[1:] if verify.error_of(answer, request, one) is None)
-            its = (
-                one for one in by_anchor if self._end_of_path((answer.leaf, *answer.intermediates), now, one.anchors)
-            )
-            expected = next(good, None) or next(its, by_anchor[0])  # an error is about the one that it leads to
+            by_anchor = [replace(expected, anchors=(anchor,)) for anchor in expected.anchors]
+            valid = (each for each in by_anchor[1:] if verify.error_of(answer, request, each) is None)
+            chain = (answer.leaf, *answer.intermediates)
+            reached = (each for each in by_anchor if self._end_of_path(chain, now, each.anchors))
+            expected = next(valid, None) or next(reached, by_anchor[0])  # errors name the anchor that the chain reaches
         return self.ca.verified(answer, request, expected)
 
     def collect(self, request: SignRequest, reference: str, longest: timedelta, now: datetime) -> Issued | Pending:
-        """The CA's answer by now."""
+        """Fetch the CA's answer to an earlier request, or its word that it still needs time."""
         answer = self.ca.collect(request, reference, self._expected(request, longest, now))
         if isinstance(answer, BackendError):
             raise answer
@@ -177,7 +176,7 @@ class AuthorityOfSigners:
 
     def _expected(self, request: SignRequest, longest: timedelta, now: datetime) -> Expectation:
         cross, anchors = self._cross, self.anchors()
-        # while it is long enough, and the CA that it was read for is still the one that signs
+        # the cross-certificate counts while it lasts long enough and still belongs to the CA that signs
         if cross is not None and (anchors[0] != self._signer or not is_cross_long_enough(cross, self._renewal, now)):
             cross = None
         return Expectation(
@@ -192,7 +191,7 @@ class AuthorityOfSigners:
 
 
 def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
-    """The certificates of a CA file (SettingsError: there are none, or others can change it: answers are proven by them)."""
+    """Read the certificates of a CA file (SettingsError: there are none, or other users can write the file)."""
     try:
         assert_ours(path)
         return read_ca_file(path)
@@ -202,12 +201,12 @@ def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, AuthorityOfSigners]:
-    """The CAs of these certificates, by name."""
+    """Open the CAs of these certificates, by name."""
     names = [name for name in SIGNING_AUTHORITIES if any(spec.authority.name == name for spec in specs)]
     configured = registry.configured(settings, names)
-    found = {name: AuthorityOfSigners(one, settings, specs) for name, one in configured.items()}
+    found = {name: AuthorityOfSigners(each, settings, specs) for name, each in configured.items()}
     ca = found[PODS.name].ca if PODS.name in found else None
-    # a pod's CSR is empty, so that a backend that copies its names would have certificates without any signed
+    # a pod's CSR is empty: a backend that copies names from the CSR would get certificates without names
     if ca is not None and not (isinstance(ca.backend, NamesBesideCsr) and ca.backend.names_beside_csr):
         wanted = f"{registry.with_names_beside_csr()} (if its settings let it)"
         raise SettingsError([settings.source.problem(("authority", PODS.name, "backend"), wanted, ca.label)])

@@ -1,6 +1,6 @@
 """
-The gateway's context, which each step gets once: settings, API server, CAs, lease, audit log, queue; and how a step may
-end.
+The gateway's context, shared by all steps: settings, API server, CAs, lease, audit log, queue; and the errors that end
+a step.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ log = logging.getLogger("ca-bridge")
 
 # --- the lease --------------------------------------------------------------------------------------------------------
 
-#: A renewed lease counts for this share of its duration, so that we stop a while before another one begins.
+#: A renewed lease counts for this share of its duration, so that we stop before another replica starts.
 _SHARE = 0.7
-#: So many durations, by our settings, a replica waits for a holder that does not renew the lease.
+#: A replica waits this many of our lease durations for a holder that does not renew the lease.
 _MOST_DURATIONS = 10
 
 
 class Leader:
-    """A replica's hold on the lease; without one (`Alone`) it always works."""
+    """A replica's hold on the lease; a gateway without a lease is `Alone`."""
 
     def __init__(self, api: Api, path: tuple[str, str], identity: str, duration: timedelta) -> None:
         self.lease = Lease(api, path, identity, duration=duration, longest=_MOST_DURATIONS * duration)
         self._seconds = duration.total_seconds() * _SHARE
         self._good_until = 0.0
-        self.said: str | None = None  #: The last trouble, which was logged; None: nothing was logged yet.
-        #: When we took it from a replica that had not given it back, ourselves before a crash or an outage included.
+        self.said: str | None = None  #: The last trouble that was logged; None: nothing was logged yet.
+        #: When we took the lease from a replica that had not released it, perhaps ourselves before a crash.
         self.doubtful_before: datetime | None = None
         self._changed = threading.Condition()
         self._can_work: Callable[[], bool] = lambda: True
@@ -60,7 +60,7 @@ class Leader:
         self.last_answer = time.monotonic()  #: When the API last answered.
 
     def start(self, can_work: Callable[[], bool]) -> None:
-        """Begin to ask for it; while we can't work, another replica may have it."""
+        """Start to compete for the lease; while `can_work` is false, another replica may have it."""
         self._can_work = can_work
         self._keeper.start()
 
@@ -69,12 +69,12 @@ class Leader:
         return time.monotonic() < self._good_until
 
     def wait(self, seconds: float) -> bool:
-        """Wait for it to be ours."""
+        """Wait until the lease is ours; return whether it is."""
         with self._changed:
             return self._changed.wait_for(self.is_ours, seconds)
 
     def release(self) -> None:
-        """Let the next replica have it at once; without an API it expires."""
+        """Release the lease, so that another replica takes over at once; without an API server the lease expires."""
         self._keeper.stop()
         self._give_back()
 
@@ -116,7 +116,7 @@ class Leader:
 
 
 class Alone:
-    """There is no other replica (`lease = false`)."""
+    """A gateway without other replicas (`lease = false`)."""
 
     threads = ()
 
@@ -127,11 +127,11 @@ class Alone:
         """Do nothing."""
 
     def is_ours(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def wait(self, _: float) -> bool:
-        """No wait."""
+        """Return True at once."""
         return True
 
     def release(self) -> None:
@@ -141,17 +141,17 @@ class Alone:
 # --- the audit log ----------------------------------------------------------------------------------------------------
 
 _MOST_TOGETHER = 256
-#: Lines about what has happened already that wait for a record that can't be written.
+#: The most lines about past events that are kept while the audit log can't be written.
 _MOST_NOTED = 10_000
-#: After a failure so much space must be free before writing, so that the lease does not change with each line.
+#: After a failure this much disk space must be free before we write again, or each line could move the lease.
 _ROOM_BYTES = 256 << 10
 _AGAIN_SECONDS = 5.0
 
-Line = dict[str, Any]  #: One event of one request, for `Record.add`; or all of it but the event.
+Line = dict[str, Any]  #: One event of one request, for `Record.add`, with or without `event`.
 
 
 def spec_for(one: AnyObject) -> CertificateSpec:
-    """The spec, and with it the CA, of an object of one of our signers."""
+    """Return the spec, which also names the CA, for an object of one of our signers."""
     spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
     if spec is None:
         raise AssertionError("only signers that have a spec are looked at")
@@ -159,7 +159,7 @@ def spec_for(one: AnyObject) -> CertificateSpec:
 
 
 def facts_of(one: AnyObject, authority: AuthorityOfSigners | None = None) -> Line:
-    """What each line about an object of one of our signers repeats; names in it are the requester's choice."""
+    """Return the fields that all audit lines about an object share; the requester chose the names in them."""
     spec = spec_for(one)
     found = {
         "request": one.uid,
@@ -180,7 +180,7 @@ def facts_of(one: AnyObject, authority: AuthorityOfSigners | None = None) -> Lin
 
 
 class Ledger:
-    """May be used by any thread; the store's lock is held."""
+    """The audit log; any thread may use it, and the caller holds the store's lock."""
 
     def __init__(self, store: Store, settings: AuditSettings) -> None:
         self.trouble = ""  #: Why the latest lines were not written.
@@ -193,20 +193,20 @@ class Ledger:
         self._mutex = threading.Lock()
 
     def write(self, facts: Line, event: str, **values: Any) -> None:
-        """Write a line, which is safe on disk when this returns."""
+        """Write a line; it is on disk when this returns."""
         self._together({**facts, "event": event, **values})
 
     def line(self, facts: Line, event: str, **values: Any) -> Together[None]:
-        """The step that writes a line with those of other jobs; it is safe on disk then."""
+        """Return the step that writes a line together with other jobs' lines; after it, the line is on disk."""
         return Together(self._together.all, {**facts, "event": event, **values})
 
     def note(self, facts: Line, event: str, **values: Any) -> None:
-        """Write a line with the next that is written, or at the next `flush`: it is about what has happened already."""
+        """Add a line about a past event; the next write or `flush` writes it."""
         with self._mutex:
             self._noted.append({**facts, "event": event, **values})
 
     def flush(self) -> None:
-        """Write noted lines and the newest line's number; called each second, it tries less often after a failure."""
+        """Write noted lines and the newest line's number; called each second, but tries less often after a failure."""
         if self.trouble:
             if time.monotonic() - self._tried < _AGAIN_SECONDS:
                 return
@@ -216,7 +216,7 @@ class Ledger:
             self._together(None)
 
     def failing_seconds(self) -> float:
-        """Seconds since writing began to fail; 0: it works."""
+        """Return the seconds since writes began to fail; 0: they work."""
         return time.monotonic() - self._failing_since if self.trouble else 0.0
 
     def _try_room(self) -> None:
@@ -239,7 +239,7 @@ class Ledger:
         try:
             self._record.write(head_later=True)
             noted, self._head_is_old = [], True
-            if None in lines or self.trouble:  # which may be the head's: a line alone does not end it
+            if None in lines or self.trouble:  # the trouble may be in the head's file, not the lines'
                 self._record.write_head()
                 self._head_is_old = False
         except AuditError as e:
@@ -253,21 +253,21 @@ class Ledger:
         return [None] * len(lines)
 
 
-# --- how a step may end, and what all steps know ----------------------------------------------------------------------
+# --- how a step may end, and what all steps share ---------------------------------------------------------------------
 
-#: What other jobs of its lot need between a verdict and its write takes milliseconds.
+#: The oldest verdict that may be written; a lot's other jobs take milliseconds between a verdict and its write.
 _FRESH_SECONDS = 1.0
-#: A CA that refused, or answered wrongly, is asked again after this, doubled a few times.
+#: The pause before we ask a CA again that refused or gave a wrong answer; it doubles a few times.
 AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS = 60.0, 480.0
 
 
 class LeftError(Exception):
-    """The job ends here for now, and is looked at again."""
+    """The job stops here for now, and is taken up again later."""
 
     def __init__(self, outcome: str, reason: str, seconds: float | None = None) -> None:
         super().__init__(reason)
         self.outcome = outcome
-        self.seconds = seconds  #: Until then; None: the longer, the more often it was left.
+        self.seconds = seconds  #: The pause; None: it doubles with each attempt.
 
 
 class GoneError(Exception):
@@ -275,18 +275,18 @@ class GoneError(Exception):
 
 
 class NotAllowedError(BridgeError):
-    """The policy does not allow it; the audit log has the reason."""
+    """The policy does not allow the request; the audit log has the reason."""
 
     exit_code = BackendRefusedError.exit_code
 
 
 def after_refusal(job: Job) -> float:
-    """Seconds until the CA is asked once more."""
+    """Return the seconds until we ask the CA once more."""
     return back_off_seconds(job.attempts, AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS)
 
 
 def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
-    """The fields of the log's lines about a job."""
+    """Return the fields of log lines about a job."""
     request = job.one.request
     return {
         "request": job.one.uid,
@@ -296,25 +296,25 @@ def extra(job: Job, outcome: str | None = None) -> dict[str, str | None]:
     }
 
 
-#: Each is a person's work.
+#: The most requests that wait at CAs; a person has to approve each.
 MOST_PENDING_AT_CA = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingAtCa:
-    """A request that a CA has."""
+    """A request that a CA answers later."""
 
     uid: str
     object_name: str
     signer: str
     csr_sha256: str
-    reference: str  #: The backend's.
+    reference: str  #: The backend's name for it.
     validity_seconds: int
     asked: datetime
 
 
 class PendingRequests(RequestLog[PendingAtCa]):
-    """All requests that CAs have; the state directory's lock is held."""
+    """All requests that CAs answer later; the caller holds the state directory's lock."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store.pending_at_ca, _GATEWAY)
@@ -323,7 +323,7 @@ class PendingRequests(RequestLog[PendingAtCa]):
 _GATEWAY = Kind(
     name="gateway",
     type=PendingAtCa,
-    key_of=lambda one: one.uid,
+    key_of=lambda pending: pending.uid,
     what="the requests that the gateway's CA answers later",
     old_key="ticketsV1",
 )
@@ -331,7 +331,7 @@ _GATEWAY = Kind(
 
 @dataclass(eq=False, kw_only=True)
 class Context:
-    """May be used by several threads."""
+    """Everything that the steps share; several threads may use it."""
 
     settings: Settings
     api: Api
@@ -345,16 +345,16 @@ class Context:
     queue: Queue
 
     def assert_ours(self) -> None:
-        """Leave the job if another replica works."""
+        """Raise LeftError if another replica has the lease."""
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
 
     def written(self, request: Request) -> Together[Reply]:
-        """The step that writes, with other jobs' writes, what a verdict of this moment allows."""
+        """Return the step that sends a write, together with other jobs' writes, right after its verdict."""
         return Together(self._write_all, (request, time.monotonic()), first=True)
 
     def _write_all(self, wanted: Sequence[tuple[Request, float]]) -> list[Reply | Exception]:
-        """The API server's answers, if no other replica works by now, and no verdict is old."""
+        """Send the writes while the lease is ours, except those with an old verdict, and return the answers."""
         self.assert_ours()
         late = [time.monotonic() - decided > _FRESH_SECONDS for _, decided in wanted]
         requests = [request for (request, _), is_late in zip(wanted, late, strict=True) if not is_late]
@@ -363,14 +363,14 @@ class Context:
         return [old if is_late else next(answers) for is_late in late]
 
     def record_quietly(self, facts: Line, event: str, error: BackendError | VerificationError) -> None:
-        """Record what has happened already; if that fails, the log has it, and `/readyz` fails."""
+        """Record a past event; if that fails, the log has it, and `/readyz` fails."""
         try:
             self.ledger.write(facts, event, error=error)
         except AuditError as e:
             log.error("%s; the audit log lacks: %s", e, event, extra={"request": facts["more"]["request"]})  # noqa: TRY400
 
     def drop_pending(self, uid: str) -> None:
-        """Forget a request at a CA: it has been answered, or never will be."""
+        """Forget a request at a CA, because it was answered or never will be."""
         try:
             self.pending_at_ca.forget(uid)
             self.pending_at_ca.save()
@@ -378,7 +378,7 @@ class Context:
             log.error("%s", e, extra={"request": uid})  # noqa: TRY400
 
     def give_up(self, uid: str, why: str) -> None:
-        """Forget a request at a CA whose certificate is not wanted any more."""
+        """Forget a request at a CA whose certificate is no longer needed."""
         if self.pending_at_ca.get(uid) is not None:
             self.drop_pending(uid)
             log.info("the request at the CA is given up: %s", why, extra={"request": uid})
