@@ -1,6 +1,6 @@
 """
-CertificateSigningRequest objects: the verdict at this moment, how often a requester may ask, and the writes into exactly
-the object that was judged, with its uid and resourceVersion.
+CertificateSigningRequest objects: their verdicts, the rate limits for requesters, and the writes, which go only into
+the object that was judged, by its uid and resourceVersion.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from bridge.system.waiting import Rate, Steps
 
 log = logging.getLogger("ca-bridge")
 
-#: Before the CA is asked, a file or Node object that was looked at so long ago is as good as one of now.
+#: Before the CA is asked, a file or Node object that was read this recently is not read again.
 _RECENT_SECONDS = 1.0
 
 
 class Judge:
-    """May be used by several threads."""
+    """Judges CertificateSigningRequests; several threads may use it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -61,21 +61,21 @@ class Judge:
         self._requesters, self._nodes = Rate(ours.requester_rate), Rate(ours.node_rate)
 
     def turn(self, job: Job) -> float | None:
-        """Seconds until the rates give the job its turn; None: too many wait already."""
+        """Return the seconds until the rate limits let the job proceed; None: too many wait already."""
         user, now = job.one.request.username, time.monotonic()
         with self._mutex:
             if job.look.is_hostile:
                 return self._requesters.reserve(f"hostile\n{user}", now)
             if job.look.key and job.look.is_known:
-                # each node has a rate, since all that join with one bootstrap token are one user
-                # by requester, too: another node could name this one until its own kubelet had to wait
+                # per node, since all nodes that join with one bootstrap token are one user; and per requester,
+                # or another node could use up this node's rate with requests that name it
                 return self._nodes.reserve(job.look.key, now)
             return self._requesters.reserve(user, now)
 
     def look(self, one: AnyObject) -> Look:
         """
-        What a request says, compared with the files alone; a node that only `inventory_command` could name counts as
-        allowed. A large CSR has to wait for its turn: thousands would delay all requests behind them.
+        Compare a request with the files alone; a node that only `inventory_command` could name counts as allowed here.
+        A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
         one = cast(SigningRequest, one)
         world = self._world(one, time.monotonic() - _RECENT_SECONDS)
@@ -92,14 +92,14 @@ class Judge:
         return Look(key=key_of(one, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
-        """The policy's verdict; for a write, files and Node object are looked at now, else they may have been a second ago."""
+        """Return the policy's verdict; files and Node object are at most a second old, and read anew for a write."""
         one, nodes = cast(SigningRequest, job.one), self._context.nodes
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
         world = self._world(one, since)
         if world is None:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
         node, verdict = node_of(one.request), judge(one.request, world)
-        # no program, DNS or API server is asked about a request that is hostile by its own words
+        # a request that is hostile by its content alone costs no program run, DNS lookup or API call
         if node is not None and not isinstance(verdict, Hostile):
             try:
                 entry = nodes.entry(node, world.inventory)
@@ -107,7 +107,7 @@ class Judge:
                 return Later(str(e))
             if entry is not None:
                 entry = nodes.with_dns(node, entry, addresses_of(one.request))
-                # usually a token's node does not exist yet; a node that asks for itself may have just registered
+                # a token's node usually does not exist yet; a node that asks for itself may have just registered
                 itself = one.request.username == f"{NODE_USER}{node}"
                 with_readiness = entry.rejoin and not itself
                 state = yield from self._states.state(node, since, newer=itself, with_readiness=with_readiness)
@@ -119,7 +119,7 @@ class Judge:
         return verdict
 
     def _world(self, one: SigningRequest, since: float) -> World | None:
-        """None: the policy had no table for its signer when the gateway was started."""
+        """Return the facts for a verdict; None: the policy had no table for the signer when the gateway started."""
         context, spec = self._context, spec_of(one.request.signer)
         if spec is None or spec.authority.name not in context.authorities:
             return None
@@ -136,11 +136,11 @@ class Judge:
 
 # --- the writes -------------------------------------------------------------------------------------------------------
 
-_TURNS = 5  # each 409 means that another client has written
+_TURNS = 5  # each 409 means that another client wrote
 
 
 class Writer:
-    """May be used by several threads."""
+    """Writes answers into CertificateSigningRequests; several threads may use it."""
 
     kind = "CertificateSigningRequest"
     parse: Callable[[Any, int], AnyObject] = staticmethod(parse)
@@ -149,32 +149,32 @@ class Writer:
         self._context = context
 
     # --- answers ----------------------------------------------------------------------------------------------------
-    # each raises GoneError (the object is finished or another), LeftError or NoAnswerError where it was not written
+    # each raises GoneError (the object is finished or replaced), LeftError or NoAnswerError if nothing was written
 
     def deny(self, job: Job, hostile: Hostile) -> Steps[str]:
-        """Deny it without the reason, or write `Failed` if another client has approved it: which; empty: it has changed."""
+        """Write `Denied` without the reason, or `Failed` if it was approved; return which (empty: it changed)."""
         del hostile
         is_approved = job.one.has(watch.APPROVED)
         subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
         return kind if (yield from self._marked(job, subresource, kind, watch.NOT_ALLOWED)) else ""
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
-        """Say nothing: a CSR object's owner reads its conditions, and its events are seldom looked at."""
+        """Write no event: a CSR object's owner reads its conditions, and few people look at its events."""
 
     def mark(self, job: Job, kind: str, reason: str) -> Steps[bool]:
-        """Write a condition where there is none of its kind yet; False: nothing but an answer is written into such an object."""
+        """Write a condition unless there is one of its kind; False: this kind of object takes only a final one."""
         for _ in self.turns(job):
             if job.one.has(kind) or (yield from self._marked(job, "status", kind, reason)):
                 break
         return True
 
     def trouble(self, verdict: Allowed, found: Verified) -> str:
-        """Why the API server would not take this certificate now: it looks at no certificate of these objects."""
+        """Return no trouble: the API server takes any certificate for these objects."""
         del verdict, found
         return ""
 
     def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
-        """Approve, unless another client did, and write the certificate; False: the object has changed."""
+        """Approve the object, unless another client did, and write the certificate; False: the object has changed."""
         del verdict
         if not (
             job.one.has(watch.APPROVED) or (yield from self._marked(job, "approval", watch.APPROVED, watch.ALLOWS))
@@ -186,7 +186,7 @@ class Writer:
     # --- objects ----------------------------------------------------------------------------------------------------
 
     def turns(self, job: Job) -> Iterator[None]:
-        """Try a few times to write; before each try but the first, the object is read again."""
+        """Yield once for each try to write; before each but the first, read the object again."""
         for turn in range(_TURNS):
             if turn:
                 self._read_again(job)
@@ -207,7 +207,7 @@ class Writer:
             raise GoneError("another client has answered it")
 
     def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> Steps[bool]:
-        """Write a further condition; False: the object has changed."""
+        """Add a condition; False: the object has changed."""
         one, body = job.one, with_condition(job.one, kind, reason, self._context.now())
         reply = yield from self._patched(job, subresource, body)
         if reply.status != HTTPStatus.OK:
@@ -216,7 +216,7 @@ class Writer:
         return True
 
     def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Steps[Reply]:
-        """Write; 200 with metadata alone, or that the object has changed."""
+        """Send a patch; the reply is 200 with metadata alone, or says that the object has changed (409, 422)."""
         request = request_of("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=METADATA)
         reply: Reply = yield self._context.written(request)
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
@@ -226,7 +226,7 @@ class Writer:
         return reply
 
     def _unprocessable(self, job: Job, subresource: str, reply: Reply) -> None:
-        """Leave the job for longer each time where no other client's write is against ours, but the API server or a policy."""
+        """Leave the job, longer each time, if the object is unchanged: the API server or a policy refused the write."""
         found = self._context.api.ask("GET", job.one.path)
         if text_of(found.document, "metadata", "resourceVersion") == job.one.version:
             refusal = f"wanted to write its {subresource}, found HTTP {reply.status} {reply.message}"
@@ -235,7 +235,7 @@ class Writer:
 
     @staticmethod
     def _assert_well(reply: Reply, what: str) -> None:
-        """Leave the job for a while after any other answer than 200."""
+        """Leave the job for a while after any answer but 200."""
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
         if reply.status != HTTPStatus.OK:
@@ -245,7 +245,7 @@ class Writer:
 
 
 def _version(reply: Reply) -> str:
-    """The version that a write has made of exactly the object with this uid: of all others, it would have been refused."""
+    """Return the resourceVersion after a write; the write's uid made sure that it was our object."""
     version = text_of(reply.document, "metadata", "resourceVersion")
     if not version:
         raise NoAnswerError("wanted the version of an object that was written, found something else")
@@ -253,7 +253,7 @@ def _version(reply: Reply) -> str:
 
 
 def name_in(one: AnyObject, leaf: x509.Certificate) -> str:
-    """A node's or user's name, kubeadm's of a certificate, or a service account with its namespace."""
+    """Return the node's or user's name, kubeadm's name of the certificate, or a pod's namespace and service account."""
     if isinstance(one, PodObject):
         return f"{one.request.namespace}/{one.request.service_account}"
     spec = spec_of(one.request.signer)
@@ -263,7 +263,7 @@ def name_in(one: AnyObject, leaf: x509.Certificate) -> str:
     return cn.removeprefix(NODE_USER)
 
 
-# --- bodies: always with uid and resourceVersion, or a write could land on a namesake ---------------------------------
+# --- bodies: always with uid and resourceVersion, or a write could hit a new object of the same name ------------------
 
 _TEXTS = {
     watch.ALLOWS: "allowed by ca-bridge's policy",
@@ -274,19 +274,19 @@ _TEXTS = {
 
 
 def condition_of(kind: str, reason: str, message: str, now: datetime) -> dict[str, str]:
-    """A condition that is true from now on."""
+    """Return a condition that is true from now on."""
     return {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": rfc3339(now)}
 
 
 def with_condition(one: AnyObject, kind: str, reason: str, now: datetime) -> dict[str, Any]:
-    """A body with a further condition, and the others, since a merge patch replaces the whole list."""
+    """Return a body with one more condition and all others, since a merge patch replaces the whole list."""
     condition = {**condition_of(kind, reason, _TEXTS[reason], now), "lastUpdateTime": rfc3339(now)}
     others = one.conditions if kind == watch.APPROVED else _without_waiting(one)
     return {"metadata": identity_of(one), "status": {"conditions": [*others, condition]}}
 
 
 def with_certificate(one: AnyObject, chain_pem: bytes) -> dict[str, Any]:
-    """The body for /status with the certificate; the leaf comes first."""
+    """Return the body for /status with the certificate chain, leaf first."""
     status: dict[str, Any] = {"certificate": base64.b64encode(chain_pem).decode("ascii")}
     if one.has(watch.PENDING_AT_CA):
         status["conditions"] = _without_waiting(one)
@@ -294,7 +294,7 @@ def with_certificate(one: AnyObject, chain_pem: bytes) -> dict[str, Any]:
 
 
 def identity_of(one: AnyObject) -> dict[str, str]:
-    """The UID and version that keep a write from a namesake, and from another version of the object."""
+    """Return the uid and version, so that a write fails on a new object of the same name or another version."""
     return {"uid": one.uid, "resourceVersion": one.version}
 
 

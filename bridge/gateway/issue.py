@@ -1,4 +1,4 @@
-"""From an object to its certificate: judged, signed, proven, recorded, written; one that changed is judged again."""
+"""The way of an object to its certificate: judge, sign, verify, record, write; judge again whenever it changes."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: A job that was left alone is looked at again after this, doubled each time; sooner if something changes.
+#: The pause before a job that was left is taken up again; it doubles each time, and any change ends it.
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 1.0, 300.0
-#: A job is looked at again after this when too many wait for their turn.
+#: The pause for a job when too many already wait for their turn.
 _CROWDED_SECONDS = 60.0
 _MOST_ANSWERED = 10_000
 _RECALLED = "the CA had signed it already, and its answer was lost"
@@ -59,19 +59,19 @@ class _Asking:
     job: Job
     request: SignRequest
     authority: AuthorityOfSigners
-    longest: timedelta  #: That the policy gives.
-    at_ca: PendingAtCa | None  #: The CA has it already.
+    longest: timedelta  #: The policy's limit.
+    at_ca: PendingAtCa | None  #: The request that the CA already has.
 
 
 class Issuing:
-    """The work on the queue's jobs, done by several threads."""
+    """Works on the queue's jobs; several threads use it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._judge, self._writer = Judge(context), Writer(context)
         self._pod_judge, self._pod_writer = PodJudge(context), PodWriter(context)
         self._mutex = threading.Lock()
-        #: Uids of objects that have our certificate or refusal; the watch may still show an older version of them.
+        #: Uids of objects with our certificate or refusal; the watch may still deliver older versions of them.
         self._answered: OrderedDict[str, None] = OrderedDict()
 
     def _judge_of(self, one: AnyObject) -> Judge | PodJudge:
@@ -83,11 +83,11 @@ class Issuing:
     # --- events of the watch ----------------------------------------------------------------------------------------
 
     def changed(self, one: AnyObject) -> None:
-        """An object that is there, or has changed, and has no answer of ours."""
+        """Take in an object that is new or has changed, and has no answer of ours."""
         context = self._context
         if one.is_finished:
             if context.queue.remove(one.uid):
-                return  # it is our own write, as a rule, and counted there
+                return  # usually our own write, which is counted where it is made
             context.give_up(one.uid, "the object was deleted, or another client has answered it")
             if one.certificate:
                 with contextlib.suppress(ValueError, BridgeError):
@@ -98,25 +98,25 @@ class Issuing:
             context.give_up(uid, "a newer request of the same node has come")
 
     def is_answered(self, uid: str) -> bool:
-        """Whether an object has our answer: what the watch shows of it is our own write, or older than that."""
+        """Whether an object has our answer; then the watch's event is our own write, or older."""
         return uid in self._answered
 
     def over(self, uid: str) -> None:
-        """An object was deleted or refused."""
+        """Drop an object that was deleted or refused."""
         self._context.queue.remove(uid)
         self._context.give_up(uid, "the object was deleted or refused")
 
     # --- one job ----------------------------------------------------------------------------------------------------
 
     def work(self, seconds: float) -> bool:
-        """Take the next jobs and work at them, side by side; False: there were none in this time."""
+        """Take the next jobs and work on them side by side; False: none came in this time."""
         queue = self._context.queue
         jobs = queue.take(seconds)
-        left: dict[Job, tuple[str, str]] = {}  #: The outcome, and the reason in words for the object's owner.
+        left: dict[Job, tuple[str, str]] = {}  #: The outcome, and the reason for the object's owner.
         for job, error in in_step({job: self._answer(job) for job in jobs}):
             try:
                 seconds_until = self._ended(job, error, left)
-            except Exception as e:  # noqa: BLE001 (one request's trouble is not the others')
+            except Exception as e:  # noqa: BLE001 (a bug in one job must not stop the others)
                 [*_, where] = traceback.extract_tb(e.__traceback__)
                 text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
                 log.error("%s (a bug: report it)", text, extra=extra(job))  # noqa: TRY400 (a traceback may hold secrets)
@@ -125,12 +125,12 @@ class Issuing:
                 queue.done(job)
             else:
                 queue.delay(job, seconds_until)
-        for job, why in left.items():  # afterwards, since each may take a while
+        for job, why in left.items():  # last, since each may take a while
             self._writer_of(job.one).tell(job, *why)
         return bool(jobs)
 
     def _ended(self, job: Job, error: Exception | None, left: dict[Job, tuple[str, str]]) -> float | None:
-        """Seconds until the job is looked at again; None: nothing more is to be done."""
+        """Return the seconds until the job is taken up again; None: it is done."""
         context = self._context
         match error:
             case None:
@@ -148,7 +148,7 @@ class Issuing:
                 outcome, for_owner, seconds = "left", own, None
             case _:
                 raise error
-        if job.attempts:  # not what passes within a second
+        if job.attempts:  # not for troubles that pass within a second
             left[job] = outcome, for_owner
         return self._left(job, outcome, str(error), seconds)
 
@@ -167,7 +167,7 @@ class Issuing:
     def _answer(self, job: Job) -> Steps[None]:
         context, writer = self._context, self._writer_of(job.one)
         if job.one.uid in self._answered:
-            return  # this version is older than our own write: no CA is asked twice
+            return  # this version is older than our own write, and no CA should sign twice
         self._assert_current(job)
         at_ca = context.pending_at_ca.get(job.one.uid)
         if not job.begun and at_ca is None:
@@ -193,7 +193,7 @@ class Issuing:
                 return
 
     def _allowed(self, job: Job, *, at_write: bool = False) -> Steps[Allowed | None]:
-        """The verdict at this moment, for a write of this very moment; None: the request was denied."""
+        """Judge the job now; `at_write`: right before a write; None: we denied the request."""
         verdict = yield from self._judge_of(job.one).verdict(job, at_write=at_write)
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
@@ -255,7 +255,7 @@ class Issuing:
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
     def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Steps[Verified]:
-        if job.unrecorded is not None:  # the record could not be written
+        if job.unrecorded is not None:  # the audit log could not be written
             return (yield from self._recorded(job, job.unrecorded))
         context, authority = self._context, self._context.authorities[verdict.spec.authority.name]
         if at_ca is not None and (at_ca.csr_sha256 != digest(verdict.csr.pem) or at_ca.object_name != job.one.name):
@@ -269,11 +269,11 @@ class Issuing:
             found = authority.verified(answer, request, verdict.longest, context.now())
         except BackendUnavailableError as e:
             context.record_quietly(job.facts, audit.UNAVAILABLE, e)
-            rest = authority.rest.seconds_left()  # none: it has answered others meanwhile
+            rest = authority.rest.seconds_left()  # 0: it has answered other requests meanwhile
             raise LeftError("ca-unavailable", str(e), rest + 0.5 if rest else None) from None
         except (BackendRefusedError, VerificationError) as e:
             context.record_quietly(job.facts, audit.REFUSED, e)
-            if not isinstance(e, NoVerdictError):  # the CA was not asked, or may still answer
+            if not isinstance(e, NoVerdictError):  # for which the CA was not asked, or may still answer
                 context.drop_pending(job.one.uid)
             if isinstance(e, UntrustedAnswerError | VerificationError):
                 raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
@@ -282,7 +282,7 @@ class Issuing:
         return (yield from self._recorded(job, found))
 
     def _recorded(self, job: Job, found: Verified, **values: str) -> Steps[Verified]:
-        """The certificate, once the record has it; until then the job keeps it, and no CA is asked for another."""
+        """Record the certificate and return it; until that succeeds, the job keeps it and the CA is not asked again."""
         job.unrecorded = found
         yield self._context.ledger.line(job.facts, audit.ISSUED, new=found.leaf, **values)
         job.unrecorded = None
@@ -305,7 +305,7 @@ class Issuing:
         )
 
     def _recalled(self, asking: _Asking) -> Steps[Verified | None]:
-        """A certificate that the CA signed for a gateway that died, or that did not reach us; None: ask the CA."""
+        """Find a certificate that the CA signed for a gateway that died, or whose answer was lost; None: ask the CA."""
         context, job, authority = self._context, asking.job, asking.authority
         doubtful = context.holder.doubtful_before
         if not authority.recalls or asking.at_ca is not None or job.was_recalled:
@@ -319,7 +319,7 @@ class Issuing:
             return None
         try:
             found = authority.verified(answer, asking.request, asking.longest, context.now())
-        except VerificationError:  # such as too short a life by now: the CA is asked for another
+        except VerificationError:  # for example, too little of its life is left: ask the CA for another
             return None
         return (yield from self._recorded(job, found, result=_RECALLED))
 
@@ -341,9 +341,9 @@ class Issuing:
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _answers(self, wanted: Sequence[tuple[AuthorityOfSigners, SignRequest]]) -> Sequence[Answer]:
-        """Of one CA: a lot has no requests to another one."""
+        """Have requests signed; all go to one CA, since a lot belongs to one CA."""
         self._context.assert_ours()  # other jobs' steps may have taken a while
-        [authority] = {one for one, _ in wanted}
+        [authority] = {authority for authority, _ in wanted}
         return authority.signed([request for _, request in wanted])
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
@@ -352,7 +352,7 @@ class Issuing:
         self._context.assert_ours()
 
     def _keep(self, asking: _Asking, answer: Pending) -> None:
-        """Write down what the CA has, before the object says that it waits."""
+        """Store the CA's reference before the object says that it waits."""
         context, at_ca, one = self._context, asking.at_ca, asking.job.one
         if at_ca is None and len(context.pending_at_ca) >= MOST_PENDING_AT_CA:
             raise LeftError("left", f"more than {MOST_PENDING_AT_CA} requests are at the CA")
@@ -373,7 +373,7 @@ class Issuing:
             context.ledger.write(asking.job.facts, audit.PENDING, result=answer.note or "the CA answers later")
 
     def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> Steps[None]:
-        """Give up on a CA that has not answered for `gateway.pending_for`."""
+        """Give up the request if the CA has not answered within `gateway.pending_for`."""
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
         if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
@@ -385,12 +385,12 @@ class Issuing:
 
 
 def _content(verdict: Allowed) -> tuple[object, ...]:
-    """All that a verdict lets a certificate say, except when it begins and ends."""
+    """Return what a verdict puts into a certificate, except its dates."""
     return verdict.csr.pem, verdict.spec, verdict.longest, verdict.names
 
 
 def _batch(uid: str) -> str:
-    """32 hex digits, the same for the same object."""
+    """Return 32 hex digits, always the same for one object."""
     try:
         return UUID(uid).hex
     except ValueError:

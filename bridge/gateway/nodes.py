@@ -1,4 +1,4 @@
-"""The gateway's knowledge of nodes: policy and inventory, a command, DNS, Node objects."""
+"""The sources of what the gateway knows about nodes: policy, inventory, `inventory_command`, DNS, Node objects."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ K = TypeVar("K")
 V = TypeVar("V")
 T = TypeVar("T")
 
-#: A file that does not count is read again after this, changed or not.
+#: An unusable file is read again after this, changed or not.
 _AGAIN_SECONDS = 5.0
 _COMMAND_LIMIT = timedelta(seconds=10)
 _ROOM_SECONDS = 0.25
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
-#: Threads that ask at once, for an answer that several threads want; more would only wait.
+#: Locks for keys that are being looked up, so that threads with the same key share one lookup.
 _MOST_ASKING = 128
 _LONGEST_ANSWER = 64 << 10
 _MOST_LOOKUPS = 4
-#: For all lookups of a request; a later answer counts when the request is looked at again.
+#: For all lookups of a request; a later answer counts when the request is judged again.
 _DNS_SECONDS = 3.0
 
 
 class WatchedFile(Generic[T]):
-    """A file that decides what is signed: only its owner may write it, and its last valid text is used."""
+    """A file that decides what we sign: only its owner may write it, and its last valid content counts."""
 
     def __init__(self, path: Path, what: str, parse: Callable[[str, Path], T]) -> None:
         """Read the file; SettingsError if it can't be used."""
@@ -64,17 +64,17 @@ class WatchedFile(Generic[T]):
         self._stamp = self._look()
         self._looked = self._tried = time.monotonic()
         self._value = self._read()
-        self.trouble = ""  #: Why the file as it is now does not count.
+        self.trouble = ""  #: Why the current content of the file does not count.
         self.changes = 0
 
     def get(self, since: float) -> T:
-        """The newest text that can be used, by a look at the file no older than `since` (monotonic)."""
+        """Return the newest valid content, from a check of the file no older than `since` (monotonic)."""
         if self._looked >= since:
-            return self._value  # without the lock: a hundred requests at once would queue for it
+            return self._value  # without the lock, or a hundred requests at once would queue for it
         with self._mutex:
             if self._looked < since:
                 now, stamp = time.monotonic(), self._look()
-                # a directory that is put right is not seen by the file's stamp
+                # the file's stamp does not change when its directory is repaired
                 if stamp != self._stamp or (self.trouble and now - self._tried >= _AGAIN_SECONDS):
                     self._stamp, self._tried = stamp, now
                     self._again()
@@ -106,7 +106,7 @@ class WatchedFile(Generic[T]):
 
 
 class Remembered(Generic[K, V]):
-    """Answers that count for a while, and are forgotten then; of too many, the oldest is forgotten first."""
+    """A cache of answers with a lifetime; when it is full, the oldest answer goes first."""
 
     def __init__(self, seconds: float = _REMEMBERED_SECONDS) -> None:
         self._seconds = seconds
@@ -115,7 +115,7 @@ class Remembered(Generic[K, V]):
         self._answers: OrderedDict[K, tuple[V, float]] = OrderedDict()
 
     def of(self, key: K, ask: Callable[[], V], since: float = -math.inf) -> V:
-        """The answer; if it is not known, one thread asks, and the others that want the same wait for it."""
+        """Return the answer; if it is not cached, one thread asks, and others with the same key wait for it."""
         known = self.get(key, since)
         if known is None:
             with self._asking[hash(key) % _MOST_ASKING]:
@@ -127,13 +127,13 @@ class Remembered(Generic[K, V]):
         return known[0]
 
     def get(self, key: K, since: float = -math.inf) -> tuple[V] | None:
-        """The answer to what was asked since then (monotonic); None: it is not known."""
+        """Return the answer to a question asked no earlier than `since` (monotonic); None: it is not cached."""
         with self._mutex:
             found = self._answers.get(key)
         return (found[0],) if found is not None and found[1] >= max(since, time.monotonic() - self._seconds) else None
 
     def put(self, key: K, value: V, since: float) -> None:
-        """Remember an answer to what was asked then (monotonic)."""
+        """Store the answer to a question that was asked at `since` (monotonic)."""
         now = time.monotonic()
         with self._mutex:
             remember(self._answers, key, (value, since), _MOST_REMEMBERED)
@@ -142,25 +142,25 @@ class Remembered(Generic[K, V]):
 
 
 class Nodes:
-    """Policy and inventory, and what else knows nodes."""
+    """Policy, inventory, and the other sources on nodes."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         """Read the files; SettingsError if one can't be used."""
         self._policy: WatchedFile[GatewayPolicy] = WatchedFile(settings.policy, "policy", policy.parse)
         self._inventory: WatchedFile[Inventory] = WatchedFile(settings.inventory, "inventory", node_inventory.parse)
         self._command = settings.inventory_command
-        # requests for unknown names keep half of the threads busy, and not all
+        # so that requests for unknown names keep only half of the threads busy
         self._commands = threading.BoundedSemaphore(max(1, settings.concurrency // 2))
         self._entries: Remembered[str, NodeEntry | None] = Remembered()
         self._resolver = Resolver(max(1, settings.concurrency // 2)) if settings.reverse_dns else None
 
     def files(self, since: float) -> tuple[GatewayPolicy, Inventory]:
-        """Policy and inventory, by a look at the files no older than `since` (monotonic)."""
+        """Return policy and inventory, from a check of the files no older than `since` (monotonic)."""
         return self._policy.get(since), self._inventory.get(since)
 
     @property
     def trouble(self) -> str:
-        """Why a file does not count as it is; empty: both count."""
+        """Why the current content of a file does not count; empty: both count."""
         return "; ".join(filter(None, (self._policy.trouble, self._inventory.trouble)))
 
     @property
@@ -169,7 +169,7 @@ class Nodes:
         return self._policy.changes + self._inventory.changes
 
     def entry(self, name: str, inventory: Inventory) -> NodeEntry | None:
-        """The inventory's entry for a node, or the command's answer; None: neither knows it."""
+        """Return the inventory's entry for a node, or else the command's answer; None: neither knows it."""
         found = inventory.nodes.get(name)
         if found is not None or self._command is None:
             return found
@@ -185,17 +185,17 @@ class Nodes:
         return answer
 
     def with_dns(self, name: str, entry: NodeEntry, addresses: list[str]) -> NodeEntry:
-        """The entry with those of the addresses that the DNS proves to be the node's, if the settings let it."""
+        """Return the entry, plus the addresses that DNS proves to be the node's if `gateway.reverse_dns` is on."""
         if self._resolver is None:
             return entry
-        unknown = [one for one in addresses if one not in entry.addresses][:_MOST_LOOKUPS]
+        unknown = [address for address in addresses if address not in entry.addresses][:_MOST_LOOKUPS]
         hosts = self._resolver.hosts(unknown)
-        proven = [one for one in unknown if hosts.get(one) in {name, *entry.names}]
+        proven = [address for address in unknown if hosts.get(address) in {name, *entry.names}]
         return dataclasses.replace(entry, addresses=(*entry.addresses, *proven)) if proven else entry
 
 
 class Resolver:
-    """Names of addresses from DNS, in a few threads of its own, since a resolver may not answer."""
+    """Looks up the names of addresses in threads of its own, since a resolver may never answer."""
 
     def __init__(self, most: int) -> None:
         self._room = threading.BoundedSemaphore(most)
@@ -204,7 +204,7 @@ class Resolver:
         self._asking: dict[str, threading.Thread] = {}
 
     def hosts(self, addresses: Sequence[str]) -> dict[str, str | None]:
-        """The name of each address that resolves back to it; None: no such name, or no answer in time."""
+        """Return each address's name if it resolves back to the address; None: it does not, or no answer in time."""
         asking = {address: thread for address in addresses if (thread := self._begin(address)) is not None}
         deadline = time.monotonic() + _DNS_SECONDS
         for thread in asking.values():
@@ -212,7 +212,7 @@ class Resolver:
         return {address: (self._known.get(address) or (None,))[0] for address in addresses}
 
     def _begin(self, address: str) -> threading.Thread | None:
-        """The thread that asks; None: the answer is known, or as many ask as may at once."""
+        """Return the thread that looks it up; None: the answer is cached, or no further thread is allowed now."""
         with self._mutex:
             if self._known.get(address) is not None:
                 return None
@@ -226,7 +226,7 @@ class Resolver:
         host = None
         try:
             host = host_of(address)
-        finally:  # whatever the resolver makes of a name that others chose, the room is free again
+        finally:  # others chose the name, so the resolver may fail in any way
             with self._mutex:
                 self._known.put(address, host, time.monotonic())
                 del self._asking[address]
@@ -234,7 +234,7 @@ class Resolver:
 
 
 def host_of(address: str) -> str | None:
-    """The name of an address, if it resolves back to the address."""
+    """Return the name of an address, if it resolves back to the address."""
     try:
         host = socket.gethostbyaddr(address)[0].lower().rstrip(".")
         addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
@@ -274,16 +274,16 @@ def _ask_command(command: Path, name: str) -> NodeEntry | None:
 
 _MOST_TOGETHER = 256
 _NODES = "/api/v1/nodes"
-#: Names without what else is in the objects: a Node has dozens of images in it.
+#: Metadata alone, since a Node object lists dozens of images.
 _NAMES_ALONE = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _MOST_LISTED = 1_000
-#: One request costs the API server as much as so many names in a list.
+#: A request for one object costs the API server as much as this many names in a list.
 _NAMES_A_REQUEST = 20
 _NO_LIST_SECONDS = 60.0
 
 
 class NodeStates:
-    """May be used by any thread."""
+    """Looks up Node objects, several at a time; any thread may use it."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -293,7 +293,7 @@ class NodeStates:
         self._lists_from = 0.0
 
     def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> Steps[NodeState]:
-        """The node's state, by a look no older than `since`; `newer` repeats a look that did not find it."""
+        """Return the node's state as of `since` or later; `newer` looks again if the last look found no such node."""
         now, known = time.monotonic(), self._known.get(name, since)
         if known is not None and (known[0].exists or not newer):
             return known[0]
@@ -305,7 +305,7 @@ class NodeStates:
         return found
 
     def _looked_at(self, wanted: Sequence[tuple[str, bool]]) -> list[NodeState | NoAnswerError]:
-        """The state of each name, or why it is not known; the other half says whether its readiness counts."""
+        """Return each node's state, or why it is unknown; `wanted` has its name and whether its readiness counts."""
         there = self._listed(len(wanted))
         return [
             self._ask(name)
@@ -326,7 +326,7 @@ class NodeStates:
         return NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
 
     def _listed(self, wanted: int) -> frozenset[str] | None:
-        """The names of all nodes; None: to ask for each is less work, or there is no list."""
+        """Return the names of all nodes; None: single requests are cheaper, or there is no list."""
         now = time.monotonic()
         if wanted * _NAMES_A_REQUEST < max(len(self._latest[0]), 3 * _NAMES_A_REQUEST) or now < self._lists_from:
             return None
@@ -334,8 +334,8 @@ class NodeStates:
             reply = self._api.answer(request_of("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE))
             names = _names(reply.document) if reply.status == HTTPStatus.OK else None
         except NoAnswerError:
-            names = None  # the look at each node finds out why
-        if names is None:  # no right to, or too many
+            names = None  # the requests for single nodes report why
+        if names is None:  # we may not list nodes, or there are too many
             self._lists_from = time.monotonic() + _NO_LIST_SECONDS
             return None
         self._latest = (names, now)
@@ -343,7 +343,7 @@ class NodeStates:
 
 
 def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
-    """The names in a complete list of objects; None: another document."""
+    """Return the names in a complete list of objects; None: it is incomplete, or something else."""
     try:
         if document["kind"] != "PartialObjectMetadataList" or document["metadata"].get("continue"):
             return None
@@ -353,6 +353,6 @@ def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
 
 
 def is_ready(node: Mapping[str, Any]) -> bool:
-    """Whether a Node object has the condition `Ready`; when in doubt it has."""
-    ready = [one for one in items(node, "status", "conditions") if one.get("type") == "Ready"]
-    return not ready or any(one.get("status") == "True" for one in ready)
+    """Whether a Node object is Ready; True if it has no such condition."""
+    ready = [condition for condition in items(node, "status", "conditions") if condition.get("type") == "Ready"]
+    return not ready or any(condition.get("status") == "True" for condition in ready)

@@ -1,4 +1,4 @@
-"""A gateway's pages, for all who reach it: `/metrics` (names as in docs/gateway.md), `/healthz` and `/readyz`."""
+"""The gateway's pages, open to every client: `/metrics` (names as in docs/gateway.md), `/healthz` and `/readyz`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bridge.system.waiting import Spared, remember
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
-#: Of certificates.
+#: The most certificates whose end is a metric.
 _MOST_ENDS = 10_000
 
 OUTCOMES = (
@@ -32,15 +32,15 @@ OUTCOMES = (
 
 
 class Metrics:
-    """May be used by any thread."""
+    """The gateway's counters and gauges; any thread may use them."""
 
     def __init__(self, signers: tuple[str, ...]) -> None:
         self._mutex = threading.Lock()
         self._requests: Counter[tuple[str, str]] = Counter(
-            {(one, outcome): 0 for one in signers for outcome in OUTCOMES}
+            {(signer, outcome): 0 for signer in signers for outcome in OUTCOMES}
         )
-        #: How many were in each bucket, in the one without a limit, and all their seconds.
-        self._seconds: dict[str, list[float]] = {one: [0.0] * (len(_BUCKETS) + 2) for one in signers}
+        #: The count of each bucket, of the one without a limit, and the sum of all seconds.
+        self._seconds: dict[str, list[float]] = {signer: [0.0] * (len(_BUCKETS) + 2) for signer in signers}
         self._successes: dict[str, float] = {}
         self._ends: OrderedDict[tuple[str, str], float] = OrderedDict()
         self.gauges: dict[tuple[str, str], float] = {}
@@ -51,7 +51,7 @@ class Metrics:
             self._requests[signer, outcome] += times
 
     def signed(self, signer: str, name: str, end: datetime, seconds: float, now: datetime) -> None:
-        """A certificate was written."""
+        """Count a certificate that was written."""
         with self._mutex:
             self._requests[signer, "signed"] += 1
             row = self._seconds[signer]
@@ -67,19 +67,20 @@ class Metrics:
             remember(self._ends, key, max(self._ends.get(key, 0.0), end.timestamp()), _MOST_ENDS)
 
     def text(self) -> str:
-        """All metrics as text."""
+        """Return all metrics as text."""
         with self._mutex:
             return "".join(self._metrics())
 
     def _metrics(self) -> Iterator[str]:
-        requests = ((labels(signer=one, outcome=outcome), count) for (one, outcome), count in self._requests.items())
+        counts = self._requests.items()
+        requests = ((labels(signer=signer, outcome=outcome), count) for (signer, outcome), count in counts)
         yield _metric("requests_total", "Requests by what became of them.", requests, "counter")
         histogram = (line for signer, row in sorted(self._seconds.items()) for line in _histogram(signer, row))
         text = "From the arrival of a request to its certificate."
         yield metric(f"{PREFIX}_sign_seconds", text, histogram, "histogram")
-        successes = ((labels(signer=one), f"{moment:.3f}") for one, moment in self._successes.items())
+        successes = ((labels(signer=signer), f"{moment:.3f}") for signer, moment in self._successes.items())
         yield _metric("last_success_timestamp_seconds", "When a certificate was last written.", successes)
-        ends = ((labels(signer=one, name=name), f"{moment:.0f}") for (one, name), moment in self._ends.items())
+        ends = ((labels(signer=signer, name=name), f"{end:.0f}") for (signer, name), end in self._ends.items())
         yield _metric("certificate_end_timestamp_seconds", "When the newest certificate ends.", ends)
         for gauge, text in _GAUGES.items():
             values = ((rest, f"{value:g}") for (name, rest), value in self.gauges.items() if name == gauge)
@@ -109,11 +110,11 @@ def _histogram(signer: str, row: Sequence[float]) -> Iterator[tuple[str, str]]:
     yield f"_sum{labels(signer=signer)}", f"{row[-1]:.6f}"
 
 
-#: Connections at a time, so that clients can't use up the threads; with one more the oldest is closed, so that clients
-#: that hold all open can't keep the kubelet's probes out, and have the gateway killed.
+#: The most connections, so that clients can't use up the threads; a further one closes the oldest, so that clients that
+#: hold theirs open can't lock out the kubelet's probes, which would then kill the gateway.
 _MOST_CONNECTIONS = 16
 _SECONDS = 5
-#: The library takes 6 MB, and 50 of memory for each of the connections to read them.
+#: The library accepts 6 MB a connection, and needs 50 MB of memory to parse them.
 _LONGEST_HEAD_BYTES = 8 << 10
 
 Page = Callable[[], tuple[int, str]]
@@ -121,7 +122,7 @@ Page = Callable[[], tuple[int, str]]
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # with socketserver's 5, a few at once wait for TCP to try again
+    request_queue_size = 128  # with socketserver's 5, a small burst would wait for TCP to retry
     pages: Mapping[str, Page]
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
@@ -136,7 +137,7 @@ class _Server(ThreadingHTTPServer):
                 oldest = next(iter(self._open))
                 del self._open[oldest]
                 with contextlib.suppress(OSError):
-                    oldest.shutdown(SHUT_RDWR)  # which wakes its thread; that closes it
+                    oldest.shutdown(SHUT_RDWR)  # which wakes its thread, and the thread closes it
             self._open[request] = None
         super().process_request(request, client_address)
 
@@ -161,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         head = bytearray()
         while (line := self.rfile.readline(_LONGEST_HEAD_BYTES - len(head))).strip():
             head += line
-        self.rfile = io.BytesIO(head)  # whose first line alone counts
+        self.rfile = io.BytesIO(head)  # we read only the first line of the head
 
     def do_GET(self) -> None:
         page = self.server.pages.get(self.path.partition("?")[0])
@@ -180,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
-    """Serve the pages for as long as the block runs, at the port that it gets, which may be given as 0."""
+    """Serve the pages while the block runs, and yield the port, which the system chooses if it is 0."""
     wanted = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}"
     with reasons(BridgeError, wanted, hint="another port, or serve_status = false"):
         server = _Server(address, _Handler)
