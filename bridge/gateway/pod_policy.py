@@ -1,4 +1,4 @@
-"""The judgement of a pod's request: by what the API server vouches for, and what was looked up (pure: no I/O, no clock)."""
+"""The judgement of a pod's request, by the API server's word and the objects looked up (pure: no I/O, no clock)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, i
 from bridge.pki.csr import CsrData, OddRequestError
 from bridge.words import one_line
 
-#: The kubelet asks anew after 10 to 15 minutes, and kube-controller-manager deletes what is older than 15.
+#: The kubelet makes a new request after 10 to 15 minutes, and kube-controller-manager deletes those older than 15.
 _OLDEST = timedelta(minutes=14)
-#: Where a pod says nothing (`maxExpirationSeconds`).
+#: The lifetime of a pod without `maxExpirationSeconds`.
 USUAL_SECONDS = 86400
 _CURVE_NAMES = {"ecdsa-secp521r1": "ecdsa-p521"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodRequest:
-    """A PodCertificateRequest's content: who it is for, by the API server's word if a node has made it."""
+    """A PodCertificateRequest's content; if a node made it, the API server vouches for whom it is."""
 
     signer: str
     namespace: str
@@ -34,46 +34,46 @@ class PodRequest:
     node_uid: str
     seconds: int  #: `maxExpirationSeconds`.
     annotations: tuple[tuple[str, str], ...]
-    pem: bytes  #: The CSR as it came, which should be empty.
+    pem: bytes  #: The CSR as it came; its names should be empty.
 
     @property
     def username(self) -> str:
-        """The requester for the queue: a node and a namespace, so that one namespace does not delay another."""
+        """The requester for the queue: node and namespace, so that one namespace does not delay another."""
         return f"system:node:{self.node} for {self.namespace}"
 
     @property
     def parts(self) -> dict[str, str]:
-        """The parts that certificates' names are made of."""
+        """The values for the placeholders in certificate names."""
         return {key: getattr(self, key) for key in IN_PATH}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodState:
-    """A Pod object, as far as it is about one request."""
+    """What one request's verdict needs of a Pod object."""
 
     uid: str
     node: str
     service_account: str
     phase: str
-    key_types: frozenset[str]  #: Of its volumes with the request's signer, lifetime and annotations.
+    key_types: frozenset[str]  #: The key types of its volumes with the request's signer, lifetime and annotations.
     ends: datetime | None = None  #: When its grace period ends, if it was deleted.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodWorld:
-    """Everything besides the request that the verdict depends on, as it was looked up; None: it is not there."""
+    """Everything besides the request that the verdict depends on; None: there is no such object."""
 
     policy: GatewayPolicy
     cluster: str
     inventory: Inventory
     ca_end: datetime
     now: datetime
-    created: datetime  #: The request.
+    created: datetime  #: When the request was made.
     pod: PodState | None
     account_uid: str | None
     node_uid: str | None
-    labels: Mapping[str, str]  #: The namespace's.
-    entry: NodeEntry | None  #: The node's.
+    labels: Mapping[str, str]  #: The namespace's labels.
+    entry: NodeEntry | None  #: The node's entry in the inventory.
 
 
 def judge(request: PodRequest, world: PodWorld) -> Verdict:
@@ -89,7 +89,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
     if names is None or any(is_never_a_pods(name) or name in world.inventory.taken_names for name in names.dns):
         return Later("the policy gives this pod no names, too long ones, or names of the API server or of a node")
     longest, left = min(rules.max_validity, world.policy.allow.max_validity), world.ca_end - world.now
-    of_pod = timedelta(seconds=request.seconds) - rules.backdating  # by which the CA backdates
+    of_pod = timedelta(seconds=request.seconds) - rules.backdating  # the CA adds it before the beginning
     validity = min(longest, left - BEFORE_THE_CA_ENDS, of_pod)
     validity = timedelta(seconds=validity // timedelta(seconds=1))
     if validity < rules.least - rules.backdating:
@@ -112,12 +112,12 @@ def _troubles(
     yield from map(Later, _absent(request, world, pod))
     yield from _invented(request, csr, pod)
     for against in _against(request, csr, rules, world):
-        # a running pod's owner would have to delete it, while a policy that is put right mends the same
+        # a denial would force a running pod's owner to delete it, where a corrected policy would be enough
         yield against if pod.phase == "Pending" else Later(against.reason)
 
 
 def own_words(request: PodRequest) -> CsrData | Hostile:
-    """The CSR, which has to be empty, as every kubelet's is."""
+    """Return the CSR, which must have no names, as every kubelet's has none."""
     csr = read_csr(request.pem)
     if isinstance(csr, OddRequestError):
         return Hostile(str(csr))
@@ -127,12 +127,12 @@ def own_words(request: PodRequest) -> CsrData | Hostile:
 
 
 def key_of(csr: CsrData) -> str:
-    """The key by our names."""
+    """Return our name for the key's algorithm."""
     return _CURVE_NAMES.get(csr.key, csr.key)
 
 
 def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str]:
-    """Why no pod is waiting for the answer now; the pod may still come, or the object is deleted by itself."""
+    """Reasons why no pod waits for the answer now; the pod may come later, or the cluster deletes the request."""
     name, entry = request.node, world.entry
     if pod.uid != request.pod_uid:
         yield "another pod has this name by now"
@@ -146,16 +146,16 @@ def _absent(request: PodRequest, world: PodWorld, pod: PodState) -> Iterator[str
         yield f"node {name} was deleted, or made again"
     if entry is not None and entry.blocked:
         yield f"the inventory blocks node {name}"
-    if not any(fnmatchcase(name, one) for one in world.policy.allow.nodes):
+    if not any(fnmatchcase(name, pattern) for pattern in world.policy.allow.nodes):
         yield f"the policy's allow.nodes does not have {name}"
-    if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
+    if not any(fnmatchcase(world.cluster, pattern) for pattern in world.policy.allow.clusters):
         yield f"the policy's allow.clusters does not have this cluster, {world.cluster}"
     if world.now - world.created > _OLDEST:
         yield "the request is too old: the kubelet has another one by now, or soon; or this machine's clock is ahead"
 
 
 def _invented(request: PodRequest, csr: CsrData, pod: PodState) -> Iterator[Hostile]:
-    """NodeRestriction compares neither lifetime nor key nor annotations with the pod, and other callers not at all."""
+    """Mismatches with the pod: NodeRestriction checks no lifetime, key or annotation, and only requests of nodes."""
     if (pod.node, pod.service_account) != (request.node, request.service_account):
         yield _open("the pod has another node or service account")
     if KEY_TYPES.get(key_of(csr), "") not in pod.key_types:
@@ -163,9 +163,9 @@ def _invented(request: PodRequest, csr: CsrData, pod: PodState) -> Iterator[Host
 
 
 def _against(request: PodRequest, csr: CsrData, rules: PodSignerRules, world: PodWorld) -> Iterator[Hostile]:
-    """The reasons to deny a first request, in words for the pod's owner."""
+    """Reasons to deny a new pod's request, with messages for the pod's owner."""
     if key_of(csr) not in rules.keys:
-        types = ", ".join(KEY_TYPES[one] for one in rules.keys)
+        types = ", ".join(KEY_TYPES[key] for key in rules.keys)
         yield Hostile(f"key: {key_of(csr)}", "UnsupportedKeyType", f"keyType: this signer takes {types}")
     for key, value in request.annotations:
         if key not in rules.annotations:
@@ -176,7 +176,7 @@ def _against(request: PodRequest, csr: CsrData, rules: PodSignerRules, world: Po
                           f"userAnnotations: the value of {one_line(key, 100)} is not allowed")  # fmt: skip
     if not _has_namespace(request, rules, world):
         yield _open(f"namespace {request.namespace} may not have certificates of this signer")
-    if not any(fnmatchcase(request.service_account, one) for one in rules.service_accounts):
+    if not any(fnmatchcase(request.service_account, pattern) for pattern in rules.service_accounts):
         yield _open(f"service account {request.service_account} may not have certificates of this signer")
     if timedelta(seconds=request.seconds) < rules.least:
         yield _open(f"maxExpirationSeconds: this signer's CA needs at least {rules.least.total_seconds():.0f}")
@@ -186,19 +186,19 @@ def _against(request: PodRequest, csr: CsrData, rules: PodSignerRules, world: Po
 
 
 def _open(reason: str) -> Hostile:
-    """A verdict whose reason the pod's owner may read."""
+    """Return a denial whose reason the pod's owner may read."""
     return Hostile(reason, message=reason)
 
 
 def _has_namespace(request: PodRequest, rules: PodSignerRules, world: PodWorld) -> bool:
-    by_name = not rules.namespaces or any(fnmatchcase(request.namespace, one) for one in rules.namespaces)
+    by_name = not rules.namespaces or any(fnmatchcase(request.namespace, pattern) for pattern in rules.namespaces)
     return by_name and all(world.labels.get(key) == value for key, value in rules.namespace_labels.items())
 
 
 def _identity(request: PodRequest, rules: PodSignerRules) -> Identity | None:
-    """The first identity that lists this service account."""
-    for _, one in rules.identities:
-        in_namespace = any(fnmatchcase(request.namespace, pattern) for pattern in one.namespaces)
-        if in_namespace and any(fnmatchcase(request.service_account, pattern) for pattern in one.service_accounts):
-            return one
+    """Return the first identity that lists this service account."""
+    for _, identity in rules.identities:
+        in_namespace = any(fnmatchcase(request.namespace, pattern) for pattern in identity.namespaces)
+        if in_namespace and any(fnmatchcase(request.service_account, pattern) for pattern in identity.service_accounts):
+            return identity
     return None

@@ -1,4 +1,4 @@
-"""PodCertificateRequest objects: what is looked up for a verdict, how often pods may ask, and the one write of an answer."""
+"""PodCertificateRequest objects: lookups for a verdict, rate limits for pods, and the one write of the answer."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ log = logging.getLogger("ca-bridge")
 
 T = TypeVar("T")
 
-#: A Pod object has 5 to 60 kB, and its users may write 3 MB, which take 40 in memory: of each thread at once, a gigabyte.
+#: A Pod object has 5 to 60 kB; its users may write 3 MB, which take 40 MB in memory, or a gigabyte with all threads.
 _LONGEST_LOOKED_AT = 512 << 10
 _PODS_AT_ONCE = 16
-#: Of the API server's words.
+#: The most characters of the API server's message in ours.
 _LONGEST_REASON = 200
 
-#: A service account, a node's or a namespace's metadata that was looked at so long ago is as good as one of now; so is a
-#: pod for the write, which was looked at anew right before the CA was asked.
+#: The metadata of service accounts, nodes and namespaces may be this old; so may a pod for the write, since the pod was
+#: read anew right before the CA was asked.
 _RECENT_SECONDS = 2.0
 _EVENTS_A_MINUTE = 120
-#: The CA's own words are in the gateway's log alone: they may name what a pod's owner should not read.
+#: Reasons for a pod's owner; the CA's own words stay in the gateway's log, since they may hold internals.
 _OF_THE_CA = {
     "ca-unavailable": "the CA does not answer",
     "ca-refused": "the CA refuses it",
@@ -57,11 +57,11 @@ _OF_THE_CA = {
 
 
 class PodJudge:
-    """May be used by several threads."""
+    """Judges PodCertificateRequests; several threads may use it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        # nothing else of an account, a node, a namespace or a pod is kept, since its users choose the rest
+        # UIDs and wanted labels alone: users choose the rest of an object, and so its size
         self._metadata: Remembered[tuple[str, ...], tuple[str | None, Mapping[str, Any]]] = Remembered(_RECENT_SECONDS)
         self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)  # by the request's UID
         self._reading = threading.Lock()
@@ -70,32 +70,32 @@ class PodJudge:
         self._rates = (Rate(ours.node_rate), Rate(ours.pod_rate), Rate(ours.pod_namespace_rate))
 
     def turn(self, job: Job) -> float | None:
-        """Seconds until the rates of pod, node and namespace give the job its turn; None: too many wait already."""
+        """Return the seconds until the rates of pod, node and namespace let the job proceed; None: too many wait."""
         request, now = _request(job.one), time.monotonic()
         names = (f"{request.node}\n{request.pod_uid}", request.username, request.namespace)
         longest = 0.0
         with self._mutex:
             for rate, name in zip(self._rates, names, strict=True):
                 wait = rate.reserve(name, now)
-                if wait is None:  # what a pod asks for in vain takes nothing of its node's and its namespace's rate
+                if wait is None:  # a pod over its own rate uses up nothing of its node's and namespace's
                     return None
                 longest = max(longest, wait)
         return longest
 
     def look(self, one: AnyObject) -> Look:
-        """What a request says of itself; a kubelet may have several at a time, none of which supersedes another."""
+        """Return nothing known: a kubelet may have several requests at a time, and none supersedes another."""
         del one
         return Look()
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
         """
-        The policy's verdict, by the pod as it is at this moment, or for a write by what was looked at a moment ago; a denial,
-        after which a pod never starts, by all as it is at this moment.
+        Return the policy's verdict, by the pod as it is now, or for a write by the lookups of a moment ago. A denial,
+        after which a pod never starts, always rests on fresh lookups of everything.
         """
         now = time.monotonic()
         verdict = yield from self._judged(job, now if at_write else now - _RECENT_SECONDS, at_write=at_write)
         if isinstance(verdict, Hostile):
-            # what the first look saw in this moment is not looked at again: the files for a write, and else the pod
+            # not again what the first judgement read just now: the files for a write, else the pod
             verdict = yield from self._judged(job, now, now, at_write=not at_write)
         return verdict
 
@@ -107,7 +107,7 @@ class PodJudge:
         rules = policy.pod_signers.get(request.signer)
         labels = rules.namespace_labels if rules is not None else {}
         hostile = own_words(request)
-        if isinstance(hostile, Hostile):  # nothing is looked up for it
+        if isinstance(hostile, Hostile):  # without any lookup
             return hostile
         namespace = f"namespaces/{quoted(request.namespace)}"
         world = PodWorld(
@@ -124,7 +124,7 @@ class PodJudge:
             now=context.now(),
         )
         verdict = judge(request, world)
-        if isinstance(verdict, Allowed) and world.entry is None:  # no program is asked about what is not signed anyhow
+        if isinstance(verdict, Allowed) and world.entry is None:  # only now, so that denied requests run no program
             try:
                 entry = context.nodes.entry(request.node, inventory)
             except BridgeError as e:
@@ -133,10 +133,10 @@ class PodJudge:
                 verdict = judge(request, replace(world, entry=entry))
         return verdict
 
-    # --- what the API server has at present ---------------------------------------------------------------------------
+    # --- lookups at the API server ------------------------------------------------------------------------------------
 
     def _pod(self, job: Job, *, at_write: bool) -> Steps[PodState | None]:
-        """A request's pod as it is at this moment, or for a write as it was a moment ago; None: there is none of this name."""
+        """Return the request's pod as it is now, or for a write as of a moment ago; None: no pod has this name."""
         if at_write and (known := self._pods.get(job.one.uid)) is not None:
             return known[0]
         now = time.monotonic()
@@ -145,13 +145,13 @@ class PodJudge:
         return found
 
     def _looked_up(self, requests: Sequence[PodRequest]) -> list[PodState | Exception | None]:
-        """Look at the pods of several requests, a few at a time: their users may make each half a megabyte long."""
+        """Look up the pods of several requests, a few at a time, since a user can make each half a megabyte long."""
         found: list[PodState | Exception | None] = []
         for start in range(0, len(requests), _PODS_AT_ONCE):
-            some = requests[start : start + _PODS_AT_ONCE]
-            paths = [f"namespaces/{quoted(one.namespace)}/pods/{quoted(one.pod)}" for one in some]
+            batch = requests[start : start + _PODS_AT_ONCE]
+            paths = [f"namespaces/{quoted(one.namespace)}/pods/{quoted(one.pod)}" for one in batch]
             replies = deque(self._context.api.answers([_look(path, JSON) for path in paths]))
-            for request, path in zip(some, paths, strict=True):
+            for request, path in zip(batch, paths, strict=True):
                 try:
                     found.append(self._read(path, replies.popleft(), partial(pod_state, request=request)))
                 except (NoAnswerError, LeftError) as e:
@@ -161,12 +161,12 @@ class PodJudge:
     def _known(
         self, path: str, since: float = -math.inf, labels: Collection[str] = ()
     ) -> tuple[str | None, Mapping[str, Any]]:
-        """An object's UID (None: it is not there), and those of its labels that are wanted, as they were a moment ago."""
+        """Return an object's UID (None: it does not exist) and its labels named in `labels`, as of a moment ago."""
 
         def read(document: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-            theirs = mapping(document, "metadata", "labels").items()
+            found = mapping(document, "metadata", "labels").items()
             uid = str(mapping(document, "metadata").get("uid", ""))
-            return uid, {key: value for key, value in theirs if key in labels}
+            return uid, {key: value for key, value in found if key in labels}
 
         def ask() -> tuple[str | None, Mapping[str, Any]]:
             [reply] = self._context.api.answers([_look(path, METADATA)])
@@ -175,13 +175,13 @@ class PodJudge:
         return self._metadata.of((path, *labels), ask, since)
 
     def _read(self, path: str, reply: Reply | NoAnswerError, read: Callable[[Mapping[str, Any]], T]) -> T | None:
-        """What is read of an object; None: it is not there (NoAnswerError, LeftError: it is too large)."""
+        """Read an object from its reply; None: it does not exist (NoAnswerError; LeftError: it is too large)."""
         if isinstance(reply, NoAnswerError):
             wanted = f"wanted at most {_LONGEST_LOOKED_AT >> 10} KiB, found more: shorten the object"
             raise LeftError("left", f"{path}: {wanted}") if reply.is_too_long else reply
         if reply.status == HTTPStatus.NOT_FOUND:
             return None
-        with self._reading:  # one at a time, since an object takes ten times as much when it is parsed
+        with self._reading:  # one at a time, since a parsed object takes ten times its size
             return read(reply.found(path))
 
 
@@ -190,7 +190,7 @@ def _look(path: str, accept: str) -> Request:
 
 
 def pod_state(document: Mapping[str, Any], request: PodRequest) -> PodState:
-    """All of a Pod object that a verdict on this request depends on; what is not in its usual shape is left out."""
+    """Return what a verdict on this request needs of a Pod object, without values of an unexpected shape."""
     metadata, spec = mapping(document, "metadata"), mapping(document, "spec")
     deleted = metadata.get("deletionTimestamp")
     return PodState(
@@ -204,7 +204,7 @@ def pod_state(document: Mapping[str, Any], request: PodRequest) -> PodState:
 
 
 def _key_types(spec: Mapping[str, Any], request: PodRequest) -> Iterator[str]:
-    """The key types of the pod's volumes with the request's signer, lifetime and annotations."""
+    """Yield the key types of the pod's volumes that have the request's signer, lifetime and annotations."""
     wanted = request.signer, request.seconds, dict(request.annotations)
     for volume in items(spec, "volumes"):
         for one in items(volume, "projected", "sources"):
@@ -219,7 +219,7 @@ def _request(one: AnyObject) -> PodRequest:
 
 
 class PodWriter(Writer):
-    """One write is final: the kubelet asks no more for a pod whose request was denied, nor does the API server take another."""
+    """Writes one final answer: after a denial the kubelet asks no more, and the API server takes no other."""
 
     kind = "PodCertificateRequest"
     parse = staticmethod(parse_pod)
@@ -231,19 +231,19 @@ class PodWriter(Writer):
         self._cannot_tell = False
 
     def deny(self, job: Job, hostile: Hostile) -> Steps[str]:
-        """Deny the request, with words for the pod's owner; empty: it has changed."""
+        """Deny the request with a message for the pod's owner; empty: the object has changed."""
         condition = condition_of(watch.DENIED, hostile.code, hostile.message, self._context.now())
         body = {"metadata": identity_of(job.one), "status": {"conditions": [condition]}}
         return watch.DENIED if (yield from self._patched(job, "status", body)).status == HTTPStatus.OK else ""
 
     def mark(self, job: Job, kind: str, reason: str) -> Steps[bool]:
-        """Write nothing: the API server takes no condition but a final one, and an outage is no reason why a pod should never start."""
+        """Write nothing: the API server takes only final conditions, and an outage must not stop a pod for good."""
         del job, kind, reason
         yield from ()
         return False
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
-        """Say in an event of the pod why its request waits; in an outage of thousands some are left out."""
+        """Write an event with the reason why the pod's request waits; a rate limit drops some in a large outage."""
         request, context, now = _request(job.one), self._context, rfc3339(self._context.now())
         text = _OF_THE_CA.get(outcome, reason)
         with self._mutex:
@@ -270,7 +270,7 @@ class PodWriter(Writer):
                 log.warning("no events of pods: HTTP %d %s", reply.status, one_line(reply.message))
 
     def trouble(self, verdict: Allowed, found: Verified) -> str:
-        """Why the API server would not take this certificate now."""
+        """Return why the API server would reject this certificate now; empty: it would not."""
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
         return dates_problem(begin, end, verdict.most, self._context.now())
 
@@ -288,9 +288,9 @@ class PodWriter(Writer):
         return reply.status == HTTPStatus.OK
 
     def _unprocessable(self, job: Job, subresource: str, reply: Reply) -> None:
-        """Leave the job; the API server's reason repeats the chain before its last words."""
+        """Leave the job; the reason is the end of the API server's message, which quotes the whole chain before it."""
         del subresource
-        self._read_again(job)  # or it is finished, or another object, by now
+        self._read_again(job)  # raises GoneError if it is finished or replaced by now
         job.verified = None
         reason = one_line(reply.message[-_LONGEST_REASON:])
         raise LeftError("bad-answer", f"the API server does not take the answer: …{reason}", after_refusal(job))

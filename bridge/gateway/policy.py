@@ -1,4 +1,4 @@
-"""The gateway's policy, and its judgement of a request from the certificates API (pure: no I/O, no clock)."""
+"""The gateway's policy, and the judgement of CertificateSigningRequests by it (pure: no I/O, no clock)."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from bridge.settings import opened
 from bridge.specs import KUBELET_CLIENT, KUBELET_SERVER, KUBELET_SERVING, MASTERS, USER, CertificateSpec
 from bridge.words import one_line
 
-#: A CA's certificate ends this much later than what it signs, so that a clock or two may differ.
+#: A certificate ends this long before its CA's certificate, so that clocks may differ.
 BEFORE_THE_CA_ENDS = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayPolicy(Policy):
-    """The file: a desk's policy with signers."""
+    """The policy file: a desk's policy, plus signers."""
 
-    signers: Mapping[str, SignerRules]  #: By the certificates API's name.
+    signers: Mapping[str, SignerRules]  #: By signer name, as in the certificates API.
     pod_signers: Mapping[str, PodSignerRules] = field(default_factory=dict)
 
 
 def parse(text: str, file: Path | None = None) -> GatewayPolicy:
-    """A policy from TOML text."""
+    """Read a policy from TOML text."""
     reader, document = opened(text, file)
     signers = read_signers(reader, mapping(document, "signer"))
     pod_signers = read_pod_signers(reader, mapping(document, "pod_signer"))
@@ -67,19 +67,19 @@ def parse(text: str, file: Path | None = None) -> GatewayPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request, with what the API server says about the requester."""
+    """One CertificateSigningRequest, with the requester that the API server names."""
 
     signer: str
     username: str
     groups: frozenset[str]
     usages: frozenset[str]
     asked_validity: timedelta | None  #: `spec.expirationSeconds`.
-    pem: bytes  #: As it came; nothing about it is known.
+    pem: bytes  #: The CSR as it came, unchecked.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeState:
-    """A Node object, as the API server has it at this moment."""
+    """The current state of a Node object at the API server."""
 
     exists: bool
     ready: bool = False
@@ -87,30 +87,30 @@ class NodeState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowed:
-    """The request may be signed, like this."""
+    """The request may be signed, with these values."""
 
     spec: CertificateSpec
     csr: CsrData
     validity: timedelta
     longest: timedelta  #: The policy's limit, whatever the request says: a CA with profiles decides itself.
-    name: str  #: The certificate's, for metrics; see `csrs.name_in`.
-    names: Names | None = None  #: A pod's, whose CSR has none.
-    most: timedelta = timedelta()  #: That a pod takes, from the certificate's beginning on.
-    refresh: int = 0  #: Per cent of the life, for a pod.
+    name: str  #: The certificate's name in metrics; see `csrs.name_in`.
+    names: Names | None = None  #: A pod's names, since its CSR has none.
+    most: timedelta = timedelta()  #: The longest lifetime that the pod accepts, from notBefore on.
+    refresh: int = 0  #: For a pod: when the kubelet renews, in per cent of the lifetime.
 
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """The request will never be signed, whatever changes outside of the policy. The text is for the log."""
+    """The request will never be signed unless the policy changes. The reason is for the log."""
 
     reason: str
     code: str = "NotAllowed"  #: The condition's reason.
-    message: str = "not allowed"  #: The condition's message, which others may read.
+    message: str = "not allowed"  #: The condition's message, which other users may read.
 
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """The request can't be signed now, and may be when something has changed. The text is for the log."""
+    """The request can't be signed now, but may be after a change. The reason is for the log."""
 
     reason: str
 
@@ -125,23 +125,23 @@ class World:
     policy: GatewayPolicy
     cluster: str
     inventory: Inventory
-    ca_end: datetime  #: Of the CA's certificate that the signer's certificates lead to.
+    ca_end: datetime  #: When the CA's certificate ends.
     min_validity: timedelta
     now: datetime
-    #: The node that the request is about, if it is about one: its entry, and its Node object.
+    #: The inventory's entry and the Node object of the node that the request is about, if any.
     entry: NodeEntry | None = None
     state: NodeState | None = None
 
 
-#: A kubelet's request has less than 1 kB. With its names read, an entry takes up to four times as much: 24 MB for all at most.
+#: A kubelet's request has less than 1 kB. Parsed, an entry takes up to four times as much: 24 MB for all at most.
 USUAL_BYTES = 3 << 10
-#: A request is judged three times or more; refused requests are not remembered. Each of a burst of 2,000, which are all
-#: looked at before the first is signed, is read once (docs/gateway.md has their time).
+#: A request is judged at least three times (CSRs that can't be read are not cached). In a burst of 2,000 requests, all
+#: judged before the first is signed, each CSR is parsed once (docs/gateway.md has the times).
 _remembered = lru_cache(maxsize=2048)(read_strictly)
 
 
 def read_csr(pem: bytes) -> CsrData | OddRequestError:
-    """A request's CSR, or what is odd in it."""
+    """Return a request's CSR, or the error that names what is odd in it."""
     try:
         return _remembered(pem) if len(pem) <= USUAL_BYTES else read_strictly(pem)
     except OddRequestError as e:
@@ -149,13 +149,13 @@ def read_csr(pem: bytes) -> CsrData | OddRequestError:
 
 
 def addresses_of(request: Request) -> list[str]:
-    """The IP addresses that the CSR asks for, as far as it can be read."""
+    """Return the IP addresses in the CSR; none if it can't be read."""
     csr = read_csr(request.pem)
     return [] if isinstance(csr, OddRequestError) else sorted(value for kind, value in csr.sans if kind == "IP")
 
 
 def node_of(request: Request) -> str | None:
-    """The node that a kubelet's request is about; None: it is about no node, or its CSR can't be read."""
+    """Return the node that a kubelet's request is about; None: it is about no node, or its CSR can't be read."""
     if spec_of(request.signer) not in (KUBELET_CLIENT, KUBELET_SERVING):
         return None
     csr = read_csr(request.pem)
@@ -177,9 +177,9 @@ def judge(request: Request, world: World) -> Verdict:
     if not isinstance(who, str):
         return who
     longest, left = _longest(spec, rules, world.policy), world.ca_end - world.now - BEFORE_THE_CA_ENDS
-    # a request is never refused for its length
+    # a request for a longer lifetime gets a shorter one, not a denial
     validity = min(longest, left, request.asked_validity if request.asked_validity is not None else longest)
-    if not any(fnmatchcase(world.cluster, one) for one in world.policy.allow.clusters):
+    if not any(fnmatchcase(world.cluster, pattern) for pattern in world.policy.allow.clusters):
         return Later(f"the policy's allow.clusters does not have this cluster, {world.cluster}")
     if validity < world.min_validity:
         least, found = duration_text(world.min_validity), duration_text(validity)
@@ -190,10 +190,11 @@ def judge(request: Request, world: World) -> Verdict:
 
 
 def _longest(spec: CertificateSpec, rules: SignerRules, policy: Policy) -> timedelta:
-    """The shortest that the signer's table, the certificate's table, `[allow]` and for users `[users]` give."""
+    """Return the shortest limit of the signer's table, the certificate's table, `[allow]` and, for users, `[users]`."""
     own = policy.certificates[spec.name].max_validity if spec.name in policy.certificates else None
     of_users = policy.users.max_validity if spec is USER and policy.users is not None else None
-    return min(one for one in (rules.max_validity, own, of_users, policy.allow.max_validity) if one is not None)
+    limits = (rules.max_validity, own, of_users, policy.allow.max_validity)
+    return min(limit for limit in limits if limit is not None)
 
 
 def _who(request: Request, csr: CsrData, spec: CertificateSpec, rules: SignerRules, world: World) -> str | Verdict:
@@ -228,7 +229,7 @@ def _kubelet(request: Request, csr: CsrData, spec: CertificateSpec, rules: Signe
 def _requester(
     request: Request, name: str, spec: CertificateSpec, rules: SignerRules, world: World
 ) -> Hostile | Later | None:
-    """A node asks for itself, a bootstrap token for a node that does not exist yet."""
+    """Check the requester: a node asks for itself, a bootstrap token for a node that does not exist yet."""
     itself = request.username == f"{NODE_USER}{name}" and NODES_GROUP in request.groups
     bootstraps = (
         spec is KUBELET_CLIENT
@@ -243,9 +244,9 @@ def _requester(
 
 
 def _presence(name: str, world: World, *, bootstraps: bool) -> Later | None:
-    """The inventory has the node; its Node object exists if it asks for itself, and does not (or may come back) for a token."""
+    """Check that the inventory has the node, and that its Node object exists (for a token: does not, or may rejoin)."""
     entry, state, trouble = world.entry, world.state, ""
-    if not any(fnmatchcase(name, one) for one in world.policy.allow.nodes):
+    if not any(fnmatchcase(name, pattern) for pattern in world.policy.allow.nodes):
         trouble = f"the policy's allow.nodes does not have {name}"
     elif entry is None:
         trouble = f"the inventory does not have node {name}"
@@ -272,7 +273,7 @@ def _serving_sans(csr: CsrData, name: str, world: World) -> Hostile | Later | No
         return Hostile(f"SAN: {_texts(never)} can be no node's")
     known = world.entry.sans(name) if world.entry is not None else frozenset()
     unknown = [value for kind, value in csr.sans if (kind, value) not in known]
-    # the inventory may have it tomorrow
+    # later, since the inventory may have it tomorrow
     return Later(f"SAN: the inventory does not give {name} {_texts(unknown)}") if unknown else None
 
 
@@ -295,7 +296,7 @@ def _user(request: Request, csr: CsrData, rules: SignerRules, policy: Policy) ->
 
 
 def _is_granted(csr: CsrData, text: str, username: str) -> bool:
-    """Whether a subject is a grant's; the requester's name is put into values, and so can't add an attribute."""
+    """Whether a grant's subject matches; the requester's name goes into parsed values, and can't add an attribute."""
     try:
         pattern = attributes(x509.Name.from_rfc4514_string(text))
     except ValueError:
@@ -310,11 +311,11 @@ def _control_plane(
         return Later(f"the policy's allow.names does not have {spec.name}")
     if (O_OID, MASTERS) in csr.subject and spec.name not in world.policy.allow.masters:
         return Hostile(f"subject: the group {MASTERS}")
-    nodes = sorted(  # for which the requester may ask: itself, or all
+    nodes = sorted(  # the nodes that the requester may ask for: itself, or all
         name
         for name, entry in world.inventory.control_planes.items()
         if not entry.blocked
-        and any(fnmatchcase(name, one) for one in world.policy.allow.nodes)
+        and any(fnmatchcase(name, pattern) for pattern in world.policy.allow.nodes)
         and any(grant.is_for(request.username, request.groups, node=name) for _, grant in rules.grants)
     )
     if not nodes:

@@ -1,4 +1,4 @@
-"""Waiting requests in their order or at their time, only the newest for a node."""
+"""The queue of requests: in order or at their time, fair among users, only the newest for a node."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
 from bridge.system.waiting import remember
 
-#: A flood waits in the API server, not here; it comes again with the next round of the watch. When the queue is full, the
+#: A flood waits in the API server, not here, and the watch's next round delivers it again. When the queue is full, the
 #: requester with the most waiting requests loses some, so that a flood keeps no other requester out.
 MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
 _MOST_REMOVED = 500
-#: A CA that has not answered all of a lot by then gets a further one beside it: one request on which it hangs keeps no
-#: others waiting but those of its lot.
+#: A CA that takes longer than this over a lot gets another lot beside it, so that a request on which it hangs delays
+#: only its own lot.
 _SLOW_SECONDS = 1.0
 _MOST_LOTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What a request says of itself, beside the files."""
+    """What a request and the files alone say about its job."""
 
-    #: See `key_of`; empty: it may not be signed, or is about no node. Then it supersedes no other job, and no other job
-    #: supersedes it: with a node's credentials and refused requests alone, its kubelet could be kept waiting for ever.
+    #: See `key_of`; empty: it may not be signed, or is about no node. Then it supersedes no job, and no job supersedes
+    #: it, or refused requests, made with a node's credentials, could keep its kubelet waiting for ever.
     key: str = ""
     is_known: bool = False  #: The inventory has the node.
-    is_hostile: bool = False  #: It will be refused for its own words.
+    is_hostile: bool = False  #: Its content alone is a reason to refuse it.
 
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """One object, and how far we are with it."""
+    """One object, and the progress of our work on it."""
 
     one: AnyObject
     look: Look
     arrived: float  #: Monotonic.
     lane: str = ""  #: The CA's name.
-    lot: int = 0  #: The lot in which it is worked at.
-    begun: bool = False  #: It has its turn by the rates.
+    lot: int = 0  #: The lot of which it is a part now.
+    begun: bool = False  #: The rate limits have let it proceed.
     attempts: int = 0
-    said: str = ""  #: The last reason why it was left, which is logged once.
+    said: str = ""  #: The last logged reason why it was left, so that each is logged once.
     last_event: str = ""  #: The last reason in an event for the object's owner.
-    verified: Verified | None = None  #: The CA's answer, not written yet.
-    unrecorded: Verified | None = None  #: The CA's answer, which is not in the record yet.
+    verified: Verified | None = None  #: The CA's answer, not yet written.
+    unrecorded: Verified | None = None  #: The CA's answer, not yet in the audit log.
     signed_for: tuple[object, ...] = ()  #: What the policy gave when `verified` was signed.
-    facts: dict[str, Any] = field(default_factory=dict)  #: What each line of the audit log said about it then.
-    was_asked: bool = False  #: The CA was asked, and its answer did not come.
-    was_recalled: bool = False  #: Since then it was looked for, and was not there.
-    later: AnyObject | None = None  #: A newer version, which has come while this one is worked at.
-    removed: bool = False  #: While it is worked at.
-    delay: int = 0  #: The number of its delay, while it has a time and no place in its lane's line.
+    facts: dict[str, Any] = field(default_factory=dict)  #: The fields of its lines in the audit log, as of then.
+    was_asked: bool = False  #: We asked the CA, and have no answer yet.
+    was_recalled: bool = False  #: We have searched for a certificate since, and found none.
+    later: AnyObject | None = None  #: A newer version, which came during the work on this one.
+    removed: bool = False  #: It was removed during the work on it.
+    delay: int = 0  #: The number of its delay while it waits for its time; 0: it is not delayed.
 
 
 def key_of(one: AnyObject, node: str | None) -> str:
-    """Signer, user and node, of whose jobs only the newest counts: a kubelet reads only its newest request."""
+    """Return signer, user and node as a key; only its newest job counts, as a kubelet reads only its newest request."""
     return f"{one.request.signer}\n{one.request.username}\n{node}"
 
 
@@ -75,20 +75,20 @@ class _Lane:
 
     def __init__(self, most: int | None, most_lots: int) -> None:
         self._most_lots = most_lots
-        self.most = most  #: Jobs in a lot; None: one job at a time, by as many threads as there are.
-        #: By user, whose turn is next first, and by uid.
+        self.most = most  #: The most jobs in a lot; None: each thread takes one job.
+        #: The waiting jobs, by user (the next user comes first) and by uid.
         self.ready: OrderedDict[str, dict[str, Job]] = OrderedDict()
-        self.lots: Counter[int] = Counter()  #: Jobs that are worked at, by their lot.
-        self.slow_at = 0.0  #: When the newest lot has taken too long.
+        self.lots: Counter[int] = Counter()  #: The number of jobs in work, by lot.
+        self.slow_at = 0.0  #: When the newest lot counts as slow.
 
     def due(self) -> float:
-        """When a thread may take the next jobs; infinite: none are ready, or too many are worked at."""
+        """Return when a thread may take the next jobs; infinite: none is ready, or too many lots are in work."""
         if not self.ready or len(self.lots) >= self._most_lots:
             return math.inf
         return self.slow_at if self.lots else -math.inf
 
     def withdraw(self, job: Job) -> None:
-        """Take a job out of its line, if it is in one."""
+        """Remove a job from its user's line, if it is in one."""
         user = job.one.request.username
         line = self.ready.get(user, {})
         if line.pop(job.one.uid, None) is not None and not line:
@@ -96,7 +96,7 @@ class _Lane:
 
 
 class Queue:
-    """May be used by any thread."""
+    """The jobs of all lanes; any thread may use it."""
 
     def __init__(
         self,
@@ -105,17 +105,17 @@ class Queue:
         threads: int = _MOST_LOTS + 1,
     ) -> None:
         """
-        Of a lane in `lots` one thread takes up to so many jobs at once, and no other thread takes any for a second; of all
-        `threads` one is left for other lanes.
+        From a lane in `lots`, one thread takes up to that many jobs at once, and no other takes any for a second;
+        one of the `threads` always stays free for other lanes.
         """
         self._lane, self._most = lane, lots or {}
         self._most_lots = max(1, min(_MOST_LOTS, threads - 1))
         self._changed = threading.Condition()
         self._order, self._lots = itertools.count(1), itertools.count()
-        self._lanes: dict[str, _Lane] = {}  # the lane that had its turn last is last
+        self._lanes: dict[str, _Lane] = {}  # the lane that was served last comes last
         self._working: dict[str, Job] = {}
         self._closed = False
-        self._watched = math.inf  # when a thread wakes up for what is due then
+        self._watched = math.inf  # the next time at which a waiting thread wakes by itself
         self._reset()
 
     def _reset(self) -> None:
@@ -124,23 +124,23 @@ class Queue:
             lane.ready.clear()
         self._delayed: list[tuple[float, int, Job]] = []
         self._newest: OrderedDict[str, tuple[tuple[datetime, int], str]] = OrderedDict()
-        #: Uids that do not count: of two that were made in one second, a write on the older one gives it the greater version.
+        #: Superseded uids: a write gives the older of two objects made in one second the greater resourceVersion.
         self._older: OrderedDict[str, None] = OrderedDict()
         self._shares: Counter[str] = Counter()  # bytes by user
         self._bytes = 0
         self.overflowed = False
 
     def put(self, one: AnyObject, look: Callable[[AnyObject], Look]) -> list[str]:
-        """Take in an object that is new or has changed; the uids of older objects of its key, which count no longer."""
+        """Take in an object that is new or has changed; return the uids of the older objects that it supersedes."""
         with self._changed:
             if self._is_known(one):
                 return []
             if not self._make_room(one):
                 self.overflowed = True
                 return []
-        found = look(one)  # without the lock: it takes a while
+        found = look(one)  # without the lock, since it takes a while
         with self._changed:
-            if self._is_known(one):  # by now
+            if self._is_known(one):  # it may be by now
                 return []
             superseded = self._supersede(one, found.key)
             if superseded is None or not self._make_room(one):
@@ -151,7 +151,7 @@ class Queue:
             return superseded
 
     def _is_known(self, one: AnyObject) -> bool:
-        """Whether it has a job, which has this version from now on."""
+        """Whether the object has a job; if so, give the job this version."""
         if (worked_at := self._working.get(one.uid)) is not None:
             worked_at.later, worked_at.removed = one, False
             return True
@@ -172,33 +172,33 @@ class Queue:
             return 2 * self._bytes <= MOST_BYTES and 2 * len(self._jobs) <= MOST_JOBS
 
     def _make_room(self, one: AnyObject) -> bool:
-        """Whether it fits, once requesters with more waiting than its own have lost some."""
+        """Whether the object fits, after requesters with more waiting than its own have lost some."""
         user = one.request.username
         while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
             greediest = self.greediest()
             if self._shares[greediest] <= self._shares[user] + one.size:
                 return False
-            theirs = [job for job in self._jobs.values() if job.one.request.username == greediest]
-            # one that was not worked at yet, if there is one: the others may have a certificate already
-            self._remove(next((job for job in theirs if not job.begun), theirs[0]).one.uid)
+            candidates = [job for job in self._jobs.values() if job.one.request.username == greediest]
+            # prefer a job without any work yet: the others may have a certificate already
+            self._remove(next((job for job in candidates if not job.begun), candidates[0]).one.uid)
             self.overflowed = True
         return True
 
     def greediest(self) -> str:
-        """The requester with the most waiting; empty: no request waits."""
+        """Return the requester with the most bytes waiting; empty: no request waits."""
         with self._changed:
             return max(self._shares, key=lambda name: self._shares[name], default="")
 
     def _line_up(self, job: Job) -> None:
-        """Every user has a line, and the lines have their turns, so that a flood is in no other user's way."""
+        """Add a job to its user's line; the lines take turns, so that a flood delays no other user."""
         if job.lane not in self._lanes:
             self._lanes[job.lane] = _Lane(self._most.get(job.lane), self._most_lots)
-        job.delay = 0  # its place in the heap leads to nothing
+        job.delay = 0  # so that its entry in the heap no longer counts
         self._lanes[job.lane].ready.setdefault(job.one.request.username, {})[job.one.uid] = job
         self._wake_for(self._lanes[job.lane].due())
 
     def _wake_for(self, due: float) -> None:
-        """Wake a thread, unless one wakes up by then: it takes what is due, or waits until it is."""
+        """Wake a thread to take the jobs that are due, or wait for them, unless one wakes by then anyway."""
         if due < self._watched:
             self._changed.notify()
 
@@ -220,7 +220,7 @@ class Queue:
             del self._shares[user]
 
     def _supersede(self, one: AnyObject, key: str) -> list[str] | None:
-        """The uids that this object supersedes; None: a newer one is known."""
+        """Return the uids that this object supersedes; None: a newer object is known."""
         if not key:
             return []
         known = self._newest.get(key)
@@ -239,11 +239,11 @@ class Queue:
     def is_newest(self, job: Job) -> bool:
         """Whether no newer job of its key has come."""
         with self._changed:
-            known = self._newest.get(job.look.key)  # never the empty one
+            known = self._newest.get(job.look.key)  # an empty key is never in it
             return known is None or known[1] == job.one.uid
 
     def remove(self, uid: str) -> bool:
-        """Take an object out: it is finished, or gone. True: it is being worked at."""
+        """Remove an object that is finished or gone; True: a thread is working on it."""
         with self._changed:
             self._remove(uid)
             job = self._working.get(uid)
@@ -256,19 +256,19 @@ class Queue:
         if job is not None:
             job.delay = 0
             self._lanes[job.lane].withdraw(job)
-            if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # their time may keep them there for long
+            if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # with withdrawn ones until their time
                 self._delayed = [(due, number, job) for due, number, job in self._delayed if job.delay == number]
                 heapq.heapify(self._delayed)
 
     def take(self, seconds: float) -> list[Job]:
-        """The next jobs, for each of which `done` or `delay` has to be called; none came in time, or the queue is closed."""
+        """Return the next jobs, each to end by `done` or `delay`; empty: none came in time, or the queue is closed."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
                 now = time.monotonic()
                 self._line_up_due(now)
                 if jobs := self._next(now):
-                    self._wake_for(self._due())  # this thread will not watch the time now
+                    self._wake_for(self._due())  # this thread no longer waits for it
                     return jobs
                 if self._closed or now >= deadline:
                     return []
@@ -281,13 +281,13 @@ class Queue:
                 self._line_up(job)
 
     def _due(self) -> float:
-        """When there is something to do next."""
+        """Return when the next job is due."""
         delayed = self._delayed[0][0] if self._delayed else math.inf
         return min([delayed, *(lane.due() for lane in self._lanes.values())])
 
     def _next(self, now: float) -> list[Job]:
         for name in [name for name, lane in self._lanes.items() if lane.due() <= now]:
-            lane = self._lanes[name] = self._lanes.pop(name)  # its next turn is after the others'
+            lane = self._lanes[name] = self._lanes.pop(name)  # served last, so it goes last
             if jobs := self._next_of(lane.ready, lane.most or 1):
                 if lane.most is not None:
                     lot = next(self._lots)
@@ -310,7 +310,7 @@ class Queue:
         return found
 
     def _wait(self, now: float, deadline: float) -> None:
-        """Wait for a change; only one thread waits for the time of what is due, which would wake a hundred of them."""
+        """Wait for a change; only one thread also waits for the next due time, or a hundred would wake at once."""
         due = self._due()
         if due >= min(deadline, self._watched):
             self._changed.wait(deadline - now)
@@ -323,7 +323,7 @@ class Queue:
                 self._watched = math.inf
 
     def _end_work(self, job: Job) -> AnyObject | None:
-        """End the work on a job; its object as it is now, if that has changed meanwhile."""
+        """End the work on a job; return the object's newer version if it changed meanwhile."""
         del self._working[job.one.uid]
         lane = self._lanes[job.lane]
         if lane.most is not None:
@@ -335,14 +335,14 @@ class Queue:
         return later if later is not None and later.version != job.one.version else None
 
     def done(self, job: Job) -> None:
-        """End the work on a job, unless its object has changed meanwhile."""
+        """End the work on a job; queue it again if its object changed meanwhile."""
         with self._changed:
             later = self._end_work(job)
         if later is not None and not later.is_finished:
             self.put(later, lambda _: job.look)
 
     def delay(self, job: Job, seconds: float) -> None:
-        """Put a job back, unless it was removed meanwhile: it is looked at again after these seconds, or when its object changes."""
+        """Put a job back for `seconds`, or until its object changes, unless it was removed meanwhile."""
         with self._changed:
             later = self._end_work(job)
             job.one = later or job.one
@@ -357,7 +357,7 @@ class Queue:
                 self._wake_for(self._delayed[0][0])
 
     def wake(self) -> None:
-        """Look at all delayed jobs at once: something has changed."""
+        """Make all delayed jobs due now, because something has changed."""
         with self._changed:
             for _, number, job in self._delayed:
                 if job.delay == number:
@@ -366,14 +366,14 @@ class Queue:
             self._changed.notify_all()
 
     def forget(self) -> None:
-        """Another replica works from here on."""
+        """Drop all jobs: another replica works from now on."""
         with self._changed:
             for job in self._working.values():
                 job.removed, job.later = True, None
             self._reset()
 
     def close(self) -> None:
-        """Take no new jobs, and forget those that are not being worked at."""
+        """Give out no more jobs, and drop those that no thread works on."""
         with self._changed:
             self._closed = True
             for lane in self._lanes.values():
@@ -381,6 +381,6 @@ class Queue:
             self._changed.notify_all()
 
     def counts(self) -> tuple[int, int]:
-        """Waiting, and being worked at."""
+        """Return how many jobs wait, and how many are in work."""
         with self._changed:
             return len(self._jobs), len(self._working)
