@@ -1,6 +1,6 @@
 """
-ClusterTrustBundles: the roots that pods trust, kept equal to those in `pods.crt`, one object a signer; no object of
-another name, and without our label none, is ever removed.
+ClusterTrustBundles: the roots that pods trust, kept equal to those in `pods.crt`, with one object for each signer; we
+never remove an object with another name or without our label.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ log = logging.getLogger("ca-bridge")
 BUNDLES = "clustertrustbundles"
 _SUFFIX = "ca-bridge"
 _TRIES = 5
-#: What says that an object is ours to remove.
+#: The label of objects that we may remove.
 _LABEL = {"app.kubernetes.io/managed-by": "ca-bridge"}
 
 
 def name_of(signer: str) -> str:
-    """The object's name, which the API server wants to begin with the signer's."""
+    """Return the bundle's name; the API server requires that it begins with the signer's name."""
     return f"{signer.replace('/', ':')}:{_SUFFIX}"
 
 
-#: What became of a signer's bundle; `foreign`: another client's, which is not ours to remove.
+#: The outcome for a signer's bundle; `foreign`: it belongs to another client, and we may not remove it.
 Outcome = Literal["published", "replaced", "unchanged", "removed", "absent", "foreign"]
 
 
 class NotPublishedError(BridgeError):
-    """The API server answers, and does not take the roots."""
+    """The API server rejects the roots."""
 
     exit_code: ClassVar[int] = Exit.REFUSED
     hint = "docs/pod-certificates.md names the rights on clustertrustbundles and signers that it needs"
@@ -60,12 +60,12 @@ class Roots:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._group = ""  #: With the version in which the API server has bundles; empty: not known.
+        self._group = ""  #: The API group and version in which the API server has bundles; empty: not known.
         self._said: dict[str, str] = {}
-        self.good: dict[str, bool] = {}  #: By signer: the object is as it should be.
+        self.good: dict[str, bool] = {}  #: By signer: whether the bundle is as it should be.
 
     def keep(self, signer: str, roots: str | None) -> None:
-        """Have the object with these certificates in PEM, or with None no object of ours; the log says what was done."""
+        """Publish these certificates (PEM) in the signer's bundle, or remove ours if None; log the result."""
         trouble, name = "", name_of(signer)
         try:
             outcome = self.publish(signer, roots)
@@ -84,7 +84,7 @@ class Roots:
         self._said[signer] = trouble
 
     def publish(self, signer: str, roots: str | None) -> Outcome:
-        """Have the object with these certificates, or with None no object of ours (NoAnswerError, NotPublishedError)."""
+        """Publish these certificates in the bundle, or remove ours if None (NoAnswerError, NotPublishedError)."""
         for _ in range(_TRIES):
             outcome = self._once(signer, roots)
             if outcome is not None:
@@ -92,13 +92,13 @@ class Roots:
         raise NotPublishedError(f"another client changes {name_of(signer)} all the time")
 
     def _once(self, signer: str, roots: str | None) -> Outcome | None:
-        """None: another client has changed the object meanwhile."""
+        """Try to publish once; None: another client changed the bundle meanwhile."""
         self._group = self._group or served(self._api, BUNDLES)
         collection = f"{self._group}/{BUNDLES}"
         path = f"{collection}/{quote(name_of(signer), safe=':')}"
         reply = self._api.ask("GET", path)
         if reply.status == HTTPStatus.NOT_FOUND:
-            if self._group != GROUP:  # an upgrade may have taken this version away
+            if self._group != GROUP:  # an upgrade may have removed this version
                 self._group = ""
             if roots is None:
                 return "absent"
@@ -136,7 +136,7 @@ def _refusal(method: str, reply: Reply) -> NotPublishedError:
 
 
 def text_of(roots: Sequence[x509.Certificate]) -> str:
-    """Certificates in PEM, each once, as the API server wants them."""
+    """Return the certificates in PEM, each once, as the API server requires."""
     return pem(*dict.fromkeys(roots)).decode("ascii")
 
 
@@ -146,7 +146,7 @@ def _is_ours(document: Mapping[str, Any]) -> bool:
 
 
 def publish(settings: Settings, signers: Sequence[str], remove: Sequence[str]) -> dict[str, Outcome | BridgeError]:
-    """By signer: publish the roots of these, or of the policy's, and remove the bundles of others (SettingsError)."""
+    """Publish the roots of `signers`, or of the policy's, and remove others' bundles; by signer (SettingsError)."""
     wanted = _wanted_bundles(settings, signers, remove)
     text = text_of(read_anchors(settings.node.pki_dir / PODS.certificate_file)) if any(wanted.values()) else ""
     found: dict[str, Outcome | BridgeError] = {}
@@ -161,7 +161,7 @@ def publish(settings: Settings, signers: Sequence[str], remove: Sequence[str]) -
 
 
 def _wanted_bundles(settings: Settings, signers: Sequence[str], remove: Sequence[str]) -> dict[str, bool]:
-    """Each signer, and whether it has a bundle (SettingsError)."""
+    """Return for each signer whether it should have a bundle (SettingsError)."""
     path = settings.gateway.policy
     rules: Mapping[str, PodSignerRules] = {}
     if path.exists() or not (signers or remove):
@@ -173,7 +173,7 @@ def _wanted_bundles(settings: Settings, signers: Sequence[str], remove: Sequence
         for name in names
         if not is_own_signer(name)
     ]
-    published = set(signers) or {name for name, one in rules.items() if one.publish}
+    published = set(signers) or {name for name, table in rules.items() if table.publish}
     problems += [
         SettingsProblem("SIGNER", "a signer whose table does not say publish = false", name)
         for name in signers
@@ -189,12 +189,12 @@ def _wanted_bundles(settings: Settings, signers: Sequence[str], remove: Sequence
         problems.append(SettingsProblem("pod_signer", wanted, "neither", path))
     if problems:
         raise SettingsError(problems)
-    unpublished = {*remove, *(() if signers else (name for name, one in rules.items() if not one.publish))}
+    unpublished = {*remove, *(() if signers else (name for name, table in rules.items() if not table.publish))}
     return {**dict.fromkeys(published, True), **dict.fromkeys(unpublished, False)}
 
 
 def _api(settings: Settings) -> Api:
-    """With the rights of gateway.kubeconfig, of this pod's service account, or of this node."""
+    """Open the API with the credentials of gateway.kubeconfig, of this pod's service account, or of this node."""
     ours = settings.gateway.kubeconfig
     if ours is not None or "KUBERNETES_SERVICE_HOST" in os.environ:
         return Api.of_gateway(ours)

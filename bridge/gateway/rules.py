@@ -33,17 +33,17 @@ T = TypeVar("T")
 CLIENT_KUBELET = "kubernetes.io/kube-apiserver-client-kubelet"
 SERVING = "kubernetes.io/kubelet-serving"
 CLIENT = "kubernetes.io/kube-apiserver-client"
-#: Kubernetes' own signers; the gateway signs for no other one of them (kubernetes.io/legacy-unknown).
+#: Kubernetes' own signers that the gateway signs for: all but kubernetes.io/legacy-unknown.
 KUBERNETES_SIGNERS: Mapping[str, CertificateSpec] = {
     CLIENT_KUBELET: KUBELET_CLIENT,
     SERVING: KUBELET_SERVING,
     CLIENT: USER,
 }
 _KUBERNETES = "kubernetes.io"
-#: As the API server takes it (RFC 1123); it goes into manifests and expressions as it is.
+#: A domain as the API server accepts it (RFC 1123); it goes into manifests and expressions unescaped.
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _SIGNERS_NAME = re.compile(r"[a-zA-Z0-9]([-a-zA-Z0-9._]*[a-zA-Z0-9])?")
-#: Names that the API server takes for Kubernetes' own, and that no grant may give.
+#: The prefix of Kubernetes' own users and groups, which no grant may give.
 SYSTEM = "system:"
 NODE_USER = "system:node:"
 NODES_GROUP = "system:nodes"
@@ -54,21 +54,21 @@ _USAGES = {EKU.SERVER_AUTH: "server auth", EKU.CLIENT_AUTH: "client auth"}
 
 
 def spec_of(signer: str) -> CertificateSpec | None:
-    """The spec for a Kubernetes signer, or for `DOMAIN/NAME` with kubeadm's name; None: no policy may name it."""
+    """Return the spec of a Kubernetes signer, or of `DOMAIN/NAME` with kubeadm's NAME; None: no policy may name it."""
     if signer in KUBERNETES_SIGNERS:
         return KUBERNETES_SIGNERS[signer]
     return SPECS.get(signer.partition("/")[2]) if is_own_signer(signer) else None
 
 
 def is_own_signer(signer: str) -> bool:
-    """Whether it is `DOMAIN/NAME` of a domain that is not Kubernetes' own."""
+    """Whether the signer is `DOMAIN/NAME` with a domain that is not Kubernetes' own."""
     domain, _, name = signer.partition("/")
     is_ours = _DOMAIN.fullmatch(domain) and domain != _KUBERNETES and not domain.endswith(f".{_KUBERNETES}")
     return bool(is_ours and _SIGNERS_NAME.fullmatch(name))
 
 
 def usages_fit(spec: CertificateSpec, usages: frozenset[str]) -> bool:
-    """Whether `spec.usages` is what such a certificate has: its EKUs and signatures, and encipherment for RSA keys."""
+    """Whether the request's `usages` fit: the spec's EKUs, digital signature, and key encipherment for RSA keys."""
     needed = {_USAGES[eku] for eku in spec.ekus}
     if spec in (KUBELET_CLIENT, KUBELET_SERVING):
         needed.add(_SIGNATURE)
@@ -77,14 +77,14 @@ def usages_fit(spec: CertificateSpec, usages: frozenset[str]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Grant:
-    """Table `[signer."NAME".grant.X]`: who may ask, and for which subjects of users."""
+    """Table `[signer."NAME".grant.X]`: the users and groups that may ask, and for which subjects."""
 
-    users: tuple[str, ...] = ()  #: Usernames; `{node}` (in a control-plane signer's) is a control-plane node.
-    groups: tuple[str, ...] = ()  #: The requester has to be in one of these.
-    subjects: tuple[str, ...] = ()  #: Whole subjects; `{user}` is the requester.
+    users: tuple[str, ...] = ()  #: Usernames; for kubeadm's certificates, `{node}` is any control-plane node.
+    groups: tuple[str, ...] = ()  #: Groups; their members may ask.
+    subjects: tuple[str, ...] = ()  #: Whole subjects of users; `{user}` is the requester's name.
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Grants without a requester, and subjects that no user may have."""
+        """Yield a problem for a grant without a requester, and for each subject that no user may have."""
         if not self.users and not self.groups:
             yield SettingsProblem("users", "users or groups that may ask", "neither")
         for text in self.subjects:
@@ -97,7 +97,7 @@ class Grant:
 
     def is_for(self, username: str, groups: frozenset[str], node: str = "") -> bool:
         """
-        Whether the grant lets a user ask, `{node}` being this one; a node's user name counts only with the nodes' group,
+        Whether the grant lets a user ask, with `{node}` as this node. A node's username counts only in the node group,
         as in the API server's authorizer, since an identity provider may have a user of that name.
         """
         users = {*self.users, *(user.replace("{node}", node) for user in self.users if node)}
@@ -111,14 +111,14 @@ class SignerRules:
 
     keys: tuple[str, ...] | None = None
     max_validity: timedelta | None = None
-    #: required: a person has to approve as well; gateway: the gateway approves each request that the policy allows.
+    #: required: a person also has to approve; gateway: the gateway approves each request that the policy allows.
     approval: Literal["gateway", "required"] = "gateway"
     #: For kube-apiserver-client-kubelet: members of these groups may ask for a node that does not exist yet.
     bootstrap_groups: tuple[str, ...] = ()
     grants: tuple[tuple[str, Grant], ...] = field(default=(), metadata={GIVEN: True})
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Unknown keys, and groups that are too wide."""
+        """Yield a problem for each unknown key algorithm, and for each group that is too wide."""
         for key in self.keys or ():
             if key not in KEY_ALGORITHMS:
                 yield SettingsProblem("keys", f"some of {', '.join(KEY_ALGORITHMS)}", repr(key))
@@ -128,7 +128,7 @@ class SignerRules:
 
 
 def read_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, SignerRules]:
-    """The rules by signer; the reader has the problems."""
+    """Return the rules by signer; the reader collects the problems."""
     found = {}
     for name, table in tables.items():
         key, spec = ("signer", name), spec_of(name)
@@ -148,12 +148,12 @@ def read_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, SignerR
 
 
 def read_each(reader: Reader, schema: type[T], tables: Any, key: tuple[str, ...]) -> dict[str, T]:
-    """Each of the tables below a key that can be read; the reader has the problems of the others."""
+    """Return the valid tables below a key; the reader collects the problems of the others."""
     if not isinstance(tables, dict):
         reader.add(key, "tables", repr(tables))
         return {}
     found = {name: reader.table(schema, table, (*key, name)) for name, table in tables.items()}
-    return {name: one for name, one in found.items() if one is not None}
+    return {name: table for name, table in found.items() if table is not None}
 
 
 def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: CertificateSpec) -> dict[str, Grant]:
@@ -170,7 +170,7 @@ def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: Certificate
 
 # --- pods -------------------------------------------------------------------------------------------------------------
 
-#: The kubelet's names of keys (`podCertificate.keyType`), by ours.
+#: The kubelet's names of key types (`podCertificate.keyType`), by ours.
 KEY_TYPES: Mapping[str, str] = {
     "ecdsa-p256": "ECDSAP256",
     "ecdsa-p384": "ECDSAP384",
@@ -179,13 +179,13 @@ KEY_TYPES: Mapping[str, str] = {
     "rsa-4096": "RSA4096",
     "ed25519": "ED25519",
 }
-#: What the API server takes: how long a certificate lives, and how far its beginning is from now (measured on 1.37:
-#: 4:55 passes, 5:00 does not). The kubelet asks again when the refresh begins, which is at least this far from both ends.
+#: The API server's limits for a certificate's lifetime, and for the distance of notBefore from now (measured on 1.37:
+#: 4:55 passes, 5:00 does not). The kubelet asks again at `beginRefreshAt`, at least this far from both ends.
 SHORTEST = timedelta(hours=1)
 LONGEST = timedelta(days=91)
 _FROM_NOW = timedelta(minutes=4, seconds=50)
 _REFRESH_FROM_BEGIN = timedelta(minutes=10)
-#: The kubelet draws up to 5 minutes, looks each 1 to 2, and writes the file within 1.5.
+#: The kubelet adds up to 5 random minutes, checks every 1 to 2 minutes, and writes the file within 1.5 minutes.
 _REFRESH_FROM_END = timedelta(minutes=20)
 _LONGEST_ID = 2048  # https://github.com/spiffe/spiffe/blob/main/standards/SPIFFE-ID.md#23-maximum-spiffe-id-length
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}")
@@ -196,15 +196,15 @@ IN_PATH, _IN_NAME = ("namespace", "service_account", "pod", "pod_uid"), ("namesp
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Table `[pod_signer."NAME".identity.X]`: names that some service accounts get besides the SPIFFE ID."""
+    """Table `[pod_signer."NAME".identity.X]`: names that some service accounts get in addition to the SPIFFE ID."""
 
-    namespaces: tuple[str, ...]  #: `*` and `?` as in a shell.
+    namespaces: tuple[str, ...]  #: Namespaces that get the names, with `*` and `?` as in a shell.
     service_accounts: tuple[str, ...]
-    dns: tuple[str, ...] = ()  #: `{namespace}`, `{service_account}` and `{pod}` are the pod's.
+    dns: tuple[str, ...] = ()  #: DNS names; `{namespace}`, `{service_account}` and `{pod}` stand for the pod's.
     common_name: str = ""
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Problems: names that no pod may have, and templates with unknown placeholders."""
+        """Yield a problem for each name that no pod may have, and for each template with unknown placeholders."""
         for key in ("namespaces", "service_accounts"):
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
@@ -222,12 +222,12 @@ class Identity:
             yield SettingsProblem("dns", "dns or common_name, or the table gives nothing", "neither")
 
 
-#: Of a template's placeholders, for messages; see `_runs_together`.
+#: The rule for a template's placeholders, in words for messages; see `_runs_together`.
 _APART = "with {namespace}, and {service_account} or {pod}, in them, with a dot between the two"
 
 
 def _filled(template: str) -> str | None:
-    """The template with a name of one letter for each placeholder; None: it has others."""
+    """Fill each placeholder of a template with one letter; None: it has unknown placeholders."""
     try:
         found = [(name, form, change) for _, name, form, change in Formatter().parse(template) if name is not None]
     except ValueError:
@@ -239,8 +239,8 @@ def _filled(template: str) -> str | None:
 
 def _runs_together(template: str) -> bool:
     """
-    Whether two pods could have one name: by two placeholders in one label (`a-b` of c, and a of `b-c`), or by two whose
-    names may have dots (the pod `a.b` with account c, and the pod a with account `b.c`).
+    Whether two pods could get the same name: from two placeholders in one label (`a-b` with c, and a with `b-c`), or
+    from two whose values may have dots (pod `a.b` with account c, and pod a with account `b.c`).
     """
     with_dots = [name for name in ("{service_account}", "{pod}") if name in template]
     return len(with_dots) > 1 or any(label.count("{") > 1 for label in template.split("."))
@@ -251,7 +251,7 @@ def _is_common_name(name: str) -> bool:
 
 
 def is_never_a_pods(name: str) -> bool:
-    """Whether the name leads clients to the API server, or to their own machine."""
+    """Whether the name is the API server's, or a client's own machine."""
     labels = name.split(".")
     return labels[:2] in (["kubernetes"], ["kubernetes", "default"]) or labels[0] == "localhost"
 
@@ -260,38 +260,38 @@ def is_never_a_pods(name: str) -> bool:
 class PodSignerRules:
     """Table `[pod_signer."NAME"]`."""
 
-    #: The SPIFFE ID is `spiffe://`, this, and the path; empty: certificates have the names of an identity alone.
+    #: The SPIFFE ID is `spiffe://`, the trust domain and the path; empty: certificates have an identity's names alone.
     trust_domain: str = ""
-    path: str = "/ns/{namespace}/sa/{service_account}"  #: Also `{pod}` and `{pod_uid}`.
+    path: str = "/ns/{namespace}/sa/{service_account}"  #: The SPIFFE ID's path; also with `{pod}`, `{pod_uid}`.
     namespaces: tuple[str, ...] = ()  #: Namespaces whose pods may ask, with `*` and `?` as in a shell.
-    namespace_labels: dict[str, str] = field(default_factory=dict)  #: The namespace must have all of these labels.
+    namespace_labels: dict[str, str] = field(default_factory=dict)  #: Labels that the namespace must have, all of them.
     service_accounts: tuple[str, ...] = ("*",)
     keys: tuple[str, ...] = ("ecdsa-p256", "ecdsa-p384", "rsa-3072", "rsa-4096")
-    usages: Literal["peer", "client", "server"] = "peer"  #: peer: both, as SPIFFE has it.
+    usages: Literal["peer", "client", "server"] = "peer"  #: peer: client and server, as SPIFFE has it.
     max_validity: timedelta = timedelta(hours=24)
-    #: The CA's certificates are longer than requested by this, so that the gateway requests that much less than a pod's limit.
+    #: How far the CA dates notBefore back; the gateway requests that much less than the pod's limit.
     backdating: timedelta = timedelta(minutes=10)
-    #: Whether `backdating` is exact; then a pod may also ask for one hour, the shortest lifetime.
+    #: Whether the CA backdates by exactly `backdating`; then a pod may also ask for one hour, the shortest lifetime.
     exact_dates: bool = False
-    refresh: int = 50  #: The kubelet asks again after this share of the life, in per cent.
-    publish: bool = True  #: Keep a ClusterTrustBundle with the roots; false: remove it.
+    refresh: int = 50  #: The kubelet renews after this share of the lifetime, in per cent.
+    publish: bool = True  #: true: keep a ClusterTrustBundle with the roots; false: remove it.
     annotations: dict[str, str] = field(
         default_factory=dict
-    )  #: Annotations that a pod may have, with a pattern of the value.
+    )  #: Annotations that a pod may request, with a pattern for each value.
     identities: tuple[tuple[str, Identity], ...] = field(default=(), metadata={GIVEN: True})
 
     @property
     def spec(self) -> CertificateSpec:
-        """The certificate's usages and CA."""
+        """The spec, with the certificate's usages and its CA."""
         return POD_SPECS[self.usages]
 
     @property
     def least(self) -> timedelta:
-        """What a pod has to ask for at least: the API server counts the life from the backdated beginning."""
+        """The shortest lifetime that a pod may ask for; the API server counts it from the backdated notBefore."""
         return SHORTEST if self.exact_dates else SHORTEST + self.backdating
 
     def problems(self) -> Iterator[SettingsProblem]:
-        """Problems: rules whose certificates the API server, the kubelet or a SPIFFE library would refuse."""
+        """Yield a problem for each rule that the API server, the kubelet or a SPIFFE library would not accept."""
         yield from self._limit_problems()
         if self.trust_domain and not _TRUST_DOMAIN.fullmatch(self.trust_domain):
             yield SettingsProblem("trust_domain", "small letters, digits, dots, hyphens", repr(self.trust_domain))
@@ -303,9 +303,9 @@ class PodSignerRules:
         for key in ("service_accounts", "keys"):
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
-        for one in self.keys:
-            if one not in KEY_TYPES:
-                yield SettingsProblem("keys", f"some of {', '.join(KEY_TYPES)}", repr(one))
+        for key in self.keys:
+            if key not in KEY_TYPES:
+                yield SettingsProblem("keys", f"some of {', '.join(KEY_TYPES)}", repr(key))
 
     def _limit_problems(self) -> Iterator[SettingsProblem]:
         if not SHORTEST <= self.max_validity <= LONGEST:
@@ -317,7 +317,7 @@ class PodSignerRules:
             yield SettingsProblem("refresh", "20 to 80 per cent", str(self.refresh))
 
     def names(self, parts: Mapping[str, str], identity: Identity | None) -> Names | None:
-        """The names of a certificate for a pod with these parts; None: it would have none, or one that is too long."""
+        """Return the names for a pod with these parts; None: it would have no name, or one that is too long."""
         uri = f"spiffe://{self.trust_domain}{self.path.format(**parts)}" if self.trust_domain else ""
         found = Names(
             common_name=identity.common_name.format(**parts) if identity else "",
@@ -330,20 +330,20 @@ class PodSignerRules:
 
 
 def _is_path(path: str) -> bool:
-    """Whether two pods never share a path, because each name is a segment of its own."""
+    """Whether the path is valid; each placeholder is a segment of its own, so that two pods never share a path."""
     begin, *segments = path.split("/")
-    names = [one[1:-1] for one in segments if one.startswith("{") and one.endswith("}")]
-    rest = [one for one in segments if not (one.startswith("{") and one.endswith("}"))]
+    names = [text[1:-1] for text in segments if text.startswith("{") and text.endswith("}")]
+    rest = [text for text in segments if not (text.startswith("{") and text.endswith("}"))]
     return (
         not begin
         and len(set(names)) == len(names)
         and {"namespace", "service_account"} <= set(names) <= set(IN_PATH)
-        and all(_SEGMENT.fullmatch(one) and one not in {".", ".."} for one in rest)
+        and all(_SEGMENT.fullmatch(text) and text not in {".", ".."} for text in rest)
     )
 
 
 def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, PodSignerRules]:
-    """The rules by signer; the reader has the problems."""
+    """Return the rules by signer; the reader collects the problems."""
     found = {}
     for name, table in tables.items():
         key = ("pod_signer", name)
@@ -362,18 +362,18 @@ def read_pod_signers(reader: Reader, tables: Mapping[str, Any]) -> dict[str, Pod
 
 
 def patterns(tables: Collection[PodSignerRules]) -> list[NamePatterns]:
-    """The names that all tables together may give, by the usage of the certificates, for the CA's own limits."""
+    """Return all names that the tables may give, by usage, as patterns for the CA's own limits."""
     found = []
     for spec in dict.fromkeys(rules.spec for rules in tables):
         ours = [rules for rules in tables if rules.spec == spec]
-        identities = [one for rules in ours for _, one in rules.identities]
-        names = (_any(one.common_name) for one in identities if one.common_name)
+        identities = [identity for rules in ours for _, identity in rules.identities]
+        names = (_any(identity.common_name) for identity in identities if identity.common_name)
         found.append(
             NamePatterns(
                 spec=spec,
                 longest=max(rules.max_validity for rules in ours),
                 uris=tuple(dict.fromkeys(uri for rules in ours for uri in _uris(rules))),
-                dns=tuple(dict.fromkeys(_any(text) for one in identities for text in one.dns)),
+                dns=tuple(dict.fromkeys(_any(text) for identity in identities for text in identity.dns)),
                 common_names=tuple(dict.fromkeys(names)),
             )
         )
@@ -392,7 +392,7 @@ def _uris(rules: PodSignerRules) -> Iterator[str]:
 
 
 def dates_problem(begin: datetime, end: datetime, longest: timedelta, now: datetime) -> str:
-    """Why the API server would not take a certificate with these dates; empty: it does."""
+    """Return why the API server would reject a certificate with these dates; empty: it accepts them."""
     if abs(begin - now) > _FROM_NOW:
         return f"it begins {duration_text(abs(begin - now))} from now, and the API server takes less than 5 minutes"
     if end - begin < SHORTEST:
@@ -404,6 +404,6 @@ def dates_problem(begin: datetime, end: datetime, longest: timedelta, now: datet
 
 
 def refresh_at(begin: datetime, end: datetime, percent: int) -> datetime:
-    """The time from which the kubelet asks for the next certificate, in whole seconds."""
+    """Return `beginRefreshAt`, from which the kubelet asks for the next certificate, in whole seconds."""
     wanted = begin + (end - begin) * percent / 100
     return min(max(wanted, begin + _REFRESH_FROM_BEGIN), end - _REFRESH_FROM_END).replace(microsecond=0)

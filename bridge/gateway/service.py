@@ -1,4 +1,4 @@
-"""The gateway as a service: its threads, its pages, how it begins and ends, and the rights that it needs."""
+"""The gateway as a service: its threads, its pages, its start and end, and the rights that it needs."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: So many jobs at least go through all steps together where a CA signs many in one go, each of which costs it time.
+#: The least size of a lot of jobs for a CA that signs many in one go, since each round costs it time.
 _LOT_OF_MANY = 64
-#: So many threads wait where a CA signs many in one go: it gets all that wait together.
+#: The least number of threads for a CA that signs many in one go: it gets all their requests together.
 _THREADS_OF_MANY = 96
-#: Python looks for cycles after 700 new objects; hundreds of requests at once have many more, and hardly a cycle.
+#: Python looks for cycles after 700 new objects; hundreds of concurrent requests make far more, and hardly a cycle.
 _OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
-#: A thread without work wakes up after this; the queue wakes it before when there is some, or when it is closed.
+#: An idle thread wakes up after this; the queue wakes it earlier for work, or when the queue is closed.
 _IDLE_SECONDS = 30.0
-#: A round of the watch that left requests out is not ended before, even if there is room for them.
+#: A round of the watch that left requests out lasts at least this long, even if the queue has room for them earlier.
 _SHORTEST_ROUND_SECONDS = 30.0
-#: A round that has not got to its end by then keeps a replica from being ready.
+#: A round that has not read all objects after this makes the replica unready.
 _LONGEST_READING_SECONDS = 120.0
-#: A record that can't be written for so long makes the process sick: a new pod has an empty directory.
+#: If the audit log can't be written for this long, `/healthz` fails: a new pod has an empty directory.
 _LONGEST_FAILING_SECONDS = 60.0
 _ISSUERS_SECONDS = 3600.0
-#: So long the gateway waits for what its CAs say of themselves before it signs.
+#: The gateway waits at most this long for the first check of its CAs before it signs.
 _FIRST_LOOK_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0
 _ROOTS_SECONDS = 5.0
-#: Requests at the CA get this long when the gateway is to end; systemd and the kubelet give 30 s and more.
+#: Requests at the CA get this long when the gateway ends; systemd and the kubelet give at least 30 s.
 _DRAIN_SECONDS = 25.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 15.0
 
 
 class Service:
-    """The gateway as a whole: made of the settings, started, run and ended."""
+    """The gateway as a whole: built from the settings, checked, run and stopped."""
 
     def __init__(self, settings: Settings, now: Callable[[], datetime]) -> None:
         """Read policy, inventory, CA certificates and credentials, and open backends; SettingsError if one can't be used."""
@@ -98,7 +98,7 @@ class Service:
         self._roots = Roots(self.api)
 
     def check(self) -> Iterator[str]:
-        """Ask the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError), and sign nothing."""
+        """Check the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError); sign nothing, yield problems."""
         assert_rights(self.api, rights_needed(self.kubernetes_signers, self.settings.gateway, self.pod_signers))
         if isinstance(self.holder, Leader) and (found := self.holder.lease.trial()):
             wanted = f"wanted to make the lease {self.holder.lease.name}, which is not there yet"
@@ -112,7 +112,7 @@ class Service:
         return self.nodes.files(0.0)[0].pod_signers.values()
 
     def notes(self) -> Iterator[str]:
-        """Sentences on what `check` can't see, and an administrator has to know."""
+        """Yield sentences on what `check` can't see but an administrator has to know."""
         rules = self.nodes.files(0.0)[0].signers.get(CLIENT_KUBELET)
         if rules is not None and rules.approval == "required":
             yield (
@@ -123,11 +123,11 @@ class Service:
     # --- running ----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Begin nothing new, and end; a signal handler may call it."""
-        self._ending = True  # an Event's lock may be held by the thread that the signal came to
+        """Start no new work, and end; a signal handler may call it."""
+        self._ending = True  # no Event: the thread that the signal interrupts may hold its lock
 
     def run(self, started: Callable[[int | None], None]) -> None:
-        """Work until `stop`; `started` gets the port of the status pages, if there are any (LockedError)."""
+        """Work until `stop`; `started` gets the port of the status pages, or None without them (LockedError)."""
         store = Store(self.settings.gateway.state_dir or self.settings.node.state_dir / "gateway")
         store.prepare()
         with contextlib.ExitStack() as stack:
@@ -170,8 +170,8 @@ class Service:
 
     def _lots(self) -> dict[str, int]:
         """
-        How many requests go through all steps together, by the CA; none where a verdict may wait for a program or a name
-        server, and would keep the others of its lot waiting.
+        Return the size of a lot for each CA that signs several requests at once; none if a verdict may wait for a
+        program or a name server, which would delay the rest of its lot.
         """
         ours = self.settings.gateway
         if ours.inventory_command is not None or ours.reverse_dns:
@@ -180,7 +180,7 @@ class Service:
         return {name: sizes[one.signs_many] for name, one in self.authorities.items() if one.signs_lots}
 
     def _look_at_cas(self) -> Iterator[threading.Thread]:
-        """The threads that look at the CAs, once all have had their first look; one that hangs holds up no other one's signers."""
+        """Start a thread to check each CA, and await the first checks; a CA that hangs delays only its own signers."""
         deadline, looked = time.monotonic() + _FIRST_LOOK_SECONDS, []
         for authority in self.authorities.values():
             looked.append(threading.Event())
@@ -189,13 +189,13 @@ class Service:
             )
             thread.start()
             yield thread
-        for one in looked:
-            one.wait(max(0.0, deadline - time.monotonic()))
+        for event in looked:
+            event.wait(max(0.0, deadline - time.monotonic()))
 
     def _keep_looking(self, authority: AuthorityOfSigners, looked: threading.Event) -> None:
         """
-        Check a CA as `--check` does, and read its issuers again, each hour and when its certificate here is another one: a
-        new intermediate lives longer than the one before it, and a new root than the old one.
+        Check a CA as `--check` does and read its issuers again, each hour and whenever its certificate file changes: a
+        new intermediate or root ends later than the old one.
         """
         while not self._stop.is_set():
             anchors, until = authority.anchors(), time.monotonic() + _ISSUERS_SECONDS
@@ -209,7 +209,7 @@ class Service:
                 pass
 
     def _keep_roots(self) -> None:
-        """Keep what pods trust equal to what the CA's answers are proven by; one replica does."""
+        """Publish the roots by which we verify the CA's answers as those that pods trust; one replica does."""
         while not self._stop.wait(_ROOTS_SECONDS):
             if not self.holder.is_ours():
                 continue
@@ -254,7 +254,7 @@ class Service:
         queue = self.context.queue
         while not self._ending:
             time.sleep(_TICK_SECONDS / 2)
-            self.nodes.files(time.monotonic() - 2 * _TICK_SECONDS)  # read again if they have changed
+            self.nodes.files(time.monotonic() - 2 * _TICK_SECONDS)  # reads changed files again
             if self.nodes.changes != changes:
                 changes = self.nodes.changes
                 self._warn_of_new_signers()
@@ -273,7 +273,7 @@ class Service:
                     watch.end()
 
     def _is_new_round_due(self, watch: Watch) -> bool:
-        """Whether there is room for requests that did not fit; a round that is cut short never gets behind a flood."""
+        """Whether requests that did not fit have room now, and the round was long enough to get behind a flood."""
         is_old = time.monotonic() - watch.began >= _SHORTEST_ROUND_SECONDS
         queue = self.context.queue
         return queue.overflowed and is_old and watch.has_seen_all() and queue.has_room()
@@ -330,7 +330,7 @@ class Service:
 
     @cached_property
     def _places(self) -> list[credentials.CredentialFile]:
-        """The files by which the gateway logs in at the API server and the CAs."""
+        """The credential files with which the gateway logs in at the API server and the CAs."""
         backends = registry.configured(self.settings, self.settings.authorities)
         return registry.credentials(self.settings, backends)
 
@@ -338,7 +338,7 @@ class Service:
         return _page(self._sick(), "ok\n")
 
     def _sick(self) -> Iterator[str]:
-        """Troubles that a new process may not have."""
+        """Yield troubles that a restart may end."""
         if ended := [thread.name for thread in self._threads if not (thread.is_alive() or self._ending)]:
             yield f"threads have ended: {', '.join(ended)}"
         for one in self._watching:
@@ -376,7 +376,7 @@ _CERTIFICATES = "certificates.k8s.io"
 
 
 class ApiRefusesError(BridgeError):
-    """The API server answers, and does not let us do what the gateway has to do."""
+    """The API server denies a right that the gateway needs."""
 
     exit_code = Exit.REFUSED
     hint = (
@@ -402,7 +402,7 @@ class Right(NamedTuple):
 def rights_needed(
     signers: Sequence[str], settings: GatewaySettings, pod_signers: Sequence[str] = ()
 ) -> Iterator[Right]:
-    """The rights that docs/gateway.md names, except to create the lease, which `Lease.trial` looks at (pure)."""
+    """Yield the rights that docs/gateway.md names, except to create the lease, which `Lease.trial` checks (pure)."""
     if signers:
         yield from _on_requests(CSRS, ("approval", "status"), signers, ("approve", "sign"))
     if pod_signers:
@@ -435,14 +435,14 @@ def _on_requests(
 
 
 def assert_rights(api: Api, rights: Iterator[Right]) -> None:
-    """Ask the API server for each right (SelfSubjectAccessReview); nothing is tried."""
+    """Ask the API server about each right (SelfSubjectAccessReview), without using any."""
     missing = [str(right) for right in rights if not _is_given(api, right)]
     if missing:
         raise ApiRefusesError(f"{api.server}: wanted the right to {', to '.join(missing)}, found that it is missing")
 
 
 def _is_given(api: Api, right: Right) -> bool:
-    """A right on a signer may also be given for all signers of its domain, as the API server has it."""
+    """Whether we have a right; on a signer, it may also come from a grant for all signers of its domain."""
     names = [right.name, f"{right.name.partition('/')[0]}/*"] if right.resource == "signers" else [right.name]
     return any(_is_allowed(api, right._replace(name=name)) for name in names)
 

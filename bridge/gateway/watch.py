@@ -1,6 +1,6 @@
 """
-Objects that ask for a certificate (certificates.k8s.io): reading one, and watching all of a kind, for a few minutes at a
-time, so that withdrawn rights take effect and missed objects come again.
+Objects that ask for a certificate (certificates.k8s.io): read one, or watch all of a kind, a few minutes at a time, so
+that withdrawn rights take effect and missed objects come again.
 """
 
 from __future__ import annotations
@@ -31,65 +31,65 @@ log = logging.getLogger("ca-bridge")
 
 GROUP = "/apis/certificates.k8s.io/v1"
 CSRS, PODS = "certificatesigningrequests", "podcertificaterequests"
-#: The other version in which an API server may have requests of pods and bundles: 1.36, if they are turned on there.
+#: The version of PodCertificateRequests and ClusterTrustBundles in Kubernetes 1.36, if they are turned on there.
 BETA_GROUP = "/apis/certificates.k8s.io/v1beta1"
 COLLECTION = f"{GROUP}/{CSRS}"
 APPROVED, DENIED, FAILED = "Approved", "Denied", "Failed"
 PENDING_AT_CA = "PendingAtCA"
-#: The reason of kube-controller-manager's approvals (pkg/controller/certificates/approver/sarapprove.go).
+#: The reason in kube-controller-manager's approvals (pkg/controller/certificates/approver/sarapprove.go).
 AUTO_APPROVED = "AutoApproved"
-#: Our conditions and reasons; every user may read an object, so none holds any part of the policy.
+#: The reasons of our conditions; other users may read them, so they tell nothing of the policy.
 ALLOWS, NOT_ALLOWED, NOT_ANSWERED, WAITS = "PolicyAllows", "NotAllowed", "NotAnswered", "Waiting"
 
-#: A request of 16 KiB in base64, conditions and a chain are far below.
+#: Far more than a request of 16 KiB in base64 with conditions and a chain.
 LONGEST_OBJECT_BYTES = 64 << 10
-#: Python needs about so much for an object besides its texts.
+#: About what Python needs for an object besides its texts.
 _OBJECT_BYTES = 4 << 10
-#: And for each of a requester's groups (a company's directory may give hundreds, and a grant may name the last), and of
-#: a pod's annotations, which its users choose.
+#: The same for each of a requester's groups (a company's directory may give hundreds, and a grant may name the last)
+#: and of a pod's annotations, which its users choose.
 _TEXT_BYTES = 150
-#: Of objects, namespaces, service accounts and nodes that are quoted for a path.
+#: The most quoted names of objects, namespaces, service accounts and nodes in the cache.
 _MOST_NAMES = 1000
 
 
 @lru_cache(maxsize=_MOST_NAMES)
 def quoted(name: str) -> str:
-    """A name as a part of a path."""
+    """Quote a name as a segment of a path."""
     return quote(name, safe="")
 
 
 class NotAnObjectError(ValueError):
-    """The object is not in the shape that the API server gives."""
+    """The object does not have the API server's shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiObject:
-    """All that both kinds of objects have, as it was at one resourceVersion."""
+    """The fields of both kinds of objects, at one resourceVersion."""
 
     name: str
     uid: str
     version: str  #: metadata.resourceVersion
     created: datetime
     conditions: tuple[Mapping[str, Any], ...] = field(repr=False)
-    certificate: str  #: Base64 of PEM; in a PodCertificateRequest PEM itself; empty: there is none.
-    is_deleted: bool  #: An administrator deleted it; finalizers keep it.
-    size: int  #: In memory, about.
+    certificate: str  #: Base64 of PEM (PEM itself in a PodCertificateRequest); empty: none.
+    is_deleted: bool  #: It has a deletionTimestamp, and only finalizers keep it.
+    size: int  #: About its bytes in memory.
 
     def has(self, kind: str) -> bool:
-        """Whether it has a condition that is true."""
+        """Whether a condition of this type is true."""
         return any(self._true(kind))
 
     def _true(self, kind: str) -> Iterator[Mapping[str, Any]]:
-        return (one for one in self.conditions if one.get("type") == kind and one.get("status") == "True")
+        return (each for each in self.conditions if each.get("type") == kind and each.get("status") == "True")
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has a certificate, was denied, has failed or was deleted: nothing more is written into it."""
+        """Whether it has a certificate, was denied, has failed or was deleted; then we write nothing more into it."""
         return self.is_deleted or bool(self.certificate) or self.has(DENIED) or self.has(FAILED)
 
     @property
     def age_key(self) -> tuple[datetime, int]:
-        """A key to sort by age: a newer object's is greater."""
+        """A sort key by age; a newer object has a greater one."""
         return self.created, int(self.version) if self.version.isdecimal() else 0
 
 
@@ -101,8 +101,8 @@ class SigningRequest(ApiObject):
 
     @property
     def is_approved_by_person(self) -> bool:
-        """Whether it was approved, and not by kube-controller-manager, which approves whatever RBAC lets a node ask for."""
-        return any(one.get("reason") != AUTO_APPROVED for one in self._true(APPROVED))
+        """Whether anyone but kube-controller-manager approved it, which approves all that RBAC lets a node ask for."""
+        return any(approval.get("reason") != AUTO_APPROVED for approval in self._true(APPROVED))
 
     @property
     def path(self) -> str:
@@ -115,7 +115,7 @@ class PodObject(ApiObject):
     """A PodCertificateRequest."""
 
     request: PodRequest
-    group: str = GROUP  #: With the version in which it was read.
+    group: str = GROUP  #: The API group and version in which it was read.
 
     @property
     def path(self) -> str:
@@ -127,7 +127,7 @@ AnyObject = SigningRequest | PodObject
 
 
 def parse(document: Any, size: int) -> SigningRequest:
-    """Read a CertificateSigningRequest from JSON of so many bytes."""
+    """Read a CertificateSigningRequest; `size` is the length of its JSON in bytes."""
     try:
         spec, status = document["spec"], document.get("status") or {}
         seconds, groups = spec.get("expirationSeconds"), _texts(spec.get("groups"))
@@ -147,7 +147,7 @@ def parse(document: Any, size: int) -> SigningRequest:
 
 
 def parse_pod(document: Any, size: int) -> PodObject:
-    """Read a PodCertificateRequest; one without a CSR, which an old kubelet made by v1beta1, is none for us."""
+    """Read a PodCertificateRequest; objects without a CSR, which old kubelets make in v1beta1, are malformed here."""
     try:
         spec, status = document["spec"], document.get("status") or {}
         der = base64.b64decode(_text(spec["stubPKCS10Request"]), validate=True)
@@ -181,25 +181,25 @@ _MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
 
 
 def _common(document: Any, size: int) -> dict[str, Any]:
-    """The values that both kinds of objects have, except the certificate."""
+    """Return the fields of both kinds of objects, except the certificate."""
     metadata, status = document["metadata"], document.get("status") or {}
     return {
         "name": _text(metadata["name"]),
         "uid": _text(metadata["uid"]),
         "version": _text(metadata["resourceVersion"]),
         "created": datetime.fromisoformat(_text(metadata["creationTimestamp"])),
-        "conditions": tuple(one for one in status.get("conditions") or () if isinstance(one, dict)),
+        "conditions": tuple(each for each in status.get("conditions") or () if isinstance(each, dict)),
         "is_deleted": bool(metadata.get("deletionTimestamp")),
         "size": size + _OBJECT_BYTES,
     }
 
 
-#: As the API server writes an object: no text that a user chooses comes before its UID, nor any after its status.
+#: In the API server's JSON, no text that a user chooses comes before the uid or after the status.
 _UID, _STATUS = re.compile(rb'"uid":"([^"\\]+)"'), b'"status":'
 
 
 def _is_refused(line: bytes) -> bool:
-    """Whether it was denied or has failed, and has no certificate, by its status alone (False, too: see the whole)."""
+    """Whether the status alone shows a denied or failed object without a certificate; False: parse the whole object."""
     try:
         status = json_of(line[line.rindex(_STATUS + b"{") + len(_STATUS) : -2], Budget(len(line)))
         found = [one["type"] for one in status["conditions"] if one["status"] == "True"]
@@ -220,24 +220,24 @@ def _texts(value: Any) -> list[str]:
 
 
 def chain_of(one: AnyObject) -> bytes:
-    """An object's certificates as PEM."""
+    """Return an object's certificates as PEM."""
     if isinstance(one, PodObject):
         return one.certificate.encode()
     return base64.b64decode(one.certificate, validate=True)
 
 
-#: A bookmark comes each minute, so that a longer silence is a dead connection.
+#: A bookmark comes each minute, so a longer silence means a dead connection.
 SILENCE_SECONDS = 90.0
 ROUND_SECONDS = 300
-#: After so long without an event all objects were read that existed when the round began.
+#: After this long without an event, the round has read all objects that existed when it began.
 _QUIET_SECONDS = 2.0
 
 
 def served(api: Api, resource: str) -> str:
-    """The group with the version in which the API server has a resource: v1, or else v1beta1 (NoAnswerError: neither)."""
+    """Return the API group and version that serves a resource: v1, or else v1beta1 (NoAnswerError: neither)."""
     for group in (GROUP, BETA_GROUP):
         reply = api.ask("GET", group)
-        if reply.status == HTTPStatus.FORBIDDEN:  # we may not look which there are, and v1 is the usual one
+        if reply.status == HTTPStatus.FORBIDDEN:  # we may not list the resources, and v1 is the usual version
             return GROUP
         if any(one.get("name") == resource for one in items(reply.document, "resources")):
             return group
@@ -246,22 +246,22 @@ def served(api: Api, resource: str) -> str:
 
 
 class Watch:
-    """All objects of some signers, watched round after round by one thread; `end` and the public values are for others."""
+    """Watches all objects of some signers, round after round, in one thread; others may call `end` and read fields."""
 
     def __init__(self, api: Api, signers: Sequence[str], *, of_pods: bool = False) -> None:
-        """Of pods there is one signer: their requests stay for a quarter of an hour."""
+        """With `of_pods` there is one signer, and the server filters: pods' requests stay for a quarter of an hour."""
         self._api = api
         self._of_pods = of_pods
         self.signers = signers
         self.what = f"requests of pods for {signers[0]}" if of_pods else "requests"
-        #: An object without the text of one of these names is not read.
+        #: A line without any of these texts is not parsed.
         self._wanted = {signer: json.dumps(signer).encode() for signer in signers}
         self._lines: Lines | None = None
         self._mutex = threading.Lock()
         self._ended = self._has_seen_all = False
-        self.began = math.inf  #: The round of now, or the last one.
-        self.left_out = 0  #: Objects of this round that were too large.
-        self.alive = time.monotonic()  #: When something came for the last time.
+        self.began = math.inf  #: When the current or last round began.
+        self.left_out = 0  #: How many objects of this round were too large.
+        self.alive = time.monotonic()  #: When the last line arrived.
         self.trouble = "the API server was not asked yet"
 
     def run(
@@ -271,8 +271,8 @@ class Watch:
         is_answered: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """
-        Watch for one round, until the server ends it or `end` is called: `changed` gets each object as it is now, unless its
-        uid `is_answered`, and `over` the uid of one that was deleted or refused: nothing more is to be written into it.
+        Watch for one round, until the server ends it or `end` is called: `changed` gets each object in its current
+        version, unless its uid `is_answered`, and `over` the uid of each object that was deleted or refused.
         """
         self._ended = self._has_seen_all = False
         self.began, self.left_out = time.monotonic(), 0
@@ -280,7 +280,7 @@ class Watch:
         path = COLLECTION
         if self._of_pods:
             query["fieldSelector"] = f"spec.signerName={self.signers[0]}"
-            path = f"{served(self._api, PODS)}/{PODS}"  # an upgrade may have changed it
+            path = f"{served(self._api, PODS)}/{PODS}"  # each round, since an upgrade may have changed the version
         with self._api.lines(f"{path}?{urlencode(query)}", SILENCE_SECONDS, LONGEST_OBJECT_BYTES) as lines:
             self._is_alive()
             with self._mutex:
@@ -309,14 +309,14 @@ class Watch:
             self.trouble = ""
 
     def _found(self, line: bytes, is_answered: Callable[[str], bool]) -> AnyObject | str | None:
-        """An object as it is now, or the uid of one that is over; None: neither."""
+        """Return the object of an event, or the uid of a deleted or refused object; None: neither."""
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
                 raise NoAnswerError("the API server ended the watch with an error; it is begun anew")
-            if b'"BOOKMARK"' in line[:40]:  # comes after all that existed
+            if b'"BOOKMARK"' in line[:40]:  # comes after all objects that existed before
                 self._has_seen_all = True
             return None
-        # most events are about our own writes, or objects that are over (docs/pod-certificates.md)
+        # most events are about our own writes or finished objects (docs/pod-certificates.md)
         uid = head[1].decode() if (head := _UID.search(line)) else ""
         if is_answered(uid):
             return None
@@ -333,7 +333,7 @@ class Watch:
         return found if kind in ("ADDED", "MODIFIED") and found.request.signer in self._wanted else None
 
     def has_seen_all(self) -> bool:
-        """Whether this round has got to the end of the objects that existed when it began."""
+        """Whether this round has read all objects that existed when it began."""
         if self._lines is not None and time.monotonic() - self.alive > _QUIET_SECONDS:
             self._has_seen_all = True
         return self._has_seen_all
