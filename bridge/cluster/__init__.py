@@ -1,8 +1,8 @@
 """
 The cluster's Kubernetes API, for a node and for the gateway.
 
-Here is a client of the Kubernetes API, of etcd or of a kubelet: whose rights it has, and which servers it asks. `api`
-has the requests, `kubeadm` the ConfigMaps from which kubeadm writes, `lease` the objects by which runs take turns.
+This module has the client of the Kubernetes API, of etcd or of a kubelet: its credentials and its servers. `api` has
+the requests, `kubeadm` the ConfigMaps from which kubeadm writes files, `lease` the objects by which runs take turns.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from bridge.system.http import Answer, HttpsError, KeptConnection, Peer
 from bridge.system.paths import UnreadableError
 from bridge.words import one_line
 
-#: For each request; a component that is well answers within milliseconds.
+#: The limit for each request; a healthy component answers within milliseconds.
 TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """A client certificate with its key, or a token; and the CAs to trust."""
+    """A client certificate with its key, or a token, and the CAs to trust."""
 
-    name: str  #: Of the file it comes from.
+    name: str  #: The name of the file that it comes from.
     certificate_pem: bytes | None  #: None: an anonymous client.
     key_pem: bytes | None = field(repr=False)
-    trust_pem: bytes | None  #: None: any server, as an API server trusts kubelets.
+    trust_pem: bytes | None  #: None: trust any server, as an API server trusts kubelets.
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,17 +54,17 @@ class Client:
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
-        """The TLS context of this client's connections; an HttpsError where a file's content can't be used."""
+        """The TLS context of this client's connections (HttpsError: a file's content can't be used)."""
         return http.context(self.trust_pem, self.certificate_pem, self.key_pem)
 
     @cached_property
     def headers(self) -> Mapping[str, str]:
-        """The headers that say who we are, if a certificate does not."""
+        """The headers that authenticate us if no certificate does."""
         return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
 
     @classmethod
     def of(cls, certificate: Path, key: Path, trust: Path | None) -> Client:
-        """Read one from files; an UnreadableError or ValueError where one can't be read, or is not there."""
+        """Read a client from files (UnreadableError, ValueError: one can't be read, or does not exist)."""
         return cls(
             name=certificate.name,
             certificate_pem=file_contents(certificate),
@@ -77,11 +77,11 @@ class Client:
         return {}
 
     def peer(self, server: Server) -> Peer:
-        """A server as this client comes to it, the same one each time; an UnreachableError where it has no such URL."""
+        """Return the peer by which this client reaches a server, always the same one (UnreachableError: bad URL)."""
         if server not in self._peers:
             seconds = 1.0 if self.certificate_pem is not None else 0.0
-            made = Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=seconds)
-            self._peers[server] = made
+            peer = Peer.of(server.url, lambda: self.tls, server_name=server.name, alert_seconds=seconds)
+            self._peers[server] = peer
         return self._peers[server]
 
     def ask(
@@ -102,17 +102,17 @@ class Client:
             return connection.sent(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)()
 
     def served(self, place: Address, name: str | None = None) -> x509.Certificate:
-        """The leaf that a server shows in a handshake (HttpsError: none); it must name `name`, or the place's host."""
+        """Return the leaf of a server's TLS handshake (HttpsError: none); it must name `name`, or the place's host."""
         peer = Peer(host=place.host, port=place.port, tls=lambda: self.tls, server_name=name)
         return http.served(peer, TIMEOUT_SECONDS)
 
 
-#: It shows no certificate, and accepts every server's.
+#: A client without a certificate, which accepts any server's.
 ANONYMOUS = Client(name="anonymous", certificate_pem=None, key_pem=None, trust_pem=None)
 
 
 def document(body: bytes) -> dict[str, Any]:
-    """A JSON object (UnreachableError: something else)."""
+    """Parse a JSON object (UnreachableError: something else)."""
     try:
         found = of_server(body)
     except ValueError:
@@ -123,36 +123,36 @@ def document(body: bytes) -> dict[str, Any]:
 
 
 def below(of: Any, *keys: str) -> Any:
-    """The value below these keys; None where there is none, or a value above it is no object."""
+    """Return the value below these keys; None if there is none, or if a value above it is no object."""
     for key in keys:
         of = of.get(key) if isinstance(of, dict) else None
     return of
 
 
 def mapping(of: Any, *keys: str) -> Mapping[str, Any]:
-    """The object below these keys; empty where there is none."""
+    """Return the object below these keys; empty if there is none."""
     found = below(of, *keys)
     return found if isinstance(found, dict) else {}
 
 
 def text_of(of: Any, *keys: str) -> str:
-    """The text below these keys; empty where there is none."""
+    """Return the text below these keys; empty if there is none."""
     found = below(of, *keys)
     return found if isinstance(found, str) else ""
 
 
 def items(of: Any, *keys: str) -> Iterator[Mapping[str, Any]]:
-    """The objects in a list below these keys; a value of another shape is left out."""
+    """Iterate over the objects in the list below these keys, and skip other values."""
     found = below(of, *keys)
-    return (one for one in found if isinstance(one, dict)) if isinstance(found, list) else iter(())
+    return (item for item in found if isinstance(item, dict)) if isinstance(found, list) else iter(())
 
 
-# --- with whose rights, and which servers ----------------------------------------------------------------------------
+# --- credentials and servers -----------------------------------------------------------------------------------------
 
 
-#: Where a pod finds its service account.
+#: The files of a pod's service account.
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-#: Whose rights are tried on a node, in this order; the second's do not depend on RBAC.
+#: The kubeconfigs that we try on a node, in this order; the second's rights do not depend on RBAC.
 _KUBECONFIGS = ("admin.conf", "super-admin.conf")
 
 
@@ -163,15 +163,15 @@ class AccessError(BridgeError):
 
 
 class Access(NamedTuple):
-    """Clients and servers, in the order in which they are tried."""
+    """Clients and servers, in the order in which we try them."""
 
     clients: tuple[Client, ...]
     servers: tuple[Server, ...]
-    troubles: tuple[str, ...] = ()  #: Why there are no more clients than these.
+    troubles: tuple[str, ...] = ()  #: Why some kubeconfigs gave no client.
 
 
 def of_node(node: Node, kubeconfig_dir: Path) -> Access:
-    """Read a node's clients and servers: its own API server comes first, then admin.conf's; a worker's are kubelet.conf's."""
+    """Read a node's clients and servers: its own API server, then admin.conf's; on a worker, kubelet.conf's."""
     clients, troubles = [], []
     servers = [Server(url)] if (url := local_url(node)) else []
     names = ("kubelet.conf",) if node.is_worker else _KUBECONFIGS
@@ -193,7 +193,7 @@ def of_node(node: Node, kubeconfig_dir: Path) -> Access:
 
 
 def of_gateway(config: Path | None) -> Access:
-    """Read a kubeconfig, or else the pod's service account; an AccessError where they can't be used."""
+    """Read a kubeconfig, or else the pod's service account (AccessError: they can't be used)."""
     try:
         client, server = _of_pod() if config is None else of_kubeconfig(config, _bytes(config, "a kubeconfig"))
         _ = client.tls
@@ -247,17 +247,17 @@ def _bytes(path: Path, what: str) -> bytes:
 
 
 def local_url(node: Node) -> str | None:
-    """The URL of this node's API server; None without a manifest, or without an address in it."""
+    """Return the URL of this node's API server; None without a manifest, or without an address in it."""
     address = node.flags(Component.APISERVER).get("--advertise-address", "")
     url = url_of(address, apiserver_port(node))
     return url if address and endpoints.is_url(url) else None
 
 
 def apiserver_port(node: Node) -> str:
-    """The port of this node's API server, which kubeadm makes the same on all nodes."""
+    """Return the port of this node's API server; kubeadm uses the same one on all nodes."""
     return node.flags(Component.APISERVER).get("--secure-port", str(endpoints.PORTS[Component.APISERVER]))
 
 
 def url_of(address: str, port_number: str | int) -> str:
-    """`https:` with an address, which may be IPv6's."""
+    """Return the `https:` URL of an address, IPv6 included."""
     return f"https://{f'[{address}]' if ':' in address else address}:{port_number}"

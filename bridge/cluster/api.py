@@ -1,4 +1,4 @@
-"""The one client of the cluster's API, which takes the first server that answers; keys stay in memory."""
+"""The client of the cluster's API, which uses the first server that answers; private keys stay in memory."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from bridge.system.http import (
 from bridge.words import one_line
 
 MERGE_PATCH = "application/merge-patch+json"
-#: An object's metadata alone: as an answer to a write, too, whose object we have.
+#: An object's metadata alone; also for the reply to a write, since we have the object.
 METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 JSON = "application/json"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
-#: For each of the gateway's requests.
+#: The limit for each of the gateway's requests.
 TIMEOUT_SECONDS = 10.0
-#: For a page of a list, and for any object that we read by its name.
+#: The limit for a page of a list, and for an object that we get by its name.
 _MAX_ANSWER_BYTES = 4 << 20
-#: The largest object that etcd takes has 1.5 MiB; in JSON a `<`, of which tenants may write a megabyte, has six bytes.
+#: etcd takes objects of up to 1.5 MiB; JSON escapes each `<` with six bytes, and tenants may write a megabyte of them.
 _MAX_OBJECT_BYTES = 12 << 20
-#: A token is rotated by the kubelet long before it ends.
+#: The kubelet rotates a token long before it expires.
 _READ_AGAIN_SECONDS = 60.0
 _MOST_PAGES = 50_000
 
@@ -54,25 +54,25 @@ _NOT_NOW = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.REQUEST_TIMEOUT}
 
 
 class NoAnswerError(BridgeError):
-    """No API server had an answer that is about the request; the text says why, server by server."""
+    """No API server answered the request itself; the text says why, server by server."""
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
     hint = "is the API server up, and is it the one that the kubeconfig names?"
-    is_unknown = False  #: A server does not know who we are (HTTP 401).
-    is_too_long = False  #: A server has more to say than an answer may hold.
-    is_from_server = False  #: A server turned this request away, and may accept another one.
+    is_unknown = False  #: A server did not authenticate us (HTTP 401).
+    is_too_long = False  #: A server's answer was longer than we allow.
+    is_from_server = False  #: A server rejected this request, but may accept another one.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer."""
+    """An answer to a request."""
 
     status: int
     body: bytes = field(repr=False)
 
     @cached_property
     def document(self) -> Mapping[str, Any]:
-        """The body's JSON; empty if it is no object. Parsed when needed, which it is not after a write that went well."""
+        """The body's JSON; empty if it is no object. Parsed on demand, since a successful write needs no parsing."""
         try:
             return whole_document(self.body)
         except UnreachableError:
@@ -80,12 +80,12 @@ class Reply:
 
     @property
     def message(self) -> str:
-        """The end of an error's text, since its beginning may repeat the request or the object."""
+        """The end of an error's message, since its beginning may quote the request or the object."""
         text = str(self.document.get("message", ""))
         return one_line(text[-600:].rpartition(": ")[2] or text[-300:])
 
     def found(self, path: str) -> Mapping[str, Any]:
-        """The document of an answer to a GET (NoAnswerError: another status than 200)."""
+        """Return the document of the answer to a GET (NoAnswerError: the status is not 200)."""
         if self.status == HTTPStatus.OK:
             return self.document
         error = NoAnswerError(f"wanted {path.partition('?')[0]}, found HTTP {self.status} {self.message}".rstrip())
@@ -94,7 +94,7 @@ class Reply:
 
 
 class Request(NamedTuple):
-    """A request to the API; `request_of` makes it."""
+    """A request to the API; `request_of` builds it."""
 
     method: str
     path: str
@@ -112,7 +112,7 @@ def request_of(
     accept: str = JSON,
     longest: int = _MAX_ANSWER_BYTES,
 ) -> Request:
-    """A request with a body in JSON, or without one."""
+    """Build a request, with a JSON body or without a body."""
     data = None if body is None else _encode(body).encode()
     headers = {"Accept": accept, **({"Content-Type": content_type} if data is not None else {})}
     return Request(method, path, data, headers, longest)
@@ -125,7 +125,7 @@ class _Kept(NamedTuple):
 
 
 class Api:
-    """A client of the API; it may be used by several threads."""
+    """A client of the API; several threads may use it."""
 
     def __init__(
         self,
@@ -135,45 +135,45 @@ class Api:
         *,
         again: Callable[[], Access] | None = None,
     ) -> None:
-        """Take clients and servers in the order of trial; with `again`, which reads them anew, HTTP 403 is an answer."""
+        """Take clients and servers, in order of trial; with `again`, which rereads them, HTTP 403 is an answer."""
         self.clients = tuple(clients)
-        self.servers = tuple(dict.fromkeys(servers))  #: Those that are known, the likeliest first.
+        self.servers = tuple(dict.fromkeys(servers))  #: The known servers, the likeliest first.
         self._troubles = tuple(troubles)
         self._again = again
         self._read_at = time.monotonic()
         self._mutex = threading.Lock()
-        self._idle: deque[_Kept] = deque()  #: Connections that are not in use.
+        self._idle: deque[_Kept] = deque()  #: Idle connections.
 
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
-        """A client with a node's rights (see `of_node`); this sends no request."""
+        """Return a client with a node's rights (see `of_node`), without any request."""
         return cls(*of_node(node, kubeconfig_dir))
 
     @classmethod
     def of_gateway(cls, config: Path | None) -> Api:
-        """A client with the gateway's rights (see `of_gateway`); this sends no request."""
+        """Return a client with the gateway's rights (see `of_gateway`), without any request."""
         return cls(*of_gateway(config), again=lambda: of_gateway(config))
 
     @property
     def server(self) -> str:
-        """The first one, for messages."""
+        """The first server, for messages."""
         return str(self.servers[0].place)
 
     def add(self, servers: Sequence[Server]) -> None:
-        """Add servers, to be tried after the others."""
+        """Add servers, which we try after the others."""
         with self._mutex:
             self.servers = tuple(dict.fromkeys((*self.servers, *servers)))
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None, content_type: str = JSON) -> Reply:
         """
-        Ask one server after the other, until one has an answer: any status but 401, 408, 429 and 5xx (NoAnswerError).
+        Ask one server after the other until one answers with any status but 401, 408, 429 and 5xx (NoAnswerError).
 
-        After a connection that ended too early the request is made once more: writes must bear that (resourceVersion).
+        If a connection ends too early, we send the request once more: writes must allow that (resourceVersion).
         """
         return self.answer(request_of(method, path, body, content_type))
 
     def answer(self, request: Request) -> Reply:
-        """As `ask`, for a request that is made already."""
+        """Do as `ask` does, for a request that is built already."""
         if self._again is not None and time.monotonic() - self._read_at >= _READ_AGAIN_SECONDS:
             self._read_anew(self.clients)
         clients = self.clients
@@ -189,13 +189,13 @@ class Api:
         self, requests: Sequence[Request], may_repeat: Callable[[], bool] = lambda: True
     ) -> list[Reply | NoAnswerError]:
         """
-        As `answer`, for several at once, each over a connection of its own; an error is an answer, too. One that has no
-        answer is made again by itself, while it `may_repeat`.
+        Do as `answer` does for several requests at once, each over its own connection; errors are among the results. A
+        request without an answer is repeated alone, as long as `may_repeat` allows.
         """
         reads: list[Callable[[], Reply]] = []
         server, client = self.servers[0], self.clients[0]
-        with contextlib.suppress(HttpsError):  # a server that is not there may keep each further try waiting as long
-            reads.extend(self._sent(self._kept(server, client), one) for one in requests if len(requests) > 1)
+        with contextlib.suppress(HttpsError):  # with a server that is down, each further try might wait as long
+            reads.extend(self._sent(self._kept(server, client), request) for request in requests if len(requests) > 1)
         found: list[Reply | NoAnswerError] = []
         trouble: NoAnswerError | None = None
         for request, read in itertools.zip_longest(requests, reads):
@@ -212,18 +212,18 @@ class Api:
         return found
 
     def _reply_of(self, read: Callable[[], Reply]) -> Reply | None:
-        """The answer to one of several requests; None: it has to be made by itself, where other servers are tried, too."""
+        """Read the answer to one of several requests; None: repeat it alone, which also tries other servers."""
         with contextlib.suppress(HttpsError):
             reply = _assert_now(read())
             return reply if reply.status not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else None
         return None
 
     def get(self, path: str) -> Mapping[str, Any]:
-        """The object or list at a path (NoAnswerError: also where the answer is another one)."""
+        """Get the object or list at a path (NoAnswerError: also for any status but 200)."""
         return self.ask("GET", path).found(path)
 
     def every(self, path: str, page: int) -> Iterator[Mapping[str, Any]]:
-        """All objects of a list, so many at once that 4 MiB should hold them, or else one of them (NoAnswerError)."""
+        """Yield all objects of a list, by pages that should fit into 4 MiB, or else one by one (NoAnswerError)."""
         more, mark, count = "", "&" if "?" in path else "?", page
         for _ in range(_MOST_PAGES):
             longest = _MAX_OBJECT_BYTES if count == 1 else _MAX_ANSWER_BYTES
@@ -264,7 +264,7 @@ class Api:
                     continue
                 if self.servers[0] != server:
                     with self._mutex:
-                        self.servers = tuple(sorted(self.servers, key=lambda one: one != server))
+                        self.servers = tuple(sorted(self.servers, key=lambda other: other != server))
                 return reply
         error = NoAnswerError(f"no answer from the cluster's API: {'; '.join(found) or 'no server is known'}")
         error.is_unknown, error.is_too_long, error.is_from_server = is_unknown, is_too_long, is_from_server
@@ -273,7 +273,7 @@ class Api:
     # --- connections --------------------------------------------------------------------------------------------------
 
     def _exchange(self, server: Server, client: Client, request: Request) -> Reply:
-        """The answer; the server may have ended a kept connection at this moment."""
+        """Exchange request and answer; repeat it if the server has just closed a kept connection."""
         kept = self._kept(server, client)
         try:
             reply = self._sent(kept, request)()
@@ -287,7 +287,7 @@ class Api:
         return reply
 
     def _sent(self, kept: _Kept, request: Request) -> Callable[[], Reply]:
-        """Send a request; what is returned reads its answer."""
+        """Send a request, and return the function that reads its answer."""
         method, path, body, headers, longest = request
         given = {**kept.client.headers, **headers}
         seconds = NODE_TIMEOUT_SECONDS if self._again is None else TIMEOUT_SECONDS
@@ -301,7 +301,7 @@ class Api:
         return reply
 
     def _kept(self, server: Server, client: Client) -> _Kept:
-        """A connection to this server that is not in use; a new one if there is none."""
+        """Return an idle connection to this server, or else a new one."""
         with contextlib.suppress(IndexError):
             while kept := self._idle.pop():
                 if kept.server is server and kept.client is client:
@@ -310,7 +310,7 @@ class Api:
         return _Kept(server, client, KeptConnection(client.peer(server)))
 
     def _read_anew(self, old: Sequence[Client]) -> None:
-        """Read the credentials again; the old ones stay if they can't be read now."""
+        """Read the credentials again; keep the old ones if they can't be read now."""
         with self._mutex:
             if self._again is None or self.clients is not old:
                 return
@@ -319,13 +319,13 @@ class Api:
                 self.clients, self.servers, _ = self._again()
 
     def close(self) -> None:
-        """End the connections that are not in use."""
+        """Close the idle connections."""
         while self._idle:
             self._idle.pop().connection.close()
 
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
-        """A stream of JSON lines from the first server; it is dead after `silence_seconds` (NoAnswerError)."""
+        """Open a stream of JSON lines from the first server; it fails after `silence_seconds` (NoAnswerError)."""
         server, clients = self.servers[0], self.clients
         connection = KeptConnection(clients[0].peer(server))
         headers = {"Accept": JSON, **clients[0].headers}
@@ -345,23 +345,23 @@ class Api:
 
 
 def _assert_now(reply: Reply) -> Reply:
-    """An answer to the request itself (UnreachableError: the server is not able to answer now)."""
+    """Return the reply if it answers the request itself (UnreachableError: the server can't answer now)."""
     if reply.status in _NOT_NOW or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise UnreachableError(f"wanted an answer, found HTTP {reply.status} {reply.message}".rstrip())
     return reply
 
 
 class Lines:
-    """The lines of a stream, as the API server answers a watch."""
+    """The lines of a stream, in which the API server answers a watch."""
 
     def __init__(self, stream: Stream, longest: int, server: str) -> None:
         self._stream = stream
         self._longest = longest
         self._server = server
-        self.left_out = 0  #: Lines that were too long.
+        self.left_out = 0  #: The number of lines that were too long.
 
     def __iter__(self) -> Iterator[bytes]:
-        """Each line without its end (NoAnswerError: the stream broke)."""
+        """Yield each line without its end (NoAnswerError: the stream broke)."""
         kept, skipping = bytearray(), False
         try:
             while piece := self._stream.piece():
@@ -380,5 +380,5 @@ class Lines:
             raise NoAnswerError(f"{self._server}: the watch broke: {e}") from None
 
     def end(self) -> None:
-        """End the stream, from another thread: nothing more comes."""
+        """End the stream, from another thread; nothing more comes."""
         self._stream.end()

@@ -1,4 +1,4 @@
-"""The texts that kubeadm keeps in ConfigMaps, from which it writes each node's files: their one reader and writer."""
+"""Reads and changes the ConfigMaps from which kubeadm writes each node's files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import CLUSTER_CONFIGURATION
 from bridge.node.yamltree import YamlError, document
 
-#: A ClusterConfiguration as Python's own types.
+#: A ClusterConfiguration as plain Python types.
 Cluster = Mapping[str, Any]
 
 _TURNS = 5  # each 409 means that another client was faster
 
 
 class ConfigMapKey(NamedTuple):
-    """The place of a text: a ConfigMap, and the key in its data."""
+    """Where a text is: a ConfigMap, and the key in its data."""
 
     name: str
     key: str
@@ -36,26 +36,26 @@ class ConfigMapKey(NamedTuple):
         return f"the ConfigMap {self.namespace}/{self.name}"
 
 
-#: From which the static pods' manifests are written.
+#: kubeadm writes the static pods' manifests from it.
 CLUSTER = ConfigMapKey("kubeadm-config", CLUSTER_CONFIGURATION)
-#: From which each kubelet's `config.yaml` is written.
+#: kubeadm writes each kubelet's `config.yaml` from it.
 KUBELETS = ConfigMapKey("kubelet-config", "kubelet")
-#: From which a joining node learns the CAs; tokens sign it (`kubeadm init phase bootstrap-token`).
+#: A joining node learns the CAs from it; bootstrap tokens sign it (`kubeadm init phase bootstrap-token`).
 CLUSTER_INFO = ConfigMapKey("cluster-info", "kubeconfig", "kube-public")
 
 
 class NoConfigError(BridgeError):
-    """A ConfigMap of kubeadm's is not there, or can't be changed."""
+    """One of kubeadm's ConfigMaps does not exist, or can't be changed."""
 
     exit_code: ClassVar[int] = Exit.FAILED
     hint = "kubeadm makes it: kubeadm init phase upload-config all --config FILE"
 
 
 class Found(NamedTuple):
-    """The answer about a text."""
+    """The API server's answer about a text."""
 
     text: str | None  #: None: there is none.
-    status: int  #: HTTP's, for messages.
+    status: int  #: The HTTP status, for messages.
     object: Mapping[str, Any]
 
 
@@ -67,7 +67,7 @@ def read(api: Api, place: ConfigMapKey) -> Found:
 
 
 def read_cluster(api: Api) -> Cluster:
-    """The ClusterConfiguration (NoConfigError: there is none that can be read; NoAnswerError)."""
+    """Read the ClusterConfiguration (NoConfigError: there is no readable one; NoAnswerError)."""
     found = read(api, CLUSTER)
     if found.text is None:
         raise _none(CLUSTER, found)
@@ -90,7 +90,7 @@ def _parsed(text: str) -> Cluster:
 
 def change(api: Api, place: ConfigMapKey, edit: Callable[[str], str]) -> bool:
     """
-    Have a text changed; a change that another client makes meanwhile stays, and `edit` gets the text once more.
+    Change a text with `edit`; if another client changes it meanwhile, `edit` gets the new text.
 
     Returns whether `edit` changed it (NoConfigError: no such text, or a refusal; NoAnswerError).
     """
@@ -101,7 +101,7 @@ def change(api: Api, place: ConfigMapKey, edit: Callable[[str], str]) -> bool:
         edited = edit(found.text)
         if edited == found.text:
             return False
-        # with its resourceVersion, so that a change in between is a 409
+        # the object keeps its resourceVersion, so that a change in between is a 409
         reply = api.ask("PUT", place.path, {**found.object, "data": {**found.object["data"], place.key: edited}})
         if reply.status == HTTPStatus.OK:
             return True
@@ -112,7 +112,7 @@ def change(api: Api, place: ConfigMapKey, edit: Callable[[str], str]) -> bool:
 
 
 def change_cluster(api: Api, edit: Callable[[Cluster], Cluster]) -> bool:
-    """Have the ClusterConfiguration changed, as `change` does; `edit` returns another one."""
+    """Change the ClusterConfiguration as `change` does; `edit` returns the new one."""
 
     def edited(text: str) -> str:
         found = _parsed(text)

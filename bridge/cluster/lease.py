@@ -1,4 +1,4 @@
-"""An object `Lease` of coordination.k8s.io/v1, kept as client-go's package tools/leaderelection keeps it."""
+"""A Lease object (coordination.k8s.io/v1), held as client-go's package tools/leaderelection does."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LONGEST = timedelta(days=1)
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """The fields of a lease that decide how long another one has to wait for it."""
+    """The fields of a lease that decide how long others wait for it."""
 
     holder: str = ""  #: Empty: the lease is free.
-    seconds: int = 0  #: For which it is good after it changed; a hostile API server may give any number of digits.
-    renewed: str = ""  #: Compared, and not read.
+    seconds: int = 0  #: How long it is valid after a change; a hostile API server may send any number of digits.
+    renewed: str = ""  #: Only compared, never parsed.
     transitions: int = 0
 
     @classmethod
@@ -46,7 +46,7 @@ class _Record:
 
 
 class Lease:
-    """A claim to one lease."""
+    """Our claim to one lease."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class Lease:
         owner: str | None = None,
     ) -> None:
         """
-        Claim the lease at `path` (namespace, name) for a unique `holder`; a holder that does not renew it is waited for at
-        most `longest`, and `OWNER_…`, an earlier claim of ours, not at all.
+        Claim the lease at `path` (namespace, name) for a unique `holder`. We wait at most `longest` for a holder that
+        does not renew it, and not at all for `OWNER_…`, an earlier claim of ours.
         """
         namespace, self.name = path
         self._api = api
@@ -69,12 +69,12 @@ class Lease:
         self._duration = duration
         self._longest = longest.total_seconds()
         self._owner = owner
-        self._seen: tuple[_Record, float] | None = None  # and since when
+        self._seen: tuple[_Record, float] | None = None  # the record, and since when
         self._acquired = ""
-        self.taken_from = ""  #: Who had it, and had not given it back, when `take` last wrote it.
+        self.taken_from = ""  #: The holder that had not released it when `take` last wrote it.
 
     def take(self) -> str:
-        """Take it if it is free, or renew it; returns another holder, or an empty text if it is ours now."""
+        """Take the lease if it is free, or renew it; return another holder's name, or an empty text if it is ours."""
         for _ in range(_TURNS):
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             record = _Record()
@@ -91,23 +91,23 @@ class Lease:
             if wrote.status in {HTTPStatus.OK, HTTPStatus.CREATED}:
                 self.taken_from = record.holder
                 return ""
-            # If a write succeeded and its answer got lost, the next turn finds that it is ours. A new lease's 404 is its namespace.
+            # If a write's answer got lost, the next turn finds that the lease is ours. A 404 to a POST is about the namespace.
             was_deleted = found.status == HTTPStatus.OK and wrote.status == HTTPStatus.NOT_FOUND
             if wrote.status != HTTPStatus.CONFLICT and not was_deleted:
                 raise NoAnswerError(f"wanted the lease {self.name}, found HTTP {wrote.status} {wrote.message}".rstrip())
         raise NoAnswerError(f"wanted the lease {self.name}, found that it changed each time")
 
     def trial(self) -> str:
-        """Why it could not be made, by a dry run, where it is not there yet; empty: it is there, or could be made."""
+        """Return why a dry run could not create the lease; empty: it exists, or we may create it."""
         if self._api.ask("GET", f"{self._collection}/{self.name}").status != HTTPStatus.NOT_FOUND:
             return ""
         body = self._rewritten({"metadata": {"name": self.name}})
-        made = self._api.ask("POST", f"{self._collection}?dryRun=All", body)
-        is_good = made.status in {HTTPStatus.CREATED, HTTPStatus.CONFLICT}
-        return "" if is_good else f"HTTP {made.status} {made.message}".rstrip()
+        reply = self._api.ask("POST", f"{self._collection}?dryRun=All", body)
+        is_good = reply.status in {HTTPStatus.CREATED, HTTPStatus.CONFLICT}
+        return "" if is_good else f"HTTP {reply.status} {reply.message}".rstrip()
 
     def give_back(self) -> None:
-        """Release it at once, if it is ours."""
+        """Release the lease at once, if it is ours."""
         for _ in range(_TURNS):
             found = self._api.ask("GET", f"{self._collection}/{self.name}")
             if found.status != HTTPStatus.OK or _Record.of(found.document).holder != self._holder:
@@ -125,7 +125,7 @@ class Lease:
         return now < self._seen[1] + min(record.seconds or self._duration.total_seconds(), self._longest)
 
     def _rewritten(self, document: Mapping[str, Any], *, holder: str | None = None) -> dict[str, Any]:
-        """The lease with another spec; its resourceVersion stays, so that a change in between is a 409."""
+        """Return the lease with our spec and its old resourceVersion, so that a change in between is a 409."""
         before, metadata = _Record.of(document), document.get("metadata")
         if not isinstance(metadata, dict):
             raise NoAnswerError(f"wanted the lease {self.name}, found something else")
@@ -148,7 +148,7 @@ class Lease:
 
 
 class Keeper:
-    """A thread that calls `renew` five times in a lease's duration, until `stop`; no error ends it."""
+    """A thread that calls `renew` five times per lease duration, until `stop`; no error ends it."""
 
     def __init__(self, renew: Callable[[], None], duration: timedelta) -> None:
         self._renew = renew
@@ -157,7 +157,7 @@ class Keeper:
         self.thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def start(self) -> None:
-        """Begin to renew; the first time at once."""
+        """Start to renew, the first time at once."""
         self.thread.start()
 
     def stop(self) -> None:
