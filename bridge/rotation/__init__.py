@@ -1,12 +1,12 @@
 """
 The replacement of a CA while the cluster runs (trust both, issue from the new one, trust it alone), and its rules (pure).
 
-The phase follows from the CA file, the CA data of kubeconfigs and the issuers of the leaves; it is recorded nowhere.
-kubeadm and our own checks take the first certificate of a CA file as the CA that signs (measured on 1.37), so that the
-order in the file matters; the order in a kubeconfig does not.
+We read the phase off the CA file, the CA data of kubeconfigs and the issuers of the leaves, and record it nowhere.
+kubeadm and our own checks take the first certificate of a CA file as the CA that signs (measured on 1.37), so the order
+in the file matters; the order in a kubeconfig does not.
 
-Each rule about a new CA has its source in measurements against Kubernetes 1.37 and OpenSSL 3.0: Go tries every CA of a
-name, OpenSSL takes the first whose key identifier does not contradict, and kubeadm compares certificates whole.
+The rules about a new CA come from measurements on Kubernetes 1.37 and OpenSSL 3.0: Go tries every CA with the issuer's
+name, OpenSSL takes the first without a conflicting key identifier, and kubeadm compares whole certificates.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Bundle = tuple[x509.Certificate, ...]
 
 
 class Phase(enum.Enum):
-    """A state that a node can stay in; kubeadm's commands work in each of them."""
+    """A state in which a node can stay; kubeadm's commands work in each."""
 
     OLD = "old"
-    TRUSTED = "trusted"  #: Both CAs are trusted, the old one signs.
-    ISSUED = "issued"  #: Both CAs are trusted, the new one signs.
+    TRUSTED = "trusted"  #: The node trusts both CAs; the old CA signs.
+    ISSUED = "issued"  #: The node trusts both CAs; the new CA signs.
     NEW = "new"
 
 
@@ -42,32 +42,32 @@ class Change:
 
     old: x509.Certificate
     new: x509.Certificate
-    cross: x509.Certificate | None = None  #: The new CA's name and key, certified by the old CA.
+    cross: x509.Certificate | None = None  #: The new CA's name and key, signed by the old CA.
 
     @property
     def keeps_key(self) -> bool:
-        """Whether the CA has the same key, and another certificate."""
+        """Whether both have the same key, and only the certificate is new."""
         return spki(self.old.public_key()) == spki(self.new.public_key())
 
     @property
     def path(self) -> tuple[Phase, ...]:
-        """The phases from the old CA to the new one; leaves of a CA that keeps its key need not be issued anew."""
+        """The phases from the old CA to the new one; a CA that keeps its key needs no new leaves."""
         return (Phase.OLD, Phase.NEW) if self.keeps_key else (Phase.OLD, Phase.TRUSTED, Phase.ISSUED, Phase.NEW)
 
     @property
     def spares(self) -> Phase | None:
-        """The phase that a node may leave out: behind a cross certificate the old CA's trust is enough for new leaves."""
+        """The phase that a node may skip: with a cross certificate, clients of the old CA accept new leaves."""
         return Phase.TRUSTED if self.cross is not None and not self.keeps_key else None
 
     @property
     def steps(self) -> Iterator[tuple[Phase, Phase]]:
-        """The steps that a node can take, from phase to phase."""
+        """The steps from phase to phase that a node can take."""
         yield from itertools.pairwise(self.path)
         if self.spares is not None:
-            yield from itertools.pairwise(one for one in self.path if one is not self.spares)
+            yield from itertools.pairwise(phase for phase in self.path if phase is not self.spares)
 
     def bundle(self, phase: Phase) -> Bundle:
-        """The certificates of the CA file in a phase, in their order."""
+        """Return the certificates of the CA file in a phase, in order."""
         return {
             Phase.OLD: (self.old,),
             Phase.TRUSTED: (self.old, self.new),
@@ -81,31 +81,31 @@ class Change:
         return {frozenset(self.bundle(phase)) for phase in self.path}
 
     def signer(self, phase: Phase) -> x509.Certificate:
-        """The CA that has issued all leaves in a phase."""
+        """Return the CA that issued all leaves of a phase."""
         return self.bundle(phase)[0]
 
     def before(self, phase: Phase) -> Phase | None:
-        """The phase to which `back` leads; None: this is the first."""
+        """Return the phase to which `back` leads; None: this is the first."""
         earlier = self.path[: self.path.index(phase)]
         return earlier[-1] if earlier else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """The content of a node's files, as far as it concerns one CA."""
+    """What a node's files say about one CA."""
 
-    bundle: Bundle  #: The CA file.
-    kubeconfigs: Mapping[str, Bundle]  #: The CA data of each kubeconfig that has some, by its path; `ca` alone.
-    leaves: Mapping[str, x509.Certificate | None]  #: The CA that each leaf leads to, by name; None: to none of both.
+    bundle: Bundle  #: The certificates of the CA file.
+    kubeconfigs: Mapping[str, Bundle]  #: The CA data of each kubeconfig with any, by path; only for `ca`.
+    leaves: Mapping[str, x509.Certificate | None]  #: The CA to which each leaf leads, by name; None: neither.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """The progress of one CA's replacement on a node."""
 
-    phase: Phase | None  #: The last one that the files have reached; None: they are of no phase.
-    next: Phase | None = None  #: The phase that is half done; None: nothing is.
-    differing: tuple[str, ...] = ()  #: From the nearest phase, as sentences; empty unless `phase` is None.
+    phase: Phase | None  #: The last phase that the files reached; None: they match no phase.
+    next: Phase | None = None  #: The phase that is half done; None: none.
+    differing: tuple[str, ...] = ()  #: Differences from the nearest phase, as sentences, if `phase` is None.
 
     @property
     def text(self) -> str:
@@ -116,10 +116,10 @@ class Standing:
 
 
 def standing(seen: Seen, change: Change) -> Standing:
-    """Find the phase of the files; it is half done if each place has the content of that phase or of the one before."""
+    """Find the phase of the files; a phase is half done if each file is as in that phase or in the one before it."""
     path = change.path
     lacking = {phase: differences(seen, change, phase) for phase in path}
-    for phase in reversed(path):  # without leaves and kubeconfigs the CA file alone decides
+    for phase in reversed(path):  # without leaves and kubeconfigs, the CA file alone decides
         if not lacking[phase]:
             return Standing(phase=phase)
     for phase, later in change.steps:
@@ -129,30 +129,30 @@ def standing(seen: Seen, change: Change) -> Standing:
 
 
 def differences(seen: Seen, change: Change, phase: Phase) -> dict[str, str]:
-    """What is not as in a phase, by its path or kubeadm's name of a leaf, as sentences in the order of installation."""
+    """Describe what differs from a phase, by path or leaf name, in sentences and in the order of installation."""
     bundle, signer = change.bundle(phase), change.signer(phase)
     held = {path: data for path, data in seen.kubeconfigs.items() if set(data) != set(bundle)}
     if seen.bundle != bundle:
         held = {"CA file": seen.bundle, **held}
     found = {place: f"{place}: wanted {texts(bundle)}, found {texts(data)}" for place, data in held.items()}
     for name, ca in seen.leaves.items():
-        if ca != signer and not change.keeps_key:  # then a leaf leads to both
+        if ca != signer and not change.keeps_key:  # with one key, each leaf leads to both CAs
             of_what = text(ca) if ca else "neither"
             found[name] = f"{name}: wanted a certificate of {text(signer)}, found one of {of_what}"
     return found
 
 
 def texts(bundle: Sequence[x509.Certificate]) -> str:
-    """The CAs of a bundle for the screen."""
+    """Format the CAs of a bundle for the screen."""
     return ", then ".join(map(text, bundle)) or "no CA"
 
 
 def text(ca: x509.Certificate) -> str:
-    """A CA for the screen, with its fingerprint, since two CAs may share a name."""
+    """Format a CA for the screen, with its fingerprint, since two CAs may share a name."""
     return f"{name_text(ca.subject)} ({fingerprint(ca)[:8]})"
 
 
-#: Nodes' clocks differ; the reference of Kubernetes' own CAs is five minutes, and a CA is made once.
+#: The least age of a new CA: clocks of nodes differ (Kubernetes reckons with five minutes), and this wait comes once.
 OLD_ENOUGH = timedelta(hours=1)
 
 
@@ -162,7 +162,7 @@ def new_ca_violations(
     others: Mapping[str, Iterable[x509.Certificate]],
     now: datetime,
 ) -> Iterator[Violation]:
-    """Why the new CA can't take the old one's place, by the old CA's leaves here and the cluster's other CAs."""
+    """Yield why the new CA can't replace the old one, by the old CA's leaves here and the cluster's other CAs."""
     new = change.new
     try:
         yield from _is_a_ca(new)
@@ -176,7 +176,7 @@ def new_ca_violations(
 
 
 def _is_a_ca(new: x509.Certificate) -> Iterator[Violation]:
-    """Kubernetes refuses a trust bundle with a certificate that is no CA (ClusterTrustBundle's validation)."""
+    """Kubernetes rejects a trust bundle with a certificate that is no CA (ClusterTrustBundle validation)."""
     if not is_ca(new):
         yield Violation(subject="basicConstraints", want="CA:TRUE", got="none, or CA:FALSE")
     usage = extension(new, x509.KeyUsage)
@@ -194,7 +194,7 @@ def _valid(new: x509.Certificate, now: datetime) -> Iterator[Violation]:
 
 
 def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterator[Violation]:
-    """Why a new CA, which `outlasts` the old one, should not begin to take its place, unless that can't wait."""
+    """Yield why a replacement should not begin yet except in an emergency; `outlasts`: the new CA must end later."""
     begin, end = change.new.not_valid_before_utc, change.new.not_valid_after_utc
     if now - OLD_ENOUGH < begin <= now:
         want = f"at the latest {minute(now - OLD_ENOUGH)}, since clocks of nodes differ"
@@ -205,15 +205,15 @@ def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterato
 
 
 def _keys(new: x509.Certificate, others: Mapping[str, Iterable[x509.Certificate]]) -> Iterator[Violation]:
-    """One key for two of the cluster's CAs: each kubeconfig would open etcd, or speak for every user at the front proxy."""
+    """If two of the cluster's CAs share a key, each kubeconfig can open etcd, or be any user at the front proxy."""
     ours = spki(new.public_key())
     for name, certificates in others.items():
-        if any(spki(one.public_key()) == ours for one in certificates):
+        if any(spki(certificate.public_key()) == ours for certificate in certificates):
             yield Violation(subject="key", want=f"another than {name}'s", got="the same")
 
 
 def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[Violation]:
-    """Whether clients that trust the old CA alone get to it: OpenSSL compares key identifiers, Go EKUs and path lengths."""
+    """Yield why old clients can't use the cross: OpenSSL compares key identifiers, Go EKUs and path lengths."""
     old, new = change.old, change.new
     same = {
         "subject": new.subject.public_bytes() == cross.subject.public_bytes(),
@@ -233,7 +233,7 @@ def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[V
 
 
 def _unlimited(old: x509.Certificate, cross: x509.Certificate) -> Iterator[Violation]:
-    """A limit of the new CA's own certificate counts for all clients; one of these two for old clients alone."""
+    """A limit in the new CA's certificate binds all clients; one in the old CA or the cross only old clients."""
     limits = extension(old, x509.BasicConstraints)
     if limits is not None and limits.path_length == 0:
         got = "pathlen:0 in the old CA, which forbids it"
@@ -244,7 +244,7 @@ def _unlimited(old: x509.Certificate, cross: x509.Certificate) -> Iterator[Viola
 
 
 def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
-    """With one name for both, OpenSSL tells the CAs apart by key identifiers alone, and tries one only."""
+    """If both CAs have one name, OpenSSL tells them apart only by key identifiers, and tries only one."""
     lacking: list[str] = []
     if change.old.subject == change.new.subject:
         cas = {"old": change.old, "new": change.new}
@@ -260,7 +260,7 @@ def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iter
 
 
 def _same_key(change: Change) -> Iterator[Violation]:
-    """A renewed CA: leaves stay, and must lead to it for Go (the subject's bytes) and for OpenSSL (the key identifier)."""
+    """If a CA keeps its key, old leaves must lead to it in Go (subject's bytes) and OpenSSL (key identifier)."""
     old, new = change.old, change.new
     if old.subject.public_bytes() != new.subject.public_bytes():
         got = f"{text(new)}, encoded in another way" if old.subject == new.subject else text(new)

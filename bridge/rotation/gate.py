@@ -1,4 +1,4 @@
-"""Whether the other nodes are ready for a phase, by their servers, by their word in Node objects, and by the cluster's objects."""
+"""Whether other nodes are ready for a phase: by their servers, their word in Node objects, the cluster's objects."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class _Kind(NamedTuple):
     """A kind of server."""
 
     text: str
-    path: str  #: To be asked for.
-    clients: tuple[str, ...]  #: Client certificates that it is shown: the first that is issued here.
-    ca: str = ""  #: Of what it shows; empty: kubelets may have made theirs themselves.
+    path: str  #: The path to request.
+    clients: tuple[str, ...]  #: Our client certificates for it; we present the first that this step issues.
+    ca: str = ""  #: The CA of its serving certificate; empty: none, since kubelets may sign their own.
 
 
 _KINDS = {
@@ -61,30 +61,30 @@ _KINDS = {
     "etcd": _Kind("etcd", "/health", ("apiserver-etcd-client", "etcd-healthcheck-client"), ETCD_CA.name),
     "peer": _Kind("etcd, for its peers,", "/version", ("etcd-peer",), ETCD_CA.name),
 }
-#: The controller manager writes kube-root-ca.crt when it becomes the leader: 28 s for 205 namespaces (measured on 1.37).
+#: A controller manager writes kube-root-ca.crt when it becomes the leader: 28 s for 205 namespaces (measured on 1.37).
 _FOLLOWS = timedelta(seconds=90)
 _LOOK_SECONDS = 2.0
 _MOST_NAMED = 10
 
 
 class NotReadyEverywhereError(NotReadyError):
-    """Another node is not in the phase before, or can't be asked."""
+    """Another node is not in the previous phase, or does not answer."""
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
     hint = (
         "`ca-bridge rotate-ca status` on that node says what is left there; --without NODE goes on without a node that "
-        "is gone for good, or that you have looked at; nothing was replaced"
+        "is gone for good, or that you have checked; nothing was replaced"
     )
 
 
 class SplitError(BridgeError):
-    """etcd's members would no longer know each other."""
+    """etcd's members would no longer trust each other."""
 
     exit_code: ClassVar[int] = Exit.USAGE
     hint = (
-        "`ca-bridge rotate-ca trust --ca etcd-ca` on every member, then `issue`, then `drop`: no client has to be waited for, "
-        "and etcd goes on (`ca-bridge restart --force` does not wait for restart.min_interval); the other CAs are named with "
-        "--ca meanwhile; nothing was replaced"
+        "`ca-bridge rotate-ca trust --ca etcd-ca` on every member, then `issue`, then `drop`: no need to wait for clients, and "
+        "etcd goes on (`ca-bridge restart --force` does not wait for restart.min_interval); name the other CAs with --ca "
+        "meanwhile; nothing was replaced"
     )
 
 
@@ -94,7 +94,7 @@ class Spot(NamedTuple):
     node: str
     kind: str  #: A key of `_KINDS`.
     server: Server
-    user_header: str = ""  #: A front proxy names the user to an API server in this header; empty: unused.
+    user_header: str = ""  #: The header in which a front proxy names the user to the API server; empty: unused.
 
     def __str__(self) -> str:
         return f"{_KINDS[self.kind].text} of {self.node} ({self.server.url})"
@@ -104,23 +104,23 @@ _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
 def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[str]:
-    """Nodes that have said nothing lately (pure); none, once the phase, which was proven then, has begun on another node."""
+    """Return nodes without a recent word (pure); none once another node has begun the phase, since that proved it."""
     if any(said.phase == target.value for said in words.values()):
         return []
-    return [name for name, said in words.items() if abs(now - said.at) > LATELY]  # or from the future: a clock is wrong
+    return [name for name, said in words.items() if abs(now - said.at) > LATELY]  # in the future, too: a clock is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """The operator's options: how long to wait for another run, which nodes are left out, and whether all are."""
+    """The operator's options: how long to wait for another run, and which nodes to leave out, or all."""
 
     without: frozenset[str] = frozenset()
     wait: timedelta = timedelta()
-    keys_to: Path | None = None  #: Where a former CA's key goes that kubeadm has left on this node.
-    emergency: bool = False  #: A CA's key has leaked: no other node is asked, and nothing goes back by itself.
+    keys_to: Path | None = None  #: The directory for a former CA's key that kubeadm left on this node.
+    emergency: bool = False  #: A CA's key has leaked: we check no other node, and nothing rolls back by itself.
 
     def assert_open(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
-        """Before one CA alone is trusted: each server of the cluster has a certificate of that one (NotReadyEverywhereError)."""
+        """Before only one CA is trusted, check that each server has a certificate of it (NotReadyEverywhereError)."""
         if self.emergency:
             result = "an emergency: no other node is asked, and nothing goes back by itself"
             run.record.add(audit.TRUSTED, result=result)
@@ -132,25 +132,25 @@ class Gate:
 
         def judge(spot: Spot) -> str:
             step = alone[_KINDS[spot.kind].ca]
-            ca = step.ca.change.signer(step.target)
-            # a handshake shows us the leaf alone; behind those of other nodes are the same intermediates as behind ours
-            above = [one for item in step.ca.items for one in item.certificates[1:] if one != step.ca.change.cross]
+            signer = step.ca.change.signer(step.target)
+            # a handshake shows us only the leaf; other nodes' leaves have the same intermediates as ours
+            above = [ca for item in step.ca.items for ca in item.certificates[1:] if ca != step.ca.change.cross]
             chain = (ANONYMOUS.served(spot.server.place), *above)
-            return "" if leads_to(chain, (ca,)) else f"it has a certificate of another CA than {text(ca)}"
+            return "" if leads_to(chain, (signer,)) else f"it has a certificate of another CA than {text(signer)}"
 
         self._assert_all(run, node, kinds, judge)
         if not node.is_worker and not node.is_etcd_host:
             self._assert_cluster(run, node, [step for step in steps if _asks_the_cluster(step)])
 
     def _assert_cluster(self, run: Run, node: Node, steps: Sequence[Step]) -> None:
-        """Nodes have said lately that they are in the phase before, and the cluster's own objects have its CAs."""
+        """Check that nodes said recently they are in the previous phase, and the cluster's objects have its CAs."""
         if not steps:
             return
         with _cluster(run, node) as api:
-            every = [one for one in kubelet_serving.nodes(api) if kubelet_serving.name_of(one) not in self.without]
-            for step in (one for one in steps if one.target is not Phase.TRUSTED):
+            nodes = [each for each in kubelet_serving.nodes(api) if kubelet_serving.name_of(each) not in self.without]
+            for step in (step for step in steps if step.target is not Phase.TRUSTED):
                 name, now = step.ca.name, run.now()
-                words = words_of(every, name, node.bundles[CA.name], now)
+                words = words_of(nodes, name, node.bundles[CA.name], now)
                 own, has_begun = run.settings.node.node_name, step.target is Phase.ISSUED and has_asked(run, name)
                 assert_said(name, step.ca.change, step.target, words, own, now, has_begun=has_begun)
             for step in steps:
@@ -158,13 +158,13 @@ class Gate:
                     assert_followed(api, step.ca.name, step.ca.change, step.target)
 
     def assert_accepted(self, run: Run, node: Node, pairs: Mapping[str, tuple[bytes, bytes]]) -> None:
-        """Each server of the cluster accepts these certificates and keys (PEM), by name (NotReadyEverywhereError)."""
+        """Check that all servers accept these client certificates and keys (PEM), by name (NotReadyEverywhereError)."""
         if self.emergency:
             return
         clients = {
             kind: Client(name=name, certificate_pem=pairs[name][0], key_pem=pairs[name][1], trust_pem=None)
-            for kind, one in _KINDS.items()
-            for name in [name for name in one.clients if name in pairs][:1]
+            for kind, server in _KINDS.items()
+            for name in [name for name in server.clients if name in pairs][:1]
         }
         self._assert_all(run, node, clients, lambda spot: refusal(clients[spot.kind], spot))
 
@@ -192,29 +192,29 @@ class Gate:
 
 
 def has_asked(run: Run, authority: str) -> bool:
-    """Whether the next CA has requests of this node: when it was asked, the other nodes' words were of that hour."""
+    """Whether the next CA already has requests of this node; other nodes' words were recent when it got them."""
     taken = {one.request.spec.authority.name for one in run.requests if one.was_taken}
     return authority in taken and authority in (next_ca_file(run.store).read() or ())
 
 
 def _asks_the_cluster(step: Step) -> bool:
-    """Whether a step needs the phase before on nodes and in objects; a cross certificate leads what trusts the old CA to both."""
+    """Whether nodes and objects must be in the previous phase; behind a cross, new leaves work for old clients."""
     change, here = step.ca.change, step.ca.standing.phase
     if step.ca.name not in KEYS or change.keeps_key:
         return False
     is_first_leaf = step.target is Phase.ISSUED and here is Phase.TRUSTED and change.cross is None
-    is_return = step.target is Phase.TRUSTED and here is Phase.ISSUED  # maybe from “new”, a minute ago
+    is_return = step.target is Phase.TRUSTED and here is Phase.ISSUED  # perhaps from “new”, a minute ago
     return is_first_leaf or is_return or step.target in (Phase.OLD, Phase.NEW)
 
 
 def words_of(
     nodes: Iterable[Mapping[str, Any]], authority: str, anchors: Sequence[x509.Certificate], now: datetime
 ) -> dict[str, Word]:
-    """What the nodes say that have certificates of this CA, by their objects (pure)."""
+    """Return the word in the Node object of each node that has certificates of this CA (pure)."""
     return {
-        kubelet_serving.name_of(one): objects.word_of(one, authority, anchors, now)
-        for one in nodes
-        if authority == CA.name or _CONTROL_PLANE in mapping(one, "metadata", "labels")
+        kubelet_serving.name_of(node): objects.word_of(node, authority, anchors, now)
+        for node in nodes
+        if authority == CA.name or _CONTROL_PLANE in mapping(node, "metadata", "labels")
     }
 
 
@@ -228,7 +228,7 @@ def assert_said(
     *,
     has_begun: bool = False,
 ) -> None:
-    """Nodes have said that they are in the phase before, others lately, unless it `has_begun` (NotReadyEverywhereError)."""
+    """Check that nodes said they are in the previous phase, recently unless `has_begun` (NotReadyEverywhereError)."""
     signer, others = change.signer(target), {node: said for node, said in words.items() if node != own}
     if target is Phase.ISSUED:
         what = f"trust {text(change.new)}"
@@ -242,7 +242,7 @@ def assert_said(
             + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind),
             hint=_again(target, behind),
         )
-    # while a CA's people are at work the hour ends; before an installation each server is shown the certificates
+    # people at a CA may take longer than an hour; before an installation we try the certificates on each server
     late = [] if has_begun else late_words(others, target, now)
     if late:
         raise NotReadyEverywhereError(
@@ -253,16 +253,16 @@ def assert_said(
 
 
 def _again(target: Phase, nodes: Sequence[str]) -> str:
-    """What has to be typed, and where."""
+    """Return a hint with the command to run, and the nodes to run it on."""
     command = "`ca-bridge rotate-ca issue`" if target is Phase.NEW else "`ca-bridge rotate-ca trust`"
     return (
-        f"{command} on {some(nodes, _MOST_NAMED)}, which changes nothing where that is done, and says it; then this command "
-        "again; --without NODE goes on without a node that is gone for good, or that you have looked at; nothing was replaced"
+        f"{command} on {some(nodes, _MOST_NAMED)}, which reports a finished phase without any change; then this command "
+        "again; --without NODE goes on without a node that is gone for good, or that you have checked; nothing was replaced"
     )
 
 
 def assert_followed(api: Api, authority: str, change: Change, target: Phase, limit: timedelta = _FOLLOWS) -> None:
-    """The cluster's own objects have the CAs of a phase, at the latest after `limit` (NotReadyEverywhereError, NoAnswerError)."""
+    """Wait up to `limit` for a phase's CAs in the cluster's own objects (NotReadyEverywhereError, NoAnswerError)."""
     wanted = {Phase.ISSUED: change.bundle(Phase.TRUSTED), Phase.TRUSTED: (change.old,)}.get(target, (change.new,))
     with doing("looking whether the cluster's objects have the CAs"):
         behind = wait_until(
@@ -272,27 +272,27 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
         again = "`ca-bridge rotate-ca trust`" if target is Phase.ISSUED else "`ca-bridge rotate-ca issue`"
         raise NotReadyEverywhereError(
             f"{authority}: wanted {texts(wanted)} in the cluster's objects, found others in {some(behind, _MOST_NAMED)}",
-            hint="kube-root-ca.crt is written by the controller manager that leads, when it begins to: restart it; "
+            hint="the controller manager writes kube-root-ca.crt when it becomes the leader: restart the leader; "
             f"{again}, run again, writes cluster-info; nothing was replaced",
         )
 
 
 def _assert_together(node: Node, steps: Sequence[Step]) -> None:
-    """The members of etcd, where there are several, go on as one (SplitError)."""
+    """Check that an emergency does not split etcd's members (SplitError)."""
     alone = next((step for step in steps if step.ca.name == ETCD_CA.name), None)
     if alone is None or alone.ca.standing.phase is Phase.ISSUED:
         return
-    with contextlib.suppress(NotReadyEverywhereError):  # it is away already
-        members = [one for one in _members(node) if one.kind == "etcd"]
+    with contextlib.suppress(NotReadyEverywhereError):  # etcd is down already
+        members = [spot for spot in _members(node) if spot.kind == "etcd"]
         if len(members) > 1:
             raise SplitError(
                 f"etcd-ca: wanted one member of etcd, or the phase “issued”, found {len(members)} members and the phase "
-                f"“{alone.ca.standing.text}”: those that trust one CA alone would know no other"
+                f"“{alone.ca.standing.text}”: members that trust only one CA would reject the others"
             )
 
 
 def refusal(client: Client, spot: Spot) -> str:
-    """Why a server does not take a client certificate; empty: it does, whatever it allows (HttpsError, ValueError: no answer)."""
+    """Return why a server rejects a client certificate; empty: it accepts it (HttpsError, ValueError: no answer)."""
     headers = {spot.user_header: "system:anonymous"} if spot.user_header else {}  # a user without rights
     try:
         answer = client.ask(spot.server, _KINDS[spot.kind].path, headers)
@@ -304,7 +304,7 @@ def refusal(client: Client, spot: Spot) -> str:
 
 
 def spots_of(run: Run, node: Node) -> Iterator[Spot]:
-    """The servers of all nodes, by the cluster's lists (NotReadyEverywhereError); a worker knows its API server, an etcd host the members."""
+    """List all nodes' servers; a worker knows its API server, an etcd host the members (NotReadyEverywhereError)."""
     if node.is_worker:
         path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
         try:
@@ -317,16 +317,16 @@ def spots_of(run: Run, node: Node) -> Iterator[Spot]:
     yield from _members(node)
 
 
-#: kubeadm's.
+#: The header that kubeadm configures.
 _USER_HEADER = "X-Remote-User"
 
 
 def _nodes(run: Run, node: Node) -> Iterator[Spot]:
-    """The addresses of all kubelets and API servers, also of those that are down."""
+    """List the addresses of all kubelets and API servers, including those that are down."""
     flags = node.flags(Component.APISERVER)
     with _cluster(run, node) as api:
-        for one in kubelet_serving.nodes(api):
-            name, place = kubelet_serving.name_of(one), kubelet_serving.place_of(one, flags)
+        for item in kubelet_serving.nodes(api):
+            name, place = kubelet_serving.name_of(item), kubelet_serving.place_of(item, flags)
             if place is None:
                 raise NotReadyEverywhereError(f"node {name}: wanted its address in its Node object, found none")
             yield Spot(name, "kubelet", Server(f"https://{place}"))
@@ -338,7 +338,7 @@ def _nodes(run: Run, node: Node) -> Iterator[Spot]:
 
 @contextlib.contextmanager
 def _cluster(run: Run, node: Node) -> Iterator[Api]:
-    """The cluster's own lists and objects (NotReadyEverywhereError: they can't be read)."""
+    """Connect to the cluster's API (NotReadyEverywhereError: its lists and objects can't be read)."""
     try:
         yield neighbours.connect(node, run.settings)
     except NoAnswerError as e:

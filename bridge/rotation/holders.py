@@ -1,6 +1,6 @@
 """
-What holds a CA in the cluster: what follows the files by itself, and what is others', which is listed and never changed.
-Others' values are searched for the CA's own bytes, and not parsed: a Secret may hold anything.
+The objects in the cluster that hold a CA: those that follow the files by themselves, and other owners' objects, which
+we list and never change. We search their values for the CA's own bytes, without parsing: a Secret may hold anything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bridge.words import one_line, some
 _ROOT_CA = "kube-root-ca.crt"
 _SERVING = "kubernetes.io/kube-apiserver-serving"
 _TOKEN = "kubernetes.io/service-account-token"  # noqa: S105 (a type of Secret)
-#: Most are small; an answer that is too long is asked for again, in smaller parts.
+#: Objects a page; most are small, and a page that is too long is requested again in smaller ones.
 _PAGE = 50
 _MOST_NODES = 10
 _LEADS = "the controller manager that leads has not read ca.crt yet"
@@ -43,24 +43,24 @@ _LEADS = "the controller manager that leads has not read ca.crt yet"
 
 _ROOT_CAS = f"/api/v1/configmaps?fieldSelector=metadata.name%3D{_ROOT_CA}"
 _CONFIG_MAPS = f"/api/v1/configmaps?fieldSelector=metadata.name%21%3D{_ROOT_CA}"
-#: Helm's releases are large, and hold what is in other objects, too.
+#: Without Helm's releases, which are large and repeat other objects.
 _SECRETS = "/api/v1/secrets?fieldSelector=type%21%3Dhelm.sh%2Frelease.v1"
-#: The newest version that the cluster has, of a kind that is not on everywhere.
+#: Paths of a kind that not every cluster has, the newest version first.
 _TRUST_BUNDLES = [f"/apis/certificates.k8s.io/{version}/clustertrustbundles" for version in ("v1", "v1beta1")]
-#: kubeadm's kube-proxy, and the object from which its pods' CA file is made.
+#: kubeadm's kube-proxy, and the object that is its pods' CA file.
 _PROXIES = "/api/v1/namespaces/kube-system/pods?labelSelector=k8s-app%3Dkube-proxy"
 _CA_OF_PROXIES = f"/api/v1/namespaces/kube-system/configmaps/{_ROOT_CA}"
 _RESTART_PROXIES = "kubectl -n kube-system rollout restart daemonset kube-proxy"
-#: Where others keep a CA by which the API server verifies them, in `caBundle`.
+#: Kinds with a `caBundle`, by which the API server verifies other servers.
 _CALLED = {
     "ValidatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations",
     "MutatingWebhookConfiguration": "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations",
     "APIService": "/apis/apiregistration.k8s.io/v1/apiservices",
     "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
 }
-#: ConfigMaps that the verbs of `rotate-ca` change, or the API servers make.
+#: ConfigMaps that the verbs of `rotate-ca` change, or that the API servers write.
 _OURS = {("kube-public", "cluster-info"), ("kube-system", "extension-apiserver-authentication")}
-#: Labels and types by which others mark what is theirs.
+#: Labels by which other programs mark their objects.
 _OWNERS = {
     "argocd.argoproj.io/secret-type": "Argo CD's",
     "cluster.x-k8s.io/cluster-name": "Cluster API's",
@@ -72,15 +72,15 @@ _OWNERS = {
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An object that is not as a phase wants it."""
+    """An object that differs from a phase."""
 
     text: str  #: A sentence.
-    #: For its owner, with certificates alone in it; empty: it follows by itself, or there is no such command.
+    #: A command for its owner, with only certificates in it; empty: the object follows by itself, or there is none.
     command: str = ""
 
 
 def look(api: Api, authority: str, change: Change, phase: Phase) -> list[Held]:
-    """The cluster's objects that do not hold the CAs of a phase yet, and other owners' objects that hold the old CA."""
+    """List the cluster's objects that lack the CAs of a phase, and other owners' objects that hold the old CA."""
     if authority not in _KEYS:
         return []
     try:
@@ -97,11 +97,11 @@ def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     bundle = change.bundle(phase)
     yield from _seen("cluster-info", _cluster_info(api, bundle))
     maps = api.every(_ROOT_CAS, _PAGE)
-    late = (_name(one) for one in maps if set(_certificates(_config_map(one))) != set(bundle))
+    late = (_name(each) for each in maps if set(_certificates(_config_map(each))) != set(bundle))
     yield from _seen(_ROOT_CA, _followers(_ROOT_CA, late))
     yield from _seen("Secrets", _secrets(api, change, phase))
     yield from _seen("ClusterTrustBundles", _trust_bundles(api, change, phase))
-    if phase is Phase.TRUSTED:  # `issue` turns the order in their file, and writes it anew
+    if phase is Phase.TRUSTED:  # not later: `issue` swaps the order in their file, and so rewrites it
         yield from _seen("kube-proxy", _proxies(api, bundle))
     if phase is not Phase.OLD:
         yield from _seen("ConfigMaps", _config_maps(api, change, phase))
@@ -110,7 +110,7 @@ def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
 
 
 def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
-    """What a look at one kind finds; one that we may not list is named, and the others are looked at (NoAnswerError)."""
+    """Yield the findings on one kind; report a kind that we may not list, so that the others follow (NoAnswerError)."""
     try:
         yield from found
     except NoAnswerError as e:
@@ -120,7 +120,7 @@ def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
 
 
 def behind(api: Api, authority: str, wanted: Bundle) -> list[str]:
-    """The cluster's own objects that lack one of these CAs, which pods, joining nodes and API servers read (NoAnswerError)."""
+    """List objects read by pods, joining nodes and API servers that lack one of these CAs (NoAnswerError)."""
     found, key = [], _KEYS[authority]
     if not set(wanted) <= _in_authentication(api, key):
         found.append(f"{key} of extension-apiserver-authentication")
@@ -129,12 +129,12 @@ def behind(api: Api, authority: str, wanted: Bundle) -> list[str]:
         if info is not None and not set(wanted) <= info:
             found.append(str(kubeadm.CLUSTER_INFO))
         maps = api.every(_ROOT_CAS, _PAGE)
-        late = [one for one in maps if not set(wanted) <= set(_certificates(_config_map(one)))]
-        found += [f"{_ROOT_CA} of {one_line(str(mapping(one, 'metadata').get('namespace')))}" for one in late]
+        late = [each for each in maps if not set(wanted) <= set(_certificates(_config_map(each)))]
+        found += [f"{_ROOT_CA} of {one_line(str(mapping(each, 'metadata').get('namespace')))}" for each in late]
     return found
 
 
-# --- what follows by itself -------------------------------------------------------------------------------------------
+# --- objects that follow by themselves --------------------------------------------------------------------------------
 
 
 def _cluster_info(api: Api, bundle: Bundle) -> Iterator[Held]:
@@ -145,7 +145,7 @@ def _cluster_info(api: Api, bundle: Bundle) -> Iterator[Held]:
 
 
 def _in_cluster_info(api: Api) -> set[x509.Certificate] | None:
-    """The CAs that a joining node trusts; None: there is no such object, and nodes join by files."""
+    """Return the CAs that a joining node trusts; None: there is no cluster-info, and nodes join by files."""
     text = kubeadm.read(api, kubeadm.CLUSTER_INFO).text
     if text is None:
         return None
@@ -163,17 +163,17 @@ def _in_authentication(api: Api, key: str) -> set[x509.Certificate]:
 
 
 def _authentication(api: Api, authority: str, change: Change, phase: Phase) -> Iterator[Held]:
-    """API servers join their CAs to what is there, and take none out: only at the end the old one has to be gone."""
+    """Check the object to which API servers only add CAs: the old one has to be gone in the last phase alone."""
     held = _in_authentication(api, key := _KEYS[authority])
     if not set(change.bundle(phase)) <= held:
         yield Held(f"extension-apiserver-authentication: wanted the CAs of this phase in {key}, found others")
     elif phase is Phase.NEW and change.old in held and change.old != change.new:
         text = f"extension-apiserver-authentication: wanted {key} without the old CA, found it there"
-        yield Held(f"{text}: `rotate-ca drop`, run again, has it made anew")
+        yield Held(f"{text}: `rotate-ca drop`, run again, has it recreated")
 
 
 def _followers(what: str, late: Iterable[str]) -> Iterator[Held]:
-    """A sentence about objects that the controller manager writes when it becomes the leader (measured on 1.37)."""
+    """Report objects that the controller manager writes when it becomes the leader (measured on 1.37)."""
     if names := list(late):
         yield Held(f"{what} of {some(names)}: wanted the CAs of this phase, found others: {_LEADS}")
 
@@ -183,7 +183,7 @@ def _config_map(one: Mapping[str, Any]) -> Any:
 
 
 def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
-    """Tokens of service accounts, which the controller manager keeps, and then those of others."""
+    """Check service account tokens, which the controller manager keeps, and other owners' Secrets."""
     bundle, late = set(change.bundle(phase)), []
     for one in api.every(_SECRETS, _PAGE):
         if one.get("type") == _TOKEN:
@@ -206,7 +206,7 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
             elif phase is not Phase.OLD:
                 where, data = "/spec/trustBundle", spec.get("trustBundle")
                 yield from _foreign("ClusterTrustBundle", one, "trustBundle", data, change, phase, where)
-        # its name has a digest of the content: for a moment the old one and the new one are there
+        # its name has a digest of the content, so that old and new exist together for a moment
         if serving and not any(
             set(_certificates(mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
         ):
@@ -215,37 +215,37 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
 
 
 def _proxies(api: Api, bundle: Bundle) -> Iterator[Held]:
-    """The pods of kube-proxy that were started before their CA file had these CAs, and do not read it again."""
+    """Report kube-proxy pods that started before their CA file had these CAs, and do not read it again."""
     written = api.ask("GET", _CA_OF_PROXIES).document
     if set(_certificates(_config_map(written))) != set(bundle):
-        return  # another line of the list names it
-    times = [_time(one.get("time")) for one in items(mapping(written, "metadata"), "managedFields")]
-    since = max((one for one in times if one is not None), default=None)
+        return  # another finding reports it
+    times = [_time(field.get("time")) for field in items(mapping(written, "metadata"), "managedFields")]
+    since = max((time for time in times if time is not None), default=None)
     late = []
     for pod in api.every(_PROXIES, _PAGE):
-        for one in items(mapping(pod, "status"), "containerStatuses"):
-            _, version = tag_of(str(one.get("image")))
+        for container in items(mapping(pod, "status"), "containerStatuses"):
+            _, version = tag_of(str(container.get("image")))
             is_old = version is None or version < READS_AGAIN
-            started = _time(mapping(one, "state", "running").get("startedAt"))
+            started = _time(mapping(container, "state", "running").get("startedAt"))
             if is_old and started is not None and since is not None and started < since:
                 late.append(one_line(str(mapping(pod, "spec").get("nodeName"))))
     if late:
         names = some(sorted(late), _MOST_NODES)
-        text = "wanted it started anew with the CAs of this phase, which it reads at its start alone before 1.36, found older"
+        text = "wanted it restarted with this phase's CAs, which it reads only at its start before 1.36, found older"
         yield Held(f"kube-proxy of {names}: {text}: before `issue`", _RESTART_PROXIES)
 
 
 def _time(text: Any) -> datetime | None:
-    """A time in an object."""
+    """Parse a time of an object; None: it has none."""
     try:
         return datetime.fromisoformat(text).astimezone(UTC) if isinstance(text, str) else None
     except ValueError:
         return None
 
 
-# --- what belongs to others -------------------------------------------------------------------------------------------
+# --- other owners' objects --------------------------------------------------------------------------------------------
 
-#: Kinds whose values are texts; those of all others are in base64.
+#: Kinds with plain text values; all others have base64.
 _TEXTS = {"ConfigMap", "ClusterTrustBundle"}
 
 
@@ -257,7 +257,7 @@ def _config_maps(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
 
 
 def _of_data(kind: str, one: Mapping[str, Any], change: Change, phase: Phase) -> Iterator[Held]:
-    """Each value of a Secret or a ConfigMap that holds the old CA as it should not in this phase."""
+    """Report each value of a Secret or ConfigMap that should not hold the old CA like this in the phase."""
     for key, value in mapping(one, "data").items():
         yield from _foreign(kind, one, key, value, change, phase)
 
@@ -269,7 +269,7 @@ def _called(api: Api, kind: str, path: str, change: Change, phase: Phase) -> Ite
 
 
 def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Each `caBundle` of an object, with the JSON pointer to it."""
+    """Yield the JSON pointer and value of each `caBundle` in an object."""
     if isinstance(value, dict):
         for key, one in value.items():
             if key == "caBundle":
@@ -284,10 +284,10 @@ def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 def _foreign(
     kind: str, one: Mapping[str, Any], where: str, data: Any, change: Change, phase: Phase, pointer: str = ""
 ) -> Iterator[Held]:
-    """Others' value with the old CA alone, or at the end with it at all; certificates alone have a command, and are printed."""
+    """Report a value with the old CA alone, or at all in the last phase; commands print nothing but certificates."""
     value = str(data).encode() if kind in _TEXTS else _decoded(data)
     is_over = phase is Phase.NEW
-    is_finished = change.old == change.new  # no backup knows the old one any more
+    is_finished = change.old == change.new  # no backup has the old CA any more
     if is_finished or not holds(value, change.old) or (holds(value, change.new) and not is_over):
         return
     metadata = mapping(one, "metadata")
@@ -304,7 +304,7 @@ def _foreign(
 
 
 def _command(kind: str, target: str, key: str, value: bytes, change: Change, phase: Phase, pointer: str) -> str:
-    """The command for the owner to type; empty: the CA is in the middle of something else, and not in base64."""
+    """Return the command for the owner to run; empty: the CA is inside other content, and not in base64."""
     text = value.decode("utf-8", errors="replace")
     if _is_certificates(text):
         new = _replaced(text, change, phase)
@@ -323,24 +323,24 @@ def _command(kind: str, target: str, key: str, value: bytes, change: Change, pha
 
 
 def _replaced(text: str, change: Change, phase: Phase) -> str:
-    """PEM blocks with the new CA behind the old one, or in its place; what else is there stays."""
-    held = [one for one in _certificates(text) if one not in (change.old, change.new)]
+    """Return PEM with the new CA behind the old one, or in its place; other certificates stay."""
+    others = [ca for ca in _certificates(text) if ca not in (change.old, change.new)]
     ours = [change.new] if phase is Phase.NEW else [change.old, change.new]
-    return pem(*ours, *held).decode()
+    return pem(*ours, *others).decode()
 
 
-#: Base64 of what begins with five hyphens, as PEM does; a kubeconfig and Argo CD's JSON hold CAs so.
+#: Base64 of a text that begins with five hyphens, as PEM does; kubeconfigs and Argo CD's JSON hold CAs like this.
 _RUN = re.compile(r"LS0tLS1[A-Za-z0-9+/]+={0,2}")
 _BLOCK = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----\s*")
 
 
 def _is_certificates(text: str) -> bool:
-    """Whether there is nothing but certificates, so that it may be printed."""
+    """Whether a text is nothing but certificates, and so may be printed."""
     return bool(text) and not _BLOCK.sub("", text).strip()
 
 
 def holds(value: bytes, ca: x509.Certificate) -> bool:
-    """Whether a value has a CA: in PEM, whatever its lines, or in base64 of PEM."""
+    """Whether a value has a CA, in PEM with any line breaks, or in base64 of PEM."""
     text = value.decode("ascii", errors="replace")
     body = "".join(pem(ca).decode().splitlines()[1:-1])
     return any(body in re.sub(r"\\n|\s", "", each) for each in (text, *map(_text, _RUN.findall(text))))

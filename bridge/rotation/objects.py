@@ -1,10 +1,10 @@
 """
 The objects in the cluster that change with the files of the control plane; `holders` looks at all that hold a CA.
 
-A `Word` is what a node's own run has seen of one CA there, as its Node object says it to the other nodes.
-Each user who may write Node objects can write a word there.
-It counts if the key of a kubelet's client certificate has signed it, which the cluster's CA has issued to exactly this node:
-on the node root alone reads that key. The Node object's UID, which no two clusters have, is signed as well.
+A `Word` is what a node's own run has seen of one CA there; its Node object carries the word to the other nodes.
+Every user who may write Node objects can write a word.
+A word counts only if the key of the client certificate that the cluster's CA issued to this node's kubelet signed it:
+on the node, only root reads that key. The signature covers the Node object's UID, which no two clusters share.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ from bridge.specs import CA, EKU, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from bridge.state.session import Run
 from bridge.words import one_line
 
-#: Annotations of a Node, by authority: no server shows a kubelet's client certificate, the front proxy's, or what a
-#: controller manager trusts.
+#: Annotations of a Node, by authority, for what no server shows: client certificates of kubelets and front proxies, and
+#: the CAs that a controller manager trusts.
 KEYS = {CA.name: "ca-bridge.io/ca-seen", FRONT_PROXY_CA.name: "ca-bridge.io/front-proxy-ca-seen"}
-#: What was proven counts for so long: a phase begins by what is there now.
+#: How long a word counts, since a phase needs the present state.
 LATELY = timedelta(hours=1)
 _CONTEXT = b"ca-bridge node's word about a CA 1"
-#: Nine certificates have a quarter of it.
+#: The longest word; nine certificates take a quarter of it.
 _LONGEST = 1 << 16
 
-#: Each API server joins its own client CAs to what is there, and takes none out; deleted, it is made anew from the files
+#: Each API server adds its own client CAs and removes none; after a deletion, they create it again from the files
 #: within a second (measured on 1.37).
 AUTHENTICATION = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication"
 NODES = "/api/v1/nodes"
 
 
 class ObjectError(BridgeError):
-    """An object in the cluster still holds other CAs; the node's files are in the phase."""
+    """An object in the cluster still holds other CAs, while the node's files are in the phase."""
 
     exit_code: ClassVar[int] = Exit.NOT_LIVE
     hint = "the same command tries again, here or on another control-plane node"
 
 
 def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *, says: bool) -> list[BridgeError]:
-    """Bring the objects that are ours to these phases, and `says` so in the Node object; errors, after which a repeat goes on."""
+    """Bring our objects to these phases, with our words if `says`; return errors, after which a repeat goes on."""
     if node.is_etcd_host or not (node.is_worker or node.manifests):
         return []
     found: list[BridgeError] = []
@@ -88,7 +88,7 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
         if any(phase is Phase.NEW and name in (CA.name, FRONT_PROXY_CA.name) for name, (_, phase) in changes.items()):
             reply = api.ask("DELETE", AUTHENTICATION)
             if reply.status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
-                text = f"wanted to have extension-apiserver-authentication made anew, found HTTP {reply.status}"
+                text = f"wanted extension-apiserver-authentication recreated, found HTTP {reply.status}"
                 found.append(ObjectError(f"{text} {reply.message}".rstrip()))
     except BridgeError as e:
         found.append(ObjectError(str(e)))
@@ -96,7 +96,7 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
 
 
 def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, Word]:
-    """What was seen on this node, by authority."""
+    """Return this node's words, by authority."""
     return {
         name: Word(
             at=run.now().replace(microsecond=0),
@@ -110,17 +110,17 @@ def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, W
 
 
 def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]:
-    """Have the Node object say what was seen on this node, by its kubelet's key; errors: other nodes learn nothing."""
+    """Write signed words into the Node object; return errors, with which other nodes learn nothing."""
     name = run.settings.node.node_name
     path = f"{NODES}/{name}"
     reply = api.ask("GET", path)
     if reply.status == HTTPStatus.OK:
         uid = text_of(reply.document, "metadata", "uid")
         try:
-            said = _signed(run, words, {"name": name, "uid": uid})
+            signed = _signed(run, words, {"name": name, "uid": uid})
         except ObjectError as e:
             return [e]
-        reply = api.ask("PATCH", path, {"metadata": {"annotations": said}}, MERGE_PATCH)
+        reply = api.ask("PATCH", path, {"metadata": {"annotations": signed}}, MERGE_PATCH)
     if reply.status == HTTPStatus.OK:
         return []
     text = f"wanted {', '.join(map(KEYS.__getitem__, words))} on {path}, found HTTP {reply.status} {reply.message}"
@@ -128,7 +128,7 @@ def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]
 
 
 def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dict[str, str]:
-    """The annotations of the object with these metadata, judged as others will (ObjectError: they would not count)."""
+    """Return the annotations for this Node object, checked as other nodes do (ObjectError: they would not count)."""
     node = run.read_node()  # with the certificates of this phase
     item = node.item(KUBELET_CONF)
     trouble = "none in its kubelet.conf, or behind it"
@@ -141,7 +141,7 @@ def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dic
         else:
             then = {"metadata": {**ours, "annotations": said}}
             read = [word_of(then, name, node.bundles[CA.name], run.now()) for name in words]
-            trouble = next((one.trouble for one in read if one.trouble), "")
+            trouble = next((word.trouble for word in read if word.trouble), "")
             if not trouble:
                 return said
     raise ObjectError(
@@ -151,15 +151,15 @@ def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dic
 
 
 def _cluster_info(api: Api, bundle: Bundle) -> None:
-    """A joining node trusts what cluster-info has; a cluster without it joins nodes by files."""
+    """Write the CAs into cluster-info, which joining nodes trust; a cluster without it joins nodes by files."""
     place = kubeadm.CLUSTER_INFO
     if kubeadm.read(api, place).text is None:
         return
 
     def edit(text: str) -> str:
         try:
-            had = load_pem_certificates(kubeconfig.ca_data(text.encode()) or b"")
-            return text if set(had) == set(bundle) else kubeconfig.with_ca(text.encode(), pem(*bundle)).decode()
+            held = load_pem_certificates(kubeconfig.ca_data(text.encode()) or b"")
+            return text if set(held) == set(bundle) else kubeconfig.with_ca(text.encode(), pem(*bundle)).decode()
         except (KubeconfigError, ValueError) as e:
             raise ObjectError(f"{place}: wanted its CA data to change, found {e}") from None
 
@@ -167,30 +167,30 @@ def _cluster_info(api: Api, bundle: Bundle) -> None:
 
 
 class Word(NamedTuple):
-    """What a node's own run has seen of one CA."""
+    """A node's word: what its own run has seen of one CA."""
 
-    at: datetime  #: When it was seen; whole seconds.
-    phase: str  #: In which phase.
+    at: datetime  #: When the run saw it, in whole seconds.
+    phase: str  #: The phase of the node's files.
     signer: str  #: The SHA-256 of the CA that signed its certificates.
     trusted: tuple[str, ...]  #: The SHA-256 of each CA that its components have read.
-    trouble: str = ""  #: Why what stands in the Node object does not count; the rest says nothing then.
+    trouble: str = ""  #: Why the word in the Node object does not count; the other fields are empty then.
 
 
-#: Of a node that has said nothing.
+#: The word of a node that has said nothing.
 NOTHING = Word(datetime.min.replace(tzinfo=UTC), "", "", ())
 
 
 def signed_word(
     word: Word, authority: str, node: Mapping[str, Any], chain: Sequence[x509.Certificate], key: PrivateKeyTypes
 ) -> str:
-    """The annotation of this Node object, by the key of a kubelet's certificate (ValueError: a key that can't sign)."""
+    """Return the annotation for this Node object, signed by its kubelet's key (ValueError: the key can't sign)."""
     signature = signatures.sign(key, _message(word, authority, node))
-    certificates = ",".join(b64encode(one.public_bytes(Encoding.DER)).decode() for one in chain)
+    certificates = ",".join(b64encode(certificate.public_bytes(Encoding.DER)).decode() for certificate in chain)
     return " ".join([*_texts(word), b64encode(signature).decode(), certificates])
 
 
 def word_of(node: Mapping[str, Any], authority: str, anchors: Sequence[x509.Certificate], now: datetime) -> Word:
-    """The word in a Node object, which counts by these CAs of the cluster; one that does not says nothing, and why."""
+    """Return the word in a Node object; `NOTHING` with the reason if it does not count by these CAs of the cluster."""
     text = text_of(node, "metadata", "annotations", KEYS[authority])
     if not text:
         return NOTHING
@@ -205,11 +205,11 @@ def word_of(node: Mapping[str, Any], authority: str, anchors: Sequence[x509.Cert
 
 
 def _parsed(text: str) -> tuple[Word, bytes, list[x509.Certificate]]:
-    """A word, its signature, and the chain of the key that made it (UNREADABLE)."""
+    """Parse a word, its signature, and the chain of the signing key (UNREADABLE)."""
     if len(text) > _LONGEST:
         raise ValueError
     at, phase, signer, trusted, signature, certificates = text.split(" ")
-    chain = [x509.load_der_x509_certificate(b64decode(one, validate=True)) for one in certificates.split(",")]
+    chain = [x509.load_der_x509_certificate(b64decode(der, validate=True)) for der in certificates.split(",")]
     seen_at = datetime.strptime(at, TIME).replace(tzinfo=UTC)
     word = Word(seen_at, phase, signer, tuple(trusted.split(",")))
     return word, b64decode(signature, validate=True), chain
@@ -218,7 +218,7 @@ def _parsed(text: str) -> tuple[Word, bytes, list[x509.Certificate]]:
 def _not_this_node(
     node: Mapping[str, Any], chain: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], now: datetime
 ) -> str:
-    """Why a chain is not that of the node's kubelet; empty: it is (UNREADABLE)."""
+    """Return why a chain is not that of the node's kubelet; empty: it is (UNREADABLE)."""
     leaf, user = chain[0], f"system:node:{text_of(node, 'metadata', 'name')}"
     is_its_kubelet = common_names(leaf.subject) == [user] and (O_OID, "system:nodes") in attributes(leaf.subject)
     if not is_its_kubelet or EKU.CLIENT_AUTH.value not in (extended_key_usages(leaf) or ()):
