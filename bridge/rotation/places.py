@@ -1,4 +1,4 @@
-"""Where a node holds the CAs that are being replaced, what each phase writes there, and where their former keys go."""
+"""The files that hold a CA under replacement on a node, what each phase writes there, and where former keys go."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.system.files import digest, sync_directory, write_atomically
 from bridge.system.paths import UnreadableError, exposure, own_text, read, real_path
 
-#: Both CAs may be trusted for weeks; what stays so for longer was forgotten.
+#: Weeks with both CAs are normal; after this, the replacement was probably forgotten.
 LONG = timedelta(days=90)
 
 
 class UnreadableCaError(BridgeError):
-    """A file that holds a CA, or a certificate of one, can't be read."""
+    """A file with a CA, or with a certificate that it issued, can't be read."""
 
     exit_code = Exit.FAILED
     hint = "put a good copy of it back, then run again; nothing was replaced"
@@ -39,13 +39,13 @@ class UnreadableCaError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
-    """One CA of this node, and the CA that takes its place."""
+    """One CA of this node, and the CA that replaces it."""
 
     state: AuthorityState
     change: Change
     seen: Seen
     items: tuple[Item, ...]  #: The leaves of this CA on the node.
-    confs: Mapping[str, bytes]  #: By path, the kubeconfigs with CA data.
+    confs: Mapping[str, bytes]  #: The kubeconfigs with CA data, by path.
 
     @property
     def name(self) -> str:
@@ -59,17 +59,17 @@ class Replaced:
 
     @property
     def since(self) -> datetime:
-        """The time of the CA file's last replacement: each phase replaces it, and nothing else does."""
+        """When the CA file was last replaced; each phase replaces it, and nothing else does."""
         return datetime.fromtimestamp(self.state.path.stat().st_mtime, UTC)
 
     def is_late(self, now: datetime) -> bool:
-        """Whether it stays where it should not: half a phase, files of no phase, or both CAs for too long."""
+        """Whether the replacement is stuck: half a phase, files of no phase, or both CAs for too long."""
         here = self.standing
         is_between = here.phase in (Phase.TRUSTED, Phase.ISSUED)
         return here.phase is None or here.next is not None or (is_between and now - self.since > LONG)
 
     def trust_files(self, phase: Phase) -> Iterator[Replacement]:
-        """The CA file and the kubeconfigs' CA data as a phase has them, where they differ now."""
+        """Yield the replacements that bring the CA file and the kubeconfigs' CA data to a phase."""
         bundle = self.change.bundle(phase)
         if self.seen.bundle != bundle:
             yield Replacement(
@@ -94,7 +94,7 @@ class Replaced:
 
 
 def with_ca(path: Path, data: bytes, change: Change, bundle: Bundle) -> bytes:
-    """A kubeconfig with this CA data, also in further entries of this cluster (KubeconfigError: its form allows no edit)."""
+    """Return a kubeconfig with this CA data in all the cluster's entries (KubeconfigError: its form allows no edit)."""
     try:
         return kubeconfig.with_cas(kubeconfig.with_ca(data, pem(*bundle)), copies.following(change.bundles, bundle))
     except KubeconfigError as e:
@@ -102,7 +102,7 @@ def with_ca(path: Path, data: bytes, change: Change, bundle: Bundle) -> bytes:
 
 
 def assert_has_next(settings: Settings) -> None:
-    """Make sure that there is something to do on some node (BridgeError)."""
+    """Check that the settings name a next CA (BridgeError)."""
     if not any(ours.next for ours in settings.authorities.values()):
         raise BridgeError(
             "wanted an authority with a next CA, found none in the settings",
@@ -111,7 +111,7 @@ def assert_has_next(settings: Settings) -> None:
 
 
 def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Replaced]:
-    """These CAs, or all with a next one, by what the files say (UnreadableCaError, SettingsError: a named one has none)."""
+    """Read these CAs, or all with a next one, from the files (UnreadableCaError; SettingsError: one has no next)."""
     ready = [name for name, ours in settings.authorities.items() if ours.next]
     want = 'a table with `anchor = "FILE"`, the new CA\'s certificate'
     problems = [SettingsProblem(f"authority.{name}.next", want, "none") for name in names if name not in ready]
@@ -122,7 +122,7 @@ def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Repl
 
 
 def new_ca(settings: Settings, name: str) -> x509.Certificate:
-    """The certificate of an authority's next CA (SettingsError: its file is not ours; UnreadableCaError: it has not exactly one)."""
+    """Read an authority's next CA (SettingsError: its file is not ours; UnreadableCaError: it has not exactly one)."""
     path, what = Path(settings.authorities[name].next["anchor"]), f"the certificate of {name}'s next CA"
     text = own_text(path, what, "its owner has it; a copy that root alone can change will do")
     try:
@@ -146,8 +146,8 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     held = {place: _ca_data(place, data) for place, data in confs.items()}
     held = {place: bundle for place, bundle in held.items() if bundle}
     items = tuple(i for i in node.items if i.spec.authority == state.authority and i.certificates and not i.foreign)
-    here = [*state.certificates, *(one for bundle in held.values() for one in bundle)]
-    old = next((one for one in here if one != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
+    here = [*state.certificates, *(ca for bundle in held.values() for ca in bundle)]
+    old = next((ca for ca in here if ca != new), None) or _old_in_backups(Store(settings.node.state_dir), name, new)
     change = Change(old or new, new, load_cross(Path(certified)) if certified is not None else None)
     leaves = {item.spec.name: anchor_of(item.certificates, (change.old, new)) for item in items}
     seen = Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves)
@@ -165,7 +165,7 @@ def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
 
 
 def _ca_data(place: str, data: bytes) -> Bundle:
-    """The CA data of a kubeconfig; empty: it names a file, or trusts what the system trusts."""
+    """Return the CA data of a kubeconfig; empty: it names a file, or relies on the system's CAs."""
     try:
         found = kubeconfig.parse(data).ca_data
         return tuple(load_pem_certificates(found)) if found else ()
@@ -174,23 +174,23 @@ def _ca_data(place: str, data: bytes) -> Bundle:
 
 
 def _old_in_backups(store: Store, authority: str, new: x509.Certificate) -> x509.Certificate | None:
-    """The CA that a finished replacement took away, by the newest backup that has it; None: no backup has one."""
-    every = (one for backup in backups.read_all(store)[0] for one in backups.cas_of(backup, authority))
-    return next((one for one in every if one != new), None)
+    """Return the CA that a finished replacement removed, from the newest backup with it; None: no backup has it."""
+    every = (ca for backup in backups.read_all(store)[0] for ca in backups.cas_of(backup, authority))
+    return next((ca for ca in every if ca != new), None)
 
 
 _OTHERS = 0o077
 
 
 class KeyLeftError(BridgeError):
-    """The key of a CA that no longer signs is still in kubeadm's place."""
+    """The key of a CA that no longer signs is still where kubeadm put it."""
 
     exit_code: ClassVar[int] = Exit.NOT_LIVE
-    hint = "the same command with another --keys-to takes it away; its reader makes any user until `drop` is done on every node"
+    hint = "the same command with another --keys-to takes it away; until `drop` is done on every node, it can sign for any user"
 
 
 def signing_flags(node: Node, one: Replaced) -> list[str]:
-    """The flags by which the controller manager signs with this CA's file: that signer ends at a second certificate in it."""
+    """Return the flags by which the controller manager signs with this CA's file, which must not have two CAs then."""
     if one.state.authority != CA:
         return []
     wanted = os.path.realpath(one.state.path)
@@ -199,12 +199,12 @@ def signing_flags(node: Node, one: Replaced) -> list[str]:
 
 
 def key_place(node: NodeSettings, one: Replaced) -> Path:
-    """The path of a CA's key in kubeadm's layout."""
+    """Return the path of a CA's key in kubeadm's layout."""
     return node.pki_dir / one.state.authority.key_file
 
 
 def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
-    """Make sure that a directory can take keys, which nothing here is to read again (SettingsError)."""
+    """Check that a directory is fit for keys that nothing on this node should read again (SettingsError)."""
     found = ""
     try:
         if not directory.is_absolute() or not stat.S_ISDIR(directory.stat().st_mode):
@@ -216,7 +216,8 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
     except OSError as e:
         found = f"{directory}: {e.strerror}"
     real = real_path(directory)
-    inside = [one for one in (node.pki_dir, node.kubeconfig_dir, node.state_dir) if real.is_relative_to(one.resolve())]
+    ours = (node.pki_dir, node.kubeconfig_dir, node.state_dir)
+    inside = [path for path in ours if real.is_relative_to(path.resolve())]
     if inside:
         found = f"{directory}, which is below {inside[0]}"
     if found:
@@ -225,7 +226,7 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
 
 
 def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path) -> Iterator[str | KeyLeftError]:
-    """Move keys into a directory, one file a CA; sentences, and errors after which the same call goes on."""
+    """Move each CA's key into a directory; yield sentences, and errors, after which a repeat continues."""
     for one in cas:
         place, target = key_place(node, one), directory / f"{one.name}.key"
         try:
@@ -237,7 +238,7 @@ def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path)
                 continue
             write_atomically(target, data)
             sync_directory(directory)
-            # a link and what it leads to, which may be the very file that is to stay
+            # both a link and its target, unless the target is the very file to keep
             for path in dict.fromkeys([real_path(place), place]):
                 if path != real_path(target):
                     path.unlink()

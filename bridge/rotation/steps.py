@@ -1,4 +1,4 @@
-"""One phase of a replacement on this node: a verb does the difference to its phase alone, so that after a kill it goes on."""
+"""One phase of a replacement on this node: a verb does only what its phase lacks, so a repeat goes on after a kill."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Verb(Enum):
-    """The operator's next step."""
+    """The verbs of `rotate-ca`, each of which brings a node to a phase."""
 
     TRUST = "trust"
     ISSUE = "issue"
@@ -53,7 +53,7 @@ class Verb(Enum):
 
 
 class NewCaError(BridgeError):
-    """The new CA can't take the old one's place."""
+    """The new CA can't replace the old one."""
 
     exit_code: ClassVar[int] = Exit.REFUSED
     hint = "have its owner make another one; nothing was replaced"
@@ -71,7 +71,7 @@ class Step:
 
     ca: Replaced
     target: Phase
-    is_there: bool  #: The files are as the phase wants them.
+    is_there: bool  #: Whether the files are in the phase already.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +80,19 @@ class Done:
 
     steps: tuple[Step, ...]
     result: Result
-    phases: Mapping[str, str]  #: Of each CA afterwards, by its files.
-    to_restart: Sequence[Component]  #: By an operator, with `restart.method = "none"`.
+    phases: Mapping[str, str]  #: The phase of each CA afterwards, by its files.
+    to_restart: Sequence[Component]  #: The components for an operator to restart, with `restart.method = "none"`.
 
     @property
     def exit_code(self) -> int:
-        """The worst outcome's, or the worst error's."""
+        """The exit code of the worst outcome or error."""
         return self.result.exit_code
 
 
 def run(
     settings: Settings, verb: Verb, names: Sequence[str], now: Callable[[], datetime], progress: Progress, gate: Gate
 ) -> Done:
-    """Bring this node's CAs (all that have a next one, if none is named) to a verb's phase; an error: nothing was replaced."""
+    """Bring this node's CAs (without names: all with a next CA) to a verb's phase; an error: nothing was replaced."""
     places.assert_has_next(settings)
     with begun(settings, now, progress, gate.wait) as (ours, found):
         transaction = Transaction(ours, RunOptions())
@@ -100,8 +100,8 @@ def run(
         cas = places.look(settings, node, names)
         back = _going_back(ours.store).read() or {}
         steps = tuple(
-            straight_to_the_new_ca(one) if gate.emergency else planned(verb, one, back.get(one.name))
-            for one in cas.values()
+            straight_to_the_new_ca(ca) if gate.emergency else planned(verb, ca, back.get(ca.name))
+            for ca in cas.values()
         )
         if verb is not Verb.BACK:
             assert_possible(steps, cas, settings, ours.now(), emergency=gate.emergency)
@@ -130,37 +130,37 @@ def run(
 def _done(
     run: Run, node: Node, names: Sequence[str], steps: tuple[Step, ...], result: Result, *, is_over: bool
 ) -> Done:
-    """The end of a verb: the cluster's objects follow the files, and the phases are read off the files once more."""
+    """End a verb: update the cluster's objects after the files, and read the phases off the files again."""
     result = _with_objects(run, node, steps, result)
     after = places.look(run.settings, run.read_node(), names)
     read = unproven_file(run.store).read() if run.settings.restart.method == "none" else None
     unproven = read or NotProven(certificates=())
     late = {*unproven.to_restart, *(node.spec(name).component for name in unproven.names)}
-    if is_over:  # last of all: a `back` that is killed before it is the same one when it is repeated
+    if is_over:  # last, so that a repeat after a kill is the same `back`
         _note_going_back(run.store, {step.ca.name: None for step in steps})
     return Done(
         steps=steps,
         result=result,
-        phases={name: one.standing.text for name, one in after.items()},
+        phases={name: ca.standing.text for name, ca in after.items()},
         to_restart=[component for component in ORDER if component in late],
     )
 
 
 def _going_back(store: Store) -> StateFile[dict[str, Phase]]:
-    """The phases that a `back` is about to reach, by authority."""
+    """The file with the phases to which a `back` is on its way, by authority."""
     what = "the phases to which CAs of this node go back"
     return coded(dict[str, Phase], store.going_back, what, OnDamage.SET_ASIDE, key="phases")
 
 
 def _note_going_back(store: Store, phases: Mapping[str, Phase | None]) -> None:
-    """Record the phases to which these CAs are about to go back (None: they do no longer); those of others stay."""
+    """Record the phases to which these CAs are going back (None: no longer), and keep those of others."""
     file = _going_back(store)
     now = {**(file.read() or {}), **phases}
     file.put({name: phase for name, phase in now.items() if phase is not None})
 
 
 def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -> Result:
-    """The result with errors about the cluster's objects; they change only where the node's files did."""
+    """Update the cluster's objects if the node's files changed, and add errors about them to the result."""
     if result.exit_code != Exit.DONE:
         return result
     late = _not_read(run, steps)
@@ -179,24 +179,24 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
 
 
 def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
-    """The components that are older than the CAs that they read at their start alone, in kubeconfigs or a CA file."""
+    """List the components that started before the current CAs, which they read only at their start."""
     ours = [step.ca for step in steps if step.ca.name == CLUSTER_CA.name]
     if not ours:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only at the end of a phase)
 
     node = run.read_node()
-    files = [str(one.path) for ca in ours for one in readers(node, ca)]
+    files = [str(reader.path) for ca in ours for reader in readers(node, ca)]
     ends = (*(f"/{SPECS[name].base}" for name in _KUBECONFIGS), *files)
     findings = proof.by_files(node, run.settings, run.now()).findings
-    return [one for one in findings if one.state == "stale" and one.what.endswith(ends)]
+    return [found for found in findings if found.state == "stale" and found.what.endswith(ends)]
 
 
 # --- what is to be done -----------------------------------------------------------------------------------------------
 
 
 def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
-    """The phase to which a verb, or a `back` that was cut off (`going_back`), brings a CA (OrderError: it is not the next one)."""
+    """Plan the step of a verb, or of an interrupted `back` to `going_back` (OrderError: it is not the next step)."""
     now, path = one.standing, one.change.path
     if now.phase is None:
         raise _of_no_phase(one)
@@ -229,7 +229,7 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
 
 
 def straight_to_the_new_ca(one: Replaced) -> Step:
-    """The step of an emergency, whatever the phase (OrderError: it would not help)."""
+    """Plan the step of an emergency, from any phase (OrderError: it would not help)."""
     now = one.standing
     if now.phase is None:
         raise _of_no_phase(one)
@@ -254,7 +254,7 @@ VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 def assert_possible(
     steps: Sequence[Step], cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> None:
-    """Refuse a new CA that can't work (NewCaError); its cross certificate is for new leaves, which the last phase makes none of."""
+    """Refuse a new CA that can't work (NewCaError); `drop` ignores its cross certificate, since it makes no leaves."""
     for step in steps:
         one = step.ca
         if step.target is Phase.NEW and not emergency:
@@ -265,7 +265,7 @@ def assert_possible(
 
 
 def assert_readable(steps: Sequence[Step], node: Node, gate: Gate) -> None:
-    """Refuse a leaf that may be the old CA's, and can't be read (UnreadableCaError): no phase would replace it."""
+    """Refuse an unreadable leaf that may be the old CA's (UnreadableCaError): no phase would replace it."""
     names = {step.ca.name for step in steps if _leaves(step) and not step.is_there and not gate.emergency}
     lost = [
         i for i in node.items if i.spec.authority.name in names and i.state in ("broken", "unreadable") and not i.pair
@@ -275,7 +275,7 @@ def assert_readable(steps: Sequence[Step], node: Node, gate: Gate) -> None:
 
 
 def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Progress) -> None:
-    """Refuse a CA above the one that signs (NewCaError), if its backend says so: what it signs for others would be trusted."""
+    """Refuse a CA above the issuer that its backend names (NewCaError): we would trust all that it signs for others."""
     for one, backend in _to_be_asked(settings, [step.ca for step in steps if not step.is_there]):
         try:
             with contextlib.closing(CA.of(backend, Rest())) as ca:
@@ -291,13 +291,13 @@ def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Pro
             raise NewCaError(
                 f"{one.name}: wanted the certificate of the CA that signs ({text(issuers[0])}) as next.anchor, found "
                 f"{text(one.change.new)}: what that one signs for others would be trusted, too",
-                hint='next.anchor = "FILE" with the first one; a CA above it that signs for this cluster alone is taken '
-                'with next.above = "allowed"; nothing was replaced',
+                hint='next.anchor = "FILE" with the first one; next.above = "allowed" accepts a CA above it that signs for '
+                "this cluster alone; nothing was replaced",
             )
 
 
 def not_asked(one: Replaced, backend: str) -> str:
-    """A sentence about a CA that does not say which certificate signs."""
+    """Return a sentence about a CA that does not name the certificate that signs."""
     return (
         f"{one.name}: {backend} does not say which certificate signs: if it is one below {text(one.change.new)}, what that "
         "one signs for others is trusted from `trust` on, and `issue` refuses the answers; compare the issuer of a "
@@ -306,14 +306,14 @@ def not_asked(one: Replaced, backend: str) -> str:
 
 
 def silent_backends(settings: Settings, cas: Iterable[Replaced]) -> Iterator[str]:
-    """Sentences about the CAs that `trust` could not ask for the certificate that signs, by the type of their backend."""
+    """Yield sentences about CAs whose backend can't name the certificate that signs, so that `trust` can't check it."""
     for one, backend in _to_be_asked(settings, cas):
         if not any(hasattr(backend.backend_type, ability) for ability in ("issuers", "issuers_of")):
             yield not_asked(one, backend.label)
 
 
 def _to_be_asked(settings: Settings, cas: Iterable[Replaced]) -> list[tuple[Replaced, registry.Configured]]:
-    """The new CAs that have to sign themselves and are not trusted yet, with their backends."""
+    """List the new CAs that must sign themselves and are not trusted yet, with their backends."""
     new = {one.name: one for one in cas if one.standing.phase is Phase.OLD and _must_sign_itself(settings, one.name)}
     backends = registry.configured(for_next(settings, new), new) if new else {}
     return [(one, backends[name]) for name, one in new.items()]
@@ -324,7 +324,7 @@ def _must_sign_itself(settings: Settings, name: str) -> bool:
 
 
 def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: Sequence[Proven]) -> None:
-    """Refuse answers of a CA below the new one (NewCaError), for a backend that can't be asked before."""
+    """Refuse answers from a CA below the new one (NewCaError), where the backend could not name it before."""
     for one in proven:
         name = one.prepared.item.spec.authority.name
         new = steps[name].ca.change.new
@@ -338,7 +338,7 @@ def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: S
 
 
 def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings, gate: Gate) -> None:
-    """Refuse what a key that kubeadm has left on this node makes impossible (OrderError, SettingsError)."""
+    """Refuse a step that a CA key left by kubeadm on this node makes impossible (OrderError, SettingsError)."""
     if gate.keys_to is not None:
         places.assert_takes_keys(gate.keys_to, settings.node)
     for step in steps:
@@ -360,29 +360,29 @@ def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings,
 
 
 def _leaves(step: Step) -> bool:
-    """Whether the former CA signs no more from this step on, so that its key must not be beside the new one's certificate."""
+    """Whether the old CA stops signing with this step, so that its key must not stay beside the new certificate."""
     return step.target in (Phase.ISSUED, Phase.NEW) and not step.ca.change.keeps_key
 
 
 def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -> Result:
-    """The result once the former CAs' keys are away; they stay where something failed, or waits."""
+    """Move the former CAs' keys away, and return the result with errors; keys stay if anything failed or waits."""
     if gate.keys_to is None or result.exit_code != Exit.DONE:
         return result
     cas = [step.ca for step in steps if _leaves(step)]
     errors: list[BridgeError] = []
-    for one in places.take_keys_away(cas, run.settings.node, gate.keys_to):
-        if isinstance(one, str):
-            run.record.add(audit.TRUSTED, result=one)
-            run.progress.note(one)
+    for note in places.take_keys_away(cas, run.settings.node, gate.keys_to):
+        if isinstance(note, str):
+            run.record.add(audit.TRUSTED, result=note)
+            run.progress.note(note)
         else:
-            errors.append(one)
+            errors.append(note)
     return dataclasses.replace(result, errors=(*result.errors, *errors))
 
 
 def violations(
     one: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> Iterator[Violation]:
-    """Why the new CA can't take the old one's place in this cluster, or not now; in an emergency its age does not count."""
+    """Yield why the new CA can't replace the old one here, or not yet; in an emergency its age does not count."""
     others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
     leaves = {item.spec.name: item.certificates[0] for item in one.items}
     if one.change.old != one.change.new:
@@ -398,18 +398,18 @@ def violations(
 
 # --- trust ------------------------------------------------------------------------------------------------------------
 
-#: The cluster's CA is read at the start from these, too.
+#: Kubeconfigs from which components read the cluster's CA at their start.
 _KUBECONFIGS = ("controller-manager.conf", "scheduler.conf", KUBELET_CONF)
 
 
 def readers(node: Node, ca: Replaced) -> list[Reader]:
-    """The components of this node that read the file of this CA at their start alone."""
+    """List this node's components that read this CA's file only at their start."""
     real = real_path(ca.state.path)
-    return [one for one in control_plane.readers(node) if real_path(one.path) == real]
+    return [reader for reader in control_plane.readers(node) if real_path(reader.path) == real]
 
 
 def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]) -> Result:
-    """Replace the CA file and the kubeconfigs' CA data; restart and prove what reads them once."""
+    """Replace the CA file and the kubeconfigs' CA data; restart and check the components that read them once."""
     files = [file for step in steps for file in step.ca.trust_files(step.target)]
     _record(run, steps)
     about = audit.about(phases={step.ca.name: step.target.value for step in steps})
@@ -426,8 +426,8 @@ def _trust(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
 
 
 def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], names: Collection[str]) -> None:
-    """Record, before the installation, what is to be restarted for these CAs, and to be seen to have read them."""
-    seen_by = {one.certificate for step in steps for one in readers(node, step.ca)}
+    """Record, before the installation, the components to restart for these CAs and to prove on them."""
+    seen_by = {reader.certificate for step in steps for reader in readers(node, step.ca)}
     seen_by |= {name for step in steps if step.ca.name == CLUSTER_CA.name for name in _KUBECONFIGS}
     transaction.owe_use(
         [
@@ -456,7 +456,7 @@ def _record(run: Run, steps: Sequence[Step]) -> None:
 
 
 def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
-    """Renew all leaves by the new CA, and turn the order of the CAs in the same installation: all or nothing."""
+    """Renew all leaves by the new CA, and swap the order of the CAs in the same installation: all or nothing."""
     ours = {step.ca.name: step for step in steps}
     settings = for_next(run.settings, ours)
     names = tuple(name for step in steps for name in _leaves_to_issue(step))
@@ -471,7 +471,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     files = [f for step in steps for f in step.ca.trust_files(step.target) if f.path not in embedded]
 
     def accepted(proven: Sequence[Proven]) -> None:
-        # no phase before has restarted what reads a CA at its start alone
+        # no earlier phase restarted the components that read a CA only at their start
         if first := [step for step in steps if gate.emergency or step.ca.standing.phase is Phase.OLD]:
             _owe_reading(run, going_on, node, first, ())
         assert_signed_by_it(settings, ours, proven)
@@ -496,7 +496,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
 
 
 def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:
-    """An edit of new certificates' files: kubeconfigs, and the CA files of further pairs, get the CAs of the phase."""
+    """Return the edit by which new kubeconfigs, and the CA files of further pairs, get the CAs of the phase."""
     confs = {path: step for step in steps for path in step.ca.confs}
     pairs = {
         str(place.ca_file): step
@@ -513,14 +513,14 @@ def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:
         change, bundle = step.ca.change, step.ca.change.bundle(step.target)
         if str(file.path) in confs:
             return dataclasses.replace(file, data=with_ca(file.path, file.data, change, bundle))
-        above = [one for one in load_pem_certificates(file.data) if one not in step.ca.seen.bundle]
+        above = [ca for ca in load_pem_certificates(file.data) if ca not in step.ca.seen.bundle]
         return dataclasses.replace(file, data=pem(*above, *bundle))
 
     return edit
 
 
 def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection[str]) -> None:
-    """The CA that signs now may still answer an open request; its answer would be another certificate."""
+    """Refuse open requests at the CA that signs now (OrderError): its answer would be the wrong certificate."""
     next_cas = next_ca_file(run.store).read() or ()
     for one in run.requests:
         authority = one.request.spec.authority.name
@@ -532,18 +532,18 @@ def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection
 
 
 def _forget_asked(run: Run, names: Collection[str]) -> None:
-    """The next CAs' answers are installed, or given up."""
+    """Forget that the next CAs were asked: their answers are installed or given up."""
     file = next_ca_file(run.store)
     file.put(tuple(name for name in file.read() or () if name not in names))
 
 
 def _begin_back(run: Run, steps: Sequence[Step]) -> None:
-    """Note where it goes; the CA that signs from now on takes no answer of the next one, and no renewal waits for one."""
+    """Record the target phases, and give up requests at a next CA that no longer signs: no renewal may wait for it."""
     _note_going_back(run.store, {step.ca.name: step.target for step in steps})
     next_cas, signing = next_ca_file(run.store).read() or (), (Phase.TRUSTED, Phase.OLD)
     back = [step.ca for step in steps if step.target in signing]
-    names = {one.name for one in back if one.standing.phase is Phase.ISSUED or one.name in next_cas}
-    for name in [one.name for one in run.requests if one.request.spec.authority.name in names]:
+    names = {ca.name for ca in back if ca.standing.phase is Phase.ISSUED or ca.name in next_cas}
+    for name in [opened.name for opened in run.requests if opened.request.spec.authority.name in names]:
         give_up(run, name, "the CA goes back")
     run.requests.save()
     _forget_asked(run, names)
@@ -555,7 +555,7 @@ def _leaves_to_issue(step: Step) -> list[str]:
 
 
 def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
-    """Put back what the new CA's certificates replaced, CA files included, from the installation's own backup."""
+    """Put back the files that the new CA's certificates replaced, with the CA files, from the backup of `issue`."""
     wanted = {step.ca.name for step in steps}
     backup = _backup_of(run, steps)
     names = {*wanted, *(item.spec.name for item in node.items if item.spec.authority.name in wanted)}
@@ -579,7 +579,7 @@ def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[
 
 
 def _as_target(file: Replacement, steps: Sequence[Step]) -> Replacement:
-    """A file of a backup with the CAs of the phase: one from before `issue` has the old CA alone if `trust` was spared."""
+    """Give a backup's file the CAs of the phase: if `trust` was skipped, the backup of `issue` has the old CA alone."""
     for step in steps:
         bundle = step.ca.change.bundle(step.target)
         if file.data is not None and file.certificate == step.ca.name:
@@ -591,7 +591,7 @@ def _as_target(file: Replacement, steps: Sequence[Step]) -> Replacement:
 
 
 def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes]]]:
-    """Certificate and key of what a backup has, by name; a damaged one is refused later, with the reason."""
+    """Yield the certificates and keys in a backup, by name; damaged pairs are refused later, with the reason."""
     for item in node.items:
         files = backups.files_of(backup, item.spec.name)
         with contextlib.suppress(BridgeError, OSError, ValueError):
@@ -608,14 +608,14 @@ class NoWayBackError(BridgeError):
 
 
 def _has_leaves(backup: Backup, steps: Sequence[Step]) -> bool:
-    """Whether a backup is one of leaves; kubeconfigs, which backups of CA data have, too, count only where leaves have no files."""
+    """Whether a backup has leaves; kubeconfigs, also in backups of CA data, count only if no leaf has its own file."""
     items = {item.spec.name: item for step in steps for item in step.ca.items}
     has_pairs = any(not item.embedded for item in items.values())
     return any(f.certificate in items and not (has_pairs and f.path.suffix == ".conf") for f in backup.files)
 
 
 def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
-    """The newest backup that has the CA files of the phase before, with the leaves that went with them."""
+    """Find the newest backup that has the CA files of the previous phase together with their leaves."""
     wanted: dict[str, list[Bundle]] = {}
     for step in steps:
         spared = [Phase.OLD] if step.target is step.ca.change.spares else []

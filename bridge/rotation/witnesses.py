@@ -1,6 +1,6 @@
 """
-Who still uses the CA that goes, by audit logs, logged refusals and metrics of API servers. Programs wrote the logs about
-requests of others: they are read line by line, and a line is believed for what it says of itself (measured on 1.37).
+The clients that still use the old CA, by audit logs, logged refusals and metrics of API servers. Any client's requests
+shape those logs: we read them line by line, and believe a line only about itself (measured on 1.37).
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from bridge.words import one_line
 
 _CREDENTIAL_ID = "authentication.kubernetes.io/credential-id"
 _IS_CERTIFICATE = "X509SHA256="
-#: An event with the request's body has up to a megabyte and more.
+#: The longest line; an event with the request's body has a megabyte or more.
 _LONGEST_LINE = 4 << 20
-#: Users, and addresses, that are kept apart; a cluster has hundreds.
+#: The most users, and addresses, that we count; a cluster has hundreds.
 _MOST_USERS = 10_000
 _MOST_TEXT = 200
 
 
 class UnreadableLogError(BridgeError):
-    """A file that was named can't be read."""
+    """A named file can't be read."""
 
     exit_code = Exit.USAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class User:
-    """A client certificate that is not known to be one of the new CA's, as it was used last."""
+    """The last use of a client certificate that is not known to be the new CA's."""
 
     sha256: str
     name: str
@@ -70,7 +70,7 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A client's refusal of a served certificate, with its address, or an API server's refusal of a client."""
+    """A client, by address, that rejects a serving certificate, or a client certificate that an API server rejects."""
 
     who: str
     count: int
@@ -85,14 +85,14 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Users:
-    """The users of certificates in audit logs."""
+    """The users of client certificates in audit logs."""
 
     users: list[User]
-    unread: int  #: Lines that are too long, or no events: clients may be in them.
+    unread: int  #: The number of lines that are too long or no events; they may hide clients.
 
 
 def users(logs: Sequence[Path], known: Collection[str]) -> Users:
-    """The users of audit logs whose certificate is none of the known ones, by SHA-256 (UnreadableLogError)."""
+    """List users in audit logs whose certificate is not in `known`, by SHA-256 (UnreadableLogError)."""
     found: dict[str, User] = {}
     unread = 0
     for line in _lines(logs):
@@ -110,7 +110,7 @@ def users(logs: Sequence[Path], known: Collection[str]) -> Users:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None: it is none, or too long."""
+    """Parse the event of a line; None: it is no event, or too long."""
     try:
         event = json_of(line, Budget(_LONGEST_LINE, MOST_OF_SERVER))
     except ValueError:
@@ -119,7 +119,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _users_of(event: Mapping[str, Any]) -> Iterator[User]:
-    """The user of an event, once for each of its certificates; an event of another shape has none."""
+    """Yield the user of an event once for each certificate; none for an event of an unexpected shape."""
     user = mapping(event, "user")
     ids = mapping(user, "extra").get(_CREDENTIAL_ID)
     for each in ids if isinstance(ids, list) else ():
@@ -140,23 +140,23 @@ def _word(value: Any) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    return [_word(one) for one in value[:8]] if isinstance(value, list) else []
+    return [_word(text) for text in value[:8]] if isinstance(value, list) else []
 
 
 def known(node: Node, store: Store, change: Change, issued: Sequence[Path]) -> set[str]:
-    """The SHA-256 of the new CA's certificates: here, installed by this node's runs, or in the named files (UnreadableLogError)."""
-    return {fingerprint(one) for one in leaves_of_the_new_ca(node, change, issued)} | set(_installed(store, change))
+    """Return the SHA-256 of the new CA's certificates: here, from this node's runs, or in files (UnreadableLogError)."""
+    return {fingerprint(leaf) for leaf in leaves_of_the_new_ca(node, change, issued)} | set(_installed(store, change))
 
 
 def leaves_of_the_new_ca(node: Node, change: Change, issued: Sequence[Path]) -> list[x509.Certificate]:
-    """Those on this node, and in the files or directories that the operator names (UnreadableLogError)."""
+    """List the new CA's leaves on this node, and in the files or directories of `issued` (UnreadableLogError)."""
     leaves = [item.certificates for item in node.items if item.certificates]
-    named = [[one] for path in issued for one in _certificates(path)]
+    named = [[certificate] for path in issued for certificate in _certificates(path)]
     return [chain[0] for chain in (*leaves, *named) if leads_to(chain, (change.new,))]
 
 
 def _installed(store: Store, change: Change) -> Iterator[str]:
-    """Those in our own audit log, by the issuer's name, where that says which of both CAs it is."""
+    """Yield digests from our own audit log, by the issuer's name, unless both CAs have the same name."""
     if change.old.subject == change.new.subject:
         return
     issuer = name_text(change.new.subject)
@@ -167,37 +167,37 @@ def _installed(store: Store, change: Change) -> Iterator[str]:
 
 
 def _certificates(path: Path) -> Iterator[x509.Certificate]:
-    """All certificates in a PEM file, or in the files of a directory."""
+    """Yield all certificates in a PEM file, or in the files of a directory."""
     with reasons(UnreadableLogError, f"{path}: wanted certificates"):
-        files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     for file in files:
         try:
             data = read_present(file)
         except UnreadableError as e:
             raise UnreadableLogError(f"{file}: wanted certificates, found: {e}") from None
-        with contextlib.suppress(ValueError):  # a directory of a CA has other files, too
+        with contextlib.suppress(ValueError):  # a CA's directory also has other files
             yield from load_pem_certificates(data)
 
 
 # --- clients that trust the old CA alone ------------------------------------------------------------------------------
 
-#: What a client says when it does not trust the server's certificate: Go's and OpenSSL's alerts, at verbosity 5 and above.
+#: The alerts of Go and OpenSSL clients that do not trust the server's certificate; logged from verbosity 5 on.
 _HANDSHAKE = re.compile(
     r"TLS handshake error from ([0-9A-Fa-f.:\[\]%a-z]{2,60}):\d{1,5}: remote error: tls: "
     r"(?:bad certificate|unknown certificate authority|unknown certificate)"
 )
-#: A client certificate that no CA of the API server signed, at any verbosity.
+#: A client certificate from none of the API server's CAs; logged at any verbosity.
 _UNKNOWN = re.compile(r"verifying certificate SN=(\d{1,50}), SKID=[0-9A-F:]{0,60}, AKID=([0-9A-F:]{0,60}) failed")
 
 
 def refusals(logs: Sequence[Path]) -> list[Refusal]:
-    """The refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
+    """List the refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
     found: dict[str, int] = {}
     for line in _lines(logs):
         for who in _refused(line.decode("utf-8", errors="replace")):
             if who in found or len(found) < _MOST_USERS:
                 found[who] = found.get(who, 0) + 1
-    return [Refusal(who, count) for who, count in sorted(found.items(), key=lambda one: -one[1])]
+    return [Refusal(who, count) for who, count in sorted(found.items(), key=lambda item: -item[1])]
 
 
 def _refused(line: str) -> Iterator[str]:
@@ -208,9 +208,9 @@ def _refused(line: str) -> Iterator[str]:
         yield f"the client certificate with {whose}, is of no CA that the API server trusts"
 
 
-# --- requests by the ends of their certificates -----------------------------------------------------------------------
+# --- requests by the expiry of their certificates ---------------------------------------------------------------------
 
-#: Of each request with a client certificate, whatever becomes of it, the time that is left of that one (Kubernetes 1.37).
+#: The time left of the client certificate, counted for each request that has one, refused or not (Kubernetes 1.37).
 _LEFT = re.compile(
     rb'apiserver_client_certificate_expiration_seconds_bucket\{le="([0-9.e+]{1,24}|\+Inf)"\} ([0-9.e+]{1,24})'
 )
@@ -224,12 +224,12 @@ _MOST_SAMPLES = 2_000_000
 class Counters:
     """An API server's counters since its start."""
 
-    left: Mapping[float, float]  #: Requests whose certificate has at most so many seconds left.
-    failed: float  #: TLS handshakes.
+    left: Mapping[float, float]  #: Requests by upper bound: certificates with at most this many seconds left.
+    failed: float  #: Failed TLS handshakes.
 
     @property
     def buckets(self) -> Iterator[tuple[float, float, float]]:
-        """From more than so many seconds, to so many, and the requests between; the first has those that have ended."""
+        """Each bucket's lower and upper bound in seconds, and its requests; the first is for expired certificates."""
         below, counted = -math.inf, 0.0
         for most, count in sorted(self.left.items()):
             yield below, most, count - counted
@@ -238,13 +238,13 @@ class Counters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """Requests to one API server with client certificates that end within the same time."""
+    """Requests to one API server with client certificates in the same bucket of remaining time."""
 
     server: str
     count: int
-    more_than: timedelta | None = field(metadata=named("moreThanSeconds"))  #: None: they have ended.
-    at_most: timedelta | None = field(metadata=named("atMostSeconds"))  #: None: any.
-    #: A certificate that is known to be of the new CA ends then, too.
+    more_than: timedelta | None = field(metadata=named("moreThanSeconds"))  #: None: the certificates have expired.
+    at_most: timedelta | None = field(metadata=named("atMostSeconds"))  #: None: no upper bound.
+    #: Whether a known certificate of the new CA is in the same bucket.
     is_like_new: bool = field(metadata=named("isLikeNew"))
 
     def __str__(self) -> str:
@@ -263,7 +263,7 @@ class Requests:
 
 
 def counters(api: Api) -> Counters:
-    """Read the metrics of the first server (NoAnswerError)."""
+    """Read the counters from the first server's metrics (NoAnswerError)."""
     left: dict[float, float] = {}
     failed = 0.0
     with api.lines("/metrics", _SILENCE_SECONDS, _LONGEST_SAMPLE) as lines:
@@ -278,12 +278,12 @@ def counters(api: Api) -> Counters:
 def requests(
     server: str, before: tuple[datetime, Counters], after: tuple[datetime, Counters], new: Collection[x509.Certificate]
 ) -> list[Requests]:
-    """The requests between two looks at one API server, with their times (pure; ValueError: it was started anew between them)."""
+    """Return the requests between two readings of one API server, with their times (pure; ValueError: it restarted)."""
     (begin, first), (end, last) = before, after
     if any(count > last.left.get(most, 0.0) for most, count in first.left.items()) or first.failed > last.failed:
         raise ValueError(f"{server}: wanted one API server that counts, found that it was started anew: look again")
     counted = {most: count for _, most, count in first.buckets}
-    lives = [((one.not_valid_after_utc - end), (one.not_valid_after_utc - begin)) for one in new]
+    lives = [((leaf.not_valid_after_utc - end), (leaf.not_valid_after_utc - begin)) for leaf in new]
     return [
         Requests(
             server=server,
@@ -301,17 +301,17 @@ def requests(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched:
-    """The counters of all API servers over some time."""
+    """What the counters of all API servers showed over a period."""
 
     requests: list[Requests] = field(metadata=named("byEnd"))
     failed: Mapping[str, int] = field(metadata=named("failedHandshakes"))  #: TLS handshakes, by server.
-    troubles: list[str]  #: About servers that could not be asked.
+    troubles: list[str]  #: Why some servers gave no counters.
 
 
 def watched(
     node: Node, settings: Settings, new: Collection[x509.Certificate], period: timedelta, now: Callable[[], datetime]
 ) -> Watched:
-    """Look at each API server twice, with a period between (NoAnswerError: they are not known)."""
+    """Read each API server's counters twice, a period apart (NoAnswerError: the servers are not known)."""
     api = neighbours.connect(node, settings)
     apis = {name: Api(api.clients, [Server(url)]) for name, url in neighbours.api_servers(api, node)}
     first, troubles = _counted(apis, now)
@@ -330,7 +330,7 @@ def watched(
 
 
 def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict[str, _Look], list[str]]:
-    """Looks by server, and why one could not be asked."""
+    """Read the counters of each server; return readings by server, and why others failed."""
     found, troubles = {}, []
     for name, api in apis.items():
         begin = now()
@@ -343,12 +343,12 @@ def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict
     return found, troubles
 
 
-#: The end of a look, its begin, and what was seen.
+#: The end of a reading, its beginning, and the counters.
 _Look = tuple[datetime, datetime, Counters]
 
 
 def _lines(paths: Iterable[Path]) -> Iterator[bytes]:
-    """The lines of files that may grow meanwhile; one that is too long is empty (UnreadableLogError)."""
+    """Yield the lines of files that may grow meanwhile; a line that is too long is empty (UnreadableLogError)."""
     for path in paths:
         try:
             with regular_file(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
