@@ -77,7 +77,7 @@ class Roots:
             elif outcome == "replaced":
                 log.warning("published the roots of %s anew: %s had others", signer, name)
             elif outcome == "removed":
-                log.warning("removed %s: the policy publishes these roots no more", name)
+                log.warning("removed %s: the policy no longer publishes these roots", name)
         self.good[signer] = not trouble
         if trouble and self._said.get(signer) != trouble:
             log.error("the roots of %s are not published: %s", signer, trouble)

@@ -234,13 +234,13 @@ class Service:
                 failures = 0
             except NoAnswerError as e:
                 if not watch.trouble:
-                    log.warning("%s; it is begun anew", e)
+                    log.warning("%s; the watch starts again", e)
                 watch.trouble = str(e)
                 self._stop.wait(back_off_seconds(failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
                 failures += 1
             except Exception as e:  # noqa: BLE001 (without a watch nothing would ever be signed again)
                 watch.trouble = f"internal error: {type(e).__name__}"
-                log.error("the watch ended with %s (a bug: report it); it is begun anew", type(e).__name__)  # noqa: TRY400
+                log.error("the watch ended with %s (a bug: report it); it starts again", type(e).__name__)  # noqa: TRY400
                 self._stop.wait(_LONGEST_PAUSE_SECONDS)
             finally:
                 if watch.left_out:
@@ -265,7 +265,7 @@ class Service:
             if queue.overflowed is not is_full:
                 is_full = queue.overflowed
                 if is_full:
-                    text = "more requests are waiting than fit into the queue, most of them by %s: some are looked at later"
+                    text = "more requests are waiting than fit into the queue, most of them by %s: some have to wait"
                     log.warning(text, one_line(queue.greediest()))
             if not self.holder.is_ours() or all(map(self._is_new_round_due, self._watching)):
                 queue.overflowed = False

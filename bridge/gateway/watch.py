@@ -312,7 +312,7 @@ class Watch:
         """Return the object of an event, or the uid of a deleted or refused object; None: neither."""
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
-                raise NoAnswerError("the API server ended the watch with an error; it is begun anew")
+                raise NoAnswerError("the API server ended the watch with an error")
             if b'"BOOKMARK"' in line[:40]:  # comes after all objects that existed before
                 self._has_seen_all = True
             return None
