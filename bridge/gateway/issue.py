@@ -273,7 +273,7 @@ class Issuing:
             raise LeftError("ca-unavailable", str(e), rest + 0.5 if rest else None) from None
         except (BackendRefusedError, VerificationError) as e:
             context.record_quietly(job.facts, audit.REFUSED, e)
-            if not isinstance(e, NoVerdictError):  # for which the CA was not asked, or may still answer
+            if not isinstance(e, NoVerdictError):  # which says that the CA was not asked, or may still answer
                 context.drop_pending(job.one.uid)
             if isinstance(e, UntrustedAnswerError | VerificationError):
                 raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None

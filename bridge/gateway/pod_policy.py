@@ -22,7 +22,7 @@ _CURVE_NAMES = {"ecdsa-secp521r1": "ecdsa-p521"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodRequest:
-    """A PodCertificateRequest's content; if a node made it, the API server vouches for whom it is."""
+    """A PodCertificateRequest's content; if a node made it, the API server vouches for the pod in it."""
 
     signer: str
     namespace: str

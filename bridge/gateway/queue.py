@@ -140,7 +140,7 @@ class Queue:
                 return []
         found = look(one)  # without the lock, since it takes a while
         with self._changed:
-            if self._is_known(one):  # it may be by now
+            if self._is_known(one):  # it may have one now
                 return []
             superseded = self._supersede(one, found.key)
             if superseded is None or not self._make_room(one):
@@ -256,7 +256,7 @@ class Queue:
         if job is not None:
             job.delay = 0
             self._lanes[job.lane].withdraw(job)
-            if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # with withdrawn ones until their time
+            if len(self._delayed) > 2 * len(self._jobs) + _MOST_REMOVED:  # withdrawn jobs stay until due
                 self._delayed = [(due, number, job) for due, number, job in self._delayed if job.delay == number]
                 heapq.heapify(self._delayed)
 

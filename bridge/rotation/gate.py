@@ -256,8 +256,8 @@ def _again(target: Phase, nodes: Sequence[str]) -> str:
     """Return a hint with the command to run, and the nodes to run it on."""
     command = "`ca-bridge rotate-ca issue`" if target is Phase.NEW else "`ca-bridge rotate-ca trust`"
     return (
-        f"{command} on {some(nodes, _MOST_NAMED)}, which reports a finished phase without any change; then this command "
-        "again; --without NODE goes on without a node that is gone for good, or that you have checked; nothing was replaced"
+        f"{command} on {some(nodes, _MOST_NAMED)}, which changes nothing where that is done, but reports it; then this "
+        "command again; --without NODE goes on without a node that is gone for good, or that you have checked; nothing was replaced"
     )
 
 

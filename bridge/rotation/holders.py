@@ -35,7 +35,7 @@ from bridge.words import one_line, some
 _ROOT_CA = "kube-root-ca.crt"
 _SERVING = "kubernetes.io/kube-apiserver-serving"
 _TOKEN = "kubernetes.io/service-account-token"  # noqa: S105 (a type of Secret)
-#: Objects a page; most are small, and a page that is too long is requested again in smaller ones.
+#: Objects in a page; most are small, and we request a page that is too long again in smaller parts.
 _PAGE = 50
 _MOST_NODES = 10
 _LEADS = "the controller manager that leads has not read ca.crt yet"

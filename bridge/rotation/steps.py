@@ -192,7 +192,7 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
     return [found for found in findings if found.state == "stale" and found.what.endswith(ends)]
 
 
-# --- what is to be done -----------------------------------------------------------------------------------------------
+# --- the step of a verb -----------------------------------------------------------------------------------------------
 
 
 def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
