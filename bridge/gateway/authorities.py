@@ -91,7 +91,7 @@ class AuthorityOfSigners:
                     self._anchors = read_anchors(self._anchor_file)
                     self._end = self._end_of_anchors()
                 except SettingsError as e:
-                    log.error("%s; the certificates that were read before go on counting", e)  # noqa: TRY400
+                    log.error("%s; the certificates that were read before still count", e)  # noqa: TRY400
             return self._anchors
 
     def end(self) -> datetime:

@@ -85,12 +85,12 @@ class Leader:
         try:
             self.lease.give_back()
         except NoAnswerError as e:
-            log.warning("the lease %s was not given back, and expires: %s", self.lease.name, e)
+            log.warning("the lease %s was not released, and will expire: %s", self.lease.name, e)
 
     def _renew(self) -> None:
         if not self._can_work():
             self._give_back()
-            self._say(f"the lease {self.lease.name} is left to others, since the record can't be written")
+            self._say(f"the lease {self.lease.name} is left to others, since the audit log can't be written")
             return
         was_ours, began = self.is_ours(), time.monotonic()
         try:

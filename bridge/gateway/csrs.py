@@ -230,7 +230,7 @@ class Writer:
         found = self._context.api.ask("GET", job.one.path)
         if text_of(found.document, "metadata", "resourceVersion") == job.one.version:
             refusal = f"wanted to write its {subresource}, found HTTP {reply.status} {reply.message}"
-            log.error("%s (is an admission policy or a webhook of the cluster against it?)", refusal)
+            log.error("%s (does an admission policy or webhook of the cluster reject it?)", refusal)
             raise LeftError("left", refusal)
 
     @staticmethod
@@ -240,7 +240,7 @@ class Writer:
             raise GoneError("the object is gone")
         if reply.status != HTTPStatus.OK:
             reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
-            log.error("%s (has the gateway the rights that `ca-bridge help gateway` names?)", reason)
+            log.error("%s (does the gateway have the rights that `ca-bridge help gateway` names?)", reason)
             raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
 
 

@@ -138,13 +138,13 @@ class Issuing:
             case GoneError():
                 job.verified = None
                 context.metrics.count(job.one.request.signer, "conflict")
-                log.info("left to the client that has changed it: %s", error, extra=extra(job, "conflict"))
+                log.info("left to the client that changed it: %s", error, extra=extra(job, "conflict"))
                 context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
                 return None
             case LeftError():
                 outcome, for_owner, seconds = error.outcome, str(error), error.seconds
             case NoAnswerError() | AuditError() | StateError():
-                own = "the gateway has trouble of its own; its log says which"
+                own = "the gateway itself has a problem; its log says which"
                 outcome, for_owner, seconds = "left", own, None
             case _:
                 raise error
@@ -185,7 +185,7 @@ class Issuing:
             self._assert_current(job)
             verdict = yield from self._allowed(job, at_write=True)
             if verdict is None:
-                raise GoneError("it was allowed when it was signed, and is not any more")
+                raise GoneError("it was allowed when it was signed, and no longer is")
             self._assert_of_use(job, verdict, found, is_new=is_new)
             if (yield from writer.issue(job, verdict, found)):
                 self._remember(job)
@@ -348,7 +348,7 @@ class Issuing:
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
         if (rest := authority.rest.turn()) > 0:
-            raise LeftError("ca-unavailable", f"{authority.ca.label} was not there a moment ago", rest + 0.1)
+            raise LeftError("ca-unavailable", f"{authority.ca.label} did not answer a moment ago", rest + 0.1)
         self._context.assert_ours()
 
     def _keep(self, asking: _Asking, answer: Pending) -> None:

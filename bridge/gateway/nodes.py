@@ -88,7 +88,7 @@ class WatchedFile(Generic[T]):
             before, self.trouble = self.trouble, str(e)
             found = "; ".join(self.trouble.splitlines())  # a line of the log is one line
             if self.trouble != before:
-                log.error("%s; the %s that was read before goes on counting", found, self._what)  # noqa: TRY400
+                log.error("%s; the %s that was read before still counts", found, self._what)  # noqa: TRY400
         else:
             self.trouble = ""
             self.changes += 1

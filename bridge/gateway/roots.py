@@ -75,7 +75,7 @@ class Roots:
             if outcome == "published":
                 log.info("published the roots of %s as %s", signer, name)
             elif outcome == "replaced":
-                log.warning("published the roots of %s anew: %s had others", signer, name)
+                log.warning("published the roots of %s again: %s had others", signer, name)
             elif outcome == "removed":
                 log.warning("removed %s: the policy no longer publishes these roots", name)
         self.good[signer] = not trouble

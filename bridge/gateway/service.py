@@ -304,7 +304,7 @@ class Service:
             authority.ca.close()
         self.api.close()
         left = self.context.queue.counts()[1]
-        log.info("ended%s", f"; {left} requests were left in the middle" if left else "")
+        log.info("ended%s", f"; {left} requests were left unfinished" if left else "")
 
     # --- pages --------------------------------------------------------------------------------------------------------
 
