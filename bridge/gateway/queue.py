@@ -78,11 +78,11 @@ class _Lane:
         self.most = most  #: The most jobs in a lot; None: each thread takes one job.
         #: The waiting jobs, by user (the next user comes first) and by uid.
         self.ready: OrderedDict[str, dict[str, Job]] = OrderedDict()
-        self.lots: Counter[int] = Counter()  #: The number of jobs in work, by lot.
+        self.lots: Counter[int] = Counter()  #: The number of jobs in progress, by lot.
         self.slow_at = 0.0  #: When the newest lot counts as slow.
 
     def due(self) -> float:
-        """Return when a thread may take the next jobs; infinite: none is ready, or too many lots are in work."""
+        """Return when a thread may take the next jobs; infinite: none is ready, or too many lots are in progress."""
         if not self.ready or len(self.lots) >= self._most_lots:
             return math.inf
         return self.slow_at if self.lots else -math.inf
@@ -381,6 +381,6 @@ class Queue:
             self._changed.notify_all()
 
     def counts(self) -> tuple[int, int]:
-        """Return how many jobs wait, and how many are in work."""
+        """Return how many jobs wait, and how many are in progress."""
         with self._changed:
             return len(self._jobs), len(self._working)

@@ -190,7 +190,7 @@ class KeyLeftError(BridgeError):
 
 
 def signing_flags(node: Node, one: Replaced) -> list[str]:
-    """Return the flags by which the controller manager signs with this CA's file, which must not have two CAs then."""
+    """Return the flags by which the controller manager signs with this CA's file, which may not hold two CAs then."""
     if one.state.authority != CA:
         return []
     wanted = os.path.realpath(one.state.path)
