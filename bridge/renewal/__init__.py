@@ -1,7 +1,7 @@
 """
-The main job: select, prepare, issue, verify, install, activate, conclude; online and by air gap.
+The renewal of certificates, online and by air gap: select, prepare, issue, verify, install, activate, conclude.
 
-This file has what a run has to renew: its options, and which certificates are selected, left alone, or can't be renewed.
+This file has a run's options, and selects the certificates to renew, to leave alone, and those that can't be renewed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bridge.state import Outcome
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
 
-if TYPE_CHECKING:  # a night with nothing due makes none of them
+if TYPE_CHECKING:  # a run with nothing due loads none of them
     from bridge.node.kubeconfig import FreshKubeconfig
     from bridge.pki.csr import Naming
     from bridge.renewal.prepare import Allowed
@@ -53,14 +53,14 @@ class Changes:
 class Trust:
     """CAs that are replaced in one step with the certificates; empty in a renewal."""
 
-    #: By authority, the CA file's next.
+    #: The next certificates of each CA file, by authority.
     bundles: Mapping[str, tuple[x509.Certificate, ...]] = field(default_factory=dict)
     files: tuple[Replacement, ...] = ()  #: CA files, and kubeconfigs that get CA data and no certificate.
-    #: A kubeconfig with a new certificate gets CA data, too.
-    edit: Callable[[Replacement], Replacement] = lambda one: one
-    #: Before the installation: other nodes accept the new certificates (BridgeError: one does not).
+    #: Adds CA data to a kubeconfig that gets a new certificate.
+    edit: Callable[[Replacement], Replacement] = lambda file: file
+    #: Called before the installation: raises a BridgeError if another node would not accept the new certificates.
     gate: Callable[[Sequence[Proven]], None] = lambda _: None
-    stays: bool = False  #: The CA of before must not come back by itself: see `NotProven.stays`.
+    stays: bool = False  #: No rollback may bring the old CA back: see `NotProven.stays`.
 
 
 NO_TRUST = Trust()
@@ -68,40 +68,40 @@ NO_TRUST = Trust()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The options of one run, as the command line (or a test) gives them; commands share those that they have."""
+    """The options of one run, as the command line or a test gives them; each command has some of them."""
 
-    names: tuple[str, ...] = ()  #: kubeadm's names, or "all"; empty: what is due.
+    names: tuple[str, ...] = ()  #: kubeadm's names, or "all"; empty: the certificates that are due.
     any_identity: tuple[str, ...] = ()  #: Names whose live certificates are renewed whatever their identity.
     changes: Changes = Changes()
     all_or_nothing: bool = False  #: If one certificate fails, none is installed.
     restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay due.
-    csrs_only: bool = False  #: No file is replaced, so that an obstacle to that does not matter.
+    csrs_only: bool = False  #: No file is replaced, so obstacles to replacing one do not matter.
     trust: Trust = NO_TRUST
-    ahead: timedelta | None = None  #: A rehearsal is about certificates that are due within this time.
+    ahead: timedelta | None = None  #: A rehearsal covers the certificates that are due within this time; None: all.
     wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
 
     @property
     def is_by_name(self) -> bool:
-        """Whether certificates were named, one by one."""
+        """Whether the operator named single certificates."""
         return bool(self.names) and ALL not in self.names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:
-    """One certificate as it is to be."""
+    """The names, key and file wanted for one certificate."""
 
     naming: Naming
     notes: tuple[str, ...]  #: Sentences about each difference and its source.
-    key: KeyAlgorithm | None = None  #: Of the new key, where there is no live certificate to look at.
-    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where there is none.
+    key: KeyAlgorithm | None = None  #: The new key's algorithm, where no live certificate shows it.
+    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where none exists.
 
 
-#: By certificate name; an error: it can't be made so.
+#: By certificate name; an error says why the certificate can't be made.
 DesiredByName = Mapping[str, Desired | BridgeError]
 
 
 class ForeignIdentityError(BridgeError):
-    """The live certificate has another identity than its name says, which the next one would take over."""
+    """The live certificate's identity does not fit its name, and the next certificate would copy it."""
 
     def __init__(self, item: Item, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
@@ -115,25 +115,25 @@ class ForeignIdentityError(BridgeError):
 
 
 class MissingCertificateError(BridgeError):
-    """There is no live certificate that a renewal could be made from."""
+    """There is no live certificate to renew."""
 
 
 class NotReadyError(BridgeError):
-    """Something on this node, or on another one, has to be fixed first; no CA has a part in it."""
+    """Something on this or another node has to be fixed first; no CA caused it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
     """The certificates that a run has to renew, and those that it can't."""
 
-    items: tuple[Item, ...] = ()  #: To renew.
-    failed: tuple[Outcome, ...] = ()  #: Should be renewed, and can't be.
+    items: tuple[Item, ...] = ()  #: The certificates to renew.
+    failed: tuple[Outcome, ...] = ()  #: Certificates that should be renewed and can't be.
     skipped: tuple[str, ...] = ()  #: Sentences for the operator.
     waived: tuple[str, ...] = ()  #: Sentences about identities that are renewed as they are.
     powerful: tuple[str, ...] = ()  #: Sentences about a super-admin.conf that nothing on the node needs.
     costs: tuple[str, ...] = ()  #: Sentences about interruptions that users of the cluster notice.
-    lost: tuple[str, ...] = ()  #: Sentences about keys that do not belong to their certificates, and about wrong pairs.
-    #: By certificate name, where the next one differs from the live one, or there is no live one.
+    lost: tuple[str, ...] = ()  #: Sentences about keys that do not match, and pairs that differ from the settings.
+    #: By certificate name, where the next certificate's names differ or no live certificate exists.
     desired: Mapping[str, Desired] = field(default_factory=dict)
 
     @property
@@ -142,13 +142,13 @@ class Selection:
         return (*self.lost, *self.waived, *self.costs, *self._changes())
 
     def without(self, failing: Mapping[str, BridgeError]) -> Selection:
-        """The selection without these certificates, by name, each of which fails for this reason."""
+        """Return the selection with these certificates, by name, among the failed ones, each with its error."""
         failed = [outcome_of(item, failing[item.spec.name]) for item in self.items if item.spec.name in failing]
         items = tuple(item for item in self.items if item.spec.name not in failing)
         return replace(self, items=items, failed=(*self.failed, *failed))
 
     def _changes(self) -> Iterator[str]:
-        """The sentences about the next names; one that several certificates share comes once."""
+        """Yield sentences about the next names; a sentence that several certificates share comes once."""
         alike: dict[str, list[str]] = {}
         for name in (item.spec.name for item in self.items if item.spec.name in self.desired):
             for note in self.desired[name].notes:
@@ -168,7 +168,7 @@ def select(
     waiting: Collection[str] = (),
     desired: DesiredByName | None = None,
 ) -> Selection:
-    """Choose what to renew: the named certificates or those that are due, and each one whose answer is waited for."""
+    """Choose what to renew: the named certificates, or those that are due or wait for a CA's answer."""
     assert_known([*options.names, *options.any_identity], node)
     if not node.is_here:
         raise NoNodeError(settings.node.pki_dir)
@@ -209,7 +209,7 @@ def select(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
-    """The facts by which each certificate is selected, left alone or refused."""
+    """The facts that decide whether a certificate is selected, left alone or refused."""
 
     node: Node
     settings: Settings
@@ -219,12 +219,12 @@ class _Choice:
     waiting: Collection[str]
     desired: DesiredByName
     lost_keys: Mapping[str, str]  #: By name, what is wrong with the certificate's key.
-    lost_cas: Collection[str]  #: CAs whose certificate can't be read; without it no certificate can be proven.
-    allowed: Callable[[], Allowed]  #: By the node's own policy, where the settings name one.
+    lost_cas: Collection[str]  #: CAs whose certificate can't be read, so that none of theirs can be verified.
+    allowed: Callable[[], Allowed]  #: Loads the node's own policy, where the settings name one.
     waived: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> Item | Outcome | str | None:
-        """To be renewed; or failed; or a sentence about why it is left alone; None: it is not due."""
+        """Return the item to renew, its failure, or a sentence about why it is left alone; None: it is not due."""
         item, desired = self.node.item(name), self.desired.get(name)
         by_hand = name in self.options.names
         if item is None:
@@ -240,7 +240,7 @@ class _Choice:
         if (sentence := self._left_alone(item, by_hand=by_hand)) is not None:
             return sentence
         if item.state != "present":
-            is_broken = item.state == "broken"  # and not only closed to this user
+            is_broken = item.state == "broken"  # not merely unreadable for this user
             hint = _restore(item.spec, f"mv {item.certificate_path} /root, and " if is_broken else "")
             return outcome_of(item, MissingCertificateError(item.trouble or "", hint=hint))
         is_due = name in self.waiting or is_other(item, self.settings) or _is_due(item, self.settings, self.now)
@@ -248,14 +248,14 @@ class _Choice:
         return self._judged(item) if self.options.names or is_due else None
 
     def is_unused(self, item: Item) -> bool:
-        """Whether its component serves with another certificate, its own or an operator's, and no other one is wanted."""
+        """Whether the component serves with its own or an operator's certificate, and this run wants no other."""
         name = item.spec.name
         is_wanted = name in self.options.names or name in self.desired or name in self.asked_for
         is_spare = item.foreign or (item.state == "missing" and item.spec.optional)
         return item.spec.by_flag and is_spare and not is_wanted
 
     def _left_alone(self, item: Item, *, by_hand: bool) -> str | None:
-        """A sentence about a certificate that is there and not to be renewed; None: it may be."""
+        """Return why an existing certificate is not to be renewed; None: it may be."""
         name = item.spec.name
         if name in self.settings.renewal.left_alone and not by_hand and name not in self.asked_for:
             return f'{name} is renewed by name alone (renewal.super_admin = "by-name"): `ca-bridge renew {name}`'
@@ -297,7 +297,7 @@ class _Choice:
         return item if error is None else outcome_of(item, error)
 
     def _against(self, item: Item) -> BridgeError | None:
-        """The reason why it can't be renewed; a live certificate with an open request was judged before."""
+        """Return why the item can't be renewed; a certificate with an open request was judged when that was made."""
         if not item.managed:
             text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
             hint = "without it no certificate of that CA can be verified; put it back"
@@ -315,7 +315,7 @@ def _allowed(settings: Settings) -> Allowed:
 
 
 def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
-    """A sentence about a super-admin.conf that is renewed because it is here, as by `kubeadm certs renew all`."""
+    """Warn of a super-admin.conf that is renewed only because it exists, as `kubeadm certs renew all` does."""
     for item in items:
         if item.spec.name == SUPER_ADMIN and SUPER_ADMIN not in known:
             yield (
@@ -325,7 +325,7 @@ def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:
 
 
 def _costs(items: Sequence[Item], node: Node) -> Iterator[str]:
-    """A sentence about streams through kubelets, which the API server begins anew with a new client certificate."""
+    """Warn that the API server ends open streams through kubelets when it loads a new client certificate."""
     if Component.APISERVER in node.manifests and any(item.spec.name == "apiserver-kubelet-client" for item in items):
         yield (
             "apiserver-kubelet-client: when the API server takes the new one up, open streams through kubelets "
@@ -334,27 +334,27 @@ def _costs(items: Sequence[Item], node: Node) -> Iterator[str]:
 
 
 def is_other(item: Item, settings: Settings) -> bool:
-    """Whether the settings ask for another certificate of a further pair, or of a kubelet, than the one that is there."""
+    """Whether the settings ask for another certificate of a further pair, or of a kubelet, than the live one."""
     if item.unlike is not None:
         return True
     if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
         return False
     leaf = item.certificates[0]
-    from bridge.pki.csr import Naming, alternative_names  # noqa: PLC0415 (a cron run loads it only where it is asked)
+    from bridge.pki.csr import Naming, alternative_names  # noqa: PLC0415 (only where the settings have SANs)
 
     return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
 
 
 def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
-    """The reason why the next certificate must not get this identity, or why that can't be found out."""
+    """Return why the next certificate must not get this identity, or why that can't be checked."""
     authority = item.spec.authority.name
     try:
         anchors = anchors_of(item)
     except MissingCertificateError as e:
         return e
-    if item.pair is not None:  # the settings say who it is for, and not the certificate in its place
+    if item.pair is not None:  # its identity comes from the settings, not from the live certificate
         return None
-    from bridge.pki import kubeadm_names  # noqa: PLC0415 (a night with nothing due judges none)
+    from bridge.pki import kubeadm_names  # noqa: PLC0415 (a run with nothing due judges none)
 
     extra = settings.extra_subject(authority)
     violations = kubeadm_names.identity_violations(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
@@ -362,12 +362,12 @@ def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
 
 
 def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
-    """All certificates of the CA file that it must lead to."""
+    """Return all certificates of the CA file that the item must lead to."""
     return anchors_in(item.anchor_path, f"the CA certificate that {item.spec.name} must lead to", "put it back")
 
 
 def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]:
-    """All certificates of a CA file (MissingCertificateError: it can't be read)."""
+    """Return all certificates of a CA file (MissingCertificateError: it can't be read)."""
     try:
         return read_ca_file(path)
     except UnreadableError as e:
@@ -375,7 +375,7 @@ def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]
 
 
 def assert_known(names: Collection[str], node: Node, more: Collection[str] = ()) -> None:
-    """Raise a SettingsError if one of the names is no certificate's: kubeadm's, a further pair's here, or one of `more`."""
+    """Raise a SettingsError for names that are not kubeadm's, not a further pair's on this node, and not in `more`."""
     known = [*SPECS, *(item.spec.name for item in node.items if item.pair is not None)]
     unknown = list(dict.fromkeys(name for name in names if name not in (ALL, *known, *more)))
     if unknown:
@@ -385,7 +385,7 @@ def assert_known(names: Collection[str], node: Node, more: Collection[str] = ())
 
 
 def lost_keys(node: Node) -> dict[str, str]:
-    """By name, the certificates whose keys are missing, empty or another certificate's, with the reason."""
+    """Return, by certificate name, what is wrong with its key: missing, empty or another certificate's."""
     found = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
     for item in node.items:
         if item.pair is not None and item.pair.copies and found[item.spec.name] is None:
@@ -396,7 +396,7 @@ def lost_keys(node: Node) -> dict[str, str]:
 
 
 def _lost_cas(node: Node, settings: Settings) -> list[str]:
-    """CAs whose certificate is missing or can't be read; a worker that has not joined the cluster has none yet."""
+    """Return the CAs whose certificate is missing or can't be read; a worker that has not joined has none yet."""
     lost = [state for state in node.authorities if state.state != "present"]
     if node.is_worker and not (settings.node.kubelet_dir / "config.yaml").exists():
         lost = [state for state in lost if state.state != "missing"]
@@ -404,14 +404,14 @@ def _lost_cas(node: Node, settings: Settings) -> list[str]:
 
 
 def _is_due(item: Item, settings: Settings, now: datetime) -> bool:
-    """Whether it is due; one that a kubelet may renew by itself is not until that is late."""
+    """Whether the item is due; a certificate that a kubelet rotates is due only once the rotation is late."""
     if item.rotates and not expiry.is_rotation_late(item.renewable, now):
         return False
     return expiry.is_due(item.renewable, settings.renewal.before, settings.renewal.validity, now)
 
 
 def _restore(spec: CertificateSpec, first: str = "") -> str:
-    """The hint for a missing or broken certificate; some are made anew by name, after the command `first`."""
+    """Return the hint for a missing or broken certificate; some can be made anew by name, after the command `first`."""
     is_made = spec.listed or spec.by_flag or spec.name == KUBELET_CONF
     anew = f"; or {first}`ca-bridge renew {spec.name}` makes it anew from kubeadm's configuration"
     return f"{RESTORE}{anew if is_made else ''}"
@@ -427,13 +427,13 @@ def _why_not_here(spec: CertificateSpec, node: Node) -> str:
 
 
 def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
-    """The outcome for a certificate that could not be renewed."""
+    """Return the outcome of a certificate that could not be renewed."""
     old = item.certificates[0] if item.certificates else None
     return Outcome(name=item.spec.name, authority=item.spec.authority.name, old=old, error=error, backend=backend)
 
 
 def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
-    """A sentence for a run that has nothing to do."""
+    """Return the sentence for a run with nothing to do."""
     left_alone = settings.renewal.left_alone
     ours = (item for item in node.items if item.managed and not item.foreign and item.spec.name not in left_alone)
     present = [item for item in ours if item.state == "present"]

@@ -3,9 +3,9 @@ After an installation: restart components on old certificates, prove that all ru
 
 The states of an installation, in the order of this file:
 
-- unproven: recorded on disk before the installation, until every certificate is seen in use. A run that was cut off, or
-  could not restart a component, leaves it to the next run, due or not.
-- proving: components are restarted, and looked at until all is in use or `restart.prove_for` is over.
+- unproven: recorded on disk before the installation, until every certificate is seen in use. A run that was killed, or
+  could not restart a component, leaves the work to the next run, even if nothing is due then.
+- proving: components are restarted, then checked until all use the new files or `restart.prove_for` is over.
 - outcome: two rules turn the findings into a ruling.
 - rollback: the old files come back, unless `restart.on_failure` is "keep". It is recorded the same way, until every
   restarted component runs on the old files again.
@@ -53,7 +53,7 @@ class RolledBackError(BridgeError):
 
 
 class UnprovenError(BridgeError):
-    """Proof could not find out whether an installed certificate works."""
+    """The proof could not tell whether an installed certificate works."""
 
     hint = "the next `ca-bridge renew` looks again; `ca-bridge prove` shows what could not be seen"
 
@@ -63,10 +63,10 @@ class Activation:
     """The result of restarts, proof and rollback."""
 
     restarted: tuple[Restarted, ...] = ()
-    proven: int | None = None  #: How many checks of the last look hold; None: there was no look.
+    proven: int | None = None  #: Number of checks that passed in the last look; None: no look.
     errors: tuple[BridgeError, ...] = ()
-    rolled_back: RolledBackError | None = None  #: One of the errors.
-    events: Mapping[str, HookEvent] = field(default_factory=dict)  #: For hooks; by the run that installed.
+    rolled_back: RolledBackError | None = None  #: Also among the errors.
+    events: Mapping[str, HookEvent] = field(default_factory=dict)  #: For hooks; by ID of the run that installed.
     may_go_on: bool = True  #: False: stopped by a signal, or in the middle of a rollback; nothing must be installed.
 
 
@@ -74,7 +74,7 @@ class Activation:
 
 
 def record_due(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) -> None:
-    """Record, before the installation, that these certificates are to be proven, besides unproven ones of earlier runs."""
+    """Record, before the installation, which certificates must be proven; those of earlier runs stay recorded."""
     node, unproven = run.read_node(), unproven_file(run.store).read() or NotProven(certificates=())
     failed = [f for f in proof.look(node, run.settings, run.now()).wrong if f.state in _FAILED]
     unproven = unproven.live_on(node).with_installed(
@@ -84,7 +84,7 @@ def record_due(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) ->
 
 
 def finish(run: Run, node: Node) -> Activation:
-    """Go on with the installations of this run and of earlier ones, from the recorded state as far as possible."""
+    """Take the installations of this run and of earlier ones from their recorded state as far as possible."""
     try:
         unproven = unproven_file(run.store).read()
     except StateError as e:
@@ -114,8 +114,8 @@ def _left_to_people(run: Run, node: Node, unproven: NotProven) -> Activation:
     in_use.keep(unproven_file(run.store), dataclasses.replace(left, going_back=""))
     if unproven.going_back and live.certificates:
         errors.insert(0, NotLiveError(f"installed, and it was to go back, since {unproven.going_back}"))
-    seen = tuple(one for one in live.certificates if one not in left.certificates)
-    done = dataclasses.replace(live, certificates=seen)
+    in_use_now = tuple(one for one in live.certificates if one not in left.certificates)
+    done = dataclasses.replace(live, certificates=in_use_now)
     waiting = _result(run, left, errors)
     return dataclasses.replace(waiting, events={**_result(run, done, []).events, **waiting.events})
 
@@ -135,7 +135,7 @@ def _prove(run: Run, node: Node, unproven: NotProven) -> Activation:
 
 
 def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
-    """The components to restart before the first look: none that reloads; of earlier runs and with "needed" only stale ones."""
+    """Choose what to restart before the first look: nothing that reloads; of earlier runs or if "needed", only stale."""
     wanted = run.settings.restart.components
     reloads = control_plane.reloading(node, run.settings.node)
     specs = {name: in_use.installed_spec(node, name) for name in unproven.names}
@@ -156,7 +156,7 @@ def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
 
 
 def _has_read(report: ProofReport) -> bool:
-    """Whether the kubelet is seen to use its new client certificate, or to reload it."""
+    """Whether the kubelet is seen to use or reload its new client certificate."""
     return _all_in_use(f for f in report.findings if f.component is Component.KUBELET and f.what.startswith("has read"))
 
 
@@ -166,7 +166,7 @@ def _all_in_use(findings: Iterable[ProofFinding]) -> bool:
 
 
 def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup | None:
-    """The backup of the newest, or of the first, of the installations; None: it is gone."""
+    """Return the backup of the newest or of the first installation; None: it is gone."""
     wanted = {one.newest_run if newest else one.backup_of for one in unproven.certificates}
     found = [one for one in backups.read_all(run.store)[0] if one.run_id in wanted]
     return found[0 if newest else -1] if found else None
@@ -191,7 +191,7 @@ def _is_stopped(restarted: Sequence[Restarted]) -> bool:
 
 
 def _look(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
-    """Look until all is well; a component that should have reloaded and did not is restarted after all."""
+    """Look until every check passes; restart a component that should have reloaded and did not."""
     names, done = unproven.names, {one.component for one in restarted}
     if any(isinstance(one.error, PostponedError) for one in restarted):
         return _look_until(
@@ -242,8 +242,8 @@ class Ruling(Enum):
 
 def meaning(state: ProofState, *, postponed: bool, ours: bool, new: bool) -> Meaning | None:
     """
-    The meaning of one finding; None: all is well. A component is `ours` to restart if the settings list it, or have no
-    list, and there is a way; a finding is `new` if it was not so before the installation.
+    Return the meaning of one finding; None: nothing is wrong. A component is `ours` to restart if the settings list it,
+    or list none, and it can be restarted; a finding is `new` if it did not exist before the installation.
     """
     if state not in ("stale", "unknown", *_FAILED):
         return None
@@ -257,7 +257,7 @@ def meaning(state: ProofState, *, postponed: bool, ours: bool, new: bool) -> Mea
 
 
 def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, impossible: bool = False) -> Ruling:
-    """Decide the outcome of the installation; a postponed or impossible restart has not failed."""
+    """Decide the outcome of the installation; a postponed or impossible restart does not count as failed."""
     if postponed and not failed and Meaning.BROKEN not in meanings:
         return Ruling.POSTPONED
     if failed or Meaning.BROKEN in meanings or Meaning.NOT_IN_USE in meanings:
@@ -271,7 +271,7 @@ def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, imposs
 
 
 def _judged(run: Run, unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport) -> Activation:
-    """Judge an installation by its own certificates alone, and not by faults that were there before it."""
+    """Judge an installation by its own certificates alone, ignoring faults that existed before it."""
     postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
     impossible = _impossible(unproven, restarted, report)
     failures = [e for e in _errors_of(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
@@ -296,7 +296,7 @@ def _judged(run: Run, unproven: NotProven, restarted: Sequence[Restarted], repor
 def _impossible(
     unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport
 ) -> dict[Component | None, ImpossibleError]:
-    """Components that can't be restarted from here, unless they are seen to have been restarted by hand."""
+    """Find components that can't be restarted from here, and that no operator has visibly restarted by hand."""
     ours = [finding for finding in report.findings if finding.certificate in unproven.names]
     return {
         one.component: one.error
@@ -330,7 +330,7 @@ def _meanings(
 def _remaining(
     ruling: Ruling, seen: Mapping[Meaning, Sequence[ProofFinding]], impossible: Sequence[ImpossibleError]
 ) -> list[BridgeError]:
-    """Errors about certificates that are not in use, or not proven, and stay so."""
+    """Return errors about installed certificates that stay unused or unproven for now."""
     if ruling is Ruling.UNPROVEN:
         return [UnprovenError(f"installed, and not proven: {sentence(seen[Meaning.UNSEEN])}")]
     if ruling is Ruling.LEFT and impossible:
@@ -370,7 +370,7 @@ def _hook_events(
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
     serials = {
-        (id_, one.get("name")): one.get("old_serial") for id_, made in replaced.items() for one in made.certificates
+        (id_, one.get("name")): one.get("old_serial") for id_, backup in replaced.items() for one in backup.certificates
     }
     found = {}
     for run_id in dict.fromkeys(one.newest_run for one in unproven.certificates):
@@ -395,9 +395,9 @@ def _hook_events(
 
 
 def _roll_back(run: Run, unproven: NotProven) -> Activation:
-    """Put the old files back and restart the components that run on the new ones; or go on with a rollback."""
+    """Put the old files back and restart the components that run on the new ones, or continue a rollback."""
     live = unproven.live_on(run.read_node())
-    # what was replaced meanwhile stays; without any live certificate all of it is back already
+    # certificates replaced since then stay; if none of the new ones is live, all old files are back already
     unproven = live if live.certificates else unproven
     if live.certificates:
         on_new = restarted_since(run.store, _backup_of(run, unproven, newest=False))
@@ -409,7 +409,7 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
         unproven_file(run.store).put(unproven)
         has_begun = True
         if backup is not None:
-            # all of it was in use a minute ago, whatever a new certificate would have to be
+            # these files were in use a minute ago, so only damage counts, not the rules for new certificates
             late = backups.put_back(run, backup, run.read_node(), lambda one: not one.is_damage).late
     except BridgeError as e:
         text = f"installed, and not in use: {unproven.going_back}; it was not rolled back: {e}"
@@ -417,7 +417,7 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
     wanted, restarted = _restart_back(run, unproven)
     done = {one.component for one in restarted if one.error is None}
     left = tuple(component for component in wanted if component not in done)
-    with contextlib.suppress(BridgeError):  # then the next run restarts more than it needs to
+    with contextlib.suppress(BridgeError):  # if it fails, the next run restarts more than it needs to
         unproven_file(run.store).put(dataclasses.replace(unproven, to_restart=left))
     if left and all(isinstance(one.error, PostponedError) for one in restarted if one.component in left):
         after = f"the next run goes on: {'; '.join(map(str, _errors_of(restarted)))}"
@@ -431,7 +431,7 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
 
 
 def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
-    """A backup of the files that were in use, and of `more`, from those of one or several runs (BridgeError: one is gone)."""
+    """Merge the backups of one or several runs: files that were in use, and `more` (BridgeError: a backup is gone)."""
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
     missing = {one.backup_of for one in unproven.certificates} - found.keys()
     if missing:
@@ -443,7 +443,7 @@ def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
 
 
 def _backup(run: Run, unproven: NotProven) -> backups.Backup:
-    """The same with CAs that were replaced beside them (BridgeError: it can't be put back)."""
+    """Return `backup_of`, with the CAs that were replaced beside the files (BridgeError: it can't be put back)."""
     node, now = run.read_node(), run.now()
     backup = backup_of(run, unproven, *AUTHORITIES)
     damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
@@ -456,7 +456,7 @@ def _backup(run: Run, unproven: NotProven) -> backups.Backup:
 
 
 def _restart_back(run: Run, unproven: NotProven) -> tuple[list[Component], list[Restarted]]:
-    """Restart the components that had been restarted, and those that reloaded the new files and still use them."""
+    """Restart the components that were restarted before, and those that reloaded the new files and still use them."""
     node = run.read_node()
     stale = proof.look(node, run.settings, run.now()).stale if node.manifests else []
     components = [c for c in control_plane.ORDER if c in unproven.to_restart or c in stale]

@@ -1,9 +1,9 @@
 """
 Certificates that people carry: `export`, `inspect`, `import`, `install DIR`, `pending list`, `pending cancel`.
 
-A bundle has no place for a key. In a directory from `renew --csr-only` or `kubeadm certs generate-csr` a key says by its
-file's name which certificate it is for, and certificates are found by public key. A certificate's fields come
-from the live one that it replaces, not from a CSR in the directory.
+A bundle has no field for a key. In a directory from `renew --csr-only` or `kubeadm certs generate-csr` a key's file
+name says which certificate the key is for, and certificates are matched by public key. The expected names come from
+the live certificate, not from a CSR in the directory.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ BUNDLE_MODE = 0o644
 class Exported:
     """The result of `export`."""
 
-    bundle: RequestBundle | None  #: None: there was nothing to ask for.
+    bundle: RequestBundle | None  #: None: there was nothing to request.
     again: tuple[str, ...]  #: Names whose keys and CSRs an earlier run made.
     failed: tuple[Outcome, ...]
     skipped: tuple[str, ...]  #: Sentences for the operator.
 
 
 def export(settings: Settings, path: Path, options: RunOptions, now: Now, progress: Progress) -> tuple[Exported, Node]:
-    """Write keys into the state directory and requests into a bundle; a pending request is exported again as it is."""
+    """Write keys into the state directory and requests into a bundle; export a pending request again unchanged."""
     assert_free(path, RequestBundle, settings.node.node_name, settings.node.cluster)
     with begun(settings, now, progress, options.wait) as (run, node):
         desired = decide(node, settings, options)
@@ -87,7 +87,7 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
 
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
-    """Write requests into a bundle at a free path; they and their keys are safe in the state directory before."""
+    """Save requests and their keys in the state directory, then write the requests into a bundle at a free path."""
     prepared = prepare.with_continuity(prepared, run.settings, run.now())
     requests = bundle.bundle_of([one.request for one in prepared], run.now())
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
@@ -168,8 +168,8 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
 
 
 def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tuple[list[Answered], list[Outcome]]:
-    made = run.requests.by_name()
-    taken_up = [prepare.take_up(item, made[item.spec.name], run.settings) for item in items]
+    requests = run.requests.by_name()
+    taken_up = [prepare.take_up(item, requests[item.spec.name], run.settings) for item in items]
     prepared = [one for one in taken_up if isinstance(one, Prepared)]
     failed = [one for one in taken_up if isinstance(one, Outcome)]
     expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
@@ -181,7 +181,7 @@ def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tupl
 # --- answers in files: a desk's bundle is matched by the request's digest, a loose certificate by its public key -------
 
 
-#: Where the settings name the desk's key.
+#: For settings that name the desk's key.
 _SIGNED = "wanted an answer that the desk has signed"
 _SIGNED_HINT = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
 
@@ -196,19 +196,19 @@ class Candidate:
 
 @dataclass(kw_only=True)
 class Found:
-    """The answers in carried files to requests that are open, and the keys beside them in a directory."""
+    """The answers to open requests in carried files, and the keys beside them in a directory."""
 
     keys: dict[str, tuple[Path, PrivateKey]] = field(default_factory=dict)  #: By certificate name.
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)  #: By certificate name.
-    strange: list[BridgeError] = field(default_factory=list)  #: Answers to something else.
+    strange: list[BridgeError] = field(default_factory=list)  #: Answers to other requests, or of unknown origin.
     loose: list[tuple[Path, x509.Certificate]] = field(default_factory=list)
 
     def refuse(self, path: Path, text: str, hint: str | None = None) -> None:
-        """Keep an answer to something else, or of unknown origin, as an error."""
+        """Keep an answer to another request, or of unknown origin, as an error."""
         self.strange.append(BridgeError(f"{path}: {text}", hint=hint, exit_code=Exit.REFUSED))
 
     def keep(self, path: Path, loose: Iterable[x509.Certificate]) -> None:
-        """Keep certificates whose dates can be read: the library does that late, and refuses the year 0."""
+        """Keep certificates whose dates can be read: the library parses dates late, and refuses the year 0."""
         for one in loose:
             try:
                 _ = one.not_valid_before_utc, one.not_valid_after_utc
@@ -230,7 +230,7 @@ class Found:
         return [leaf for _, leaf in leaves]
 
     def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
-        """The latest certificate that passes, so that no decoy hides it; else the latest one; else a refusal."""
+        """Return the latest certificate that passes, so that no decoy hides it; else the latest; else a refusal."""
         candidates = self.candidates[one.name]
         certificates = [(each, each.answer) for each in candidates if isinstance(each.answer, Issued)]
         certificates.sort(key=lambda pair: pair[1].leaf.not_valid_before_utc, reverse=True)
@@ -239,7 +239,7 @@ class Found:
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
-    """Read the answers in carried files to open requests; an answer to another request is recorded."""
+    """Read the answers to open requests in carried files; record answers to other requests."""
     found = Found()
     for path in dict.fromkeys(paths):
         is_directory = path.is_dir()
@@ -262,7 +262,7 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
     try:
         data = read(path)
         if data is None:
-            raise UnreadableError("no such file")  # noqa: TRY301 (as what can't be read)
+            raise UnreadableError("no such file")  # noqa: TRY301 (handled as an unreadable file)
         if data.lstrip().startswith(b"{"):
             answer = bundle_format.loads_answer(data)
             if _is_authentic(run, answer):
@@ -316,7 +316,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         given = answer.answers.get(one.name)
         if isinstance(given, Refusal):
             again = "carry the same request there again; `ca-bridge pending cancel` gives it up"
-            if node.desk_key is not None and not run.store.bootstrap.exists():  # it ends the request
+            if node.desk_key is not None and not run.store.bootstrap.exists():  # a signed refusal ends the request
                 again = "`ca-bridge export` makes a new request"
             hint = f"once the desk's policy allows it, {again}"
             found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint), path)
@@ -325,7 +325,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
 
 
 def _match_loose(requests: OpenRequests, found: Found) -> None:
-    """Match loose certificates by public key; one that is neither a CA's nor for an open request is refused by name."""
+    """Match loose certificates by public key; refuse, by name, a leaf that answers no open request."""
     matched = {fingerprint(leaf) for one in requests for leaf in found.take_loose(one.request)}
     for path, certificate in found.loose:
         if fingerprint(certificate) not in matched and not is_ca(certificate):
@@ -341,7 +341,7 @@ def _about(certificate: x509.Certificate) -> str:
 
 
 def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectation, verb: str = "import") -> Answered:
-    """The best of the carried answers to a request."""
+    """Return the best of the carried answers to a request, and record it."""
     best = found.best(one, expected)
     label = f"{verb} of {best.source}"
     run.record.describe(one.name, one.request, label, None)
@@ -353,29 +353,29 @@ def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectat
 def cancel(
     settings: Settings, options: RunOptions, now: Now, progress: Progress
 ) -> tuple[list[OpenRequest], list[str]]:
-    """Forget requests and their keys, so that later answers are refused; returns them, and the names that have none."""
+    """Delete requests and their keys, so that later answers are refused; return them, and names without a request."""
     names = options.names
     with begun(settings, now, progress, options.wait) as (run, node):
-        there = run.requests.by_name()
-        assert_known(names, node, there)
-        cancelled = [one for one in there.values() if ALL in names or one.name in names]
+        requests = run.requests.by_name()
+        assert_known(names, node, requests)
+        cancelled = [one for one in requests.values() if ALL in names or one.name in names]
         for one in cancelled:
             run.requests.drop(one.name)
             run.record.describe(one.name, one.request, one.backend or "bundle", None)
             run.record.add(audit.CANCELLED, one.name, authority=one.request.spec.authority.name)
         sent = [(one.request.spec.authority.name, one.reference) for one in cancelled]
-        with contextlib.suppress(SettingsError):  # whatever is wrong with a CA's table, its request can be given up
+        with contextlib.suppress(SettingsError):  # a mistake in a CA's table does not keep its request open
             owe_putting_away(run.settings, run.store, sent)
         run.record.write()
         run.requests.save()
         put_away(run.settings, run.store, progress.note)
-    return cancelled, [name for name in names if name != ALL and name not in there]
+    return cancelled, [name for name in names if name != ALL and name not in requests]
 
 
 # --- install DIR -----------------------------------------------------------------------------------------------------
 
 
-#: All of kubeadm's files are some 40.
+#: kubeadm writes about 40 files.
 _MOST_FILES = 1000
 _KEY, _CSR = ".key", ".csr"
 
@@ -418,16 +418,16 @@ def _install(
         for item in selection.items:
             if item.spec.authority.name in expected:
                 try:
-                    made = _prepared(item, run.settings, contents)
+                    prepared = _prepared(item, run.settings, contents)
                 except BridgeError as e:
                     failed.append(outcome_of(item, e))
                 else:
-                    answered.append(answered_by(run, made, contents, expected[made.authority], "install"))
+                    answered.append(answered_by(run, prepared, contents, expected[prepared.authority], "install"))
         proven, failed = verify_all(run, answered, failed)
         proven = _without_those_in_place(run, node, proven)
         if not (failed and options.all_or_nothing):
             for one in proven:
-                give_up(run, one.prepared.name, "another certificate is installed in its place")  # of another key
+                give_up(run, one.prepared.name, "another certificate is installed in its place")  # its key differs
             names = {one.name for one in proven}
             remember(run, [one for one in answered if one.prepared.name in names], proven)
         result = transaction.install(selection, proven, failed)
@@ -435,7 +435,7 @@ def _install(
 
 
 def _without_those_in_place(run: Run, node: Node, proven: Sequence[Proven]) -> list[Proven]:
-    """Leave out pairs that are live already, since another backup would replace a useful one; say so."""
+    """Leave out pairs that are live already, with a note: another backup would push out a useful one."""
     lost, same = lost_keys(node), {one.name for one in proven if one.verified.chain == one.prepared.item.certificates}
     other = {item.spec.name for item in node.items if item.spec.name in lost or item.copy or item.unlike}
     there = [one.name for one in proven if one.name in same - other]
@@ -510,7 +510,7 @@ def _files(directory: Path) -> list[Path]:
 def _key_in(
     relative: Path, data: bytes, pairs: Mapping[str, CertificateSpec]
 ) -> tuple[CertificateSpec | None, bytes | None]:
-    """The key in `NAME.key` (a further pair's, too), or in a kubeconfig that `generate-csr` made."""
+    """Find the key in `NAME.key` (kubeadm's or a further pair's name), or in a kubeconfig from `generate-csr`."""
     if relative.suffix == _KEY:
         return spec_of(relative, _KEY) or pairs.get(relative.as_posix().removesuffix(_KEY)), data
     spec = spec_of(relative, "")
@@ -536,8 +536,8 @@ def _assert_ours(path: Path, status: os.stat_result) -> None:
 def _private_key(path: Path, pem: bytes) -> PrivateKey:
     try:
         key = load_pem_private_key(pem, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # broken, encrypted, of an odd type
-        key = None  # outside of `except`, since a traceback could lead to the key
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # broken, encrypted or of an unsupported type
+        key = None  # the error is raised outside of `except`, since a traceback could expose the key
     if not isinstance(key, PrivateKey):
         raise DirectoryError(f"{path}: wanted an RSA or ECDSA key in PEM without a passphrase, found something else")
     return key
