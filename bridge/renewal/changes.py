@@ -1,8 +1,8 @@
 """
-Decides the names of a missing or changed certificate, by kubeadm's configuration and this node's manifests, without a guess.
+Decides the names of a missing or changed certificate from kubeadm's configuration and this node's manifests.
 
 kubeadm's newer subjects have fewer groups: their rights come from ClusterRoleBindings that `kubeadm init` and
-`kubeadm upgrade apply` make, and `kubeadm certs renew` does not. A new subject therefore needs its binding.
+`kubeadm upgrade apply` create, and `kubeadm certs renew` does not. A new subject therefore needs its binding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SERVING = ("apiserver", "etcd-server", "etcd-peer", *(spec.name for spec in SER
 
 
 class CannotMakeError(BridgeError):
-    """A missing certificate whose names are not known."""
+    """A missing certificate can't be made, since its names are not known."""
 
     hint = (
         "name kubeadm's configuration of this node with --kubeadm-config FILE, or put a good copy of the certificate "
@@ -45,13 +45,13 @@ class CannotMakeError(BridgeError):
 
 
 class CannotChangeError(BridgeError):
-    """A change that would cut off a client, or contradicts itself; no CA was asked."""
+    """The change would cut off a client, or contradicts itself; no CA was asked."""
 
     exit_code = Exit.USAGE
 
 
 class NoSourceError(BridgeError):
-    """kubeadm's configuration can't be had from the cluster."""
+    """kubeadm's configuration can't be read from the cluster."""
 
     hint = (
         "name kubeadm's configuration with --kubeadm-config FILE; or put a good copy of the certificate back (an expired "
@@ -70,7 +70,7 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
     desired: dict[str, Desired | BridgeError] = {}
     for item in node.items:
         name = item.spec.name
-        if item.pair is not None:  # the settings say its names
+        if item.pair is not None:  # its names come from the settings
             continue
         try:
             if item.state == "missing" and name in names:
@@ -98,7 +98,7 @@ def _assert_named(names: Sequence[str], changes: Changes) -> None:
 
 
 class _Decision:
-    """The facts that names are made of: this node's, the operator's, and the cluster's, which are read at most once."""
+    """The facts for names: this node's, the operator's, and the cluster's, which are read at most once."""
 
     def __init__(self, node: Node, settings: Settings, changes: Changes) -> None:
         self.node, self.settings, self.changes = node, settings, changes
@@ -108,7 +108,7 @@ class _Decision:
     # --- a missing certificate ---------------------------------------------------------------------------------------
 
     def desired_for(self, item: Item) -> Desired:
-        """The names of a missing certificate (CannotMakeError: no source has them, or it is about another node)."""
+        """Decide the names of a missing certificate (CannotMakeError: no source has them, or it is another node's)."""
         spec, path = item.spec, item.certificate_path
         if spec.by_flag:
             return self._server(item)
@@ -137,7 +137,7 @@ class _Decision:
         return Desired(naming=naming, notes=tuple(notes), key=self.config.key, kubeconfig=fresh)
 
     def _server(self, item: Item) -> Desired:
-        """The names of a component's serving certificate, by this node's files alone; its key is of the API server's kind."""
+        """Decide a component's serving names from this node's files alone; the key is of the API server's kind."""
         if self.settings.restart.method == "none" and not item.named:
             raise CannotMakeError(
                 'wanted a way to restart its component, which puts the pair into the manifest, found restart.method = "none"',
@@ -156,11 +156,11 @@ class _Decision:
 
     @property
     def _address(self) -> str:
-        """The API server's address by this node's manifest; empty: none."""
+        """The API server's address in this node's manifest; empty: none."""
         return endpoints.name(self.node.flags(Component.APISERVER)) or ""
 
     def _facts(self) -> tuple[NamingFacts, str]:
-        """The facts that names are made of, and a sentence about where the node's own part comes from."""
+        """Return the facts for names, and a sentence about the source of the node's own part."""
         config, here, address = self.config, self.settings.node.name, self._address
         for what, theirs, ours in (("node", config.name, here), ("advertise address", config.address, address)):
             if theirs and ours and theirs != ours:
@@ -196,7 +196,7 @@ class _Decision:
     # --- a change of a live certificate ------------------------------------------------------------------------------
 
     def changed(self, item: Item) -> Desired | None:
-        """The names that replace a live certificate's; None: they stay."""
+        """Decide the names that replace a live certificate's; None: they stay."""
         name, notes = item.spec.name, []
         was = naming = csr.naming_of(item.certificates[0])
         if name in self.changes.add or name in self.changes.drop:
@@ -245,7 +245,7 @@ class _Decision:
         return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
 
     def _needed(self) -> dict[str, dict[str, str]]:
-        """By certificate, the names by which this node's files reach its servers (or a load balancer), with the file."""
+        """Return, by certificate, the hosts by which this node's files reach servers or load balancers, and the file."""
         node, found = self.node, {name: dict[str, str]() for name in _SERVING}
         if self._address:
             found["apiserver"][self._address] = "kube-apiserver.yaml: --advertise-address"
@@ -268,7 +268,7 @@ class _Decision:
 
     @functools.cached_property
     def config(self) -> KubeadmConfig:
-        """kubeadm's configuration (NoSourceError, KubeadmConfigError: there is none that can be used)."""
+        """kubeadm's configuration (NoSourceError, KubeadmConfigError: none can be used)."""
         file = self.changes.kubeadm_config
         if file is not None:
             return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
@@ -284,7 +284,7 @@ class _Decision:
             raise NoSourceError(str(e)) from None
 
     def _rights(self, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
-        """A sentence about the binding that gives the rights (BridgeError: it is missing, or `strictly` not seen)."""
+        """Return a sentence about the binding behind the rights (BridgeError: missing or, if `strictly`, not seen)."""
         needed = _needed_by(naming, spec)
         if needed is None:
             return []
@@ -326,12 +326,12 @@ class _Binding(NamedTuple):
 
     name: str
     role: str
-    kind: str  #: Of its subject: `User` or `Group`.
+    kind: str  #: The subject's kind: `User` or `Group`.
     who: str
 
 
 def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
-    """The binding that a certificate's rights come from; None: it needs none."""
+    """Return the binding that a certificate's rights come from; None: it needs none."""
     groups = {value for oid, value in attributes(naming.subject) if oid == O_OID}
     if MASTERS in groups:
         return None
@@ -343,7 +343,7 @@ def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
 
 
 def _missing(api: Api, needed: _Binding) -> str:
-    """Describe what stands in the binding's place; empty: the binding itself."""
+    """Describe what was found instead of the binding; empty: the binding is there."""
     reply = api.ask("GET", f"{_PATH}/{needed.name}")
     if reply.status == HTTPStatus.OK:
         return "" if _binds(reply.document, needed) else "one of that name for another role or subject"

@@ -1,4 +1,4 @@
-"""Whether a run without names may act now: in its window, after its jitter, and at a CA whose renewals do not always fail."""
+"""Decides when a run without names may act: in its window, after its jitter, and not at a CA that failed too often."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from bridge.system.waiting import back_off_seconds
 MANY = 3
 FIRST_PAUSE = timedelta(hours=1)
 LONGEST_PAUSE = timedelta(hours=24)
-#: With a certificate that has expired the cluster waits for the CA, not the other way round.
+#: The longest pause once a certificate has expired, since the cluster then waits for the CA.
 EXPIRED_PAUSE = timedelta(minutes=5)
 
 _LONGEST_REASON = 500
 
 
 def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
-    """How long a run without names waits before it takes the lock: `renewal.jitter`, if something will be renewed."""
+    """Return how long a run without names waits before it takes the lock: `renewal.jitter`, if anything is due."""
     if is_terminal or not settings.renewal.jitter.most:
         return timedelta()
     node = inventory.of(settings.node)
@@ -40,7 +40,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
 
 
 def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
-    """The selection without what waits for its window, or (unless `attempts` is None) for a CA that failed too often."""
+    """Hold back certificates outside of their window and, with `attempts`, those of a CA that failed too often."""
     selection = hold_for_window(selection, settings.renewal, now)
     return selection if attempts is None else attempts.held(selection, now)
 
@@ -55,14 +55,14 @@ class NotYetError(WaitingError):
 
 
 def decide(selection: Selection, settings: RenewalSettings, now: datetime) -> Decision:
-    """Whether the selected certificates may be renewed now; if one must not wait, the others do not wait, either."""
+    """Decide whether the selected certificates may be renewed now; if one can't wait, none of them waits."""
     if not settings.window or not selection.items:
         return Decision(act=True, reason="renewal.window is not set, or nothing is due")
     return may_act(now, settings.window, settings.window_zone.resolve(), _first_end(selection))
 
 
 def hold_for_window(selection: Selection, settings: RenewalSettings, now: datetime) -> Selection:
-    """The selection, or one without items: everything that is due then waits for the next window."""
+    """Return the selection or, outside of the window, one without items: all certificates wait for the next window."""
     decision = decide(selection, settings, now)
     if decision.act:
         return selection
@@ -71,7 +71,7 @@ def hold_for_window(selection: Selection, settings: RenewalSettings, now: dateti
 
 
 def jitter(selection: Selection, settings: RenewalSettings, now: datetime, *, share: float) -> timedelta:
-    """The time to wait before a run takes the lock, within the open window; `share` is random, from 0 to below 1."""
+    """Return the wait before a run takes the lock, within the open window; `share` is random, from 0 to below 1."""
     if not selection.items:
         return timedelta()
     limits = [settings.jitter.most, (_first_end(selection) - now) / 2]
@@ -82,7 +82,7 @@ def jitter(selection: Selection, settings: RenewalSettings, now: datetime, *, sh
 
 
 def _first_end(selection: Selection) -> datetime:
-    """The first end; a missing certificate, which an operator asked for, waits for no window."""
+    """Return the earliest expiry; a missing certificate, which an operator asked for, waits for no window."""
     return min(first_end(item.ending) if item.certificates else _LONG_AGO for item in selection.items)
 
 
@@ -93,7 +93,7 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
-    """The authorities whose next CA has been asked, until all of its answers are installed."""
+    """Return the file of authorities whose next CA has been asked, until all of its answers are installed."""
     return coded(
         tuple[str, ...],
         store.next_ca,
@@ -105,7 +105,7 @@ def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
 
 
 def hold_for_next_ca(selection: Selection, run: Run, node: inventory.Node) -> Selection:
-    """The selection without certificates that the next CA has been asked for, or is to be asked for later."""
+    """Hold back certificates that the next CA has been asked for, or will be asked for later."""
     next_cas = next_ca_file(run.store).read() or ()
     waiting = {one.name for one in run.requests if one.is_waiting}
     later = not_yet_signing(run.settings, node.bundles)
@@ -149,10 +149,10 @@ class Failures:
     """The failures in a row of one authority."""
 
     count: int
-    since: datetime  #: The first.
-    last: datetime
-    exit_code: int = field(metadata=named("exitCode"))  #: Of the last.
-    reason: str  #: Of the last.
+    since: datetime  #: Time of the first failure.
+    last: datetime  #: Time of the last failure.
+    exit_code: int = field(metadata=named("exitCode"))  #: Exit code of the last failure.
+    reason: str  #: Message of the last failure.
 
     def __post_init__(self) -> None:
         if self.exit_code not in Exit.PRECEDENCE[:-1]:
@@ -160,7 +160,7 @@ class Failures:
 
     @property
     def needs_a_person(self) -> bool:
-        """Whether another try without an operator will hardly help."""
+        """Whether another try without an operator is unlikely to help."""
         return self.count >= MANY
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ class Failures:
 
 
 def next_try(failures: Failures, expires: datetime) -> datetime:
-    """The earliest time for another request to the CA (pure): pauses double, a day at most and half of the time until `expires`."""
+    """Return when to ask the CA again (pure): pauses double, up to a day and half of the time until `expires`."""
     if not failures.needs_a_person:
         return failures.last
     longest = LONGEST_PAUSE.total_seconds()
@@ -186,7 +186,7 @@ class Attempts:
         self.authorities = self._file.read() or {}
 
     def held(self, selection: Selection, now: datetime) -> Selection:
-        """The selection without certificates of a CA that is not asked yet: they fail as at its last try."""
+        """Hold back certificates of a CA that is not asked yet; they fail with the exit code of its last failure."""
         pauses = {name: pause for name in self.authorities if (pause := self._pause(name, selection, now)) is not None}
         names = ((item.spec.name, item.spec.authority.name) for item in selection.items)
         return selection.without({name: pauses[authority] for name, authority in names if authority in pauses})
@@ -195,7 +195,7 @@ class Attempts:
         ours = [item for item in selection.items if item.spec.authority.name == name]
         ends = [first_end(item.certificates) for item in ours if item.certificates]
         failures = self.authorities[name]
-        # a last try that is still to come was dated by a clock that has been put back since: no reason to wait
+        # a last try in the future was dated by a clock that was set back since: no reason to wait
         if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):
             return None
         text = f"{name}: {failures}, the next try is at {minute(until)}; the last failure: {failures.reason}"
@@ -204,7 +204,7 @@ class Attempts:
     def note(
         self, authorities: Collection[str], failed: Mapping[str, BridgeError], now: datetime
     ) -> list[NeedsAPersonError]:
-        """Count a run, safe on disk when this returns; an error for each authority that failed and needs a person."""
+        """Count a run on disk; return an error for each authority that failed and needs an operator."""
         before = dict(self.authorities)
         for name in authorities:
             if (error := failed.get(name)) is None:
@@ -222,6 +222,6 @@ class Attempts:
 
 
 def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:
-    """The failed runs so far, by authority; a damaged one counts as none: the worst that follows is one more try."""
+    """Return the file of failed runs, by authority; a damaged one counts as empty, which at worst costs one more try."""
     what = "the failed runs so far"
     return coded(dict[str, Failures], store.attempts, what, OnDamage.START_OVER, key="authorities", version=1)

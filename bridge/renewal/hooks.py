@@ -1,4 +1,4 @@
-"""The operator's commands around a renewal; each is on disk before it runs, and the next run repeats failed ones."""
+"""Runs the operator's commands around a renewal; each is on disk before it runs, and the next run repeats failed ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class NotNowByHookError(HookError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookEvent:
-    """The facts that a hook gets; none of them is a secret."""
+    """The facts that a hook gets; none is a secret."""
 
     names: tuple[str, ...]  #: The run's certificates.
     old_serials: Mapping[str, str] = field(default_factory=dict)  #: In hexadecimal, by name, of renewed certificates.
@@ -74,8 +74,8 @@ class HookEvent:
         )
 
     def environment(self) -> dict[str, str]:
-        """The environment variables; a list has one entry a line, and a fact that is not known yet is empty."""
-        # a CA's words may be in them
+        """Return the environment variables; a list has one entry a line, and a fact not known yet is empty."""
+        # errors may quote a CA's answer
         errors = "\n".join(printable(line) for one in self.errors for line in one.split("\n"))
         return {
             "CA_BRIDGE_NAMES": "\n".join(self.names),
@@ -132,7 +132,7 @@ class Hooks:
         return self._all_of(FAILURE, occasion)
 
     def again(self, node: Node) -> list[HookError]:
-        """Run the hooks that earlier runs have left; a hook is dropped if none of its certificates is installed any more."""
+        """Run the hooks that earlier runs left; drop a hook if none of its certificates is installed any more."""
         try:
             every = self._file.read() or ()
         except StateError as e:
@@ -208,7 +208,7 @@ class Hooks:
         return ended
 
     def _kept(self, hooks: HooksToRun, *, is_over: bool = False) -> str:
-        """Record that a hook is to run, or has run; a sentence if that failed, and the hook runs nevertheless."""
+        """Record that a hook is to run or has run; return a sentence if that failed, which does not stop the hook."""
         try:
             self._remember(hooks, is_over=is_over)
         except StateError as e:
@@ -219,7 +219,7 @@ class Hooks:
         every = self._file.read() or ()
         others = [one for one in every if (one.event, one.run_id) != (hooks.event, hooks.run_id)]
         if not is_over:
-            others = [one for one in others if not (one.event == hooks.event == FAILURE)]  # the newest will do
+            others = [one for one in others if not (one.event == hooks.event == FAILURE)]  # the newest is enough
             for one in others[: -(_MOST_REMEMBERED - 1)]:
                 log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
             others = [*others[-(_MOST_REMEMBERED - 1) :], hooks]

@@ -1,4 +1,4 @@
-"""Installed certificates that an operator takes into use, until the ages of processes and files tell that they are in use."""
+"""Tracks installed certificates whose components an operator restarts, until process and file ages show them in use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NotLiveError(BridgeError):
 
 
 def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) -> None:
-    """Write down, before the installation, which certificates are in use only after a restart that an operator makes."""
+    """Record, before the installation, the certificates that are in use only after an operator's restart."""
     node, unproven = run.read_node(), file.read() or NotProven(certificates=())
     reloads = control_plane.reloading(node, run.settings.node)
     here = running(node)
@@ -48,18 +48,18 @@ def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) ->
 
 
 def installed_spec(node: Node, name: str) -> CertificateSpec:
-    """The spec of a certificate; a pair that its kubelet got from a signer is read at its start alone (measured on 1.37)."""
+    """Return a certificate's spec; a kubelet reads a pair from a signer only at its start (measured on 1.37)."""
     spec, item = node.spec(name), node.item(name)
     return dataclasses.replace(spec, reloaded=False) if item is not None and item.rotates else spec
 
 
 def running(node: Node) -> set[Component]:
-    """The components of this node."""
+    """Return the components of this node."""
     return {*node.manifests, *([Component.KUBELET] if processes.running(Component.KUBELET.value) else [])}
 
 
 def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[BridgeError]]:
-    """The certificates that are still not seen in use, and an error that names the components to restart."""
+    """Return the certificates that are still not seen in use, and an error that names the components to restart."""
     live, findings = unproven.live_on(node), look(unproven, node, run.settings, run.now())
     late = not_in_use(findings)
     runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}
@@ -70,7 +70,7 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
     )
     reloads = control_plane.reloading(node, run.settings.node)
     users = {*control_plane.stale(map(node.spec, live.names), reloads, Components("needed")), *unproven.to_restart}
-    can_not_be_seen = users - {one.component for one in findings}  # a message says so once
+    can_not_be_seen = users - {one.component for one in findings}  # only this run's message names these
     components = [c for c in control_plane.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:
         return left, []
@@ -83,7 +83,7 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
 
 
 def settle_postponed(run: Run) -> list[BridgeError]:
-    """Errors about certificates of `postponed_file` that earlier runs installed, and that are not seen in use yet."""
+    """Return errors about certificates of `postponed_file` from earlier runs that are not seen in use yet."""
     file = postponed_file(run.store)
     try:
         unproven = file.read()
@@ -104,7 +104,7 @@ def keep(file: StateFile[NotProven], left: NotProven) -> None:
 
 
 def look(unproven: NotProven, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
-    """Findings about unproven certificates, by files and processes alone."""
+    """Return findings about unproven certificates, from files and processes alone."""
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is unproven)
 
     names = unproven.live_on(node).names
@@ -116,25 +116,25 @@ def look(unproven: NotProven, node: Node, settings: Settings, now: datetime) -> 
 
 
 def not_in_use(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
-    """Those of them that show no use, or that could not look."""
+    """Return the findings that show an old certificate in use, or could not tell."""
     return [one for one in findings if one.state in ("stale", "unknown")]
 
 
 def sentence(findings: Sequence[ProofFinding]) -> str:
-    """The first few of them, for a message."""
+    """Join the first few findings for a message."""
     parts = [f"{f.certificate}: {f.what}: {f.state}: {f.detail}" for f in findings[:_MOST_SHOWN]]
     more = len(findings) - _MOST_SHOWN
     return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
 
 
 def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
-    """The same for monitors and `doctor`; empty for a user who may not look into the state directory."""
+    """Find installed certificates not in use, for monitors and `doctor`; none if the state directory is unreadable."""
     store = Store(settings.node.state_dir)
     found: list[ProofFinding] = []
     for file in (unproven_file(store), postponed_file(store)):
         try:
             unproven = file.look()
-        except StateError:  # a run says so
+        except StateError:  # a run reports it
             continue
         found += not_in_use(look(unproven, node, settings, now)) if unproven is not None else []
     if store.pairs.exists():

@@ -1,4 +1,4 @@
-"""The CAs of a run: reach each, check what can be checked before a signature is spent, then ask."""
+"""Asks the CAs of a run: reach each, check what can be checked before a signature is spent, then ask."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class Answered:
     expected: verify.Expectation
     label: str  #: The CA or file that answered.
     answer: Answer
-    advice: str = VerificationError.hint  #: The hint if it is not what was asked for.
+    advice: str = VerificationError.hint  #: The hint if the certificate fails verification.
 
 
 class ShorterError(BridgeError):
-    """By our own settings the next certificate would end before the live one; no CA was asked."""
+    """Under our own settings the next certificate would end before the live one; no CA was asked."""
 
     exit_code = Exit.USAGE
     hint = 'set shorter = "allow" in [renewal] if that is meant, or a longer validity'
 
 
 def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | None:
-    """The error if the wanted validity ends before the live certificate does."""
+    """Return the error if the wanted validity ends before the live certificate does."""
     end = now + settings.renewal.validity
     if not item.certificates or not verify.is_shorter(end, item.certificates[0]):
         return None
@@ -62,7 +62,7 @@ def shortened(item: Item, settings: Settings, now: datetime) -> ShorterError | N
 
 
 def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime) -> dict[str, ShorterError]:
-    """The errors of `shortened` by certificate name; none where the settings allow it."""
+    """Return the errors of `shortened` by certificate name; none where the settings allow it."""
     if settings.renewal.shorter == "allow":
         return {}
     return {item.spec.name: error for item in items if (error := shortened(item, settings, now)) is not None}
@@ -70,12 +70,12 @@ def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime)
 
 @contextlib.contextmanager
 def reaching(run: Run, items: Sequence[Item], expected: Expected) -> Iterator[Callable[[], Reached]]:
-    """Log in to all CAs concurrently, and run their checks; yields a function that waits for them, closes them at the end."""
+    """Log in to all CAs concurrently and run their checks; yield a function that waits for them; close them at the end."""
     settings, progress = run.settings, run.progress
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 
     def reach_lot(names: Sequence[str]) -> dict[str, CA]:
-        """Reach authorities that share a backend, which the first of them opens."""
+        """Reach authorities that share a backend; the first of them opens it."""
         found: dict[str, CA] = {}
         opened: Backend | None = None
         for name in names:
@@ -125,7 +125,7 @@ def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
 def _warn_of_open_secrets(configured: registry.Configured) -> None:
     """Warn of secrets in files that other users can read; `doctor` calls it an error, a renewal goes on."""
     for path in configured.settings.private_files():
-        with contextlib.suppress(OSError):  # the backend that needs it says so
+        with contextlib.suppress(OSError):  # the backend that needs it reports it
             found = open_secret(path)
             if found is not None:
                 log.warning("%s: %s", configured.label, found)
@@ -133,9 +133,9 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
 
 
 def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) -> tuple[list[Answered], list[Outcome]]:
-    """Issue each certificate as soon as its key is there, or all at once where a CA wants that; answers and failures."""
+    """Issue each certificate once its key is made, or all at once if a CA wants that; return answers and failures."""
     new_keys.use_last_core()
-    # for the nights on which none is asked
+    # for later runs that ask no CA
     credentials.remember(run.store, {name: one for ca in reached.values() for name, one in ca.ends.items()}, run.now())
     at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
     left, answered = set(making), {}
@@ -149,7 +149,7 @@ def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) ->
 
 
 def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Expected) -> list[Answered]:
-    """Ask all CAs concurrently, each for its certificates or for pending answers; first disk and log, then the CA."""
+    """Ask all CAs concurrently for certificates or pending answers; requests and audit log are on disk before."""
     prepared = _opened(run, prepared, reached)
     for one in prepared:
         ca = reached[one.authority]
@@ -158,7 +158,7 @@ def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Ex
             run.record.add(audit.ASKED, one.name, authority=one.authority)
     run.record.write()
     lots: dict[int, list[Prepared]] = defaultdict(list)
-    for one in prepared:  # authorities that share a backend make one request of it
+    for one in prepared:  # authorities that share a backend are asked in one request
         lots[id(reached[one.authority].backend)].append(one)
     answers: dict[str, Answer] = {}
     with workers(len(AUTHORITIES)) as pool:
@@ -175,7 +175,7 @@ def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Ex
 
 
 def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Prepared]:
-    """Save requests to a CA that answers later, with their keys, before it is asked; carried ones name the node."""
+    """Save requests and keys before asking a CA that answers later; carried requests get the node's name."""
     opened = {one.name: one for one in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
     for one in prepared:
@@ -198,7 +198,7 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Pr
 
 
 def _drop_unfit(run: Run, one: Prepared) -> None:
-    """Drop an open request that `prepare` has replaced by one with other names, another kind of key or another validity."""
+    """Drop an open request that `prepare` replaced by one with other names, another kind of key or validity."""
     made = run.requests.get(one.name)
     if made is not None and one.open is None:
         if made.is_waiting:
@@ -207,7 +207,7 @@ def _drop_unfit(run: Run, one: Prepared) -> None:
 
 
 def _ask(reached: Reached, expected: Expected, prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
-    """The answers of one backend by certificate name; one that its preflight refused is not asked for."""
+    """Ask one backend; return its answers by certificate name, with the errors of those that its preflight refused."""
     ca = reached[prepared[0].authority]
     answers: dict[str, Answer] = {}
     requests = []

@@ -1,4 +1,4 @@
-"""Makes new keys, in memory only, as soon as a run needs them; `renew` of docs/evidence/numbers.md depends on it."""
+"""Makes new keys in memory while a run does other work; the time of `renew` in docs/evidence/numbers.md needs it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _to_make: queue.SimpleQueue[tuple[KeyAlgorithm, Future[PrivateKey]]] = queue.Sim
 
 
 def begin(algorithms: Iterable[KeyAlgorithm]) -> None:
-    """Begin to make one key for each, on all cores but one, which the rest of the run needs."""
+    """Start making one key for each algorithm, on all cores but one, which the rest of the run needs."""
     for algorithm in algorithms:
         future: Future[PrivateKey] = Future()
         with _lock:
@@ -31,13 +31,13 @@ def begin(algorithms: Iterable[KeyAlgorithm]) -> None:
 
 
 def use_last_core() -> None:
-    """Use the last core, too: the run has nothing else to do until the keys are made."""
+    """Use the last core: the run has nothing else to do until the keys are made."""
     if not _to_make.empty():
         _start()
 
 
 def _start() -> None:
-    threading.Thread(target=_make_all, daemon=True).start()  # a process that ends does not wait for them
+    threading.Thread(target=_make_all, daemon=True).start()  # the process does not wait for them when it ends
 
 
 def _make_all() -> None:
@@ -51,7 +51,7 @@ def _make_all() -> None:
 
 
 def take(algorithm: KeyAlgorithm) -> PrivateKey:
-    """A new key for this caller alone: one that was begun, or else one made now."""
+    """Return a new key for this caller alone: one begun before, or else one made now."""
     with _lock:
         begun = _begun[algorithm].popleft() if _begun[algorithm] else None
     return begun.result() if begun is not None else csr.generate_key(algorithm)
