@@ -245,7 +245,7 @@ class _Decision:
         return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
 
     def _needed(self) -> dict[str, dict[str, str]]:
-        """Return, by certificate, the hosts by which this node's files reach servers or load balancers, and the file."""
+        """By certificate, the hosts by which this node's files reach servers (or a load balancer), with the file."""
         node, found = self.node, {name: dict[str, str]() for name in _SERVING}
         if self._address:
             found["apiserver"][self._address] = "kube-apiserver.yaml: --advertise-address"

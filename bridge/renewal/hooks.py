@@ -1,4 +1,4 @@
-"""Runs the operator's commands around a renewal; each is on disk before it runs, and the next run repeats failed ones."""
+"""Runs the operator's commands around a renewal; each is on disk before it runs, and later runs repeat failed ones."""
 
 from __future__ import annotations
 

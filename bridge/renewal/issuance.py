@@ -70,7 +70,7 @@ def refused_as_shorter(items: Sequence[Item], settings: Settings, now: datetime)
 
 @contextlib.contextmanager
 def reaching(run: Run, items: Sequence[Item], expected: Expected) -> Iterator[Callable[[], Reached]]:
-    """Log in to all CAs concurrently and run their checks; yield a function that waits for them; close them at the end."""
+    """Log in to all CAs concurrently and run their checks; yield a function that waits for them, then close them."""
     settings, progress = run.settings, run.progress
     backends = registry.configured(settings, dict.fromkeys(item.spec.authority.name for item in items))
 

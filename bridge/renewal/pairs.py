@@ -1,9 +1,9 @@
 """
-Further pairs after their installation: their programs read them again, a handshake proves it, or the old pair comes back.
+Takes further pairs into use: their programs read them again, a handshake proves it, or the old pair comes back.
 
 Each pair is judged alone: a fault of one pair rolls back no other pair, and no certificate of the control plane.
 `bridge.renewal.activate` restarts and proves a component that reads a pair; this file has the pairs of other programs.
-A debt is on disk before the installation: after a kill the next run has the program read the pair once more.
+Each pair is recorded before its installation: after a kill the next run has the program read it once more.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Finished:
     errors: list[BridgeError] = field(default_factory=list)
     back: dict[str, RolledBackError] = field(default_factory=dict)  #: By name, pairs whose old files are back.
     read: list[str] = field(default_factory=list)  #: Names of pairs that their programs have read again.
-    proven: int = 0  #: How many were seen in use.
+    proven: int = 0  #: Number of pairs seen in use.
 
 
 def own(node: Node) -> dict[str, Item]:
-    """The pairs that no component reads, and whose settings name a way to read them again, or a server to look at."""
+    """Return the pairs that no component reads, and whose settings name a way to reload them or a server to check."""
     return {
         item.spec.name: item
         for item in node.items
@@ -61,7 +61,7 @@ def _reloads(item: Item) -> bool:
 
 
 def record_due(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
-    """Record, before the installation, which pairs must be seen in use; returns the names of all pairs of this file."""
+    """Record, before the installation, which pairs must be seen in use; return the names of all `own` pairs."""
     ours = own(run.read_node())
     file = pairs_file(run.store)
     earlier = {one.name: one for one in file.read() or ()}
@@ -96,7 +96,7 @@ def finish(run: Run) -> Finished:
         file = pairs_file(run.store)
         for one in file.read() or ():
             _keep(run, one, _finish_one(run, one, done))
-    except (StateError, static_pods.StoppedError) as e:  # what is left stays on disk
+    except (StateError, static_pods.StoppedError) as e:  # the remaining records stay on disk
         done.errors.append(e)
     return done
 
@@ -191,7 +191,7 @@ def _have_read(run: Run, item: Item) -> str | None:
 
 
 def _restart(run: Run, manifest: Path) -> str | None:
-    """Restart a static pod, whose end the container runtime shows."""
+    """Restart a static pod; the container runtime shows when it has ended."""
     name = pod_name(manifest)
     if not name:
         return f"wanted the manifest of a static pod in {manifest}, found none"
@@ -247,7 +247,7 @@ def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
 
 
 def how(item: Item) -> str:
-    """An instruction for an operator: how the program takes the pair into use."""
+    """Tell an operator how the program takes the pair into use."""
     if item.pair is not None and item.pair.reload:
         return f"{item.spec.name}: run `{item.pair.reload}`"
     if item.pair is not None and item.pair.static_pod is not None:
@@ -257,15 +257,15 @@ def how(item: Item) -> str:
 
 
 def advice(node: Node, names: Sequence[str]) -> list[str]:
-    """An instruction for each of these pairs whose program an operator has to have read it again."""
+    """Return an instruction for each of these pairs that an operator has to have read again."""
     return [how(item) for name, item in own(node).items() if name in names and _reloads(item)]
 
 
 def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding]:
-    """A finding for each installed pair that is not seen in use, for monitors and `doctor`."""
+    """Yield a finding for each installed pair that is not seen in use, for monitors and `doctor`."""
     try:
         earlier = pairs_file(Store(settings.node.state_dir)).look() or ()
-    except StateError:  # a run says so
+    except StateError:  # a run reports it
         return
     for one in earlier:
         item = own(node).get(one.name)

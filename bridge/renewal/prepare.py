@@ -1,6 +1,6 @@
 """
-Keys and CSRs of a renewal, from the live certificates; an open request is used again. Before that, the room on the disks
-and the node's own policy are looked at.
+Makes a renewal's keys and CSRs from the live certificates, or uses an open request again. Before that it checks disk
+space and the node's own policy.
 
 The names of a kubelet's serving certificate come from the settings, or from the node's own configuration; never from its
 `Node.status`, which a holder of a kubelet's credentials can write.
@@ -64,14 +64,14 @@ _USUAL_KEY: KeyAlgorithm = "rsa-2048"  # kubeadm's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A certificate on its way; holds the new key."""
+    """A certificate that is ready to be requested; holds the new key."""
 
     item: Item
     request: SignRequest
     key_pem: bytes = field(repr=False)
     was: Mapping[Path, str | None]  #: Digests of the files that are to be replaced.
-    open: OpenRequest | None = None  #: It was made by an earlier run.
-    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where there is none.
+    open: OpenRequest | None = None  #: The earlier run's request that this one continues.
+    kubeconfig: FreshKubeconfig | None = None  #: The whole file, where none exists.
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ Making = Sequence[Future[Prepared | Outcome]]
 def preparing(
     items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest], desired: Mapping[str, Desired]
 ) -> Iterator[Making]:
-    """Make keys and CSRs in the order of the items, on all cores, while other work goes on, and no longer than that."""
+    """Make keys and CSRs in the order of the items, on all cores, while the block runs; cancel the rest at its end."""
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
         yield [
@@ -134,7 +134,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
 def _next_key(
     item: Item, live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
 ) -> KeyAlgorithm:
-    """The new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
+    """Return the new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
     wanted = (item.pair.key if item.pair is not None else None) or settings.renewal.key
     if live is not None and (item.pair is None or csr.known_algorithm(live.public_key())):
         return csr.key_algorithm(live, wanted)
@@ -146,7 +146,7 @@ def _next_key(
 
 
 def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None], settings: Settings) -> Prepared:
-    """The open request, which the node's own policy of now has to allow (NotAllowedError)."""
+    """Continue the open request, which the node's current policy has to allow (NotAllowedError)."""
     if settings.policy.file is not None and (error := Allowed(settings).error(item, None, made.request)) is not None:
         raise error
     fresh = made.kubeconfig
@@ -154,14 +154,14 @@ def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None], sett
 
 
 def open_request(run: Run, one: Prepared) -> OpenRequest:
-    """An open request that keeps what was prepared."""
+    """Return the open request that stores a prepared certificate."""
     return one.open or OpenRequest(
         request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id, kubeconfig=one.kubeconfig
     )
 
 
 def take_up(item: Item, made: OpenRequest, settings: Settings) -> Prepared | Outcome:
-    """Use an open request whose answer is there, whatever kind of key the settings name today."""
+    """Continue an open request whose answer is there, whatever kind of key the settings name today."""
     try:
         if item.obstacle is not None:
             raise item.obstacle
@@ -174,7 +174,7 @@ def take_up(item: Item, made: OpenRequest, settings: Settings) -> Prepared | Out
 
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
-    """Have each request name its node and prove it, all in one batch; requests of a batch that still holds stay as they are."""
+    """Have each request name its node and prove it, all in one batch; a batch that still holds stays as it is."""
     said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
     if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
         return list(prepared)
@@ -195,23 +195,23 @@ def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
 
 
 def _continuity(one: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
-    from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where requests are carried)
+    from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where an operator carries requests)
 
     who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     terms = signatures.Terms(validity=one.request.validity, created=created)
     proof = None
-    if one.request.replaces is not None:  # the key of a certificate that is not named proves nothing
+    if one.request.replaces is not None:  # a key proves nothing for a certificate that the request does not replace
         with contextlib.suppress(*NO_KEY):
             proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **who)
     return Continuity(proof=proof, asked=created, **who)
 
 
-#: A key that is missing, broken, encrypted, or of an odd type.
+#: Errors of a key that is missing, broken, encrypted, or of an unsupported type.
 NO_KEY = (MissingCertificateError, ValueError, TypeError, UnsupportedAlgorithm)
 
 
 def live_key(item: Item) -> PrivateKeyTypes:
-    """The key of the live certificate (NO_KEY: it can't be had)."""
+    """Load the key of the live certificate (NO_KEY: it can't be loaded)."""
     data = read_live(item.key_path or item.certificate_path) or b""
     if not item.certificates:
         raise MissingCertificateError("its certificate can't be read")
@@ -231,7 +231,7 @@ def _fits(
     return made.request.replaces == replaced and is_alike and says_it
 
 
-#: At the end of the first line, whatever kind of key it is (RFC 7468 §10, §11, and the older ones).
+#: The end of the first line of every kind of private key (RFC 7468 §10, §11, and older formats).
 _PRIVATE_KEY = b"PRIVATE KEY-----"
 _CERTIFICATE = b"CERTIFICATE-----"
 
@@ -269,7 +269,7 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
 
 
 def _was_elsewhere(item: Item) -> dict[Path, str | None]:
-    """The digests of a further pair's other files, of which none may hold something else."""
+    """Return the digests of all files of a further pair (BridgeError: one holds something else)."""
     if item.pair is None:
         return {}
     found: dict[Path, str | None] = {}
@@ -286,7 +286,7 @@ def _was_elsewhere(item: Item) -> dict[Path, str | None]:
 
 
 def _was_current(item: Item) -> dict[Path, str | None]:
-    """The fingerprint of the symlink to a kubelet's pair, by path: the symlink is replaced, and not its target."""
+    """Return the fingerprint of the symlink to a kubelet's pair, by path: the symlink is replaced, not its target."""
     try:
         return {} if item.current is None else {item.current: fingerprint(item.current)}
     except OSError as e:
@@ -294,7 +294,7 @@ def _was_current(item: Item) -> dict[Path, str | None]:
 
 
 def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
-    """The live certificate (MissingCertificateError: there is none)."""
+    """Return the live certificate (MissingCertificateError: there is none)."""
     if live is None:
         text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
         raise MissingCertificateError(text, hint=RESTORE)
@@ -302,7 +302,7 @@ def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
 
 
 def read_live(path: Path) -> bytes | None:
-    """The content of a file that is to be replaced, behind no link that others could have made; None: there is none."""
+    """Read a file that is to be replaced, following no link that other users could have made; None: no such file."""
     try:
         with opened(path) as place:
             return read_once(place.path)[0]
@@ -314,7 +314,7 @@ def read_live(path: Path) -> bytes | None:
 
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
-    """Write `NAME.csr` and `NAME.key`, flat and 0600, over no older file; all or none."""
+    """Write `NAME.csr` and `NAME.key`, flat, with mode 0600 and over no existing file; all or none."""
     written: list[Path] = []
     try:
         assert_holds_keys(directory)
@@ -338,14 +338,14 @@ _ADDRESSES = "--node-ip of the kubelet (kubeadm: nodeRegistration.kubeletExtraAr
 
 
 def replaced_by_next(item: Item, live: x509.Certificate | None) -> x509.Certificate | None:
-    """The certificate that the request replaces, by its names or its key; None: the live one proves nothing."""
+    """Return the certificate that the request replaces, by its names or its key; None: the live one proves nothing."""
     if item.pair is not None:
         return live if pairs.proves_itself(item) else None
     return None if item.foreign and item.spec.name == KUBELET_SERVER else live
 
 
 def serving_names(item: Item, settings: Settings) -> Naming | None:
-    """The names of a further pair's or a kubelet's next certificate; None: it keeps the live one's, as all others do."""
+    """Return the names of a further pair's or a kubelet's next certificate; None: it keeps the live one's."""
     if item.pair is not None:
         return item.pair.naming
     if item.spec.name != KUBELET_SERVER or not (item.foreign or settings.serving_sans):
@@ -359,7 +359,7 @@ def serving_names(item: Item, settings: Settings) -> Naming | None:
 
 
 def own_names(node: NodeSettings) -> tuple[str, ...]:
-    """The node's names and addresses by its kubelet's or API server's configuration (NotReadyError: none)."""
+    """Return the node's names and addresses from its kubelet's or API server's configuration (NotReadyError: none)."""
     kubelet = KubeletFiles.load(node.kubelet_dir)
     addresses = [address for address in kubelet.addresses if is_host(address)] or _advertised(node)
     if not addresses:
@@ -372,7 +372,7 @@ def own_names(node: NodeSettings) -> tuple[str, ...]:
 
 
 def _advertised(node: NodeSettings) -> list[str]:
-    """The API server's address on a control plane, which is the node's by kubeadm; else none."""
+    """Return the API server's address on a control plane, which kubeadm sets to the node's; elsewhere nothing."""
     try:
         manifest = manifests.load(Component.APISERVER, node.kubeconfig_dir)
     except ValueError:
@@ -388,7 +388,7 @@ BYTES_NEEDED, INODES_NEEDED = 1 << 20, 64
 
 
 def directories(settings: Settings, items: Sequence[Item]) -> list[Path]:
-    """The directories that a renewal of these writes to: a file that is a link is replaced where it leads."""
+    """Return the directories that a renewal of these writes to: a symlinked file is replaced at its target."""
     node = settings.node
     files = [path for item in items for path in (item.certificate_path, item.key_path) if path is not None]
     places = [place for item in items if item.pair is not None for place in item.pair.places]
@@ -398,7 +398,7 @@ def directories(settings: Settings, items: Sequence[Item]) -> list[Path]:
 
 
 def with_room(settings: Settings, selection: Selection) -> Selection:
-    """The selection without pairs whose own disks can't take them, each of which fails (NotReadyError: the node's can't)."""
+    """Fail the pairs whose own disks are full or read-only (NotReadyError: the node's own disks are)."""
     assert_room(settings, [item for item in selection.items if item.pair is None])
     failing: dict[str, BridgeError] = {}
     for item in (one for one in selection.items if one.pair is not None):
@@ -410,7 +410,7 @@ def with_room(settings: Settings, selection: Selection) -> Selection:
 
 
 def assert_room(settings: Settings, items: Sequence[Item] = ()) -> None:
-    """Look at the disks that are written to (NotReadyError)."""
+    """Check the disks that a renewal writes to (NotReadyError: one is full or read-only)."""
     found = list(disk_spaces(directories(settings, items)))
     if closed := [str(room.place) for room in found if room.is_read_only]:
         text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
@@ -448,8 +448,8 @@ class NotAllowedError(BridgeError):
 
 class Allowed:
     """
-    A node's own policy, in the form of a CA desk's, read when the first certificate is judged. Without it a certificate
-    with more names, which an attacker once put in a live one's place, would have them renewed for ever.
+    A node's own policy, in the format of a CA desk's, read when the first certificate is judged. Without it, renewals
+    would for ever keep the additional names of a certificate that an attacker once put in a live one's place.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -457,13 +457,13 @@ class Allowed:
 
     @cached_property
     def policy(self) -> Policy:
-        """The policy (SettingsError: the file can't be used)."""
+        """The loaded policy (SettingsError: the file can't be used)."""
         from bridge.desk.files import load_policy  # noqa: PLC0415 (100 ms; only where the settings name a policy)
 
         return load_policy(self._settings, self._settings.policy.file)
 
     def error(self, item: Item, desired: Desired | None, asked: SignRequest | None = None) -> BridgeError | None:
-        """The reason why the next certificate, or the one that was `asked` for, must not be had; None: the policy allows it."""
+        """Return why the policy forbids the next certificate, or the one that was `asked` for; None: it allows it."""
         from bridge.desk.policy import Planned, planned_problems  # noqa: PLC0415 (see above)
 
         settings, live = self._settings, item.certificates[0] if item.certificates else None
@@ -483,7 +483,7 @@ class Allowed:
                 validity=asked.validity if asked is not None else settings.renewal.validity,
                 replaces=replaced_by_next(item, live),
             )
-        except BridgeError as e:  # the renewal would fail for it, too
+        except BridgeError as e:  # the renewal would fail with it, too
             return e
         if problems := planned_problems(planned, self.policy):
             return NotAllowedError(item, settings.policy.file, problems, is_asked=asked is not None)

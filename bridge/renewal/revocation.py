@@ -17,11 +17,11 @@ from bridge.system.state_file import StateError
 
 
 class RevocationError(BridgeError):
-    """A superseded certificate is not revoked; the exit code is its cause's. The new certificates are in use."""
+    """A superseded certificate is not revoked; the exit code is the cause's. The new certificates are in use."""
 
 
 def record_due(run: Run, done: Sequence[Outcome]) -> None:
-    """Write down the certificates to revoke, once the new ones are installed and in use."""
+    """Record the certificates to revoke once the new ones are installed and in use."""
     renewal = run.settings.renewal
     if renewal.revoke == "never":
         return
@@ -39,7 +39,7 @@ def record_due(run: Run, done: Sequence[Outcome]) -> None:
 
 
 def _able(run: Run, authorities: Iterable[str]) -> set[str]:
-    """Authorities whose CA can revoke; the others are noted."""
+    """Return the authorities whose CA can revoke, and note the others."""
     have = [name for name in sorted(authorities) if name in run.settings.authorities]
     configured = registry.configured(run.settings, have)
     types = {name: configured[name].backend_type for name in have}
@@ -92,7 +92,7 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
 
 
 def _revoke_all(run: Run, due: Sequence[Superseded], node: Node) -> tuple[list[Superseded], list[BridgeError]]:
-    """Ask the CAs to revoke; the certificates that need no further try, and the errors."""
+    """Ask the CAs to revoke; return the certificates that need no further try, and the errors."""
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     for authority in dict.fromkeys(one.authority_on(node) for one in due):
@@ -126,7 +126,7 @@ def _revoke(
         for one in ours:
             try:
                 if isinstance(ca.backend, RevokesProven):
-                    ca.revoke_proven(_word(one, run, node))
+                    ca.revoke_proven(_holders_proof(one, run, node))
                 else:
                     ca.revoke(one.certificate)
             except BackendUnavailableError as e:
@@ -142,8 +142,8 @@ def _revoke(
     return done, errors
 
 
-def _word(one: Superseded, run: Run, node: Node) -> Revocation:
-    """The proof that it is the successor's holder who asks (LocalFileError: the successor's key can't be used)."""
+def _holders_proof(one: Superseded, run: Run, node: Node) -> Revocation:
+    """Prove that the successor's holder asks for the revocation (LocalFileError: the successor's key can't be used)."""
     from bridge.pki import node_proofs  # noqa: PLC0415 (15 ms; only where a door is asked)
 
     ours = run.settings.node

@@ -32,13 +32,13 @@ _PODS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3D"
 
 
 class NoServingError(BridgeError):
-    """The node has no such component, or one whose certificate is not ours to change."""
+    """The node has neither component, or a component's certificate is not ours to change."""
 
     exit_code = Exit.USAGE
 
 
 def components(node: Node, settings: Settings) -> list[Component]:
-    """The components whose manifests we may change (NoServingError: the node has none, or an operator's pair is in one)."""
+    """List the components whose manifests we may change (NoServingError: none, or one has an operator's pair)."""
     if settings.restart.method == "none":
         text = 'wanted a way to restart components, found restart.method = "none"'
         raise NoServingError(text, hint='"static-pods" restarts them, and puts the flags into their manifests')
@@ -67,12 +67,12 @@ def components(node: Node, settings: Settings) -> list[Component]:
 
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
-    """Put the pairs into kubeadm-config once every control-plane node has them; a sentence for the operator (NoAnswerError, NoConfigError)."""
+    """Put the pairs into kubeadm-config once all nodes have them; return a note (NoAnswerError, NoConfigError)."""
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
     if lacking:
         return (
-            f"kubeadm-config gets them when `ca-bridge serving-certs on` has run on {', '.join(lacking)}, too; until then "
+            f"kubeadm-config gets them once `ca-bridge serving-certs on` has run on {', '.join(lacking)}; until then "
             "`kubeadm upgrade` takes the flags out again"
         )
     already = "" if _changed(settings, api, wanted, wait, pairs.cluster_with) else " already"
@@ -86,7 +86,7 @@ def _changed(
     wait: timedelta,
     edit: Callable[[_Cluster, Component, Path], _Cluster],
 ) -> bool:
-    """Change the ClusterConfiguration, and record it in the audit log; returns whether anything changed."""
+    """Change the ClusterConfiguration, and record it in the audit log; return whether anything changed."""
 
     def edited(cluster: _Cluster) -> _Cluster:
         for component in wanted:
@@ -101,7 +101,7 @@ def _changed(
 
 
 def _lacking(api: Api, component: Component) -> set[str]:
-    """Control-plane nodes where the component's mirror pod has no flag for a pair."""
+    """Return the control-plane nodes where the component's mirror pod has no flag for a pair."""
     nodes = {text_of(one, "metadata", "name") for one in items(api.get(CONTROL_PLANE_NODES), "items")}
     having = {
         text_of(pod, "spec", "nodeName")
@@ -112,18 +112,18 @@ def _lacking(api: Api, component: Component) -> set[str]:
 
 
 def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:
-    """Take the pairs out of kubeadm-config; returns whether it named any (errors as `keep`)."""
+    """Take the pairs out of kubeadm-config; return whether it named any (errors as `keep`)."""
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     return _changed(settings, api, wanted, wait, pairs.cluster_without)
 
 
 def is_half_done(settings: Settings, component: Component) -> bool:
-    """Whether the pair is on disk and the manifest does not name it, because a run ended before the restart."""
+    """Whether the pair is on disk but not in the manifest, because a run ended before the restart."""
     return pairs.manifest_with_pair(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None
 
 
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
-    """Restart a component with its pair in the manifest; if the component does not come back, without it."""
+    """Restart a component with its pair in the manifest; if it does not come back, restart it without the pair."""
     with session.alone(settings, wait) as (store, record):
         restarts = Restarts(node=inventory.of(settings.node), settings=settings, store=store, record=record)
         done, back = restarts.with_text(component, None)
@@ -141,7 +141,7 @@ def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
 
 
 def take_out(settings: Settings, wait: timedelta) -> RestartReport:
-    """Have the components serve self-signed certificates again, up to the first restart that fails, and back their pairs up."""
+    """Have components serve self-signed certificates again, up to the first failed restart, and back up their pairs."""
     with session.alone(settings, wait) as (store, record):
         done: list[Restarted] = []
         for component in components(inventory.of(settings.node), settings):
@@ -180,5 +180,5 @@ def _remove(item: Item, store: Store, record: audit.Record) -> None:
     record.add(
         audit.ROLLED_BACK, name, authority=item.spec.authority.name, old=old, result=f"removed; backup {backup_id}"
     )
-    with contextlib.suppress(OSError):  # something else is in it
+    with contextlib.suppress(OSError):  # the directory holds other files
         item.certificate_path.parent.rmdir()
