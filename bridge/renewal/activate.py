@@ -135,7 +135,7 @@ def _prove(run: Run, node: Node, unproven: NotProven) -> Activation:
 
 
 def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
-    """Choose what to restart before the first look: nothing that reloads; for earlier runs and "needed" only if stale."""
+    """Choose what to restart before a look: nothing that reloads, and for earlier runs or "needed" only if stale."""
     wanted = run.settings.restart.components
     reloads = control_plane.reloading(node, run.settings.node)
     specs = {name: in_use.installed_spec(node, name) for name in unproven.names}

@@ -1,6 +1,6 @@
 """
 Renewal, online, in one process: select, prepare, issue, verify, remember, install, activate, conclude; a rehearsal does
-the first four, throws all of it away, and has it revoked where the backend can.
+the first four, then throws the certificates away, and revokes them where the backend can.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bridge.system.console import Progress, is_attended, log
 
 
 def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -> tuple[Result, Node, Selection]:
-    """Renew what is due, or the named certificates, and make a named one that is missing; an error: nothing was replaced."""
+    """Renew the due or named certificates, and make missing named ones; after an error nothing was replaced."""
     is_terminal = is_attended()
     if not options.names and (delay := gate.delay(settings, now(), is_terminal=is_terminal)):
         progress.note(f"waits {duration_text(timedelta(seconds=int(delay.total_seconds())))} (renewal.jitter)")
@@ -60,7 +60,7 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
         if not options.names:
             due = {one.spec.authority.name for one in selection.items} | {one.authority for one in selection.failed}
             attempts = transaction.attempts
-            attempts.note(attempts.authorities.keys() - due, {}, now())  # what failed there is not due any more
+            attempts.note(attempts.authorities.keys() - due, {}, now())  # their certificates are no longer due
             selection = gate.hold(selection, settings, None if is_terminal else attempts, now())
         if selection.items:
             result = renew(ours, transaction, selection, node, options)
@@ -69,21 +69,21 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
             own = _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
-            # no CA was asked: the next renewal fails for a credential that has ended
+            # no CA was asked, and the next renewal would fail with an ended credential
             result = dataclasses.replace(result, errors=(*result.errors, *credentials.ended(own, now())))
         _warn(own, result, settings, now())
         return result, node, selection
 
 
 def _check(settings: Settings, run: Run) -> list[Credential]:
-    """The credentials of every backend's table, though no CA is asked: a mistake (SettingsError) shows up at once."""
+    """Read the credentials of every backend's table, even if no CA is asked: a mistake (SettingsError) shows up."""
     places = registry.credentials(settings, registry.configured(settings, settings.authorities))
     remember_checked(settings, run.store, places)
     return credentials.look(settings, places, run.store)
 
 
 def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: datetime) -> None:
-    """Warn of credentials that end soon, but for those about which there is an error."""
+    """Warn of credentials that end soon, except those that an error reports."""
     reported = [error.name for error in result.errors if isinstance(error, credentials.CredentialEndedError)]
     for one in own:
         if one.needs_a_word(settings.renewal.before, now) and one.name not in reported:
@@ -92,7 +92,7 @@ def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: da
 
 
 def renew(run: Run, transaction: Transaction, selection: Selection, node: Node, options: RunOptions) -> Result:
-    """Renew the selected certificates, from keys to components that use them."""
+    """Renew the selected certificates, from new keys to components that use them."""
     with transaction.about(selection):
         selection = with_room(run.settings, selection)
         stuck = without_restart(node, run.settings, selection.items, run.now()) if options.restarts else []
@@ -104,7 +104,7 @@ def renew(run: Run, transaction: Transaction, selection: Selection, node: Node, 
 
 
 def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: datetime) -> list[Outcome]:
-    """Outcomes of certificates whose components have to be restarted, and can't be; expired ones are none of them."""
+    """Return failures of certificates whose components must be restarted and can't be; expired ones are exempt."""
     if settings.restart.method == "none":
         return []
     from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
@@ -125,7 +125,7 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
 def _prepare_and_issue(
     run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, options: RunOptions
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
-    """Make keys while the CAs are reached, and ask: the answers, the failures, and what `all_or_nothing` held back."""
+    """Make keys while reaching the CAs, then ask; return answers, failures, and requests held by `all_or_nothing`."""
     expected, unproved = expectations(node, run.settings, selection.items, run.now(), options.trust)
     without = {outcome.name for outcome in stuck}
     items = [i for i in selection.items if i.spec.authority.name in expected and i.spec.name not in without]
@@ -147,7 +147,7 @@ def _prepare_and_issue(
 
 
 def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expected) -> list[Answered]:
-    """Answers that an earlier run verified and did not install; no CA is asked for them again."""
+    """Return answers that an earlier run verified and did not install; no CA is asked for them again."""
     answered = {one.name: one for one in run.requests if one.answer is not None}
     earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
@@ -155,7 +155,7 @@ def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expec
         if isinstance(one, Outcome) or (made := one.open) is None or made.answer is None:
             continue
         wanted, renewal = expected[one.authority], run.settings.renewal
-        with contextlib.suppress(VerificationError):  # then it is asked for again
+        with contextlib.suppress(VerificationError):  # if it fails now, the CA is asked again
             chain = verify.check(made.answer, one.request, wanted).chain
             if not expiry.is_due(chain, renewal.before, renewal.validity, run.now()):
                 run.record.describe(one.name, one.request, made.backend, None)
@@ -164,7 +164,7 @@ def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expec
 
 
 def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[list[Item], list[Outcome]]:
-    """Items to ask a backend for, and outcomes of those whose requests an operator has carried away."""
+    """Return the items to ask a backend for, and outcomes of items whose requests an operator carries."""
     have = {one.prepared.name for one in kept}
     rest, carried = [], []
     for item in items:
@@ -190,7 +190,7 @@ class Rehearsed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """The result that a renewal would have had."""
+    """The result that a renewal would have."""
 
     passed: tuple[Rehearsed, ...] = ()
     failed: tuple[Outcome, ...] = ()
@@ -217,7 +217,7 @@ def rehearse(settings: Settings, options: RunOptions, now: Now, progress: Progre
 
 
 def _within(selection: Selection, settings: Settings, now: datetime, ahead: timedelta | None) -> Selection:
-    """The selection without certificates that are far from being due."""
+    """Return the selection without certificates that are not due within `ahead`."""
     if ahead is None:
         return selection
     before, validity = settings.renewal.before, settings.renewal.validity
@@ -268,7 +268,7 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
 
 
 def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
-    """The expectation of a rehearsal: a scratch role may give a short life, and a scratch CA may be another CA."""
+    """Relax an expectation for a rehearsal: a scratch role may give a short life, and a scratch CA may differ."""
     ours = settings.authorities.get(authority)
     if ours is None or not ours.rehearsal:
         return one
@@ -281,13 +281,13 @@ def _expected(one: verify.Expectation, settings: Settings, authority: str) -> ve
 
 
 def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
-    """By authority, why its CA must not be asked; this asks no CA."""
+    """Yield, by authority, why a rehearsal must not ask its CA; this asks none."""
     known = [name for name in authorities if name in settings.authorities]
     hint = (
         "name another backend or role for it in [authority.NAME.rehearsal], or rehearse the other certificates by name"
     )
     for name, configured in registry.configured(settings, known).items():
-        with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # the error comes later
+        with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # it comes again later
             why = ""
             if isinstance(ca.backend, Carries):
                 why = "nothing revokes what it signs"
@@ -344,10 +344,10 @@ def _thrown_away(
 
 
 def _signed(answered: Sequence[Answered], ca: CA, now: datetime) -> list[tuple[str, x509.Certificate]]:
-    """Names and certificates to revoke: those for our new keys, also where the answer was lost and the CA finds it."""
+    """Return names and certificates to revoke: those for our new keys, and lost answers that the CA still finds."""
     found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
     lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
-    with contextlib.suppress(BackendError):  # as lost as before
+    with contextlib.suppress(BackendError):  # those answers stay lost
         if lost and ca.tells():
             recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
             found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]

@@ -1,6 +1,6 @@
 """
-The steps around the installation of answers, which `renew`, `import` and `install` share; and what an operator does to
-the state: an old backup is put back, damaged files are set aside.
+The steps around an installation, which `renew`, `import` and `install` share; and two repairs by an operator: putting
+an old backup back, and setting damaged state files aside.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # 40 ms
     from bridge.renewal.activate import Activation
 
 
-#: No CA has a part in these.
+#: Errors that no CA caused.
 _NOT_OF_A_CA = (HookError, SettingsError, PostponedError, NotReadyError, RevocationError, CopyError, audit.AuditError)
 
 
@@ -49,13 +49,13 @@ class Transaction:
         self._node: Node | None = None  # before the installation
         self._errors: list[BridgeError] = []  # about earlier runs
         self._hooks = Hooks(run.settings, run.store, run.record.run_id)
-        #: False after `settle_earlier`: it was stopped in the middle, and nothing more is to be installed.
+        #: False: a signal or a failed rollback stopped an activation, and nothing more may be installed.
         self.may_go_on = True
-        self._apart: Collection[str] = ()  # further pairs, each of which is proven by itself
+        self._apart: Collection[str] = ()  # names of further pairs, each proven by itself
         self.attempts = Attempts(run.store)
 
     def going_on(self, run: Run, options: RunOptions) -> Transaction:
-        """The same run with other settings and options; the messages about earlier runs stay."""
+        """Return a transaction with other settings and options that keeps the errors about earlier runs."""
         other = Transaction(run, options)
         other._errors, other._node = self._errors, self._node
         return other
@@ -63,7 +63,7 @@ class Transaction:
     # --- before ------------------------------------------------------------------------------------------------------
 
     def settle_earlier(self, node: Node) -> Node:
-        """Do what earlier runs have left (hooks, proof, copies), whether something is due or not; the node after that."""
+        """Finish what earlier runs left (hooks, proof, copies), even if nothing is due; return the node after that."""
         _assert_not_begun(self._run, node)
         self._errors += self._recorded(self._hooks.again(node))
         if self._is_to_prove:
@@ -76,7 +76,7 @@ class Transaction:
         if self.may_go_on and self._options.restarts and self._run.store.pairs.exists():
             self._errors += with_pairs(self._run, Result(outcomes=())).errors
             node = self._run.read_node()
-        if self.may_go_on:  # a copy is another user's file, and must not hold up the node
+        if self.may_go_on:  # copies are other users' files, and must not hold up the node
             self._errors += copies.finish(self._run.settings, self._run.store, self._run.record)
             put_away(self._run.settings, self._run.store, self._run.progress.note)
         self._node = node
@@ -89,7 +89,7 @@ class Transaction:
 
     @contextlib.contextmanager
     def about(self, selection: Selection) -> Iterator[None]:
-        """Run the `before` hooks, then the work on these certificates; its error counts, and the hooks get it."""
+        """Run the `before` hooks, then the block's work on these certificates; count its error and pass it to hooks."""
         try:
             try:
                 self._hooks.before(HookEvent.of(selection.items))
@@ -105,7 +105,7 @@ class Transaction:
     # --- the installation --------------------------------------------------------------------------------------------
 
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
-        """Install the certificates that passed, in one step (BridgeError: nothing was replaced); first record what follows."""
+        """Record the work that follows, then install what passed in one step (BridgeError: nothing was replaced)."""
         if failed and self._options.all_or_nothing:
             return verify_and_install.hold_back(self._run, [one.prepared for one in proven], failed)
         if not proven:
@@ -136,19 +136,19 @@ class Transaction:
 
     @contextlib.contextmanager
     def owing(self) -> Iterator[None]:
-        """Where nothing is installed in this block, go back to what was unproven before: its serial numbers may be the live ones."""
+        """If the block installs nothing, restore the unproven record: its serial numbers may be the live ones."""
         file = obligations.unproven_file(self._run.store)
         before = file.read() if self._options.restarts else None
         try:
             yield
         except BridgeError:
             if self._options.restarts and not self._run.store.journal.exists():  # else `recover` may finish it
-                with contextlib.suppress(StateError):  # then the next run restarts more than it needs to
+                with contextlib.suppress(StateError):  # if it fails, the next run restarts more than it needs to
                     file.put(before)
             raise
 
     def owe_use(self, done: Sequence[Outcome]) -> None:
-        """Record, before an installation, what is to be restarted, and to be seen on its new certificate."""
+        """Record, before an installation, which components to restart and which certificates to see in use."""
         if self._run.settings.node.pairs:
             from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a pair)
 
@@ -166,7 +166,7 @@ class Transaction:
             activate.record_due(self._run, done, stays=self._options.trust.stays)
 
     def activate(self, selection: Selection, result: Result) -> Result:
-        """After the installation: hooks, restart, proof, rollback if needed; then copies, which are other users' files."""
+        """Run what follows an installation: hooks, restart, proof, a rollback if needed; then other users' copies."""
         if result.backup_id is None:
             return result
         occasion = HookEvent.of(selection.items, result.outcomes, backup_id=result.backup_id)
@@ -177,14 +177,14 @@ class Transaction:
         return dataclasses.replace(result, errors=(*result.errors, *late))
 
     def activated(self, result: Result) -> Result:
-        """After an installation: restart and proof of the control plane, whose rollback waits for no pair, then of pairs."""
+        """Restart and prove the control plane, whose rollback waits for no further pair, then the further pairs."""
         result = self._activated(result)
         return with_pairs(self._run, result) if self.may_go_on and self._options.restarts else result
 
     def _activated(self, result: Result) -> Result:
         if not self._is_to_prove:
             return result
-        if self._run.settings.restart.method == "none":  # said by each run from the next one on
+        if self._run.settings.restart.method == "none":  # each later run reports it
             unproven, ours = obligations.unproven_file(self._run.store).read(), self._run.record.run_id
             is_ours = unproven is not None and any(one.newest_run == ours for one in unproven.certificates)
             return dataclasses.replace(result, left_to_people=is_ours)
@@ -200,12 +200,12 @@ class Transaction:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def nothing_to_install(self, selection: Selection) -> Result:
-        """The result of a run that has nothing to install."""
+        """Return the result of a run that has nothing to install."""
         result = self._with_revocations(Result(outcomes=selection.failed))
         return self._ended(selection, result) if selection.failed or result.errors else self.with_earlier(result)
 
     def conclude(self, selection: Selection, result: Result) -> Result:
-        """End a run that had something to do: revoke superseded certificates, count failures, run hooks, delete old backups."""
+        """End a run that did something: revoke superseded certificates, count failures, run hooks, retire backups."""
         return self._ended(selection, self._with_revocations(result))
 
     def _with_revocations(self, result: Result) -> Result:
@@ -223,27 +223,27 @@ class Transaction:
         return self.with_earlier(dataclasses.replace(result, errors=(*result.errors, *more)))
 
     def with_earlier(self, result: Result) -> Result:
-        """The result with errors about earlier runs, and about certificates of --no-restart that are not in use yet."""
+        """Add errors about earlier runs, and about certificates of --no-restart that are not in use yet."""
         late = [*in_use.settle_postponed(self._run), *self._run.record.end()]
         return dataclasses.replace(result, errors=(*self._errors, *result.errors, *late))
 
     def _count_and_run_hooks(
         self, selection: Selection, result: Result, errors: Sequence[BridgeError]
     ) -> list[BridgeError]:
-        """The errors to add at the run's end: about CAs that need an operator, and hooks that failed."""
+        """Count the run and run its last hooks; return errors about CAs that need an operator, and failed hooks."""
         if any(isinstance(error, NotNowByHookError) for error in errors):
             return []  # neither success nor failure
         more: list[BridgeError] = list(self._counted(selection, result, errors))
         code = Exit.worst([result.exit_code, *(error.exit_code for error in (*errors, *more))])
         if result.left_to_people and code in (Exit.DONE, Exit.WAITING):
-            return more  # success is when it is seen in use
+            return more  # it succeeds once it is seen in use
         occasion = HookEvent.of(
             selection.items, result.outcomes, backup_id=result.backup_id, exit_code=code, errors=(*errors, *more)
         )
         return [*more, *self._recorded(self._hooks.finished(occasion))]
 
     def _hooks_of_earlier(self, events: Mapping[str, HookEvent]) -> list[HookError]:
-        """Run the hooks of earlier runs, whose installations have an outcome by now, or still have none."""
+        """Run the hooks of earlier runs with the current state of their installations."""
         earlier = [(Hooks(self._run.settings, self._run.store, run_id), event) for run_id, event in events.items()]
         return self._recorded([error for hooks, event in earlier for error in hooks.finished(event)])
 
@@ -264,11 +264,11 @@ class Transaction:
 
 
 def with_activation(result: Result, done: Activation, apart: Collection[str] = ()) -> Result:
-    """The result of an installation, with what restarts and proof found; certificates `apart` are not rolled back."""
+    """Add what restarts and proof found to an installation's result; certificates `apart` are not rolled back."""
     outcomes, errors = result.outcomes, done.errors
     if (back := done.rolled_back) is not None:
         outcomes = tuple(one if one.name in apart else _rolled_back(one, back) for one in outcomes)
-        # an installation of CA files alone has no outcome that could carry it
+        # an installation of CA files alone has no outcome that could carry the error
         carried = any(one.error is back for one in outcomes)
         errors = tuple(error for error in errors if error is not back or not carried)
     return dataclasses.replace(
@@ -281,7 +281,7 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
 
 
 def _assert_not_begun(run: Run, node: Node) -> None:
-    """Refuse a new node whose bootstrap waits, since it is put in place as a whole (NotReadyError)."""
+    """Refuse a new node whose bootstrap is unfinished, since that installs all files at once (NotReadyError)."""
     open_ = [one for one in run.requests if one.request.replaces is None and node.live(one.name) is None]
     if open_ and run.store.bootstrap.exists():
         raise NotReadyError(
@@ -292,7 +292,7 @@ def _assert_not_begun(run: Run, node: Node) -> None:
 
 
 def with_pairs(run: Run, result: Result) -> Result:
-    """The result, once the programs of further pairs have read them, and were seen to, or their old files are back."""
+    """Have further pairs read, and prove that or put the old files back; add that to the result."""
     if not run.store.pairs.exists():
         return result
     from bridge.renewal import pairs  # noqa: PLC0415 (see above)
@@ -319,8 +319,8 @@ def put_back_and_retire(
     settings: Settings, backup_id: str | None, now: Now, progress: Progress, *, force: bool, wait: timedelta
 ) -> tuple[backups.Rollback, Node]:
     """
-    Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit). Files that
-    it has no copy of are removed; `force` accepts what the node could run on. An operator restarts what uses them.
+    Put back a backup, or the newest, all or none, then delete old ones (RollbackRefusedError: it is not fit). This
+    removes files that it has no copy of; `force` accepts what the node could run on. An operator restarts components.
     """
     with alone(settings, wait) as (store, record):
         run = Run(settings=settings, store=store, requests=Unkept(), record=record, progress=progress, now=now)
@@ -335,7 +335,7 @@ def put_back_and_retire(
 def by_authority(
     selection: Selection, result: Result, errors: Sequence[BridgeError]
 ) -> tuple[list[str], dict[str, BridgeError]]:
-    """The authorities that failed or succeeded in this run, and the worst error of those that failed (pure)."""
+    """Return the authorities that failed or succeeded in this run, and the worst error of each that failed (pure)."""
     by_name = {outcome.name: outcome for outcome in result.outcomes}
     reached: dict[str, list[BridgeError]] = {}
     for item in selection.items:
@@ -357,14 +357,14 @@ def by_authority(
 class SetAside:
     """One file that was renamed."""
 
-    path: Path  #: Where it was.
-    kept: Path  #: Where it is.
+    path: Path  #: The path that it had.
+    kept: Path  #: The path that it has now.
     why: str
-    afterwards: tuple[str, ...]  #: What is to be looked at now, a sentence each.
+    afterwards: tuple[str, ...]  #: Sentences about what to check now.
 
 
 def state_files(store: Store) -> list[StateFile[Any]]:
-    """All files whose damage stops a run; damage to the audit log's head does not."""
+    """Return all files whose damage stops a run; damage to the audit log's head does not."""
     from bridge.control_plane.restarts import times_file  # noqa: PLC0415 (40 ms)
 
     makers = (
@@ -383,7 +383,7 @@ def state_files(store: Store) -> list[StateFile[Any]]:
 
 
 def set_damaged_aside(settings: Settings) -> list[SetAside]:
-    """Rename every damaged state file, and record that; with a journal goes its list of staged files, whole or not."""
+    """Rename and record every damaged state file; the list of staged files goes with a damaged journal."""
     with recording(settings, timedelta()) as (store, record):
         damaged = [(file, str(error)) for file in state_files(store) if (error := file.damage()) is not None]
         paths = [file.path for file, _ in damaged]
@@ -399,7 +399,7 @@ def set_damaged_aside(settings: Settings) -> list[SetAside]:
 
 
 def _of_the_interrupted(store: Store) -> tuple[str, ...]:
-    """Sentences about the installation whose journal is damaged, by the list of staged files."""
+    """Describe the installation whose journal is damaged, from the list of staged files."""
     try:
         staged = staging_file(store).read() or ()
     except StateError:

@@ -1,4 +1,4 @@
-"""The end of a renewal, whose answers come from CAs or in files: verify each, keep what passed, install in one step."""
+"""The end of a renewal, with answers from CAs or files: verify each, keep what passed, install it in one step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from bridge.words import one_line
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
-#: kubeadm's mode, where there is no file yet.
+#: kubeadm's mode, for a file that does not exist yet.
 _NEW_CERTIFICATE_MODE = 0o644
 
 
@@ -60,7 +60,7 @@ class Result:
     errors: tuple[BridgeError, ...] = ()  #: About the run as a whole, or about earlier ones.
     restarted: tuple[str, ...] = ()  #: Sentences, one a component.
     read_again: tuple[str, ...] = ()  #: Further pairs that their programs have read again.
-    proven: int | None = None  #: How many checks held; None: nothing was looked at.
+    proven: int | None = None  #: Number of checks that passed; None: no look.
     left_to_people: bool = False  #: An operator has to restart the components that use the new certificates.
 
     @property
@@ -80,14 +80,14 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """The worst outcome's, or the worst error's."""
+        """The worst exit code of all outcomes and errors."""
         return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.errors)])
 
 
 def expectations(
     node: Node, settings: Settings, items: Sequence[Item], now: datetime, trust: Trust = NO_TRUST
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
-    """Expectations by authority; and failures where the CA file can't be read, or the CA is only half replaced."""
+    """Return expectations by authority, and failures where the CA file can't be read, or the CA is half replaced."""
     wanted = settings.node.kubernetes_version
     version = node.kubernetes_version if wanted is None else (wanted.major, wanted.minor)
     half = _half_rotated(node, settings.node.kubeconfig_dir)
@@ -120,7 +120,7 @@ def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
     anchors = node.bundles.get(CA.name, ())
     if not serving or not anchors or (len(anchors) == 1 and leads_to(serving, anchors)):
         return None
-    new = anchors[0]  # kubeadm and our own checks take the first for the root
+    new = anchors[0]  # kubeadm and our own checks take the first as the root
     behind = []
     for spec in (item.spec for item in node.items if item.spec.kubeconfig and item.state == "present"):
         trusted = _trusted(kubeconfig_dir / spec.base)
@@ -138,7 +138,7 @@ def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
 
 
 def _trusted(path: Path) -> list[x509.Certificate]:
-    """The CAs that a kubeconfig trusts; empty: it names none, or they can't be read."""
+    """Return the CAs that a kubeconfig trusts; empty: it names none, or they can't be read."""
     try:
         data = kubeconfig.parse(read(path) or b"").ca_data
         return load_pem_certificates(data) if data else []
@@ -147,7 +147,7 @@ def _trusted(path: Path) -> list[x509.Certificate]:
 
 
 def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
-    """Whether both are certificates of one CA, which may have been renewed for the same key."""
+    """Whether both are certificates of one CA, perhaps renewed with the same key."""
     try:
         return one.subject == other.subject and one.public_key() == other.public_key()
     except UNREADABLE:
@@ -155,7 +155,7 @@ def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
 
 
 def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
-    """The files of one pair, key first."""
+    """Yield the replacements of one certificate's files, key first."""
     chain = pem(*verified.chain)
     item, path = one.item, one.item.certificate_path
     if item.pair is not None:
@@ -180,7 +180,7 @@ def _replacing(one: Prepared, path: Path, mask: int, data: bytes | None, **more:
 def _pairs(
     one: Prepared, files: PairFiles, chain: bytes, intermediates: Sequence[x509.Certificate]
 ) -> Iterator[Replacement]:
-    """Replace the files of a further pair at one place, key first; the settings say whose they are."""
+    """Replace the files of a further pair at one place, key first; the settings name their owners."""
     contents = {files.key_file: one.key_pem, files.certificate_file: chain}
     if os.path.realpath(files.key_file) == os.path.realpath(files.certificate_file):
         contents = {files.key_file: chain + one.key_pem}
@@ -193,8 +193,8 @@ def _pairs(
 
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
-    """Replace a pair as a kubelet does: a dated file, and the symlink to it, to which its kubeconfig refers from then on."""
-    base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as the kubelet has it
+    """Replace a pair as a kubelet does: a dated file, and the symlink to it, which the kubeconfig names afterwards."""
+    base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as a kubelet does it
     directory, path = current.parent.resolve(), one.item.certificate_path
     while (dated := directory / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
         moment += timedelta(seconds=1)
@@ -209,7 +209,7 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
     if conf is not None:  # an embedded copy, once expired, keeps the kubelet from starting (measured on 1.37)
         try:
             data = kubeconfig.with_references(conf, str(current))
-        except kubeconfig.KubeconfigError:  # its form allows none
+        except kubeconfig.KubeconfigError:  # its form allows no references
             data = _embedding(one, conf, chain)
         yield _replacing(one, path, KUBECONFIG_MASK, data)
 
@@ -233,7 +233,7 @@ class Proven:
     prepared: Prepared
     label: str  #: The CA or file that answered.
     verified: verify.Verified
-    ca_end: datetime  #: When the first of its issuers ends.
+    ca_end: datetime  #: The earliest end among its issuers.
     files: tuple[Replacement, ...]
 
     @property
@@ -254,7 +254,7 @@ def verify_all(
     earlier: Sequence[Outcome] = (),
     files_of: Callable[[Prepared, verify.Verified], Iterable[Replacement]] = replacements,
 ) -> tuple[list[Proven], list[Outcome]]:
-    """Verify each answer now, since signing may have taken a while; those that passed, and the failures after `earlier`."""
+    """Verify each answer now, since signing takes time; return those that passed, and the failures after `earlier`."""
     now, proven, failed = run.now(), [], list(earlier)
     for one in answered:
         try:
@@ -286,7 +286,7 @@ def _verified(one: Answered, now: datetime) -> verify.Verified:
 
 
 def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:
-    """Keep what passed or is pending, on disk before a file is replaced; forget wrongly answered requests, unless `by_hand`."""
+    """Save passed and pending requests before a file is replaced; drop wrongly answered ones, unless `by_hand`."""
     passed = {one.name for one in proven}
     for one in answered:
         name, answer, kept = one.prepared.name, one.answer, run.requests.get(one.prepared.name)
@@ -320,7 +320,7 @@ _NOT_ASKED = (
 
 
 def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
-    """Add a line for each failure, to be written later."""
+    """Add an audit line for each failure, to be written later."""
     for outcome in failed:
         if (error := outcome.error) is not None:
             event = audit.FAILED if isinstance(error, HeldBackError) else audit.event_of(error)
@@ -328,13 +328,13 @@ def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:
 
 
 class HeldBackError(BridgeError):
-    """The answer passed, and was not installed because another one did not."""
+    """The answer passed, and was not installed because another answer did not pass."""
 
     exit_code = Exit.REFUSED
 
 
 def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> Result:
-    """The result under `--all-or-nothing`: nothing is installed, since some failed."""
+    """Return the result under `--all-or-nothing`: nothing is installed, since some failed."""
     error: BridgeError = HeldBackError("not installed, since others failed and --all-or-nothing was given")
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = WaitingError("kept until the others are answered, since --all-or-nothing was given", hint="")
@@ -344,20 +344,20 @@ def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> 
 
 
 def await_validity(leaves: Sequence[x509.Certificate]) -> None:
-    """Wait until all are valid: a CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most)."""
+    """Wait until all leaves are valid: a CA's clock may be some seconds ahead (`verify.CLOCK_SKEW` at most)."""
     begin = max(leaf.not_valid_before_utc for leaf in leaves).timestamp()
     time.sleep(max(0.0, min(begin - time.time(), verify.CLOCK_SKEW.total_seconds())))
 
 
 def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> str:
-    """Install in one step, and forget the requests; the backup's ID."""
+    """Install in one step, and drop the requests; return the backup's ID."""
     files = [*trust.files, *(trust.edit(file) for one in proven for file in one.files)]
     replaced = ((one.name, one.prepared.request.replaces, one.verified.leaf) for one in proven)
     backup_id = install(run.store, files, run.record.run_id, audit.about(replaced))
     for one in proven:
         run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
         run.requests.drop(one.name)
-    run.record.write_late()  # restart and proof may take minutes, and be killed
+    run.record.write_late()  # restart and proof may take minutes, and may be killed
     try:
         run.requests.save()
     except StateError as e:
@@ -368,7 +368,7 @@ def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> 
 
 
 def _shorter(one: Proven) -> str:
-    """A sentence about a certificate that ends before the one that it replaces; else empty."""
+    """Return a sentence if a certificate ends before the one that it replaces; else an empty string."""
     old, new = one.prepared.request.replaces, one.verified.leaf.not_valid_after_utc
     if old is None or not verify.is_shorter(new, old):
         return ""
