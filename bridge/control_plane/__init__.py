@@ -1,5 +1,5 @@
 """
-Looks at the control plane's components, here and on other nodes, and restarts them; `bridge.renewal` says when.
+Checks the control plane's components, here and on other nodes, and restarts them; `bridge.renewal` decides when.
 
 This file says which components still run on old certificates after an installation, and how to restart them.
 """
@@ -16,13 +16,13 @@ from bridge.node.manifests import COMPONENTS, TLS_CERTIFICATE, Manifest, path_of
 from bridge.settings.tables import Components, NodeSettings
 from bridge.specs import SERVERS, CertificateSpec, Component
 
-#: From these versions on a component was seen to read its certificates again by itself, past the end of the old ones
-#: (kubeadm nodes of 1.34.4 with etcd 3.6 and 1.37.2 with etcd 3.7); an older one is taken to need a restart, as
-#: kubeadm's documentation says for every version.
+#: From these versions on we saw a component reload its certificates by itself, past the end of the old ones (kubeadm
+#: nodes of 1.34.4 with etcd 3.6 and 1.37.2 with etcd 3.7); older versions are taken to need a restart, as kubeadm's
+#: documentation says for every version.
 FIRST_RELOADING = {
     Component.ETCD: (3, 6),
     Component.APISERVER: (1, 34),
-    # their serving certificates, but not their kubeconfigs; seen with 1.37.2 alone
+    # their serving certificates, but not their kubeconfigs; seen only with 1.37.2
     Component.CONTROLLER_MANAGER: (1, 37),
     Component.SCHEDULER: (1, 37),
 }
@@ -31,12 +31,12 @@ FIRST_RELOADING = {
 #: (client-go's certificate store; measured on 1.37 with an external CA).
 KUBELET_COPY = Path("/var/lib/kubelet/pki/kubelet-client-current.pem")
 
-#: etcd first, and the API server before what needs it.
+#: The order of restarts: etcd first, then the API server, then its clients.
 ORDER = (*COMPONENTS, Component.KUBELET)
 
 
 def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -> frozenset[Component]:
-    """The components that reload their certificates, by their versions; one older than its manifest does not count."""
+    """Return the components whose version reloads certificates; a process older than its manifest does not count."""
     versions = {
         component: manifest.version
         for component, manifest in node.manifests.items()
@@ -60,17 +60,17 @@ def _is_older_than_manifest(component: Component, manifest: Manifest, settings: 
 
 
 class Reader(NamedTuple):
-    """A component that reads a CA file at its start alone."""
+    """A component that reads a CA file only at its start."""
 
     component: Component
     path: Path
-    certificate: str  #: By its checks it is seen whether the component has read the file.
+    certificate: str  #: Its checks show whether the component has read the file.
 
 
-#: From this version on clients of Kubernetes read the file with their servers' CA again (kubernetes/kubernetes#132922).
+#: From this version on clients of Kubernetes reload the file with their servers' CA (kubernetes/kubernetes#132922).
 READS_AGAIN = (1, 36)
-#: Files with CAs that a component reads at its start alone: the flag, a certificate that shows its use, and the version
-#: that reads the file again (etcd-io/etcd#11555 is open).
+#: CA files that a component reads only at its start: the flag, a certificate whose checks show it, and the version that
+#: reloads the file (etcd-io/etcd#11555 is open).
 _READ_ONCE = (
     (Component.ETCD, "--trusted-ca-file", "etcd-server", None),
     (Component.ETCD, "--peer-trusted-ca-file", "etcd-peer", None),
@@ -80,7 +80,7 @@ _READ_ONCE = (
 
 
 def readers(node: Node) -> Iterator[Reader]:
-    """The components of this node, in its version, that read CA files at their start alone; an unknown version does."""
+    """Yield this node's components that read CA files only at their start, by version; an unknown version counts."""
     version = node.kubernetes_version
     for component, flag, name, reloads_from in _READ_ONCE:
         path = endpoints.file(node.flags(component), flag)
@@ -96,15 +96,15 @@ _OWN_FILE = ("--cert-file", "--tls-cert-file")
 def stale(
     renewed: Iterable[CertificateSpec], reloads: Collection[Component], components: Components
 ) -> list[Component]:
-    """The components to restart, in order: "needed" are those that do not reload, "all" is every user, or a list."""
-    # a kubelet's serving certificate is in use after 0.3 s, as was measured; proof shows where it is not
+    """Return the components to restart, in order: users that do not reload ("needed"), all users, or the listed ones."""
+    # a kubelet uses a new serving certificate after 0.3 s (measured); proof shows where it does not
     trusted = {*reloads, Component.KUBELET} if components.which == "needed" else set()
     users = {spec.component for spec in renewed if not (spec.reloaded and spec.component in trusted)}
     return [component for component in ORDER if component in users and component in (components.listed or ORDER)]
 
 
 def how_to_restart(component: Component, settings: NodeSettings) -> str:
-    """A sentence for the operator on how to restart a component; a manifest moved back too early costs 10 to 25 s."""
+    """Tell the operator how to restart a component; moving a manifest back too early costs 10 to 25 s."""
     if component is Component.KUBELET:
         return "kubelet: systemctl restart kubelet (running containers stay)"
     manifest = path_of(component, settings.kubeconfig_dir)
@@ -113,6 +113,6 @@ def how_to_restart(component: Component, settings: NodeSettings) -> str:
         f"(crictl pods --state ready --name {component.value}), move it back"
     )
     if component is Component.ETCD:
-        # the kubelet waits for the API server to delete the pod's mirror, and that waits for etcd (measured on 1.37)
+        # the kubelet waits for the API server to delete the mirror pod, and the API server for etcd (measured on 1.37)
         advice += "; where the kubelet asks this node's API server, move it back after 2 s: later the kubelet may hang"
     return advice

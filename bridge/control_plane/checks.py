@@ -49,7 +49,7 @@ from bridge.system.state_file import StateError
 
 _CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
 
-#: The user that we name with the front-proxy client certificate; no user of a cluster has this name.
+#: The user that we pose as with the front-proxy client certificate; no user of a cluster has this name.
 _SOMEBODY = "ca-bridge-prove"
 
 
@@ -60,34 +60,34 @@ class Look:
     node: Node
     settings: Settings
     now: datetime
-    #: Paths that are the same on every node; tests have other ones.
+    #: Paths that are the same on every node; tests change them.
     proc: Path = processes.PROC
     kubelet_config: Path = KUBELET_CONFIG
     kubelet_copy: Path = KUBELET_COPY
 
     def item(self, name: str) -> Item | None:
-        """A certificate that is there and can be read."""
+        """Return a certificate that exists and can be read."""
         return next((i for i in self.node.items if i.spec.name == name and i.state == "present"), None)
 
     def anchor(self, authority: Authority) -> Path | None:
-        """The CA file of an authority."""
+        """Return the CA file of an authority."""
         return next((state.path for state in self.node.authorities if state.authority == authority), None)
 
     @property
     def written(self) -> dict[str, Written]:
         """The times of our writes, by path."""
-        with contextlib.suppress(StateError):  # unreadable now; their ctime counts
+        with contextlib.suppress(StateError):  # unreadable now: the files' ctime counts instead
             return written_file(Store(self.settings.node.state_dir)).read() or {}
         return {}
 
     @property
     def reloads(self) -> frozenset[Component]:
-        """Components that are known to read their certificates again by themselves."""
+        """Components that are known to reload their certificates."""
         return reloading(self.node, self.settings.node, self.proc)
 
 
 def of(look: Look) -> Iterator[Check]:
-    """All checks: each component's serving and client certificates, then people's kubeconfigs and further pairs."""
+    """Yield all checks: each component's serving and client certificates, people's kubeconfigs, then further pairs."""
     yield from _absent(look)
     yield from _unusable(look)
     for component, make in (
@@ -111,14 +111,14 @@ def of(look: Look) -> Iterator[Check]:
 
 
 def of_pairs(node: Node, now: datetime) -> Iterator[Check]:
-    """A check of each further pair that is on disk and whose server can be asked."""
+    """Yield a check of each further pair that is on disk and whose server can be asked."""
     for item in node.items:
         if item.state == "present" and (check := of_pair(item, now)) is not None:
             yield check
 
 
 def of_pair(item: Item, now: datetime) -> Check | None:
-    """Whether the server that the settings name shows the pair that is on disk; None: they name none for it."""
+    """Check whether the server that the settings name shows the pair on disk; None: they name no server."""
     pair = item.pair
     if pair is None or pair.place is None:
         return None
@@ -136,7 +136,7 @@ def of_pair(item: Item, now: datetime) -> Check | None:
 
 
 def _absent(look: Look) -> Iterator[Check]:
-    """Components whose certificates are here, and whose manifest is not."""
+    """Report components whose certificates are on this node, and whose manifest is not."""
     for component in manifests.COMPONENTS:
         here = [item.spec for item in look.node.items if item.state == "present"]
         names = [spec.name for spec in here if spec.component is component]
@@ -148,7 +148,7 @@ def _absent(look: Look) -> Iterator[Check]:
 
 
 def _unusable(look: Look) -> Iterator[Check]:
-    """Kubeconfigs and certificates without a component that can't be used: no other check would report them."""
+    """Report unusable kubeconfigs, and unusable certificates without a component: no other check would."""
     for item in look.node.items:
         if item.trouble and (item.spec.kubeconfig or item.spec.component is None):
             judge = functools.partial(Verdict, "unknown", item.trouble)
@@ -156,7 +156,7 @@ def _unusable(look: Look) -> Iterator[Check]:
 
 
 def _named_otherwise(look: Look) -> Iterator[Check]:
-    """Certificates in whose place a manifest names another file: all that its component is seen to use is that one."""
+    """Report certificates in whose place a manifest names another file: the component's checks see only that file."""
     for item in look.node.items:
         component = item.spec.component
         if component is None or component not in look.node.manifests or item.state != "present" or item.foreign:
@@ -172,11 +172,11 @@ def _named_otherwise(look: Look) -> Iterator[Check]:
 
 
 def by_files(look: Look) -> Iterator[Check]:
-    """The checks that connect to nothing: whether components are younger than the files that they read at their start."""
+    """Yield the checks without a connection: whether components are younger than files that they read at their start."""
     for component in (Component.CONTROLLER_MANAGER, Component.SCHEDULER):
         if component in look.node.manifests:
             yield from _has_read(look, component)
-    if processes.running(Component.KUBELET.value, look.proc):  # never in a container
+    if processes.running(Component.KUBELET.value, look.proc):  # the kubelet is never in a container
         yield from _kubelet_has_read(look)
     yield from _have_read_cas(look)
     for component in _READ_PAIRS:
@@ -187,7 +187,7 @@ _READ_PAIRS = (Component.ETCD, Component.APISERVER)
 
 
 def _has_read_pairs(look: Look, component: Component) -> Iterator[Check]:
-    """Whether a component is younger than its certificates' files, or reads them again."""
+    """Check whether a component is younger than its certificates' files, or reloads them."""
     for item in look.node.items if component in look.node.manifests else ():
         if item.spec.component is component and item.state == "present":
             judge = functools.partial(_read_at_connections, look, component, item.certificate_path)
@@ -195,7 +195,7 @@ def _has_read_pairs(look: Look, component: Component) -> Iterator[Check]:
 
 
 def _without_flags(look: Look) -> Iterator[Check]:
-    """By their ages, components whose manifests name no certificate, since a shell or a configuration file does."""
+    """Check by age components whose manifests name no certificate, since a shell or a configuration file does."""
     for component in _READ_PAIRS:
         known = {flag for item in look.node.items if item.spec.component is component for flag in item.spec.flags}
         if not known & look.node.flags(component).keys():
@@ -203,7 +203,7 @@ def _without_flags(look: Look) -> Iterator[Check]:
 
 
 def _have_read_cas(look: Look) -> Iterator[Check]:
-    """Whether components are younger than the CA files that we have replaced; others' changes of these need not count."""
+    """Check whether components are younger than the CA files that we replaced; changes by others need not count."""
     written = look.written
     conf = look.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
     for component, path, name in (*readers(look.node), (Component.KUBELET, conf, KUBELET_CONF)):
@@ -213,7 +213,7 @@ def _have_read_cas(look: Look) -> Iterator[Check]:
 
 
 def _read_once(look: Look, component: Component, path: Path, by: Sequence[Path] = ()) -> Verdict:
-    """Judge a file that a component reads at its start only; `by` are files that refer to it."""
+    """Judge a file that a component reads only at its start; `by` are files that refer to it."""
     age = processes.compare_age(component, path, look.proc, look.written, by=by)
     if age.older is None:
         return Verdict("unknown", age.detail)
@@ -252,7 +252,7 @@ def _etcd(look: Look) -> Iterator[Check]:
         yield from (serving.at(place, look.now) for place in places)
         if places and prefix:
             yield Check(Component.ETCD, name, "is accepted by its peers", functools.partial(_etcd_peer, look, serving))
-        elif places:  # it is a client of itself with the certificate that it serves (etcd-io/etcd#9785)
+        elif places:  # etcd is also its own client with its serving certificate (etcd-io/etcd#9785)
             judge = functools.partial(_etcd_client, serving.as_client, _own_etcd(flags))
             yield Check(Component.ETCD, name, "is accepted by etcd", judge)
 
@@ -265,7 +265,7 @@ def _own_etcd(flags: Flags) -> list[Server]:
 
 
 def _linearizable_read(client: Client, servers: Sequence[Server]) -> str:
-    """Read what needs a quorum, as `etcdctl endpoint health` does."""
+    """Make a read that needs a quorum, as `etcdctl endpoint health` does."""
     body = json.dumps({"key": base64.b64encode(b"health").decode()}).encode()
     return accepted(ask_all(client, servers, "/v3/kv/range", method="POST", body=body))
 
@@ -275,7 +275,7 @@ def _etcd_client(client: Callable[[], Client], servers: Sequence[Server]) -> Ver
 
 
 def _etcd_peer(look: Look, serving: Serving) -> Verdict:
-    """Check that etcd's peers, itself among them, accept the certificate; silence after its own is refusal."""
+    """Check that etcd's peers, itself included, accept the certificate; hanging up after showing its own is refusal."""
     client, silent, answered = serving.as_client(), [], []
     for server in _members(look):
         try:
@@ -291,7 +291,7 @@ def _etcd_peer(look: Look, serving: Serving) -> Verdict:
 
 
 def _members(look: Look) -> list[Server]:
-    """The members of the etcd cluster, by their peers' addresses."""
+    """Return the members of the etcd cluster, by their peer addresses."""
     flags = look.node.flags(Component.ETCD)
     trust = endpoints.file(flags, "--trusted-ca-file") or look.anchor(ETCD_CA)
     client = Client.of(endpoints.wanted_file(flags, "--cert-file"), endpoints.wanted_file(flags, "--key-file"), trust)
@@ -350,14 +350,14 @@ def _apiserver_as_client(
 
 
 def _api(look: Look, name: str | None = None) -> list[Server]:
-    """The API server of this node; none without its manifest."""
+    """Return this node's API server; none without its manifest."""
     flags = look.node.flags(Component.APISERVER)
     places = endpoints.bound(Component.APISERVER, flags) if flags else []
     return [Server(f"https://{place}", name or endpoints.name(flags)) for place in places[-1:]]
 
 
 def _ask_etcd(look: Look, client: Client) -> str:
-    """Ask the API server's etcd servers, or this node's etcd where those do not speak HTTP."""
+    """Ask the API server's etcd servers or, where those do not speak HTTP, this node's etcd."""
     etcd = look.node.flags(Component.ETCD)
     if endpoints.ETCD_HTTP_ONLY in etcd:
         return _linearizable_read(client, _own_etcd(etcd))
@@ -366,14 +366,14 @@ def _ask_etcd(look: Look, client: Client) -> str:
 
 
 def _ask_kubelet(look: Look, client: Client) -> str:
-    """Ask the kubelet for a line of a log, as `kubectl logs` does; "no such pod" is an answer, too."""
+    """Ask the kubelet for a line of a log, as `kubectl logs` does; "no such pod" also counts as an answer."""
     server = Server(f"https://{_kubelet_place(look)}")
     path = f"/containerLogs/kube-system/kube-apiserver-{look.settings.node.node_name}/kube-apiserver?tailLines=1"
     return accepted(ask_all(client, [server], path))
 
 
 def _kubelet_place(look: Look) -> Address:
-    """The kubelet's address and port by its configuration, without which it has its defaults."""
+    """Return the kubelet's address and port from its configuration, or its defaults."""
     root = kubelet.configuration(look.kubelet_config)
     found = {} if root is None else kubelet.values(root, ("address", "port"))
     address, port = found.get("address", ""), int(found.get("port") or endpoints.PORTS[Component.KUBELET])
@@ -414,7 +414,7 @@ def _controller(look: Look, component: Component) -> Iterator[Check]:
 
 
 def _component_serving(component: Component, item: Item | None, file: Path, key: Path, place: Address) -> Serving:
-    """The pair that a manifest names; of the cluster's CA, it is judged by a name that it has."""
+    """Describe the pair that a manifest names; if the cluster's CA signed it, one of its own names is verified."""
     known = sorted(san_entries(item.certificates[0])) if item is not None and not item.foreign else []
     names = [value for _, value in known]
     return Serving(
@@ -432,12 +432,12 @@ def _conf_of(component: Component) -> str:
 
 
 def _has_read(look: Look, component: Component) -> Iterator[Check]:
-    """The kubeconfigs that a component reads at its start, and the certificate file if one refers to it."""
+    """Check the kubeconfigs that a component reads at its start, and the certificate file that they refer to."""
     name, flags = _conf_of(component), look.node.flags(component)
     item = look.item(name)
     confs = [path for flag in SPECS[name].flags if (path := endpoints.file(flags, flag)) is not None]
     by = list(confs)
-    if not confs and item is not None:  # its own configuration names it; a process without either can't be judged
+    if not confs and item is not None:  # its configuration may name it; a process without either can't be judged
         confs = [look.settings.node.kubeconfig_dir / item.spec.base]
         config = endpoints.file(flags, "--config")
         by = [config] if config is not None and _client_kubeconfig(config) == str(confs[0]) else []
@@ -448,7 +448,7 @@ def _has_read(look: Look, component: Component) -> Iterator[Check]:
 
 
 def _client_kubeconfig(config: Path) -> str:
-    """The kubeconfig that a component's configuration file names; empty: it can't be read, or names none."""
+    """Return the kubeconfig that a component's configuration file names; empty: it can't be read, or names none."""
     try:
         connection = document(split_bom(file_contents(config))[1]).get("clientConnection")
         named = connection.get("kubeconfig") if connection is not None else None
@@ -479,7 +479,7 @@ def _kubelet_has_read(look: Look) -> Iterator[Check]:
 
 
 def _kubelet_serving(look: Look) -> Iterator[Check]:
-    """The kubelet's serving certificate, for logs, metrics and shells; the self-made one is not proven."""
+    """Check the kubelet's serving certificate, for logs, metrics and shells; a self-signed one has no check."""
     item = look.item(KUBELET_SERVER)
     if item is None or item.foreign or item.key_path is None:
         return
@@ -502,7 +502,7 @@ def _kubelet_pair(look: Look, item: Item) -> Verdict:
     verdict = _read_once(look, Component.KUBELET, item.certificate_path, [conf])
     if verdict.state != "stale" or item.embedded or item.rotates:
         return verdict
-    # without `rotateCertificates` it looks at the file every five minutes, once its kubeconfig refers to one
+    # without `rotateCertificates` a kubelet reads the file every five minutes, once its kubeconfig refers to one
     if processes.compare_age(Component.KUBELET, conf, look.proc, look.written).older:
         return verdict
     return Verdict("next-connection", verdict.detail)
@@ -512,18 +512,18 @@ _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
 
 
 def _was_written_by_a_kubelet(path: Path) -> bool:
-    """Whether the kubelet wrote it: it names the file after the local time; a file that we replace keeps its name."""
+    """Whether the kubelet wrote the file: it names files after the local time; a file that we replace keeps its name."""
     real = path.resolve()
     if file_contents(real).startswith(kubelet.OURS):
         return False
     if (name := _DATED.fullmatch(real.name)) is None:
         return False
-    written = datetime.fromtimestamp(real.stat().st_mtime)  # noqa: DTZ006 (as the name has it)
+    written = datetime.fromtimestamp(real.stat().st_mtime)  # noqa: DTZ006 (local, as in the name)
     named = datetime.strptime(name[1], "%Y-%m-%d-%H-%M-%S")  # noqa: DTZ007
     return abs((written - named).total_seconds()) <= _WRITING_SECONDS
 
 
-#: Between the naming of a file and the end of its writing, on a disk that is busy with other writes.
+#: The longest time from naming a file to the end of writing it, on a busy disk.
 _WRITING_SECONDS = 60.0
 
 
@@ -534,7 +534,7 @@ def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x50
 
 
 def _kubeconfig(look: Look, name: str) -> Iterator[Check]:
-    """A check of a kubeconfig's client certificate, by requests that its owner depends on."""
+    """Check a kubeconfig's client certificate with requests that its owner depends on."""
     item = look.item(name)
     if item is not None and (look.node.flags(Component.APISERVER) or look.node.is_worker):
         yield Check(item.spec.component, name, "is accepted by the API server", lambda: _ask_api(look, item))
@@ -551,7 +551,7 @@ def _ask_api(look: Look, item: Item) -> Verdict:
 
 
 def _needs(look: Look, item: Item) -> list[str]:
-    """URL paths that a kubeconfig's owner reads: its lease, and the objects that it works on, which two roles allow."""
+    """Return URL paths that a kubeconfig's owner reads: its lease, and the objects that it works on, under two roles."""
     component = item.spec.component
     if component is None:
         return ["/api/v1/namespaces/kube-system"]
@@ -568,7 +568,7 @@ def _lease(namespace: str, name: str) -> str:
 
 
 def _people(look: Look) -> Iterator[Check]:
-    """Certificates that no component uses."""
+    """Check the certificates that no component uses."""
     servers = _own_etcd(look.node.flags(Component.ETCD))
     for name in ("etcd-healthcheck-client", "apiserver-etcd-client"):
         item = look.item(name)

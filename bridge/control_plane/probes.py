@@ -28,7 +28,7 @@ from bridge.system.http import ClientRefusedError, HttpsError, UnreachableError,
 from bridge.system.paths import UnreadableError
 
 #: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
-#: unknown: it could not be looked at.
+#: unknown: it could not be checked.
 ProofState = Literal["current", "next-connection", "not-ours", "stale", "refused", "no-answer", "unknown"]
 
 _MOST_WORDS = 300
@@ -47,29 +47,29 @@ class RefusedError(BridgeError):
 
 
 class Check(NamedTuple):
-    """A finding, but for its result."""
+    """A finding that has no result yet."""
 
     component: Component | None
     certificate: str
     what: str
-    judge: Callable[[], Verdict]  #: May raise what `run` knows.
+    judge: Callable[[], Verdict]  #: May raise the errors that `run` handles.
 
     def run(self) -> Verdict:
-        """Judge; an error is a verdict, too."""
+        """Judge, and turn an error into a verdict."""
         try:
             return self.judge()
         except (RefusedError, UntrustedError, ClientRefusedError) as e:
             return Verdict("refused", str(e))
         except HttpsError as e:
             return Verdict("no-answer", str(e))
-        except (BridgeError, UnreadableError, ValueError) as e:  # a file that is there and can't be used
+        except (BridgeError, UnreadableError, ValueError) as e:  # a file that exists and can't be used
             return Verdict("unknown", str(e))
         except OSError as e:
             return Verdict("unknown", f"{e.filename}: {e.strerror}")
 
 
 def first(path: Path, data: bytes) -> x509.Certificate:
-    """The first certificate of a file's content."""
+    """Return the first certificate of a file's content."""
     try:
         return load_pem_certificates(data)[0]
     except ValueError as e:
@@ -77,7 +77,7 @@ def first(path: Path, data: bytes) -> x509.Certificate:
 
 
 def _outside_dates(certificate: x509.Certificate, now: datetime) -> str:
-    """Why it is not valid now; empty: it is."""
+    """Return why a certificate is not valid now; empty: it is."""
     if now > certificate.not_valid_after_utc:
         return f"expired at {processes.moment_text(certificate.not_valid_after_utc)}"
     if now < certificate.not_valid_before_utc:
@@ -87,23 +87,23 @@ def _outside_dates(certificate: x509.Certificate, now: datetime) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """A certificate that a component, or another program, shows at some places."""
+    """A certificate that a component, or another program, shows at some addresses."""
 
     component: Component | None  #: None: another program.
     certificate: str
     file: Path
     key_file: Path
-    trust_file: Path | None = None  #: Whom its clients trust; None: not known here.
-    name: str | None = None  #: By which clients know it; None: by the address.
+    trust_file: Path | None = None  #: The CAs that its clients trust; None: not known here.
+    name: str | None = None  #: The name by which clients know the server; None: the address.
     asks_for: str | None = None  #: The name that the handshake asks for, by which some servers choose a certificate.
-    mutual: bool = False  #: The server wants client certificates, and this one is one, too.
+    mutual: bool = False  #: The server wants client certificates, and this certificate is also one.
 
     def at(self, place: Address, now: datetime) -> Check:
-        """A check of the certificate that is shown at one address."""
+        """Return a check of the certificate that is shown at one address."""
         return Check(self.component, self.certificate, f"serves {place}", lambda: self._judge(place, now))
 
     def as_client(self) -> Client:
-        """The same pair in a client's hand."""
+        """Return a client with the same pair."""
         return Client.of(self.file, self.key_file, self.trust_file)
 
     def _judge(self, place: Address, now: datetime) -> Verdict:
@@ -111,7 +111,7 @@ class Serving:
         ours = first(self.file, pem)
         try:
             http.context(None, pem, key)
-        except ClientRefusedError as e:  # a component goes on with the old pair, and would not survive a restart
+        except ClientRefusedError as e:  # the component keeps running on the old pair, and would not survive a restart
             raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
         client = replace(ANONYMOUS, certificate_pem=pem, key_pem=key) if self.mutual else ANONYMOUS
         served = client.served(place, self.asks_for)
@@ -125,7 +125,7 @@ class Serving:
 
 
 def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, http.Answer]:
-    """Ask all servers; answers by URL (HttpsError: one rejects the certificate or shows a wrong one, or none answers)."""
+    """Ask all; return answers by URL (HttpsError: one rejects the certificate or shows a wrong one, or none answers)."""
     answers, silent = {}, []
     for server in servers:
         try:
@@ -148,7 +148,7 @@ def _ask(client: Client, server: Server, path: str, request: Mapping[str, Any]) 
 
 
 def text_of(answer: http.Answer) -> str:
-    """The message in a server's answer: of Kubernetes' Status or of etcd's error, or the text itself."""
+    """Return the message in a server's answer: from Kubernetes' Status, from etcd's error, or the text itself."""
     text = answer.body[:_MOST_WORDS].decode(errors="replace").strip()
     try:
         found = of_server(answer.body)
@@ -159,7 +159,7 @@ def text_of(answer: http.Answer) -> str:
 
 
 def accepted(answers: Mapping[str, http.Answer]) -> str:
-    """A sentence about the servers that accepted the client (RefusedError: one did not know it, or forbade its work)."""
+    """Name the servers that accepted the client (RefusedError: one did not know it, or forbade its work)."""
     for url, answer in answers.items():
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise RefusedError(f"{url} does not know this client (HTTP 401)")
@@ -175,7 +175,7 @@ PATHS = {Component.APISERVER: "/readyz", Component.CONTROLLER_MANAGER: "/healthz
 
 
 def trouble(component: Component, node: Node, kubeconfig_dir: Path) -> str | None:
-    """Why a component of this node is not healthy; None: it is, or its health check is switched off."""
+    """Return why a component of this node is not healthy; None: it is, or its health check is switched off."""
     if component is Component.KUBELET:
         url = kubelet.health_url()
         return None if url is None else _trouble(url, ANONYMOUS)
@@ -213,7 +213,7 @@ def _trouble(url: str, client: Client) -> str | None:
 
 
 def _reason(answer: http.Answer) -> str | None:
-    """Why it is not healthy: the failed checks of the API machinery's health handlers begin with [-]."""
+    """Return why a component is not healthy: failed checks of the API machinery's health handlers begin with [-]."""
     if answer.status == HTTPStatus.OK:
         return None
     lines = answer.body.decode(errors="replace").splitlines()
@@ -224,16 +224,16 @@ def _reason(answer: http.Answer) -> str | None:
 # --- etcd by its JSON gateway ----------------------------------------------------------------------------------------
 
 
-#: Each is signed by etcd's CA and good for a client; the first is there for this.
+#: Client certificates from etcd's CA, in the order of use; kubeadm makes the first for health checks.
 _CLIENTS = ("etcd-healthcheck-client", "apiserver-etcd-client", "etcd-server")
 
-# Not by the alarm request, which is a proposal to the whole cluster; a member tells those that it knows of.
+# From a member's status, since the alarm request is a proposal to the whole cluster.
 _ALARM = re.compile(r"memberID:(\d+)\s+alarm:(\w+)")
 _WITHOUT_ALARMS = "?exclude=NOSPACE&exclude=CORRUPT"
 
 
 class Member(NamedTuple):
-    """One member, as the cluster's list has it."""
+    """One member, as in the cluster's member list."""
 
     id: str
     name: str  #: Empty: it has not started yet.
@@ -246,12 +246,12 @@ class Etcd:
     """A client of etcd's JSON gateway (https://etcd.io/docs/v3.6/dev-guide/api_grpc_gateway/), with each certificate of ours."""
 
     def __init__(self, clients: Sequence[Client], troubles: Sequence[str] = ()) -> None:
-        """The clients are tried in this order; the reasons say why there are no more."""
+        """Try the clients in this order; `troubles` says why there are no others."""
         self._clients, self._troubles = tuple(clients), tuple(troubles)
 
     @classmethod
     def of(cls, node: Node, *, trusting: bool = False) -> Etcd:
-        """A client of the node's etcd; with `trusting` it accepts any server, such as one with an expired certificate."""
+        """Return a client of this etcd; with `trusting` it accepts any server, such as one with an expired certificate."""
         clients, troubles = [], []
         for item in filter(None, map(node.item, _CLIENTS)):
             if item.key_path is not None:
@@ -263,7 +263,7 @@ class Etcd:
         return cls(clients, troubles)
 
     def ask(self, server: Server, path: str, body: bytes | None = None) -> http.Answer:
-        """Ask with the first of our certificates that it accepts; without TLS with none."""
+        """Ask with the first of our certificates that the server accepts; without TLS, with none."""
         request: dict[str, Any] = {"method": "GET" if body is None else "POST", "body": body}
         if not server.url.startswith("https:"):
             return ANONYMOUS.ask(server, path, **request)
@@ -276,17 +276,17 @@ class Etcd:
         raise http.ClientRefusedError(refused)
 
     def members(self, server: Server) -> list[Member]:
-        """The members that this one knows."""
+        """Return the members that this server knows."""
         return [_member(one) for one in items(self._call(server, "/v3/cluster/member/list"), "members")]
 
     def status(self, server: Server) -> tuple[str, tuple[tuple[str, str], ...]]:
-        """A member's own id (empty: it does not tell), and the alarms that it knows of: a member's id, and which alarm."""
+        """Return a member's own ID (empty: not given), and the alarms that it knows, as (member ID, alarm)."""
         found = self._call(server, "/v3/maintenance/status")
         alarms = _ALARM.findall(" ".join(map(str, found.get("errors") or [])))
         return str(mapping(found, "header").get("member_id", "")), tuple(alarms)
 
     def trouble(self, server: Server, *, alarms: bool) -> str | None:
-        """Why a member is not well (with `alarms`, also for one); None: it has a leader, and reads through the quorum."""
+        """Return why a member is unhealthy (`alarms`: an alarm counts); None: it has a leader and reads by the quorum."""
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
             body = document(answer.body)

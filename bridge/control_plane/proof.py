@@ -24,7 +24,7 @@ _PAUSE_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ProofFinding:
-    """One thing that a component serves, uses or accepts."""
+    """The result of one check: what a component serves, uses or accepts."""
 
     component: Component | None  #: The component whose certificate it is; None: people use it.
     certificate: str  #: kubeadm's name, or the file's where kubeadm has none.
@@ -37,11 +37,11 @@ class ProofFinding:
 class ProofReport:
     """All findings of one look."""
 
-    findings: tuple[ProofFinding, ...]  #: Empty: there was nothing to look at.
+    findings: tuple[ProofFinding, ...]  #: Empty: there was nothing to check.
 
     @property
     def stale(self) -> list[Component]:
-        """Components that must be restarted, in the order for that."""
+        """Components that must be restarted, in restart order."""
         found = {finding.component for finding in self.findings if finding.state == "stale"}
         return [component for component in ORDER if component in found]
 
@@ -52,7 +52,7 @@ class ProofReport:
 
     @property
     def exit_code(self) -> int:
-        """7 if one is stale, refused or silent; 1 if nothing, or not everything, could be looked at."""
+        """7 if a finding is stale, refused or without an answer; 1 if nothing, or not everything, could be checked."""
         return Exit.worst([_CODES[finding.state] for finding in self.wrong]) if self.findings else Exit.FAILED
 
 
@@ -65,21 +65,21 @@ _CODES: Mapping[ProofState, int] = {
 
 
 def look(node: Node, settings: Settings, now: datetime, **paths: Path) -> ProofReport:
-    """Look at all components of a node concurrently; a fault is a finding, and no error."""
-    given = checks.Look(node=node, settings=settings, now=now, **paths)
-    made = list(checks.of(given) if node.manifests or node.is_worker else checks.of_pairs(node, now))
+    """Check all components of a node concurrently; a fault is a finding, not an error."""
+    shared = checks.Look(node=node, settings=settings, now=now, **paths)
+    to_run = list(checks.of(shared) if node.manifests or node.is_worker else checks.of_pairs(node, now))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        return ProofReport(findings=tuple(pool.map(_finding, made)))
+        return ProofReport(findings=tuple(pool.map(_finding, to_run)))
 
 
 def by_files(node: Node, settings: Settings, now: datetime) -> ProofReport:
     """Compare the ages of processes and files only, without a connection or a key."""
-    given = checks.Look(node=node, settings=settings, now=now)
-    return ProofReport(findings=tuple(map(_finding, checks.by_files(given))))
+    shared = checks.Look(node=node, settings=settings, now=now)
+    return ProofReport(findings=tuple(map(_finding, checks.by_files(shared))))
 
 
 def of_pair(item: Item, now: datetime) -> ProofFinding | None:
-    """Whether a further pair is in use; None: the settings name no server to look at."""
+    """Return the finding on a further pair; None: the settings name no server to check."""
     check = checks.of_pair(item, now)
     return None if check is None else _finding(check)
 
@@ -96,7 +96,7 @@ def within(
     *,
     counts: Callable[[ProofFinding], bool] = lambda _: True,
 ) -> ProofReport:
-    """Look at least once, until no finding that counts is wrong or the time is over; returns the last look."""
+    """Look at least once, until no finding that counts is wrong or the time is over; return the last look."""
     with doing("proving that every component works on its certificates"):
         return wait_until(
             lambda: look(read(), settings, now()),
@@ -107,7 +107,7 @@ def within(
 
 
 def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> ProofReport:
-    """Look at this node until all is well or the time is over."""
+    """Check this node until every check passes or the time is over (BridgeError: there is nothing to check)."""
     node = settings.node
     found = within(lambda: inventory.of(node), settings, now, wait)
     if not found.findings:
