@@ -96,7 +96,7 @@ _OWN_FILE = ("--cert-file", "--tls-cert-file")
 def stale(
     renewed: Iterable[CertificateSpec], reloads: Collection[Component], components: Components
 ) -> list[Component]:
-    """Return the components to restart, in order: users that do not reload ("needed"), all users, or the listed ones."""
+    """Return the components to restart, in order: users that do not reload ("needed"), all users, or listed users."""
     # a kubelet uses a new serving certificate after 0.3 s (measured); proof shows where it does not
     trusted = {*reloads, Component.KUBELET} if components.which == "needed" else set()
     users = {spec.component for spec in renewed if not (spec.reloaded and spec.component in trusted)}

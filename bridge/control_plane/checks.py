@@ -172,7 +172,7 @@ def _named_otherwise(look: Look) -> Iterator[Check]:
 
 
 def by_files(look: Look) -> Iterator[Check]:
-    """Yield the checks without a connection: whether components are younger than files that they read at their start."""
+    """Yield the checks without a connection: whether components are younger than files that they read at the start."""
     for component in (Component.CONTROLLER_MANAGER, Component.SCHEDULER):
         if component in look.node.manifests:
             yield from _has_read(look, component)
@@ -512,7 +512,7 @@ _DATED = re.compile(r"kubelet-client-(\d{4}(?:-\d\d){5})\.pem")
 
 
 def _was_written_by_a_kubelet(path: Path) -> bool:
-    """Whether the kubelet wrote the file: it names files after the local time; a file that we replace keeps its name."""
+    """Whether the kubelet wrote the file: its name is the local time then; a file that we replace keeps its name."""
     real = path.resolve()
     if file_contents(real).startswith(kubelet.OURS):
         return False
@@ -551,7 +551,7 @@ def _ask_api(look: Look, item: Item) -> Verdict:
 
 
 def _needs(look: Look, item: Item) -> list[str]:
-    """Return URL paths that a kubeconfig's owner reads: its lease, and the objects that it works on, under two roles."""
+    """Return URL paths that a kubeconfig's owner reads, under two roles: its lease and the objects that it works on."""
     component = item.spec.component
     if component is None:
         return ["/api/v1/namespaces/kube-system"]

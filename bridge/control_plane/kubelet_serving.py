@@ -1,10 +1,10 @@
 """
-Switch `serverTLSBootstrap` on and off in a running cluster, one node at a time; a killed run is simply repeated.
+Switch `serverTLSBootstrap` on and off in a running cluster, one node at a time; a killed run can simply be repeated.
 
 On: this node's kubelet comes first, because its certificate proves that a signer answers; then kubelet-config, for the
 other kubelets; kubeadm-config and the API server only when all kubelets serve valid certificates. Off is the reverse.
 https://kubernetes.io/docs/reference/access-authn-authz/kubelet-tls-bootstrapping/
-`all_served` looks at each kubelet as its clients do, and `authorities` at the API servers that verify kubelets or do not.
+`all_served` checks each kubelet as its clients do, and `authorities` shows which API servers verify kubelets.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from bridge.system.run_command import Account, Command, passed_on, run
 from bridge.system.waiting import wait_until
 from bridge.words import one_line
 
-#: The API server's, by which it verifies kubelets; without it none is verified.
+#: The API server's flag for the CA that verifies kubelets; without it, it verifies none.
 AUTHORITY = "--kubelet-certificate-authority"
 _NODES = "/api/v1/nodes"
 #: A node lists up to 50 images, and an answer has at most 4 MiB.
 _PAGE = 50
 _AT_ONCE = 8
-#: kube-apiserver's own order, where its flag does not say.
+#: kube-apiserver's default for `--kubelet-preferred-address-types`.
 _TYPES = "Hostname,InternalDNS,InternalIP,ExternalDNS,ExternalIP"
 _API_SERVERS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3Dkube-apiserver"
 _REQUESTS = (
@@ -64,16 +64,16 @@ _REQUESTS = (
 )
 
 _ARGUMENT = AUTHORITY.removeprefix("--")
-#: The flags of kubeadm's API servers: a worker can't see theirs.
+#: The flags of kubeadm's API servers, for a worker, which can't see the real ones.
 _KUBEADMS: Flags = {"--kubelet-preferred-address-types": "InternalIP,ExternalIP,Hostname"}
 _POLL_SECONDS = 0.5
 
-#: Says why the kubelet refuses a configuration.
+#: Returns why the kubelet refuses a configuration; empty: it accepts it.
 Trial = Callable[[bytes], str]
 
 
 class NotHereError(BridgeError):
-    """A node, or a kubelet, that can't be switched."""
+    """A node or its kubelet can't be switched."""
 
     hint = "`ca-bridge help kubelets` says what each node needs"
 
@@ -89,7 +89,7 @@ class Report:
     """The result of one run on one node."""
 
     done: tuple[str, ...]  #: Sentences; empty: there was nothing to do.
-    left: tuple[str, ...]  #: What other nodes have to do first; empty: nothing is left here.
+    left: tuple[str, ...]  #: Sentences about what other nodes have to do first; empty: this node is done.
 
     @property
     def exit_code(self) -> int:
@@ -107,9 +107,9 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
         if not (node.is_worker or Component.APISERVER in node.manifests):
             raise NotHereError("wanted a worker, or a control plane with an API server, found neither")
         restarts = Restarts(node=node, settings=settings, store=store, record=record, force=force)
-        one = _Switch(settings=settings, node=node, restarts=restarts, wait=wait, tell=tell)
-        (one.on if on else one.off)()
-        return Report(done=tuple(one.done), left=tuple(one.left))
+        switching = _Switch(settings=settings, node=node, restarts=restarts, wait=wait, tell=tell)
+        (switching.on if on else switching.off)()
+        return Report(done=tuple(switching.done), left=tuple(switching.left))
 
 
 @dataclass(kw_only=True)
@@ -139,7 +139,7 @@ class _Switch:
             self._assert_map(asks=False)
         else:
             self._authority(None)
-            found = authorities(self.api, self.name, {})  # this one's is without it by now
+            found = authorities(self.api, self.name, {})  # this node's flag is gone by now
             verifying = [node for node, authority in found.items() if authority]
             self.left += [f"{name}: its API server still has {AUTHORITY}" for name in verifying]
             if verifying:
@@ -151,7 +151,7 @@ class _Switch:
         self.restarts.record.add(audit.CONFIGURED, name, result=text)
         self.restarts.record.write_late()
         self.done.append(text)
-        self.tell(text)  # into a pipe that nothing may read any more
+        self.tell(text)  # last, since it may write into a closed pipe
 
     @cached_property
     def api(self) -> Api:
@@ -234,14 +234,14 @@ class _Switch:
     def _is_verified(self) -> bool:
         try:
             found = kubeadm.read_cluster(self.api)
-        except BridgeError:  # not for a worker to see
+        except BridgeError:  # a worker may not read it
             return False
         return _ARGUMENT in manifest_flags.arguments(found, Component.APISERVER)
 
     # --- this node's kubelet -----------------------------------------------------------------------------------------
 
     def _kubelet(self, *, asks: bool) -> None:
-        """Change the kubelet's configuration, restart it, and wait for its certificate; undo both where that fails."""
+        """Change the kubelet's configuration, restart it, and wait for its certificate; undo both if that fails."""
         path = self.settings.node.kubelet_dir / "config.yaml"
         data, running = _contents(path), processes.reader_of(Component.KUBELET, path)
         if running is None:
@@ -256,7 +256,7 @@ class _Switch:
                 raise obstacle
             _write(path, trial, wanted)
             error = self._restarted()
-        if isinstance(error, PostponedError):  # it still runs with the old one
+        if isinstance(error, PostponedError):  # the kubelet still runs with the old configuration
             _write(path, trial, data)
             raise error
         if not asks:
@@ -303,7 +303,7 @@ class _Switch:
         return BridgeError(text, hint="a signer of the cluster has to answer: `ca-bridge help gateway`")
 
     def _put_back(self, path: Path, trial: Trial, data: bytes, error: BridgeError) -> BridgeError:
-        """Give the kubelet its old configuration again; returns the error to raise."""
+        """Give the kubelet its old configuration again; return the error to raise."""
         if self._is_verified:  # the API servers would reject a self-signed certificate
             return error
         log.warning("%s", error)
@@ -333,13 +333,13 @@ def _write(path: Path, trial: Trial, content: bytes) -> None:
     with doing("asking the kubelet whether it accepts its configuration"):
         refused = trial(content)
     if refused:
-        text = f"wanted a configuration that the kubelet accepts, found that it refuses {path} as it would be"
+        text = f"wanted a configuration that the kubelet accepts, found that it refuses the new content of {path}"
         raise NotHereError(f"{text}: {refused}", hint="nothing was changed, and no kubelet restarted")
     real = path.resolve()
     if real.read_bytes() != content:
         exchange(real, content, real.with_name(f"{STAGED_PREFIX}{real.name}"))
         changed_here.append(path)
-        log.info("kubelet: %s is another one", path)
+        log.info("kubelet: replaced %s", path)
 
 
 def _edited(path: Path, data: bytes, *, asks: bool) -> bytes:
@@ -350,7 +350,7 @@ def _edited(path: Path, data: bytes, *, asks: bool) -> bytes:
         raise NotHereError(f"{path}: {e}") from None
 
 
-# --- whether it would start with a configuration: its own validation says so ------------------------------------------
+# --- whether the kubelet would start with a configuration, by its own validation --------------------------------------
 
 
 #: With `--exit-on-lock-contention` and no lock file a kubelet ends right after it has validated its configuration, before
@@ -365,16 +365,16 @@ _ERROR = re.compile(r'err="((?:[^"\\]|\\.)*)"|^panic: (.*)$', re.MULTILINE)
 
 
 def refusal(program: Path, arguments: Sequence[str], content: bytes) -> str:
-    """Run the kubelet's program with the running one's arguments; returns why it refuses a configuration, or nothing."""
-    with tempfile.TemporaryDirectory(prefix="ca-bridge-kubelet-") as made:
-        file, pki = Path(made, "config.yaml"), Path(made, "pki")
+    """Run the kubelet's program with the running one's arguments; return why it refuses a configuration, or nothing."""
+    with tempfile.TemporaryDirectory(prefix="ca-bridge-kubelet-") as directory:
+        file, pki = Path(directory, "config.yaml"), Path(directory, "pki")
         file.write_bytes(content)
         pki.mkdir(mode=0o700)
         is_root = os.geteuid() == 0
         if is_root:
-            Path(made).chmod(0o755)
+            Path(directory).chmod(0o755)
             file.chmod(0o644)
-            os.chown(pki, _NOBODY, _NOBODY)  # it may make a certificate of its own there
+            os.chown(pki, _NOBODY, _NOBODY)  # the kubelet may make a certificate of its own there
         said, words = bytearray(), [str(program), *_with_config(arguments, str(file)), *_ENDS, f"--cert-dir={pki}"]
         command = Command(words=words, environment=passed_on({}), limit=_LIMIT, most_output=_MOST_OUTPUT)
         if is_root:
@@ -400,25 +400,25 @@ class Served:
     """The certificate that the clients of one kubelet see."""
 
     node: str
-    place: Address | None = None  #: Where the API server reaches it; None: its Node object has no address.
-    trouble: str = ""  #: Why a client that trusts the cluster's CA alone would turn away; empty: it is right.
-    end: datetime | None = None  #: Of its certificate, where it is right.
+    place: Address | None = None  #: The address by which the API server reaches it; None: its Node object has none.
+    trouble: str = ""  #: Why a client that trusts only the cluster's CA would reject it; empty: it would not.
+    end: datetime | None = None  #: The end of its certificate, if that is right.
 
 
 def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
-    """Look at the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
+    """Check the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
     every = list(nodes(api))
     with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
         return list(pool.map(lambda one: _look(one, trust_pem, flags), every))
 
 
 def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
-    """The same for one node."""
+    """Check the kubelet of one node in the same way."""
     return _look(api.get(f"{_NODES}/{quote(name, safe='')}"), trust_pem, flags)
 
 
 def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
-    """All Node objects, page by page (NoAnswerError)."""
+    """Yield all Node objects, page by page (NoAnswerError)."""
     return api.every(_NODES, _PAGE)
 
 
@@ -434,7 +434,7 @@ def _look(node: Mapping[str, Any], trust_pem: bytes, flags: Flags) -> Served:
 
 
 def _issuer(place: Address) -> str:
-    """Words about who signed what it shows; empty: it shows nothing."""
+    """Name the issuer of the certificate that a kubelet shows; empty: it shows none."""
     try:
         return f"; it shows a certificate from {one_line(name_text(ANONYMOUS.served(place).issuer))}"
     except (HttpsError, ValueError):
@@ -442,7 +442,7 @@ def _issuer(place: Address) -> str:
 
 
 def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
-    """The address that an API server takes: the first of the first type that the node has."""
+    """Return the address that an API server uses: the first of the first type that the node has."""
     by_type: dict[str, str] = {}
     for one in items(node, "status", "addresses"):
         by_type.setdefault(str(one.get("type")), str(one.get("address") or ""))
@@ -454,8 +454,8 @@ def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
 
 
 def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
-    """The CA file by which each API server, `own` by its flags, verifies kubelets, by node; empty: none (NoAnswerError)."""
-    # a mirror pod follows some seconds after a restart
+    """Return, by node, the CA file by which its API server verifies kubelets; empty: none (NoAnswerError)."""
+    # this node's flags come from the caller, since a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):
         lists = [one.get(key) for one in items(pod, "spec", "containers") for key in ("command", "args")]
@@ -465,7 +465,7 @@ def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
 
 
 def request_of(api: Api, node: str) -> str:
-    """Words about the newest request for a serving certificate of a node; empty: it can't be seen."""
+    """Describe a node's newest request for a serving certificate; empty: it can't be seen."""
     try:
         found = items(api.get(_REQUESTS), "items")
     except NoAnswerError:
@@ -483,5 +483,5 @@ def request_of(api: Api, node: str) -> str:
 
 
 def name_of(of: Mapping[str, Any]) -> str:
-    """An object's name."""
+    """Return an object's name."""
     return one_line(text_of(of, "metadata", "name"))

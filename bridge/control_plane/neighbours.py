@@ -1,4 +1,4 @@
-"""The other control-plane nodes: a restart waits until they are well, and for its turn; an API without an answer is no obstacle."""
+"""The other control-plane nodes: a restart waits for their health and for its turn; a silent API is no obstacle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from bridge.system.console import doing
 from bridge.system.waiting import wait_until
 
 _PREFIX = "/ca-bridge/"  # Kubernetes keeps everything below /registry
-_TURNS = 5  # each one that fails means that another host was faster
+_TURNS = 5  # each failed attempt means that another host was faster
 
 InstanceState = Literal["healthy", "unhealthy", "unknown"]
 
@@ -46,13 +46,13 @@ class Instance:
     """An etcd member or an API server."""
 
     component: Component  #: ETCD or APISERVER.
-    name: str  #: Its node's, or else its address.
-    url: str  #: Empty: it has not named any.
+    name: str  #: Its node's name, or else its address.
+    url: str  #: Empty: it has not announced any.
     own: bool  #: On this node.
     state: InstanceState
-    reason: str = ""  #: Of a state that is not healthy.
-    voter: bool = True  #: Counts for etcd's quorum.
-    answers: bool = True  #: False: nothing comes from it.
+    reason: str = ""  #: Why the state is not healthy.
+    voter: bool = True  #: It counts for etcd's quorum.
+    answers: bool = True  #: False: it does not answer.
 
     def __str__(self) -> str:
         return f"{self.component.value} of {self.name} ({self.url or 'no address yet'}): {self.reason or self.state}"
@@ -62,9 +62,9 @@ class Instance:
 class Neighbours:
     """The instances of etcd and the API server on all nodes, as far as they could be seen."""
 
-    instances: tuple[Instance, ...] = ()  #: Those of this node among them.
-    alarms: tuple[str, ...] = ()  #: Of any member of etcd.
-    #: ETCD, APISERVER: why it is not known who the others are.
+    instances: tuple[Instance, ...] = ()  #: This node's included.
+    alarms: tuple[str, ...] = ()  #: Sentences about alarms of any etcd member.
+    #: By component, ETCD or APISERVER, why the other instances are not known.
     unseen: Mapping[Component, str] = field(default_factory=dict)
 
     @property
@@ -73,7 +73,7 @@ class Neighbours:
         return [one for one in self.instances if not one.own]
 
     def own_is_down(self, component: Component) -> bool:
-        """Whether this node's does not answer, or (perhaps for a moment) is an etcd member without a quorum."""
+        """Whether this node's instance does not answer, or is an etcd member without a quorum, perhaps for a moment."""
         return any(
             one.own
             and one.component is component
@@ -92,9 +92,9 @@ class Neighbours:
 
 
 def look(node: Node, settings: Settings) -> Neighbours:
-    """Look at the control plane from this node; a fault is no error."""
+    """Look at the control plane from this node; a fault is a result, not an error."""
     etcd = _look_at_etcd(node)
-    if node.is_etcd_host:  # nothing there may ask an API server
+    if node.is_etcd_host:  # nothing on an etcd host may ask an API server
         return etcd
     servers = _look_at_api(_connected(node, settings, etcd), node, settings.node.node_name)
     instances = (*etcd.instances, *servers.instances)
@@ -102,7 +102,7 @@ def look(node: Node, settings: Settings) -> Neighbours:
 
 
 def connect(node: Node, settings: Settings) -> Api:
-    """The cluster's API: this node's server, admin.conf's, and those beside etcd's members."""
+    """Connect to the cluster's API: this node's server, admin.conf's, and those beside etcd's members."""
     return _connected(node, settings, _look_at_etcd(node))
 
 
@@ -126,20 +126,20 @@ def _look_at_etcd(node: Node) -> Neighbours:
     except http.HttpsError as e:
         return Neighbours(instances=(own,), unseen={Component.ETCD: str(e)})
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
-    if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members tell are for gRPC alone
+    if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members announce are for gRPC only
         others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
     with ThreadPoolExecutor(max_workers=8) as pool:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
     names = {member.id: member.name or member.id for member in listed}
     own = replace(own, voter=not any(member.learner for member in listed if _is_own(member, own_id, flags)))
-    told = tuple(f"etcd of {names.get(who, who)}: alarm {what}" for who, what in alarms)
-    return Neighbours(instances=(own, *states), alarms=told)
+    alarm_notes = tuple(f"etcd of {names.get(id_, id_)}: alarm {alarm}" for id_, alarm in alarms)
+    return Neighbours(instances=(own, *states), alarms=alarm_notes)
 
 
 def _members(
     etcd: Etcd, flags: Mapping[str, str], own: Instance
 ) -> tuple[list[Member], str, tuple[tuple[str, str], ...]]:
-    """The members, our own's id ("" if it does not answer) and alarms as (id, alarm), by any member in the manifest."""
+    """Ask any member in the manifest for the members, our own's ID ("": it is silent), and alarms as (ID, alarm)."""
     pairs = (pair.partition("=") for pair in flags.get("--initial-cluster", "").split(","))
     peers = [url for name, _, url in pairs if endpoints.is_url(url) and name != flags.get("--name")]
     for url in dict.fromkeys([own.url, *(_beside(peer, own.url) for peer in peers)]):
@@ -153,7 +153,7 @@ def _members(
 
 
 def _beside(url: str, own_url: str) -> str:
-    """The URL of the host in `url` with the port of `own_url`, if it has the same."""
+    """Return the URL of the host in `url` with the port of `own_url`, which is probably the same there."""
     return url_of(urlsplit(url).hostname or "", urlsplit(own_url).port or 2379)
 
 
@@ -178,7 +178,7 @@ def _as_instance(member: Member) -> Instance:
 
 
 def _member_state(etcd: Etcd, member: Instance) -> Instance:
-    """A member with its state: healthy if it can read through the quorum, whatever the alarms."""
+    """Return a member with its state: healthy if it can read through the quorum, whatever the alarms."""
     if member.state != "unknown":
         return member
     try:
@@ -191,7 +191,7 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
 
 
 def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
-    """An instance that did not answer; one that rejected our certificate may be healthy."""
+    """Return an instance that did not answer; a server that rejected our certificate may be healthy."""
     state: InstanceState = "unknown" if isinstance(error, http.ClientRefusedError) else "unhealthy"
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
@@ -217,10 +217,10 @@ def _api_server(name: str, url: str, *, own: bool) -> Instance:
 
 
 def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
-    """The names and URLs of the API servers that are up, and this node's (NoAnswerError: no server answers)."""
+    """Return names and URLs of the API servers that are up, and of this node's (NoAnswerError: no server answers)."""
     nodes = api.get(CONTROL_PLANE_NODES)
     reply = api.ask("GET", _ENDPOINTS)
-    # Not before 1.21, where nodes must do.
+    # before 1.21 there is no such API, and the nodes' addresses have to do
     slices = {} if reply.status == HTTPStatus.NOT_FOUND else reply.found(_ENDPOINTS)
     endpoints = {
         address: str(one.get("port"))
@@ -244,7 +244,7 @@ def _addresses(node: Mapping[str, Any]) -> list[str]:
 
 
 def _ready(api: Api, instance: Instance) -> Instance:
-    """An API server with its state: its own word at /readyz."""
+    """Return an API server with its state by its /readyz."""
     refused = instance
     for client in api.clients:
         try:
@@ -263,7 +263,7 @@ def _ready(api: Api, instance: Instance) -> Instance:
 
 
 def _not_ready(answer: http.Answer) -> str:
-    """The checks that failed, as in `[-]etcd failed: reason withheld`."""
+    """Name the checks that failed, as in `[-]etcd failed: reason withheld`."""
     failed = re.findall(r"^\[-\](\S+)", answer.body.decode(errors="replace"), re.MULTILINE)
     return f"not ready: {', '.join(failed)}" if failed else f"HTTP {answer.status}"
 
@@ -272,9 +272,9 @@ def _not_ready(answer: http.Answer) -> str:
 
 
 _LOOK_SECONDS = 2.0
-#: An API that does not answer is asked again for so long before that counts: an election in etcd takes about a second.
+#: How long an API is asked again before its silence counts: an election in etcd takes about a second.
 _BLINK_SECONDS = 10.0
-#: etcd's take a second or two; on a slow disk they fail, and are held again.
+#: etcd's elections take a second or two; on a slow disk they fail, and are repeated.
 _ELECTION_SECONDS = 15.0
 
 
@@ -285,7 +285,7 @@ class NeighbourError(PostponedError):
 
 
 def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
-    """Reasons against a restart of a component that works; pure. A quorum that any restart would lose is no reason."""
+    """Return reasons against restarting a working component (pure); a quorum that any restart would lose is none."""
     if component is Component.KUBELET:
         return []
     found = [*(str(one) for one in neighbours.others if one.state == "unhealthy"), *neighbours.alarms]
@@ -297,7 +297,7 @@ def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
 
 
 def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
-    """Neighbours that could not be looked at, which is no obstacle; pure."""
+    """Return neighbours that could not be seen, which is no obstacle (pure)."""
     quiet = {Component.ETCD} if component is Component.ETCD else set()  # an obstacle then
     found = [str(one) for one in neighbours.others if one.state == "unknown" and one.component not in quiet]
     return found + [
@@ -306,7 +306,7 @@ def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
 
 
 def assert_may_restart(component: Component, node: Node, settings: Settings, *, note: Callable[[str], None]) -> None:
-    """Look at the other control-plane nodes, and wait for them as the settings say (NeighbourError: one is not well)."""
+    """Look at the other control-plane nodes, and wait for them by the settings (NeighbourError: one is not healthy)."""
     rules = settings.cluster
     if rules.neighbours == "ignore" or component is Component.KUBELET:
         return
@@ -321,7 +321,7 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
 
 
 def _after_waiting(component: Component, node: Node, settings: Settings, note: Callable[[str], None]) -> Neighbours:
-    """Wait until there is no reason against a restart or the time is over; a component that is down does not wait."""
+    """Wait until nothing speaks against a restart or the time is over; a component that is down does not wait."""
     rules, said = settings.cluster, list[str]()
 
     def tell(seen: Neighbours) -> None:
@@ -342,7 +342,7 @@ def _after_waiting(component: Component, node: Node, settings: Settings, note: C
 
 
 def _after_an_election(component: Component, node: Node, settings: Settings) -> Neighbours:
-    """Look; if this node's component is down as well, again for as long as etcd may need to elect a new leader."""
+    """Look; if this node's component is also down, look again for as long as etcd may need to elect a new leader."""
     return wait_until(
         lambda: look(node, settings),
         lambda seen: not obstacles(seen, component) or not seen.own_is_down(component),
@@ -366,7 +366,7 @@ class LeaseHeldError(PostponedError):
 
 
 class Turn:
-    """One node after the other, by a lease that all see; without an answer there is none, and the restart goes ahead."""
+    """One node's turn, by a lease that all nodes see; without an API there is no lease, and the restart goes ahead."""
 
     def __init__(self, lease: Lease | EtcdClaim, rules: ClusterSettings, note: Callable[[str], None]) -> None:
         """Claim the lease; `note` gets sentences for the operator, in this thread."""
@@ -381,11 +381,11 @@ class Turn:
 
     @property
     def held(self) -> bool:
-        """Whether it is ours, as far as we know."""
+        """Whether the lease is ours, as far as we know."""
         return self._held and not self._lost_to
 
     def assert_held(self) -> None:
-        """Take it, or renew it; call this before each restart (LeaseHeldError: another node has it)."""
+        """Take or renew the lease; call this before each restart (LeaseHeldError: another node has it)."""
         name = self._rules.lease_name
         if not self._held:
             self._acquire()
@@ -413,7 +413,7 @@ class Turn:
         self._keeper.start()
 
     def _outlast(self, holder: str) -> None:
-        """Wait for a holder that was seen, even if the API stops answering (LeaseHeldError: it still has the lease)."""
+        """Wait for a known holder, even if the API stops answering (LeaseHeldError: it still has the lease)."""
         name, holders = self._rules.lease_name, [holder]
         self._note(f"waiting for the lease {name}, which {holder} has")
 
@@ -431,7 +431,7 @@ class Turn:
             raise LeaseHeldError(f"wanted the lease {name} within {waited}, found that {holders[-1]} has it")
 
     def _tried(self) -> str | NoAnswerError:
-        """Another holder, or empty if it is ours now; returns an error of the API, and does not raise it."""
+        """Try to take the lease; return another holder, an empty string if it is ours now, or the API's error."""
         try:
             return self._lease.take()
         except NoAnswerError as e:
@@ -443,7 +443,7 @@ class Turn:
                 self._lost_to = self._lease.take()
 
     def release(self) -> None:
-        """Give it back; without an API it expires."""
+        """Give the lease back; without an API it expires."""
         self._keeper.stop()
         if not self.held:
             return
@@ -456,22 +456,22 @@ class Turn:
 
 
 def claim_in_kubernetes(api: Api, holder: str, rules: ClusterSettings) -> Lease:
-    """A claim to the lease of kube-system for the holder `NODE_RUN`."""
+    """Return a claim to the lease in kube-system for the holder `NODE_RUN`."""
     owner, path = holder.rpartition("_")[0], ("kube-system", rules.lease_name)
     return Lease(api, path, holder, duration=rules.lease_duration, owner=owner)
 
 
 def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
-    """The claim of this node: in etcd on a host that has nothing else, and in the cluster's API elsewhere."""
+    """Return this node's claim: in etcd on a host that has nothing else, in the cluster's API elsewhere."""
     name, rules = settings.node.node_name, settings.cluster
     if node.is_etcd_host and Component.ETCD in node.manifests:
         urls = [one.url for one in _look_at_etcd(node).instances if one.url]
         place = urlsplit(endpoints.etcd_url(node.manifests[Component.ETCD].flags)).netloc
         return EtcdClaim(Etcd.of(node), urls, f"{name}_{place}_{run_id}", rules)
     api = connect(node, settings)
-    with contextlib.suppress(NoAnswerError):  # the lease says so
+    with contextlib.suppress(NoAnswerError):  # taking the lease reports it
         api.add([Server(url) for _, url in api_servers(api, node)])
-    # No two nodes share an API server, but hosts may share a name, and then settings that were copied.
+    # The API server's address tells apart hosts that share a name, perhaps with settings that were copied.
     place = urlsplit(local_url(node) or "").netloc
     return claim_in_kubernetes(api, f"{name}_{place}_{run_id}", rules)
 
@@ -480,7 +480,7 @@ def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
 def turn(
     node: Node, settings: Settings, run_id: str, *, note: Callable[[str], None]
 ) -> Iterator[Callable[[Component], None]]:
-    """Have this node's turn while the block runs; yields what raises a LeaseHeldError or NeighbourError then."""
+    """Hold this node's turn while the block runs; yield a check that raises a LeaseHeldError or NeighbourError."""
     rules = settings.cluster
     if not rules.lease:
         yield lambda component: assert_may_restart(component, node, settings, note=note)
@@ -499,10 +499,10 @@ def turn(
 
 
 class EtcdClaim:
-    """A claim to one key, as `cluster.lease.Lease` is one to an object of Kubernetes."""
+    """A claim to a key in etcd, as `cluster.lease.Lease` is a claim to a Kubernetes object."""
 
     def __init__(self, etcd: Etcd, urls: Sequence[str], holder: str, rules: ClusterSettings) -> None:
-        """Claim the lease for the holder `NODE_RUN`; an earlier claim of `NODE_…` is not waited for."""
+        """Claim the lease for the holder `NODE_RUN`; do not wait for an earlier claim of `NODE_…`."""
         self.name = rules.lease_name
         self._etcd = etcd
         self._urls = tuple(dict.fromkeys(urls))
@@ -512,7 +512,7 @@ class EtcdClaim:
         self._id = ""  # of etcd's lease
 
     def take(self) -> str:
-        """Take it if it is free, or keep it; returns another holder, or an empty text if it is ours now."""
+        """Take the lease if it is free, or keep it; return another holder, or an empty string if it is ours now."""
         self._keep_alive()
         for _ in range(_TURNS):
             holder = self._put_if({"target": "CREATE", "createRevision": "0"})
@@ -525,13 +525,13 @@ class EtcdClaim:
         raise NoAnswerError(f"wanted the lease {self.name}, found that it changed each time")
 
     def give_back(self) -> None:
-        """Release it at once, if it is ours: the key goes with its lease."""
+        """Release the lease at once, if it is ours: etcd deletes the key with it."""
         if self._id:
             self._call("/v3/lease/revoke", {"ID": self._id})
             self._id = ""
 
     def _keep_alive(self) -> None:
-        """Have a lease that lives: the old one, or a new one where etcd has ended that."""
+        """Keep etcd's lease alive, or get a new one if etcd has ended it."""
         if self._id:
             found = self._call("/v3/lease/keepalive", {"ID": self._id}).get("result")
             if not isinstance(found, dict):  # a stream's error comes with status 200; the lease may live
@@ -544,7 +544,7 @@ class EtcdClaim:
             raise NoAnswerError(f"wanted a lease of etcd for {self.name}, found none in its answer")
 
     def _put_if(self, condition: Mapping[str, str]) -> str:
-        """Write it if the condition holds; returns who has it else, and an empty text if it was written."""
+        """Write the key if the condition holds; return an empty string if it was written, else the holder."""
         put = {"key": self._key, "value": _text(self._holder), "lease": self._id}
         body = {
             "compare": [{"key": self._key, "result": "EQUAL", **condition}],
@@ -560,7 +560,7 @@ class EtcdClaim:
         return "a host that has just gone"
 
     def _call(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer of the first member that gives one (NoAnswerError: none did)."""
+        """Return the answer of the first member that gives one (NoAnswerError: none did)."""
         troubles = []
         for url in self._urls:
             try:

@@ -125,7 +125,7 @@ class Serving:
 
 
 def ask_all(client: Client, servers: Sequence[Server], path: str, **request: Any) -> dict[str, http.Answer]:
-    """Ask all; return answers by URL (HttpsError: one rejects the certificate or shows a wrong one, or none answers)."""
+    """Ask all; return answers by URL (HttpsError: one rejects the certificate, shows a wrong one, or none answers)."""
     answers, silent = {}, []
     for server in servers:
         try:
@@ -251,7 +251,7 @@ class Etcd:
 
     @classmethod
     def of(cls, node: Node, *, trusting: bool = False) -> Etcd:
-        """Return a client of this etcd; with `trusting` it accepts any server, such as one with an expired certificate."""
+        """Return a client of the node's etcd; with `trusting` it accepts any server, such as an expired one."""
         clients, troubles = [], []
         for item in filter(None, map(node.item, _CLIENTS)):
             if item.key_path is not None:
@@ -286,7 +286,7 @@ class Etcd:
         return str(mapping(found, "header").get("member_id", "")), tuple(alarms)
 
     def trouble(self, server: Server, *, alarms: bool) -> str | None:
-        """Return why a member is unhealthy (`alarms`: an alarm counts); None: it has a leader and reads by the quorum."""
+        """Return why a member is unhealthy (`alarms`: these count); None: it has a leader and reads by the quorum."""
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
             body = document(answer.body)

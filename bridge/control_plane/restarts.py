@@ -38,11 +38,11 @@ _POLL_SECONDS = 0.5
 
 
 class RestartPostponedError(PostponedError):
-    """A component is not to be touched now."""
+    """A component must not be restarted now."""
 
 
 class ImpossibleError(RestartError):
-    """A component can't be restarted from here, which is no fault of the new certificates."""
+    """A component can't be restarted from here; the new certificates are not the cause."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,24 +55,24 @@ class Restarted:
 
     @property
     def exit_code(self) -> int:
-        """Exit code 0 when it is back, else its error's."""
+        """Exit code 0 if the component is back, else its error's."""
         return self.error.exit_code if self.error is not None else Exit.DONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarts:
-    """Restarts of components, one at a time, by the settings' method."""
+    """Restarts components, one at a time, by the settings' method."""
 
     node: Node
     settings: Settings
     store: Store
     record: audit.Record
-    force: bool = False  #: Also beside an unhealthy neighbour, on this node or another, and shortly after a restart.
-    going_back: bool = False  #: The same, but never while another node is unhealthy.
+    force: bool = False  #: Despite unhealthy neighbours, on this node or others, and shortly after a restart.
+    going_back: bool = False  #: As `force`, but never while another node is unhealthy.
     content: bytes | None = None  #: The manifest's new text, where one component is restarted for it.
 
     def all(self, components: Sequence[Component]) -> list[Restarted]:
-        """Restart these until one fails; a result for each in their order, then for each other component that is not healthy."""
+        """Restart these in order until one fails; return a result for each, and for every other unhealthy component."""
         ordered = [one for one in control_plane.ORDER if one in components]
         errors = {one: obstacle(one, self.node, self.settings) or self._too_soon(one) for one in ordered}
         left = [one for one, error in errors.items() if error is None]
@@ -82,14 +82,14 @@ class Restarts:
                 with self._turn() as may_restart:
                     for one in self._one_by_one(left, may_restart):
                         self.record.add(audit.RESTARTED, one.component.value, error=one.error)
-                        self.record.write_late()  # a crash in the next one takes nothing from the record
+                        self.record.write_late()  # a crash in the next restart takes nothing from the record
                         done.append(one)
         except BridgeError as e:  # it is not our turn
             done += [Restarted(component=component, error=e) for component in left[len(done) :]]
         return [*(Restarted(component=one, error=error) for one, error in errors.items() if error is not None), *done]
 
     def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
-        """Restart it with a new manifest (None: with its serving pair), or else with the old one; the restarts with each."""
+        """Restart with a new manifest (None: the serving pair's), or else with the old one; return both results."""
         path = manifests.path_of(component, self.settings.node.kubeconfig_dir)
         old = path.read_bytes()
         done = dataclasses.replace(self, content=content).all([component])
@@ -101,11 +101,11 @@ class Restarts:
 
     @property
     def _at_once(self) -> bool:
-        """Without a look at this node's other components, or at the time of the last restart."""
+        """Whether to ignore this node's other components and the time of the last restart."""
         return self.force or self.going_back
 
     def _turn(self) -> contextlib.AbstractContextManager[Callable[[Component], None]]:
-        """The turn of this node: a forced restart waits for it, but ignores other nodes; a worker needs none."""
+        """Return this node's turn: a forced restart waits for it, but ignores other nodes; a worker needs none."""
         if self.node.is_worker:
             return contextlib.nullcontext(lambda _: None)
         settings = self.settings
@@ -164,7 +164,7 @@ class Restarts:
         )
 
     def _wait_for_the_others(self, component: Component, to_come: Sequence[Component]) -> None:
-        """Wait until no other component of this node is down, except those whose own restart is to come."""
+        """Wait until no other component of this node is down, except those that this run restarts later."""
         beside = [other for other in _present(self.node) if other is not component and other not in to_come]
         found = self._unhealthy(beside)
         if not found:
@@ -215,7 +215,7 @@ class Restarts:
         if failure := command_failure(name, command, {"CA_BRIDGE_COMPONENT": name}, timeout):
             raise RestartError(f"{name}: wanted to have it restarted, {failure}", hint="see [restart.commands]")
         if component not in _present(self.node):
-            return  # without a manifest here its command's exit code is all there is
+            return  # without a manifest here only the command's exit code shows success
         if found := self._wait_until_healthy([component]):
             text = f"{name}: wanted it to be healthy within {duration_text(timeout)}, found: {found[component]}"
             raise RestartError(text)
@@ -240,7 +240,7 @@ class Restarts:
         )
 
     def _content(self, component: Component) -> bytes | None:
-        """The manifest's next text, which names a serving pair that is there; None: it stays as it is."""
+        """Return the manifest's next text, which names an existing serving pair; None: the manifest stays."""
         if self.content is not None or component not in self.node.manifests:
             return self.content
         try:
@@ -251,7 +251,7 @@ class Restarts:
 
 
 class _Answers:
-    """The instances of a component that only its answers show: it has ended once when they have stopped."""
+    """The instances of a component that only its answers show: whenever the answers stop, one instance has ended."""
 
     def __init__(self, trouble: Callable[[], str | None]) -> None:
         self._trouble, self._ends, self._answers = trouble, 0, True
@@ -288,14 +288,14 @@ class LastRestart:
     installation: int | None = None  #: As in `Backup.number`; None: an earlier version recorded the restart.
 
     def is_after(self, backup: Backup) -> bool:
-        """Whether it was after an installation; the clock, which may have been set, tells only what has no number."""
+        """Whether the restart followed an installation, by its number, else by the clock, which may have been set."""
         if self.installation is None or not backup.number:
             return self.at >= backup.created
         return self.installation >= backup.number
 
 
 def restarted_since(store: Store, backup: Backup | None) -> list[Component]:
-    """The components whose restart was begun after an installation, in order; None: its backup is gone."""
+    """Return, in order, the components whose restart began after an installation; without its backup, all restarted."""
     times = _times(store)
     return [c for c in control_plane.ORDER if c in times and (backup is None or times[c].is_after(backup))]
 
@@ -305,7 +305,7 @@ def _times(store: Store) -> dict[Component, LastRestart]:
 
 
 def times_file(store: Store) -> StateFile[dict[Component, LastRestart]]:
-    """The file of each component's last restart; without it none counts as restarted. Earlier versions wrote a time alone."""
+    """Return the file of last restarts; without it none counts as restarted. Earlier versions wrote only a time."""
     kind, what = dict[Component, LastRestart], "when each component was last restarted"
 
     def parse(data: bytes) -> dict[Component, LastRestart]:
@@ -316,13 +316,13 @@ def times_file(store: Store) -> StateFile[dict[Component, LastRestart]]:
 
 
 def _remember(component: Component, store: Store) -> None:
-    """Record a restart before it happens, so that runs that are killed again and again do not repeat it."""
+    """Record a restart before it happens, so that runs that are killed repeatedly do not repeat it."""
     now = LastRestart(at=datetime.now(UTC), installation=newest_number(store))
     times_file(store).put({**_times(store), component: now})
 
 
 def obstacle(component: Component, node: Node, settings: Settings) -> ImpossibleError | None:
-    """The reason why a component can't be restarted by the settings' method, if there is one."""
+    """Return why the settings' method can't restart a component; None: it can."""
     if component is not Component.KUBELET and settings.restart.method == "static-pods":
         if component in node.manifests:
             return None
@@ -338,7 +338,7 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
 
 
 def _command(component: Component, settings: Settings) -> list[str]:
-    """The settings' command; by default systemd's for the kubelet, and none for the others."""
+    """Return the settings' command; by default systemd's for the kubelet, and none for the others."""
     return settings.restart.command(component) or (_systemctl() if component is Component.KUBELET else [])
 
 
@@ -349,7 +349,7 @@ _SYSTEMCTL_LIMIT = timedelta(seconds=30)
 
 
 def _systemctl() -> list[str]:
-    """The command that restarts the kubelet; empty where systemd does not run, or has no kubelet."""
+    """Return the command that restarts the kubelet; empty where systemd does not run, or has no kubelet."""
     program = shutil.which("systemctl")
     if program is None or not Path("/run/systemd/system").is_dir():  # sd_booted(3)
         return []
@@ -358,7 +358,7 @@ def _systemctl() -> list[str]:
 
 
 def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
-    """Move a kubelet's cached certificate away that differs from kubelet.conf's, and is no younger: it would be used."""
+    """Move away the kubelet's cached certificate, which it prefers, unless that is kubelet.conf's or a younger one."""
     path = kubeconfig_dir / "kubelet.conf"
     try:
         data = read(path)
@@ -385,10 +385,10 @@ def take_copy(kubeconfig_dir: Path, copy: Path, store: Store) -> None:
 class RestartReport:
     """The result of `ca-bridge restart`."""
 
-    components: tuple[Component, ...]  #: That were to be restarted.
+    components: tuple[Component, ...]  #: The components that were to be restarted.
     done: tuple[Restarted, ...] = ()
     advised: bool = False  #: With `restart.method = "none"` nothing was restarted; an operator has to.
-    unknown: BridgeError | None = None  #: The certificates that some components use can't be seen.
+    unknown: BridgeError | None = None  #: Some components do not show which certificates they use.
 
     @property
     def exit_code(self) -> int:
@@ -421,7 +421,7 @@ _ALL = "all"
 
 
 def _has(node: Node, component: Component) -> bool:
-    """Whether a node of this role has the component, be its manifest there or not."""
+    """Whether a node of this role has the component, with or without its manifest."""
     return node.local_etcd if component is Component.ETCD else not node.is_etcd_host
 
 
@@ -437,7 +437,7 @@ def _components(names: Sequence[str]) -> list[Component]:
 
 
 def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Component], BridgeError | None]:
-    """The components to restart, and why that may not be all of them."""
+    """Return the components to restart, and an error if more of them may need it."""
     wanted = settings.restart.components
     hint = "`ca-bridge prove` shows each check; `ca-bridge restart COMPONENT` restarts without a check"
     if not node.manifests and not node.is_worker:
