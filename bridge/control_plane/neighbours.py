@@ -281,7 +281,7 @@ _ELECTION_SECONDS = 15.0
 class NeighbourError(PostponedError):
     """A restart would take a second control-plane node down."""
 
-    hint = 'run again when they are well; `neighbours = "ignore"` in [cluster] restarts all the same'
+    hint = 'run again when they are healthy; `neighbours = "ignore"` in [cluster] restarts anyway'
 
 
 def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
@@ -313,7 +313,7 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
     neighbours = _after_waiting(component, node, settings, note)
     found = obstacles(neighbours, component)
     for text in not_seen(neighbours, component):
-        note(f"could not be looked at: {text}")
+        note(f"could not be checked: {text}")
     if found and neighbours.own_is_down(component):
         note(f"{component.value} is down on this node, and is restarted in spite of {'; '.join(found)}")
     elif found:
@@ -355,7 +355,7 @@ def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str],
     waited = f" within {duration_text(rules.neighbour_wait)}" if rules.neighbours == "wait" else ""
     if component is Component.ETCD and neighbours.quorum_without_own is False:
         found = [*found, "etcd would be without its quorum"]
-    wanted = f"wanted all other control-plane nodes well before its restart{waited}"
+    wanted = f"wanted all other control-plane nodes healthy before its restart{waited}"
     return f"{component.value}: {wanted}, found {'; '.join(found)}"
 
 
@@ -571,7 +571,7 @@ class EtcdClaim:
                 troubles.append(f"{url}: {e}")
             else:
                 troubles.append(f"{url}: HTTP {answer.status}")
-        raise NoAnswerError(f"wanted etcd's word on the lease {self.name}, found {'; '.join(troubles)}")
+        raise NoAnswerError(f"wanted etcd's answer about the lease {self.name}, found {'; '.join(troubles)}")
 
 
 def _text(value: str) -> str:

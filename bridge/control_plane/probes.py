@@ -286,7 +286,7 @@ class Etcd:
         return str(mapping(found, "header").get("member_id", "")), tuple(alarms)
 
     def trouble(self, server: Server, *, alarms: bool) -> str | None:
-        """Return why a member is unhealthy (`alarms`: these count); None: it has a leader and reads by the quorum."""
+        """Return why a member is not healthy, with `alarms` or without; None: it has a leader, and reads by quorum."""
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
             body = document(answer.body)

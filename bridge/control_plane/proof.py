@@ -118,6 +118,6 @@ def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> P
             reason = f": {e.strerror}"
         raise BridgeError(
             f"nothing could be proven: wanted static-pod manifests in {directory}, found{reason}",
-            hint="run it on a node of the cluster; --kubeconfig-dir tells where its files are",
+            hint="run it on a node of the cluster; --kubeconfig-dir names the directory of its files",
         )
     return found

@@ -1,4 +1,4 @@
-"""Restart components one at a time, each only when its neighbours are well."""
+"""Restart components one at a time, each only when its neighbours are healthy."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class Restarts:
             except static_pods.NotEndedError as e:
                 if not isinstance(pod.instances, _Answers):
                     raise
-                text = f"{component.value}: can't see it end: no process and no pod of it is seen, and it answers on"
+                text = f"{component.value}: can't see it end: it has no visible process or pod, and it still answers"
                 hint = 'restart it by hand; a [restart] method = "command" sees the end of its command'
                 raise ImpossibleError(text, hint=hint) from e
             return

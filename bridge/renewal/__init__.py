@@ -60,7 +60,7 @@ class Trust:
     edit: Callable[[Replacement], Replacement] = lambda file: file
     #: Called before the installation: raises a BridgeError if another node would not accept the new certificates.
     gate: Callable[[Sequence[Proven]], None] = lambda _: None
-    stays: bool = False  #: No rollback may bring the old CA back: see `NotProven.stays`.
+    stays: bool = False  #: A failed proof must not bring the old CA back: see `NotProven.stays`.
 
 
 NO_TRUST = Trust()
@@ -290,7 +290,7 @@ class _Choice:
         return self._unless(error, item)
 
     def _unless(self, error: BridgeError | None, item: Item) -> Item | Outcome:
-        """The item, unless there is an error, or the node's own policy does not allow it."""
+        """Return the item, unless there is an error or the node's own policy forbids it."""
         desired = self.desired.get(item.spec.name)
         if error is None and self.settings.policy.file is not None:
             error = self.allowed().error(item, None if isinstance(desired, BridgeError) else desired)

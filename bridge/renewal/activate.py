@@ -47,9 +47,7 @@ class RolledBackError(BridgeError):
     """An installed certificate did not work, and the old files are back."""
 
     exit_code: ClassVar[int] = Exit.ROLLED_BACK
-    hint = (
-        "the new files had passed every check before; the error says what did not work, or not start again, with them"
-    )
+    hint = "the new files had passed every check before; the error says what failed, or did not start again, with them"
 
 
 class UnprovenError(BridgeError):
@@ -84,7 +82,7 @@ def record_due(run: Run, outcomes: Sequence[Outcome], *, stays: bool = False) ->
 
 
 def finish(run: Run, node: Node) -> Activation:
-    """Take the installations of this run and of earlier ones from their recorded state as far as possible."""
+    """Continue the installations of this run and of earlier ones from their recorded state, as far as possible."""
     try:
         unproven = unproven_file(run.store).read()
     except StateError as e:
@@ -456,7 +454,7 @@ def _backup(run: Run, unproven: NotProven) -> backups.Backup:
 
 
 def _restart_back(run: Run, unproven: NotProven) -> tuple[list[Component], list[Restarted]]:
-    """Restart the components that were restarted before, and those that reloaded the new files and still use them."""
+    """Restart the components that the run had restarted, and those that reloaded the new files and still use them."""
     node = run.read_node()
     stale = proof.look(node, run.settings, run.now()).stale if node.manifests else []
     components = [c for c in control_plane.ORDER if c in unproven.to_restart or c in stale]

@@ -293,7 +293,7 @@ class _Decision:
             found = _missing(self.api, needed)
         except NoAnswerError as e:
             if not strictly:
-                return [f"{rights}, which was not looked at: {e}"]
+                return [f"{rights}, which could not be checked: {e}"]
             raise BridgeError(
                 f"{rights}; wanted to see it, found {e}",
                 hint="run it while the API server answers; until then leave the subject as it is",

@@ -99,7 +99,7 @@ def settle_postponed(run: Run) -> list[BridgeError]:
 
 
 def keep(file: StateFile[NotProven], left: NotProven) -> None:
-    """Write down what is still unproven."""
+    """Record the certificates that are still unproven, or remove an empty record."""
     file.put(left if left.certificates or left.to_restart else None)
 
 

@@ -163,7 +163,7 @@ def _take_up(run: Run, one: UnprovenPair, item: Item, done: Finished) -> Unprove
 
 
 def _why_it_stays(run: Run, one: UnprovenPair, item: Item) -> str:
-    """The reason not to put the old pair back; empty: put it back."""
+    """Return why the old pair is not put back; empty: put it back."""
     if run.settings.restart.on_failure == "keep":
         return 'it stays, as restart.on_failure = "keep" says'
     if not _reloads(item):
@@ -257,7 +257,7 @@ def how(item: Item) -> str:
 
 
 def advice(node: Node, names: Sequence[str]) -> list[str]:
-    """Return an instruction for each of these pairs that an operator has to have read again."""
+    """Return an instruction for each of these pairs whose program an operator has to make read it again."""
     return [how(item) for name, item in own(node).items() if name in names and _reloads(item)]
 
 

@@ -154,7 +154,7 @@ def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None], sett
 
 
 def open_request(run: Run, one: Prepared) -> OpenRequest:
-    """Return the open request that stores a prepared certificate."""
+    """Return the open request of a prepared certificate, or a new one that stores it."""
     return one.open or OpenRequest(
         request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id, kubeconfig=one.kubeconfig
     )
@@ -224,7 +224,7 @@ def _fits(
 ) -> bool:
     """Whether an open request replaces the live certificate, with the kind of key and the names that are wanted now."""
     spec = made.request.spec
-    if (spec.authority, spec.ekus) != (item.spec.authority, item.spec.ekus):  # the settings name others now
+    if (spec.authority, spec.ekus) != (item.spec.authority, item.spec.ekus):  # the settings changed
         return False
     says_it = naming is None or naming.is_of(made.request.csr)
     is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
@@ -483,7 +483,7 @@ class Allowed:
                 validity=asked.validity if asked is not None else settings.renewal.validity,
                 replaces=replaced_by_next(item, live),
             )
-        except BridgeError as e:  # the renewal would fail with it, too
+        except BridgeError as e:  # the renewal would fail with the same error
             return e
         if problems := planned_problems(planned, self.policy):
             return NotAllowedError(item, settings.policy.file, problems, is_asked=asked is not None)

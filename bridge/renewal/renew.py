@@ -69,7 +69,7 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
             own = _check(settings, ours)
             record_failed(ours.record, [o for o in selection.failed if not isinstance(o.error, NotYetError)])
             result = transaction.nothing_to_install(selection)
-            # no CA was asked, and the next renewal would fail with an ended credential
+            # no CA was asked, and the next renewal would fail with an expired credential
             result = dataclasses.replace(result, errors=(*result.errors, *credentials.ended(own, now())))
         _warn(own, result, settings, now())
         return result, node, selection
@@ -287,7 +287,7 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
         "name another backend or role for it in [authority.NAME.rehearsal], or rehearse the other certificates by name"
     )
     for name, configured in registry.configured(settings, known).items():
-        with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # it comes again later
+        with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # reported later
             why = ""
             if isinstance(ca.backend, Carries):
                 why = "nothing revokes what it signs"
@@ -300,7 +300,7 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
 
 
 def _reworded(outcome: Outcome) -> Outcome:
-    """The outcome, reworded for a pending request, whose key the rehearsal throws away."""
+    """Reword the outcome of a pending request, whose key the rehearsal throws away."""
     if not isinstance(outcome.error, WaitingError):
         return outcome
     error = WaitingError(

@@ -67,7 +67,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
 
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
-    """Put the pairs into kubeadm-config once all nodes have them; return a note (NoAnswerError, NoConfigError)."""
+    """Put pairs into kubeadm-config once all control planes have them; return a note (NoAnswerError, NoConfigError)."""
     api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
     if lacking:

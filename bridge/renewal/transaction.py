@@ -292,7 +292,7 @@ def _assert_not_begun(run: Run, node: Node) -> None:
 
 
 def with_pairs(run: Run, result: Result) -> Result:
-    """Have further pairs read, and prove that or put the old files back; add that to the result."""
+    """Have programs read their further pairs, prove it or put the old files back, and add the results."""
     if not run.store.pairs.exists():
         return result
     from bridge.renewal import pairs  # noqa: PLC0415 (see above)

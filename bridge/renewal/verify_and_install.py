@@ -194,7 +194,7 @@ def _pairs(
 
 def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
     """Replace a pair as a kubelet does: a dated file, and the symlink to it, which the kubeconfig names afterwards."""
-    base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as a kubelet does it
+    base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as in a kubelet's names
     directory, path = current.parent.resolve(), one.item.certificate_path
     while (dated := directory / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
         moment += timedelta(seconds=1)

@@ -220,7 +220,7 @@ def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge]
     first, manifest = cluster.control_plane, cluster.control_plane.kubeconfig_dir / "manifests/kube-apiserver.yaml"
     early = bridges["w1"].run("kubelets", "on")
     assert early.returncode == 4, early.stderr
-    killed_at(bridges["cp"], "config.yaml is another one", "kubelets", "on")
+    killed_at(bridges["cp"], "kubelet: replaced ", "kubelets", "on")
     run = bridges["cp"].run("kubelets", "on", "--force", columns=shown.COLUMNS)
     assert run.returncode == 4, f"{run.stdout}{run.stderr}"
     names = dict(zip([node.name for node in cluster.nodes], ("cp-1", "w-1", "w-2"), strict=True))
