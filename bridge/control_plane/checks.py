@@ -459,10 +459,10 @@ def _client_kubeconfig(config: Path) -> str:
 
 def _self_made(place: Address, item: Item | None) -> Verdict:
     served = ANONYMOUS.served(place)
-    made = f"made by the program at its start, serial {serial_hex(served)}: no {TLS_CERTIFICATE}"
+    detail = f"made by the program at its start, serial {serial_hex(served)}: no {TLS_CERTIFICATE}"
     if item is None or item.foreign:
-        return Verdict("not-ours", made)
-    return Verdict("stale", f"{made}; a restart puts {item.certificate_path} into its manifest")
+        return Verdict("not-ours", detail)
+    return Verdict("stale", f"{detail}; a restart puts {item.certificate_path} into its manifest")
 
 
 def _kubelet(look: Look) -> Iterator[Check]:

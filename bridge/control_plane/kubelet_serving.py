@@ -375,15 +375,15 @@ def refusal(program: Path, arguments: Sequence[str], content: bytes) -> str:
             Path(directory).chmod(0o755)
             file.chmod(0o644)
             os.chown(pki, _NOBODY, _NOBODY)  # the kubelet may make a certificate of its own there
-        said, words = bytearray(), [str(program), *_with_config(arguments, str(file)), *_ENDS, f"--cert-dir={pki}"]
+        output, words = bytearray(), [str(program), *_with_config(arguments, str(file)), *_ENDS, f"--cert-dir={pki}"]
         command = Command(words=words, environment=passed_on({}), limit=_LIMIT, most_output=_MOST_OUTPUT)
         if is_root:
             command = replace(command, account=Account(uid=_NOBODY, gid=_NOBODY, groups=(), home="/"))
-        ended = run(command, said.extend, said.extend)
-    text = said.decode(errors="replace")
+        ended = run(command, output.extend, output.extend)
+    text = output.decode(errors="replace")
     if _HAS_ENDED in text and ended.code:
         return ""
-    errors = [said or panic for said, panic in _ERROR.findall(text)]
+    errors = [error or panic for error, panic in _ERROR.findall(text)]
     last = text.strip().splitlines()[-1:]
     return one_line((errors or last or [f"it {ended.failure or 'ended'}"])[-1])[:1000]
 
@@ -474,11 +474,11 @@ def request_of(api: Api, node: str) -> str:
     if not ours:
         return "it has not asked for one"
     newest = max(ours, key=lambda one: text_of(one, "metadata", "creationTimestamp"))
-    said = [text_of(one, "type") for one in items(newest, "status", "conditions")]
-    why = [text_of(one, "message") for one in items(newest, "status", "conditions")]
+    types = [text_of(one, "type") for one in items(newest, "status", "conditions")]
+    messages = [text_of(one, "message") for one in items(newest, "status", "conditions")]
     is_signed = bool(text_of(newest, "status", "certificate"))
-    state = "signed" if is_signed else " and ".join(said).lower() or "open: no answer yet"
-    reason = f" ({one_line(why[-1])[:300]})" if why and why[-1] and not is_signed else ""
+    state = "signed" if is_signed else " and ".join(types).lower() or "open: no answer yet"
+    reason = f" ({one_line(messages[-1])[:300]})" if messages and messages[-1] and not is_signed else ""
     return f"its request {name_of(newest)} is {state}{reason}"
 
 

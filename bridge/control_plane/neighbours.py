@@ -322,16 +322,16 @@ def assert_may_restart(component: Component, node: Node, settings: Settings, *, 
 
 def _after_waiting(component: Component, node: Node, settings: Settings, note: Callable[[str], None]) -> Neighbours:
     """Wait until nothing speaks against a restart or the time is over; a component that is down does not wait."""
-    rules, said = settings.cluster, list[str]()
+    rules, notes = settings.cluster, list[str]()
 
     def tell(seen: Neighbours) -> None:
-        if rules.neighbours == "wait" and not said:
-            said.append(
+        if rules.neighbours == "wait" and not notes:
+            notes.append(
                 f"waiting up to {duration_text(rules.neighbour_wait)} for {'; '.join(obstacles(seen, component))}"
             )
-            note(f"{component.value}: {said[0]}")
+            note(f"{component.value}: {notes[0]}")
 
-    with doing(f"{component.value}: looking whether the other nodes are well", is_plain=False):
+    with doing(f"{component.value}: checking that the other nodes are healthy", is_plain=False):
         return wait_until(
             lambda: _after_an_election(component, node, settings),
             lambda seen: not obstacles(seen, component) or seen.own_is_down(component),

@@ -3,8 +3,8 @@ After an installation: restart components on old certificates, prove that all ru
 
 The states of an installation, in the order of this file:
 
-- unproven: recorded on disk before the installation, until every certificate is seen in use. A run that was killed, or
-  could not restart a component, leaves the work to the next run, even if nothing is due then.
+- unproven: recorded on disk before the installation, until every certificate is seen in use. A run that was cut off,
+  or could not restart a component, leaves the work to the next run, even if nothing is due then.
 - proving: components are restarted, then checked until all use the new files or `restart.prove_for` is over.
 - outcome: two rules turn the findings into a ruling.
 - rollback: the old files come back, unless `restart.on_failure` is "keep". It is recorded the same way, until every

@@ -72,9 +72,9 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
         for sentence in selection.notes:
             progress.note(sentence)
         selection = selection.without(refused_as_shorter(selection.items, settings, now()))
-        made = prepare.prepare(selection.items, settings, run.requests.by_name(), selection.desired)
-        prepared = [one for one in made if isinstance(one, Prepared)]
-        failed = (*selection.failed, *(one for one in made if isinstance(one, Outcome)))
+        results = prepare.prepare(selection.items, settings, run.requests.by_name(), selection.desired)
+        prepared = [one for one in results if isinstance(one, Prepared)]
+        failed = (*selection.failed, *(one for one in results if isinstance(one, Outcome)))
         record_failed(run.record, failed)
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:

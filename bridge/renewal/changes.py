@@ -1,5 +1,5 @@
 """
-Decides the names of a missing or changed certificate from kubeadm's configuration and this node's manifests.
+Decides a missing or changed certificate's names from kubeadm's configuration and this node's manifests; never guesses.
 
 kubeadm's newer subjects have fewer groups: their rights come from ClusterRoleBindings that `kubeadm init` and
 `kubeadm upgrade apply` create, and `kubeadm certs renew` does not. A new subject therefore needs its binding.

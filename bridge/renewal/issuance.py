@@ -141,8 +141,8 @@ def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) ->
     left, answered = set(making), {}
     while left:
         done, left = wait(left, return_when=ALL_COMPLETED if at_once else FIRST_COMPLETED)
-        made = [one for each in making if each in done and isinstance(one := each.result(), Prepared)]
-        answered.update({one.prepared.name: one for one in issue(run, made, reached, expected)})
+        ready = [one for each in making if each in done and isinstance(one := each.result(), Prepared)]
+        answered.update({one.prepared.name: one for one in issue(run, ready, reached, expected)})
     every = [one.result() for one in making]
     done_in_order = [answered[one.name] for one in every if isinstance(one, Prepared)]
     return done_in_order, [one for one in every if isinstance(one, Outcome)]
@@ -191,17 +191,17 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Pr
     for one in opened.values():
         ca = reached[one.authority]
         if isinstance(ca.backend, Collects) and not _owes(ca, one):
-            made = open_request(run, one)
-            run.requests.put(dataclasses.replace(made, request=one.request, backend=ca.label, reference="", note=""))
+            request = open_request(run, one)
+            run.requests.put(dataclasses.replace(request, request=one.request, backend=ca.label, reference="", note=""))
     run.requests.save()
     return list(opened.values())
 
 
 def _drop_unfit(run: Run, one: Prepared) -> None:
     """Drop an open request that `prepare` replaced by one with other names, another kind of key or validity."""
-    made = run.requests.get(one.name)
-    if made is not None and one.open is None:
-        if made.is_waiting:
+    earlier = run.requests.get(one.name)
+    if earlier is not None and one.open is None:
+        if earlier.is_waiting:
             give_up(run, one.name, "another kind of key, another validity or other names are wanted now")
         run.requests.drop(one.name)
 

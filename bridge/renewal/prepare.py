@@ -113,15 +113,15 @@ def prepare(
         return [one.result() for one in making]
 
 
-def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
+def _prepare(item: Item, settings: Settings, open_: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
-        algorithm = _next_key(item, live, settings, made, desired)
+        algorithm = _next_key(item, live, settings, open_, desired)
         naming = desired.naming if desired is not None else serving_names(item, settings)
         replaced = replaced_by_next(item, live)
         validity = settings.renewal.validity
-        if made is not None and made.request.validity == validity and _fits(item, made, replaced, algorithm, naming):
-            return _of_open(item, made, was, settings)
+        if open_ is not None and open_.request.validity == validity and _fits(item, open_, replaced, algorithm, naming):
+            return _of_open(item, open_, was, settings)
         key = new_keys.take(algorithm)
         csr_pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
         request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=validity, replaces=replaced)
@@ -132,7 +132,7 @@ def _prepare(item: Item, settings: Settings, made: OpenRequest | None, desired: 
 
 
 def _next_key(
-    item: Item, live: x509.Certificate | None, settings: Settings, made: OpenRequest | None, desired: Desired | None
+    item: Item, live: x509.Certificate | None, settings: Settings, open_: OpenRequest | None, desired: Desired | None
 ) -> KeyAlgorithm:
     """Return the new key's algorithm: the settings', else the live certificate's, else kubeadm's configuration's."""
     wanted = (item.pair.key if item.pair is not None else None) or settings.renewal.key
@@ -140,17 +140,17 @@ def _next_key(
         return csr.key_algorithm(live, wanted)
     if wanted != "same":
         return wanted
-    if made is not None and (desired is None or desired.key is None):
-        return csr.known_algorithm(made.request.csr.public_key()) or _USUAL_KEY
+    if open_ is not None and (desired is None or desired.key is None):
+        return csr.known_algorithm(open_.request.csr.public_key()) or _USUAL_KEY
     return desired.key if desired is not None and desired.key is not None else _USUAL_KEY
 
 
-def _of_open(item: Item, made: OpenRequest, was: Mapping[Path, str | None], settings: Settings) -> Prepared:
+def _of_open(item: Item, open_: OpenRequest, was: Mapping[Path, str | None], settings: Settings) -> Prepared:
     """Continue the open request, which the node's current policy has to allow (NotAllowedError)."""
-    if settings.policy.file is not None and (error := Allowed(settings).error(item, None, made.request)) is not None:
+    if settings.policy.file is not None and (error := Allowed(settings).error(item, None, open_.request)) is not None:
         raise error
-    fresh = made.kubeconfig
-    return Prepared(item=item, request=made.request, key_pem=made.key_pem, was=was, open=made, kubeconfig=fresh)
+    fresh = open_.kubeconfig
+    return Prepared(item=item, request=open_.request, key_pem=open_.key_pem, was=was, open=open_, kubeconfig=fresh)
 
 
 def open_request(run: Run, one: Prepared) -> OpenRequest:
@@ -160,50 +160,50 @@ def open_request(run: Run, one: Prepared) -> OpenRequest:
     )
 
 
-def take_up(item: Item, made: OpenRequest, settings: Settings) -> Prepared | Outcome:
+def take_up(item: Item, open_: OpenRequest, settings: Settings) -> Prepared | Outcome:
     """Continue an open request whose answer is there, whatever kind of key the settings name today."""
     try:
         if item.obstacle is not None:
             raise item.obstacle
         live, was = live_pair(item)
-        if made.request.replaces != replaced_by_next(item, live):
+        if open_.request.replaces != replaced_by_next(item, live):
             raise MissingCertificateError("its certificate was replaced since it was asked for")
-        return _of_open(item, made, was, settings)
+        return _of_open(item, open_, was, settings)
     except BridgeError as e:
         return outcome_of(item, e)
 
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
     """Have each request name its node and prove it, all in one batch; a batch that still holds stays as it is."""
-    said = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
-    if len(said) == 1 and all(_still_says_it(one, settings, now) for one in prepared):
+    batches = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
+    if len(batches) == 1 and all(_is_continuity_current(one, settings, now) for one in prepared):
         return list(prepared)
     batch, created = secrets.token_hex(16), now.replace(microsecond=0)
     proofs = [(one, _continuity(one, settings, batch, created)) for one in prepared]
-    return [replace(one, request=replace(one.request, continuity=who)) for one, who in proofs]
+    return [replace(one, request=replace(one.request, continuity=continuity)) for one, continuity in proofs]
 
 
-def _still_says_it(one: Prepared, settings: Settings, now: datetime) -> bool:
-    said = one.request.continuity
-    if said is None or said.asked is None or now - said.asked > _PROOF_ANEW:
+def _is_continuity_current(one: Prepared, settings: Settings, now: datetime) -> bool:
+    found = one.request.continuity
+    if found is None or found.asked is None or now - found.asked > _PROOF_ANEW:
         return False
-    if (said.node, said.cluster) != (settings.node.node_name, settings.node.cluster):
+    if (found.node, found.cluster) != (settings.node.node_name, settings.node.cluster):
         return False
     if one.request.replaces is None:
-        return said.proof is None
-    return said.proof is not None or _continuity(one, settings, said.batch, said.asked).proof is None
+        return found.proof is None
+    return found.proof is not None or _continuity(one, settings, found.batch, found.asked).proof is None
 
 
 def _continuity(one: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
     from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where an operator carries requests)
 
-    who = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
+    identity = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     terms = signatures.Terms(validity=one.request.validity, created=created)
     proof = None
     if one.request.replaces is not None:  # a key proves nothing for a certificate that the request does not replace
         with contextlib.suppress(*NO_KEY):
-            proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **who)
-    return Continuity(proof=proof, asked=created, **who)
+            proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **identity)
+    return Continuity(proof=proof, asked=created, **identity)
 
 
 #: Errors of a key that is missing, broken, encrypted, or of an unsupported type.
@@ -220,15 +220,15 @@ def live_key(item: Item) -> PrivateKeyTypes:
 
 
 def _fits(
-    item: Item, made: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None
+    item: Item, open_: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None
 ) -> bool:
     """Whether an open request replaces the live certificate, with the kind of key and the names that are wanted now."""
-    spec = made.request.spec
+    spec = open_.request.spec
     if (spec.authority, spec.ekus) != (item.spec.authority, item.spec.ekus):  # the settings changed
         return False
-    says_it = naming is None or naming.is_of(made.request.csr)
-    is_alike = csr.algorithm_name(made.request.csr.public_key()) == algorithm
-    return made.request.replaces == replaced and is_alike and says_it
+    says_it = naming is None or naming.is_of(open_.request.csr)
+    is_alike = csr.algorithm_name(open_.request.csr.public_key()) == algorithm
+    return open_.request.replaces == replaced and is_alike and says_it
 
 
 #: The end of the first line of every kind of private key (RFC 7468 §10, §11, and older formats).

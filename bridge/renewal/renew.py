@@ -137,10 +137,10 @@ def _prepare_and_issue(
         reaching(run, to_ask, expected) as reached,
     ):
         if options.all_or_nothing:
-            made = [one.result() for one in making]
-            earlier += [one for one in made if isinstance(one, Outcome)]
+            results = [one.result() for one in making]
+            earlier += [one for one in results if isinstance(one, Outcome)]
             if earlier:
-                unasked = [*(one.prepared for one in kept), *(one for one in made if isinstance(one, Prepared))]
+                unasked = [*(one.prepared for one in kept), *(one for one in results if isinstance(one, Prepared))]
                 return [], earlier, unasked
         issued, unmade = issue_all(run, making, reached(), expected)
     return [*kept, *issued], [*earlier, *unmade], []
@@ -152,14 +152,14 @@ def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expec
     earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
     for one in earlier:
-        if isinstance(one, Outcome) or (made := one.open) is None or made.answer is None:
+        if isinstance(one, Outcome) or (open_ := one.open) is None or open_.answer is None:
             continue
         wanted, renewal = expected[one.authority], run.settings.renewal
         with contextlib.suppress(VerificationError):  # if it fails now, the CA is asked again
-            chain = verify.check(made.answer, one.request, wanted).chain
+            chain = verify.check(open_.answer, one.request, wanted).chain
             if not expiry.is_due(chain, renewal.before, renewal.validity, run.now()):
-                run.record.describe(one.name, one.request, made.backend, None)
-                kept.append(Answered(prepared=one, expected=wanted, label=made.backend, answer=made.answer))
+                run.record.describe(one.name, one.request, open_.backend, None)
+                kept.append(Answered(prepared=one, expected=wanted, label=open_.backend, answer=open_.answer))
     return kept
 
 
@@ -168,10 +168,10 @@ def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[
     have = {one.prepared.name for one in kept}
     rest, carried = [], []
     for item in items:
-        made = run.requests.get(item.spec.name)
+        open_ = run.requests.get(item.spec.name)
         if item.spec.name in have:
             continue
-        if made is not None and made.bundles and item.spec.authority.name not in run.settings.authorities:
+        if open_ is not None and open_.bundles and item.spec.authority.name not in run.settings.authorities:
             error = WaitingError("an operator has the request", hint="`ca-bridge import` takes the answer")
             carried.append(outcome_of(item, error))
         else:

@@ -129,8 +129,8 @@ class Transaction:
         copies.record_due(
             self._run.settings, self._run.store, self._run.read_node(), {one.name: one.old for one in done}
         )
-        made = ((one.authority, self._run.requests.get(one.name)) for one in done)
-        owe_putting_away(self._run.settings, self._run.store, [(name, one.reference) for name, one in made if one])
+        requests = ((one.authority, self._run.requests.get(one.name)) for one in done)
+        owe_putting_away(self._run.settings, self._run.store, [(name, one.reference) for name, one in requests if one])
         self._hooks.installing(HookEvent.of(selection.items, done))
         self.owe_use(done)
 
@@ -405,8 +405,8 @@ def _of_the_interrupted(store: Store) -> tuple[str, ...]:
     except StateError:
         return ()
     there = [path for path in staged if path.exists()]
-    made = [one for one in backups.read_all(store)[0] if any(f"-{one.run_id}-" in path.name for path in staged)]
+    related = [one for one in backups.read_all(store)[0] if any(f"-{one.run_id}-" in path.name for path in staged)]
     return (
         *(f"{path} was staged and not installed; it stays" for path in there),
-        *(f"the old files of that run are in the backup {one.backup_id}" for one in made),
+        *(f"the old files of that run are in the backup {one.backup_id}" for one in related),
     )

@@ -290,12 +290,12 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
     passed = {one.name for one in proven}
     for one in answered:
         name, answer, kept = one.prepared.name, one.answer, run.requests.get(one.prepared.name)
-        made = kept or open_request(run, one.prepared)
-        made = dataclasses.replace(made, request=one.prepared.request, backend=one.label)
+        request = kept or open_request(run, one.prepared)
+        request = dataclasses.replace(request, request=one.prepared.request, backend=one.label)
         if isinstance(answer, Pending):
-            run.requests.put(dataclasses.replace(made, reference=answer.reference, note=answer.note))
+            run.requests.put(dataclasses.replace(request, reference=answer.reference, note=answer.note))
         elif isinstance(answer, Issued) and name in passed:
-            run.requests.put(dataclasses.replace(made, answer=answer))
+            run.requests.put(dataclasses.replace(request, answer=answer))
         elif kept is not None and isinstance(answer, UntrustedAnswerError):
             run.requests.put(dataclasses.replace(kept, note=one_line(answer.reason)))
         elif kept is None or by_hand or isinstance(answer, _NOT_ASKED):
