@@ -79,7 +79,7 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
                 progress.note(
-                    f"{one.name}: a new key and CSR, since another kind of key (renewal.key), validity or other names are wanted now"
+                    f"{one.name}: a new key and CSR, since another kind of key (renewal.key), another validity or other names are wanted now"
                 )
         requests, prepared = carry(run, prepared, path) if prepared else (None, [])
         again = tuple(one.name for one in prepared if one.open is not None)

@@ -213,7 +213,7 @@ def test_a_record_without_room_gives_the_lease_to_another(cluster: ClusterApi, p
                 lambda: one.page("readyz")[0] == 503 and "audit log could not be written" in one.page("readyz")[1]
             )
             two.until(two.is_working)
-            assert "the record can't be written" in one.text()
+            assert "the audit log can't be written" in one.text()
             filler.unlink()
             one.until(lambda: one.page("readyz")[1] == "ok: standing by\n", 180)
             assert two.end() == 0

@@ -187,7 +187,7 @@ def test_it_works_with_what_setup_kubernetes_prints(ca: Signer, tmp_path: Path) 
             "a policy in force",
             lambda: "only nodes may request" in admin.ask("POST", pods.collection("shop"), pod.body()).text,
         )
-        for body, what in ((kept, "no finalizers"), (owned, "no owner but its pod")):
+        for body, what in ((kept, "must not have finalizers"), (owned, "an owner other than its pod")):
             wait_for(what, lambda: what in node.ask("POST", pods.collection("shop"), body).text)  # noqa: B023
         elsewhere = cluster.client("system:node:w2", "system:nodes").ask("POST", pods.collection("shop"), pod.body())
         assert elsewhere.status == 403

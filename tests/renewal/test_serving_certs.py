@@ -424,7 +424,7 @@ def test_kubeadm_config_names_the_pairs_when_every_node_has_them(site: Site, mon
     monkeypatch.setattr(Api, "of_node", lambda *_: cluster)
     before, both = cluster.text, (MANAGER, SCHEDULER)
     settings = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name="cp-1"))
-    assert "on cp-2, cp-3, too" in serving.keep(settings, both, timedelta())
+    assert "has run on cp-2, cp-3" in serving.keep(settings, both, timedelta())
     assert cluster.text == before
     cluster.without, cluster.gone = ("cp-1",), ()
     assert "kubeadm-config names them:" in serving.keep(settings, both, timedelta())
