@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.cluster import items, kubeadm, text_of
-from bridge.cluster.api import Api
+from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane.neighbours import CONTROL_PLANE_NODES
 from bridge.control_plane.restarts import Restarted, RestartReport, Restarts
 from bridge.errors import BridgeError, Exit
@@ -101,8 +101,10 @@ def _changed(
 
 
 def _lacking(api: Api, component: Component) -> set[str]:
-    """Return the control-plane nodes where the component's mirror pod has no flag for a pair."""
+    """Return the control-plane nodes where the component's mirror pod has no flag for a pair (NoAnswerError)."""
     nodes = {text_of(one, "metadata", "name") for one in items(api.get(CONTROL_PLANE_NODES), "items")}
+    if not nodes:
+        raise NoAnswerError(f"wanted the control-plane nodes of {CONTROL_PLANE_NODES}, found none")
     having = {
         text_of(pod, "spec", "nodeName")
         for pod in items(api.get(f"{_PODS}{component.value}"), "items")

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from bridge.cli.options import utc_now
-from bridge.cluster.api import Api, Reply
+from bridge.cluster.api import Api, NoAnswerError, Reply
 from bridge.node import inventory, kubelet
 from bridge.node.inventory import Item, Node
 from bridge.node.manifest_flags import edited
@@ -397,6 +397,7 @@ class Cluster:
     text: str = "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\nscheduler: {}\n"
     without: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()  #: Nodes without a pod.
+    unlabelled: bool = False  #: No node is a control plane by its label.
     writes: int = 0
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
@@ -406,7 +407,9 @@ class Cluster:
             pods.append({"spec": {"nodeName": "cp-9", "containers": [{"command": ["x", "--tls-cert-file=/a"]}]}})
             return Reply(status=200, body=json.dumps({"items": pods}).encode())
         if "/nodes" in path:
-            nodes = [{"metadata": {"name": name}} for name in (*self.without, *self.gone, "cp-9")]
+            nodes = [
+                {"metadata": {"name": name}} for name in (*self.without, *self.gone, "cp-9") if not self.unlabelled
+            ]
             return Reply(status=200, body=json.dumps({"items": nodes}).encode())
         if method == "PUT":
             self.writes, self.text = self.writes + 1, (body or {})["data"]["ClusterConfiguration"]
@@ -426,7 +429,11 @@ def test_kubeadm_config_names_the_pairs_when_every_node_has_them(site: Site, mon
     settings = dataclasses.replace(settings, node=dataclasses.replace(settings.node, name="cp-1"))
     assert "has run on cp-2, cp-3" in serving.keep(settings, both, timedelta())
     assert cluster.text == before
-    cluster.without, cluster.gone = ("cp-1",), ()
+    cluster.unlabelled = True  # which says nothing of what all nodes have
+    with pytest.raises(NoAnswerError, match=r"wanted the control-plane nodes of /api/v1/nodes.*, found none"):
+        serving.keep(settings, both, timedelta())
+    assert cluster.text == before
+    cluster.unlabelled, cluster.without, cluster.gone = False, ("cp-1",), ()
     assert "kubeadm-config names them:" in serving.keep(settings, both, timedelta())
     assert "names them already" in serving.keep(settings, both, timedelta())
     assert cluster.writes == 1
