@@ -51,9 +51,11 @@ def is_by(key: CertificatePublicKeyTypes | PublicKeyTypes, signature: bytes, mes
             key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
         elif isinstance(key, ed25519.Ed25519PublicKey):
             key.verify(signature, message)
+        else:
+            return False
     except (InvalidSignature, ValueError):  # ValueError: an RSA key too small to have made any
         return False
-    return isinstance(key, _PROVING)
+    return True
 
 
 def public_key(pem: bytes) -> PublicKeyTypes:
