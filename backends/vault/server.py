@@ -152,6 +152,8 @@ class Server:
         self._url = settings.url.rstrip("/")
         self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest ones
         tls = partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
+        if settings.ca_file or settings.client_cert:
+            tls()  # a named file that can't be used is found now, even if the URL is `http:`
         self.http = Http(_WORDING, self._url, settings.timeout, tls)
         self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
         if settings.namespace:

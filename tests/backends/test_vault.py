@@ -1438,8 +1438,8 @@ def test_tls_files_are_tried_before_they_are_needed(tls: Tls, tmp_path: Path) ->
     locked.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
     cert, good = tls.client
 
-    def keys(**files: Path) -> list[str]:
-        settings = VaultSettings(url="https://vault.example", auth=TOKEN, **files)  # type: ignore[arg-type]
+    def keys(url: str = "https://vault.example", **files: Path) -> list[str]:
+        settings = VaultSettings(url=url, auth=TOKEN, **files)  # type: ignore[arg-type]
         try:
             VaultBackend.from_settings(settings).close()
         except SettingsError as e:
@@ -1452,6 +1452,8 @@ def test_tls_files_are_tried_before_they_are_needed(tls: Tls, tmp_path: Path) ->
     assert keys(client_cert=cert, client_key=locked) == ["client_cert"]
     assert keys(client_cert=tmp_path / "none", client_key=good) == ["client_cert"]
     assert keys(client_cert=cert, client_key=tmp_path) == ["client_cert"]
+    plain = "http://127.0.0.1:8200"  # which shows none of them, and may be https tomorrow
+    assert keys(plain, ca_file=tmp_path / "none", client_cert=cert, client_key=locked) == ["ca_file", "client_cert"]
 
 
 # --------------------------------------------------------------------------- roles, policy, commands
