@@ -9,7 +9,6 @@ the time, every night on every node.
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import itertools
 import os
@@ -34,7 +33,6 @@ _PLACES = ("--config", "--pki-dir", "--kubeconfig-dir", "--state-dir")
 def main() -> NoReturn:
     """Print that nothing is due, or the table of expirations, or hand over to `bridge.cli.app`."""
     _open_standard_streams()
-    gc.disable()  # imports make many objects and no garbage, and collection takes a twentieth of a cron run
     try:
         _run()
     except KeyboardInterrupt:  # before a command began
@@ -69,8 +67,6 @@ def _run() -> NoReturn:
 
     waiting.listen()
 
-    gc.freeze()
-    gc.enable()
     try:
         app()
     except SystemExit as e:

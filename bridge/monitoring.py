@@ -7,11 +7,10 @@ import dataclasses
 import glob
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Row, report

@@ -6,11 +6,9 @@ import errno
 import os
 import select
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
-
-from bridge import dataclass
 
 #: In a settings field's metadata: the bridge fills in its value, and it is no key of the settings file.
 GIVEN = "given"

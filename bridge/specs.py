@@ -11,10 +11,9 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
-
-from bridge import dataclass
 
 Usage = Literal["server", "client", "peer"]
 #: kubeadm's `encryptionAlgorithm` values, in small letters.

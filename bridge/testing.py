@@ -20,13 +20,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
 
 import pytest
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.ca import conformance
 from bridge.ca.conformance import ABILITIES as ABILITIES  # noqa: PLC0414 (authors of backends import these from here)
 from bridge.ca.conformance import Trial

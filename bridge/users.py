@@ -14,6 +14,7 @@ import glob
 import re
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from bridge import dataclass
 from bridge.ca import CA, UntrustedAnswerError, owe_putting_away, put_away, registry
 from bridge.ca.retry import Outage
 from bridge.contract import Carries, Collects, Continuity, Issued, Pending

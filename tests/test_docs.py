@@ -147,7 +147,7 @@ def test_a_page_of_quick_start_can_be_pasted() -> None:
 
 KINDS = ("cfssl", "cmp", "desk", "door", "est", "exchange", "exec", "kubernetes", "openssl", "vault")
 
-_TYPES = {"desk": "openssl", "door": "gateway"}
+_TYPES = {"desk": "openssl"}
 
 
 @pytest.mark.first_use("7")
@@ -400,7 +400,7 @@ ANSWERS = {
     "trouble.md#keys-have-leaked": ("--rekey",),
     "replace-the-ca.md#the-phases": ("ca-bridge rotate-ca trust", "ca-bridge rotate-ca drop"),
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
-    "door.md#begin": ('type = "gateway"', "ca-bridge serve"),
+    "door.md#begin": ('type = "door"', "ca-bridge serve"),
     "approvals.md#when-a-request-waits-for-you": ("ca-bridge approvals list", "as before"),
     "air-gap.md#begin": ("desk-policy.toml", "ca-bridge sign"),
     "kubelets.md#the-client-certificate-kubeletconf": ("rotateCertificates",),

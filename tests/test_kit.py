@@ -282,7 +282,7 @@ def test_no_test_reaches_outside_of_this_machine(tmp_path: Path) -> None:
             socket.create_connection((host, 6443), timeout=0.001)
         bridge = Bridge(pki=handmade_pki(tmp_path / host), directory=tmp_path / f"{host}-bridge")
         bridge.add("authority.ca", {"backend": "away"})
-        bridge.add("backend.away", {"type": "gateway", "url": f"https://{host}:9443", "retry_for": "1s"})
+        bridge.add("backend.away", {"type": "door", "url": f"https://{host}:9443", "retry_for": "1s"})
         run = bridge.run("renew", "admin.conf")
         assert run.returncode == Exit.UNAVAILABLE, run.stderr
         assert found.lower() in run.stderr

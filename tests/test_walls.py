@@ -209,7 +209,7 @@ _ALSO = {
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
     "backends.exchange": ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.system.files"],
     # the bundles' format
-    "backends.gateway": [f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs")],
+    "backends.door": [f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs")],
 }
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.ca import registry, signer_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import pairs

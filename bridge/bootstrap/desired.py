@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.bootstrap import (
     Certificates,
     ConfigurationFacts,
@@ -52,7 +51,7 @@ class OtherNodeDesiredError(BridgeError):
 class NodeInputs:
     """The operator's options of `bootstrap init` and `bootstrap join`."""
 
-    facts: ConfigurationFacts = ConfigurationFacts()
+    facts: ConfigurationFacts = field(default_factory=ConfigurationFacts)
     config: Path | None = None  #: kubeadm's configuration.
     order: Order | None = None
     given: Order | None = field(default=None, repr=False)  #: The output of `bootstrap share` on another node.

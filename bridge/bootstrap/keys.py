@@ -6,14 +6,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from bridge import dataclass
 from bridge.bootstrap import Places, live, servers_of, specs_of
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import NewNode, Order, OrderError

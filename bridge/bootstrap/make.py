@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.bootstrap import (
     ETCD_CLIENT,
     Certificates,

@@ -14,7 +14,7 @@ import json
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.bootstrap import (
     ROLES,
     Places,

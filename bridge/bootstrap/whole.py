@@ -8,12 +8,12 @@ CA where a CA certificate is missing, and never compares a key with its certific
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.bootstrap import (
     Certificates,
     Places,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge import contract, dataclass
+from bridge import contract
 from bridge.ca import registry
 from bridge.ca.registry import Configured
 from bridge.ca.retry import Outage, Retry, T

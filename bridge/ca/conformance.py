@@ -7,14 +7,14 @@ import functools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from bridge import contract, dataclass
+from bridge import contract
 from bridge.ca import CA
 from bridge.ca.retry import Rest
 from bridge.contract import Backend, Continuity, Issued, Pending, SignRequest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any, cast
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.contract import ENTRY_POINT_GROUP, Backend, BackendSettings, BackendType, Closes, SetsUp
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates, name_text, spki

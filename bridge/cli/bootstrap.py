@@ -6,13 +6,13 @@ import contextlib
 import os
 import stat
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bridge import dataclass
 from bridge.bootstrap import ConfigurationFacts, Places, Role, desired, keys, orders, together, whole
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, NodeInputs, NotWholeError
 from bridge.bootstrap.make import make

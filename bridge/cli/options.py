@@ -8,6 +8,7 @@ import functools
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from bridge import dataclass
 from bridge.cli import printing
 from bridge.cli.app import Command, Group
 from bridge.errors import BridgeError, SettingsError, SettingsProblem

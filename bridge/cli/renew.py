@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bridge import control_plane, dataclass, monitoring
+from bridge import control_plane, monitoring
 from bridge.cli.options import (
     AllOrNothingOption,
     AnyIdentityOption,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bridge import dataclass, monitoring
+from bridge import monitoring
 from bridge.cli.options import Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
 from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting

@@ -171,7 +171,6 @@ def initial(kind: str | None) -> str:
     general, kinds = example().read_text(encoding="utf-8"), examples()
     if kind is None:
         return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
-    kind = "door" if kind == "gateway" else kind  # `gateway` is that backend's type; the example is called `door`
     if kind not in kinds:
         raise SettingsError([SettingsProblem("KIND", f"one of {', '.join(kinds)}", name_found(kind, kinds))])
     if kind == _DESK:

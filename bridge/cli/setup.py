@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.ca import registry
 from bridge.cli.options import Common, command
 from bridge.cli.printing import say
@@ -72,7 +71,7 @@ def setup(
     Print what a CA's administrator needs, or a job for cron.
 
     For a CA it fits exactly this node's certificates. Vault: roles and a policy; cfssl: signing profiles;
-    openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give; gateway: the tables of a door's
+    openssl: an openssl.cnf for each CA; cmp, est and exec: what the CA has to give; door: the tables of a door's
     policy. `setup systemd` and `setup cron` make the jobs of this node, or of a CA desk, with this machine's paths.
     `setup kubernetes` makes the gateway's manifests for this cluster; with `--authority`, what a cluster needs that
     signs for this one.

@@ -12,7 +12,7 @@ import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.node import endpoints, kubeconfig
 from bridge.node.endpoints import Address, Server

@@ -9,14 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
-from bridge import dataclass
 from bridge.cluster import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
 from bridge.cluster import Access, AccessError, Client, items, of_gateway, of_node, text_of
 from bridge.cluster import document as whole_document

@@ -7,11 +7,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any
 
-from bridge import dataclass
 from bridge.cluster import mapping
 from bridge.cluster.api import Api, NoAnswerError
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -17,7 +18,6 @@ from urllib.parse import quote
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.cluster import ANONYMOUS, Client, of_kubeconfig
 from bridge.control_plane import KUBELET_COPY, readers, reloading
 from bridge.control_plane.probes import (

@@ -15,14 +15,13 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from bridge import dataclass
 from bridge.cluster import ANONYMOUS, below, items, kubeadm, text_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours, restarts

@@ -10,13 +10,12 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from bridge import dataclass
 from bridge.cluster import apiserver_port, document, items, local_url, text_of, url_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.cluster.lease import Keeper, Lease

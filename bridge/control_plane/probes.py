@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.cluster import ANONYMOUS, Client, below, document, items, mapping
 from bridge.cluster.api import Api
 from bridge.errors import BridgeError

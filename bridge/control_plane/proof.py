@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from bridge import dataclass
 from bridge.control_plane import ORDER, checks
 from bridge.control_plane.probes import Check, ProofState
 from bridge.errors import BridgeError, Exit

@@ -8,10 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from bridge import control_plane, dataclass
+from bridge import control_plane
 from bridge.control_plane import checks, neighbours, probes, proof
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
 from bridge.node import inventory, kubeconfig, manifests, pairs, processes

@@ -11,13 +11,12 @@ import hmac
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, cast
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import SettingsProblem, WaitingError
 from bridge.pki import signatures
 from bridge.pki.bundle import BundledRequest, RequestBundle

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from itertools import groupby
@@ -22,7 +22,6 @@ from typing import Protocol
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from bridge import dataclass
 from bridge.ca import CA, PARALLEL_REQUESTS, Answer, registry
 from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany, TellsRevoked
 from bridge.desk import approval

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import SettingsProblem
 from bridge.pki.bundle import BundledRequest
 from bridge.pki.certificates import UNREADABLE, attributes, san_counts, subject_pattern

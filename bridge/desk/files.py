@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge import dataclass
 from bridge.ca import registry, signer_of
 from bridge.ca.retry import Rest
 from bridge.contract import Issued
@@ -26,7 +24,7 @@ from bridge.desk import csr_directory, node_inventory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
 from bridge.desk.policy import Policy, parse
 from bridge.desk.records import Archive, Journal, NewFile, archive_directory
-from bridge.desk.workers import GARBAGE, WORTHWHILE, ReadBundle, Workers
+from bridge.desk.workers import WORTHWHILE, ReadBundle, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
 from bridge.pki.budget import MOST_BYTES
@@ -286,7 +284,6 @@ class Session:
 
     def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:
         """Sign what may be signed, and return the number of bundles; `observed` makes an observer from that number."""
-        gc.set_threshold(GARBAGE)
         with contextlib.ExitStack() as stack:
             books = books_open(self._settings, self._store, self._now, wait, "ca-bridge sign")
             journal, record = stack.enter_context(books)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from bridge import dataclass
 from bridge.errors import SettingsProblem
 from bridge.pki.csr import address
 from bridge.pki.kubeadm_names import is_host_name, is_node_name

@@ -6,7 +6,7 @@ import dataclasses
 import ipaddress
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID
 
-from bridge import dataclass, words
+from bridge import words
 from bridge.desk.approval import Approval, ApprovalRules
 from bridge.desk.est_rules import EstRules, is_label
 from bridge.desk.node_inventory import Inventory, San

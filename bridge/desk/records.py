@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import BinaryIO
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle

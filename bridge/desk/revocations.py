@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.ca import CA, registry
 from bridge.contract import Revocation, Revokes
 from bridge.desk.desk import at_once

@@ -12,7 +12,6 @@ still be needed.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import count
@@ -32,7 +31,6 @@ from typing import Protocol, TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge import dataclass
 from bridge.contract import Issued, SignRequest
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.pki import verify
@@ -50,8 +48,6 @@ _LEAST_SHARE = 2  #: A certificate requested for a short time has to live for at
 CHUNK, FIRST_CHUNK = 20, 1
 #: The size of a chunk's files, so that large bundles do not fill the memory; ordinary chunks stay below it.
 _LARGEST_CHUNK_BYTES = 1 << 20
-#: Bundles are many objects without cycles: collecting garbage as often as usual takes a fifth of a worker's time.
-GARBAGE = 100_000
 #: Chunks that are at the workers while the next are read.
 _CHUNKS_AHEAD = 8
 #: For this long after a worker's start no other replaces it: starts of a broken worker stay rare.
@@ -164,8 +160,6 @@ def serve() -> None:
     """Run as a worker: read tasks from standard input, and write answers to standard output, until the input ends."""
     for one in (signal.SIGINT, signal.SIGTERM):  # the desk handles Ctrl-C and the end of a unit
         signal.signal(one, signal.SIG_IGN)
-    gc.freeze()
-    gc.set_threshold(GARBAGE)
     tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # nothing else may write to the answers' output
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.system.console import ROOT_HINT, lacks_rights
 from bridge.words import cause

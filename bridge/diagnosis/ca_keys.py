@@ -16,14 +16,13 @@ import os
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_der_private_key
 
-from bridge import dataclass
 from bridge.cluster import text_of
 from bridge.cluster.api import Api
 from bridge.diagnosis import Finding, Level

@@ -20,13 +20,12 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from bridge import dataclass
 from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment

@@ -19,7 +19,7 @@ import logging
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -29,7 +29,6 @@ from urllib.parse import parse_qs
 import jinja2
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.desk import approval
 from bridge.desk.approval import LONGEST_REASON, Decision, Standing, Verdict, differences, sentence
 from bridge.desk.policy import PolicyVerdict

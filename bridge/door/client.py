@@ -10,6 +10,7 @@ import json
 import re
 from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
-from bridge import dataclass
 from bridge.desk.approval import Decision, Verdict
 from bridge.desk.files import load_signing_key
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem

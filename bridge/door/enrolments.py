@@ -11,12 +11,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from bridge import dataclass
 from bridge.desk.files import load_policy
 from bridge.desk.policy import node_problems
 from bridge.door.store import ENROLMENTS, EnrolmentError, Memory, open_memory

@@ -18,6 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
 from http import HTTPStatus
@@ -26,7 +27,6 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
-from bridge import dataclass
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
 from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments

@@ -8,12 +8,12 @@ and no request has come since that time began.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 import sqlalchemy as sa
 
-from bridge import dataclass
 from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory
 from bridge.pki.expiry import Before
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER

@@ -9,11 +9,9 @@ again later, because it signs nothing that it can't record.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +24,7 @@ from typing import Any
 from cryptography import x509
 
 from bridge.desk.approval import Trust
-from bridge.desk.workers import GARBAGE, Workers
+from bridge.desk.workers import Workers
 from bridge.door import fleet
 from bridge.door.app import Door
 from bridge.door.approvals import Approvals, Pages
@@ -43,7 +41,7 @@ from bridge.state import Store, credentials
 from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
-from bridge.system.waiting import SWITCH_SECONDS, Spared, back_off_seconds
+from bridge.system.waiting import Spared, back_off_seconds
 
 log = logging.getLogger("ca-bridge")
 
@@ -107,8 +105,6 @@ class Service:
 
     def run(self, started: Callable[[int], None]) -> None:
         """Listen, call `started` with the port, and serve until `stop`."""
-        gc.set_threshold(GARBAGE)  # bundles are many objects without cycles
-        sys.setswitchinterval(SWITCH_SECONDS)
         spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
         with contextlib.closing(self.memory), contextlib.closing(Workers(spare)) as self._signing.workers:
             with serving(self._settings.serve, self._door, self._anchors, ROOT.encode()) as self._https:

@@ -10,10 +10,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from bridge import dataclass
 from bridge.cluster.api import Api, NoAnswerError, Reply, Request
 from bridge.cluster.lease import Keeper, Lease
 from bridge.errors import BackendError, BackendRefusedError, BridgeError, VerificationError

@@ -9,10 +9,10 @@ import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from bridge import dataclass
 from bridge.ca import Answer, UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest

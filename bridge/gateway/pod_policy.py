@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 
-from bridge import dataclass
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.gateway.policy import BEFORE_THE_CA_ENDS, Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods

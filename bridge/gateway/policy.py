@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.cluster import mapping
 from bridge.contract import Names
 from bridge.desk import policy

@@ -9,11 +9,10 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from bridge import dataclass
 from bridge.gateway.watch import AnyObject
 from bridge.pki.verify import Verified
 from bridge.system.waiting import remember

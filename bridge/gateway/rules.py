@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from string import Formatter
 from typing import Any, Literal, TypeVar
 
-from bridge import dataclass
 from bridge.contract import GIVEN, NamePatterns, Names
 from bridge.errors import SettingsProblem
 from bridge.pki.certificates import CN_OID, O_OID, subject_pattern

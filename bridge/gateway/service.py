@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import secrets
@@ -36,7 +35,7 @@ from bridge.specs import PODS
 from bridge.state import Store, credentials
 from bridge.state.audit import AuditError
 from bridge.system.locks import LockedError, lock
-from bridge.system.waiting import SWITCH_SECONDS, back_off_seconds
+from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -45,8 +44,6 @@ log = logging.getLogger("ca-bridge")
 _LOT_OF_MANY = 64
 #: The least number of threads for a CA that signs many in one go: it gets all their requests together.
 _THREADS_OF_MANY = 96
-#: Python looks for cycles after 700 new objects; hundreds of concurrent requests make far more, and hardly a cycle.
-_OBJECTS_A_COLLECTION = 20_000
 _TICK_SECONDS = 0.5
 #: An idle thread wakes up after this; the queue wakes it earlier for work, or when the queue is closed.
 _IDLE_SECONDS = 30.0
@@ -162,9 +159,6 @@ class Service:
                 thread.start()
             self._threads = [*threads, *cas, *self.holder.threads]
             started(port)
-            gc.freeze()
-            gc.set_threshold(_OBJECTS_A_COLLECTION, 20, 50)
-            sys.setswitchinterval(SWITCH_SECONDS)
             self._tick_until_stopped()
             self._drain(threads)
 

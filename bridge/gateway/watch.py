@@ -13,14 +13,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from bridge import dataclass
 from bridge.cluster import items
 from bridge.cluster.api import Api, Lines, NoAnswerError
 from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.node.inventory import AuthorityState, FileState, Item, Node
 from bridge.pki.expiry import ROTATION_IS_LATE, first_end, is_early, seconds_left
 from bridge.specs import KUBELET_CONF

@@ -7,13 +7,12 @@ import shlex
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node import manifests
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError

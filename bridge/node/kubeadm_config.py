@@ -5,13 +5,13 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import PORTS
 from bridge.node.yamltree import YamlError, documents, split_bom

@@ -6,13 +6,12 @@ import binascii
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node.yamltree import YamlError, YamlNode, document, events, split_bom
 from bridge.pki.certificates import has_key_of, load_pem_certificates

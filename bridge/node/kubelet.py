@@ -11,11 +11,10 @@ import contextlib
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bridge import dataclass
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.manifests import flags_of

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from bridge import dataclass
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.specs import Component
 from bridge.system.paths import UnreadableError, read

@@ -14,6 +14,7 @@ import grp
 import os
 import pwd
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,6 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from bridge import dataclass
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError, Violation
 from bridge.node import manifest_flags, manifests

@@ -7,13 +7,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from bridge import dataclass
 from bridge.node import kubelet
 from bridge.pki.budget import of_server
 from bridge.specs import Component

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from bridge import dataclass
 from bridge.pki.budget import Budget, OverBudgetError
 
 #: kubeadm's files have less than 12 levels; libyaml allows 100 or 1000, the Python parser any number.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge import dataclass
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.errors import BridgeError
 from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_spec

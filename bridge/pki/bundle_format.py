@@ -6,6 +6,7 @@ import json
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any, NoReturn, TypeVar, cast
@@ -14,7 +15,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge import dataclass
 from bridge.contract import Issued
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import (

@@ -11,6 +11,7 @@ import re
 from base64 import b32encode, b64decode
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from cryptography import x509
@@ -19,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes, PublicKeyTypes
 from cryptography.x509.oid import ExtensionOID, NameOID
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.pki import der
 from bridge.pki.certificates import CN_OID, O_OID, UNREADABLE, attributes, extension, name_text, san_counts, san_entry

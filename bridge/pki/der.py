@@ -29,10 +29,6 @@ class Element(NamedTuple):
         return elements(self.content)
 
 
-#: Does what `Element(…)` does, without a call in Python.
-_new = tuple.__new__
-
-
 def elements(data: bytes) -> list[Element]:
     """Split concatenated values."""
     found, position, size = [], 0, len(data)
@@ -47,7 +43,7 @@ def elements(data: bytes) -> list[Element]:
         end = position + length
         if tag & _LONG_TAG == _LONG_TAG or end > size:
             raise ValueError("not DER")
-        found.append(_new(Element, (tag, data[position:end], data[begin:end])))
+        found.append(Element(tag, data[position:end], data[begin:end]))
         position = end
     return found
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
-
-from bridge import dataclass
 
 if TYPE_CHECKING:  # settings need durations, but no certificates
     from cryptography import x509

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import NameOID
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Violation
 from bridge.pki.certificates import O_OID, UNREADABLE, attributes, common_names, extension, leads_to, san_entries
 from bridge.pki.csr import Naming, alternative_names, common_name_of, issuer_line, subject_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 
@@ -13,7 +14,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes, PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_public_key
 
-from bridge import dataclass
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.certificates import CN_OID, UNREADABLE, attributes, extended_key_usages, is_signed_by, name_text
 from bridge.pki.csr import algorithm_name, issuer_line, subject_line

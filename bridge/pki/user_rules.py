@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 
-from bridge import dataclass
 from bridge.pki.expiry import duration_text
 from bridge.specs import SPECS
 from bridge.words import one_of

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import BridgeError, SettingsError, SettingsProblem, Violation
 from bridge.node.inventory import Item, Node, NoNodeError, other_key
 from bridge.pki import expiry

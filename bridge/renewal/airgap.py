@@ -13,7 +13,7 @@ import dataclasses
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +22,6 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bridge import dataclass
 from bridge.ca import owe_putting_away, put_away
 from bridge.contract import Issued, SignRequest
 from bridge.desk.csr_directory import spec_of

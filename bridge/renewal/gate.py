@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
 from bridge.pki.expiry import first_end, minute

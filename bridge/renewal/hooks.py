@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex

@@ -7,9 +7,9 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
+from dataclasses import dataclass
 from datetime import datetime
 
-from bridge import dataclass
 from bridge.ca import CA, advice, registry
 from bridge.contract import AsksValidity, Backend, Carries, Collects, Issued, Pending, SignRequest, SignsMany
 from bridge.errors import BridgeError, Exit, VerificationError

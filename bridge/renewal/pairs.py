@@ -11,11 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from bridge import dataclass
 from bridge.control_plane import proof
 from bridge.control_plane.proof import ProofFinding
 from bridge.errors import BridgeError

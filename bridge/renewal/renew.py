@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 
-from bridge import control_plane, dataclass
+from bridge import control_plane
 from bridge.ca import CA, registry
 from bridge.contract import Carries, CollectsAll, Issued, Pending, Revokes, Spends
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError

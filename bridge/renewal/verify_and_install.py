@@ -6,13 +6,13 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.ca import RefusedByCheckError, UntrustedAnswerError
 from bridge.ca.registry import cross_behind
 from bridge.contract import Issued, Pending

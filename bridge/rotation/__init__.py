@@ -14,11 +14,11 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import Violation
 from bridge.pki import go_x509
 from bridge.pki.certificates import UNREADABLE, extension, fingerprint, is_ca, is_signed_by, name_text, spki

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -13,7 +14,6 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.cluster import ANONYMOUS, Client, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelet_serving, neighbours

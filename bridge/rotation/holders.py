@@ -12,13 +12,13 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.cluster import items, kubeadm, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import READS_AGAIN

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.ca.registry import load_cross
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.node import endpoints, kubeconfig

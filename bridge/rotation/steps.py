@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
-from bridge import control_plane, dataclass
+from bridge import control_plane
 from bridge.ca import CA, registry
 from bridge.ca.retry import Rest
 from bridge.contract import Spends

@@ -11,14 +11,13 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.cluster import mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours

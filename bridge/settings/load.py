@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bridge import dataclass
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings import Key, Reader, Source, found_text, opened
 from bridge.settings.tables import AuthoritySettings, CertificateSettings, NodeSettings, Settings

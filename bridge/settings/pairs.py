@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bridge import dataclass
 from bridge.errors import SettingsProblem
 from bridge.secret import GIVEN
 from bridge.settings.tables import address_of, command_words

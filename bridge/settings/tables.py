@@ -7,12 +7,11 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bridge import dataclass
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
 from bridge.secret import GIVEN, Secret
@@ -155,7 +154,7 @@ class RenewalSettings:
     """Table `[renewal]`."""
 
     #: A certificate is due when less than this is left; a percentage is of its whole lifetime.
-    before: Before = Before(remaining=timedelta(days=30))
+    before: Before = field(default_factory=lambda: Before(remaining=timedelta(days=30)))
     validity: timedelta = timedelta(days=365)  #: The lifetime to request; the CA may grant less.
     min_validity: timedelta = timedelta(days=7)  #: A new certificate with a shorter lifetime is refused.
     #: Whether a new certificate may end before the certificate that it replaces.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 
 if TYPE_CHECKING:

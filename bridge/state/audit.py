@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,6 @@ from typing import Any, BinaryIO, Self
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.contract import SignRequest
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint, name_text, serial_hex

@@ -6,14 +6,13 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node

@@ -15,6 +15,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import TypeVar
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, kubeconfig
 from bridge.node.inventory import Node

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import ROTATION_IS_LATE, Before, first_end, left_text, minute

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node.processes import Written
 from bridge.state import Store, replaced_here

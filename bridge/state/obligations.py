@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import Exit
 from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex

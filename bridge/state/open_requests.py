@@ -7,13 +7,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from bridge import dataclass
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.specs import USER

@@ -7,12 +7,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.node import inventory
 from bridge.node.inventory import Node

@@ -17,11 +17,11 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit, PostponedError
 from bridge.pki.expiry import duration_text
 from bridge.state import Store, changed_here

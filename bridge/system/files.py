@@ -13,11 +13,10 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.system.paths import exposure, opened
 

@@ -18,7 +18,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse, RemoteDisconnected
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import Budget
 from bridge.pki.certificates import UNREADABLE, load_pem_certificates

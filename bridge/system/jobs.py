@@ -11,10 +11,10 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from bridge import dataclass
 from bridge.errors import BridgeError
 from bridge.system.files import DIRECTORY_MODE, held_directory, make_directories, reasons, user_name, write_atomically
 from bridge.system.paths import program_exposure

@@ -7,11 +7,11 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.system.console import doing
 from bridge.system.files import SECRET_MODE

@@ -9,12 +9,12 @@ import os
 import re
 import stat
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-from bridge import dataclass
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates
 

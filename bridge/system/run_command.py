@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from bridge import dataclass
 from bridge.system.paths import Exposure, program_exposure
 from bridge.system.waiting import wait_until, within
 

@@ -9,13 +9,13 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cryptography import x509
 
-from bridge import dataclass
 from bridge.errors import BridgeError, Exit
 from bridge.system import codec
 from bridge.system.files import digest, reasons, sync_directory, write_atomically

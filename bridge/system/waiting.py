@@ -282,10 +282,6 @@ class Places:
 
 # --- concurrent calls as one (docs/evidence/numbers.md) ---------------------------------------------------------------
 
-#: Python takes its lock from a thread after 5 ms if any of dozens waits for it; our threads yield it at each request.
-#: With 16 threads at once this saves a quarter of the processor time of a request in `http.KeptConnection`.
-SWITCH_SECONDS = 0.05
-
 
 class _Place(Generic[T, R]):
     __slots__ = ("error", "items", "leads", "results", "turn")

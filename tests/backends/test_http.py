@@ -29,7 +29,7 @@ api.NODE_TIMEOUT_SECONDS = LIMIT
 def ask(url):
     return api.Api([cluster.ANONYMOUS], [cluster.Server(url)]).ask("GET", "/api").status
 """,
-    "gateway": """
+    "door": """
 from bridge import cluster
 from bridge.cluster import api
 api.TIMEOUT_SECONDS = LIMIT

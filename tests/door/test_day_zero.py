@@ -60,7 +60,7 @@ def new_node(directory: Path, cas: Pki, door: ServeProgram, wait: str = "2m") ->
     """A machine whose settings name the door and the secret's file, which is not there yet."""
     node = NewNode.make(directory, cas=cas, backend=False)
     where = {"url": door.url, "ca_file": str(door.ca), "wait": wait, "enrolment_file": str(secret_of(node))}
-    node.bridge.add("backend.door", {"type": "gateway", **where})
+    node.bridge.add("backend.door", {"type": "door", **where})
     for name in AUTHORITIES:
         node.bridge.add(f"authority.{name}", {"backend": "door"})
     return node

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from backends.gateway import GatewayBackend, GatewaySettings
+from backends.door import DoorBackend, DoorSettings
 from backends.openssl.index import LOCK_NAME
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.desk.desk import SIGNED
@@ -45,7 +45,7 @@ from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
 from tests.kit.small_disk import fill, needs_root, tmpfs
 
-NodeEnd = Callable[..., GatewayBackend]
+NodeEnd = Callable[..., DoorBackend]
 Pairs = dict[str, tuple[x509.Certificate, PrivateKey]]
 _PATIENCE = timedelta(minutes=3)
 _DOCS = Path(__file__).parents[2] / "docs"
@@ -104,9 +104,9 @@ def node_end() -> Iterator[NodeEnd]:
     """A node's end of a door, whose connections are closed after the test."""
     with contextlib.ExitStack() as stack:
 
-        def made(door: ServeProgram, wait: timedelta = timedelta()) -> GatewayBackend:
-            settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait)
-            return stack.enter_context(contextlib.closing(GatewayBackend.from_settings(settings)))
+        def made(door: ServeProgram, wait: timedelta = timedelta()) -> DoorBackend:
+            settings = DoorSettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait)
+            return stack.enter_context(contextlib.closing(DoorBackend.from_settings(settings)))
 
         yield made
 
@@ -449,7 +449,7 @@ def test_a_node_is_renewed_whole_without_a_secret(tmp_path: Path) -> None:
         bridge.add(f"authority.{authority}", {"backend": "door"})
     before = live_certificates(node)
     with running(door):
-        bridge.add("backend.door", {"type": "gateway", "url": door.url, "ca_file": str(door.ca)})
+        bridge.add("backend.door", {"type": "door", "url": door.url, "ca_file": str(door.ca)})
         run = bridge.run("renew", "all")
 
     after = live_certificates(node)
@@ -466,7 +466,7 @@ def test_doctor_compares_the_doors_cas_with_the_nodes(tmp_path: Path) -> None:
     for authority in desk.authorities:
         bridge.add(f"authority.{authority}", {"backend": "door"})
     with running(add_door(desk.config, desk.directory)) as door:
-        bridge.add("backend.door", {"type": "gateway", "url": door.url, "ca_file": str(door.ca)})
+        bridge.add("backend.door", {"type": "door", "url": door.url, "ca_file": str(door.ca)})
         paths = [f"/v1/authorities/{authority}" for authority in desk.authorities]
         # the door looks for its CAs when it begins
         wait_until(
@@ -479,7 +479,7 @@ def test_doctor_compares_the_doors_cas_with_the_nodes(tmp_path: Path) -> None:
         (node.pki_dir / "front-proxy-ca.crt").write_bytes(node.ca_pem("ca")[0])
         bad = json.loads(bridge.run("doctor", "-o", "json").stdout)
 
-    assert good.stdout.count("door (gateway) answers, and is the right CA") == 1
+    assert good.stdout.count("door (door) answers, and is the right CA") == 1
     found = {about: one["level"] for one in bad["findings"] if one["check"] == "backend" for about in one["about"]}
     assert found == {"backend of ca": "ok", "backend of etcd-ca": "ok", "backend of front-proxy-ca": "error"}
 
@@ -640,12 +640,12 @@ def test_a_batch_that_no_bundle_holds_goes_in_several(
     for name in ("apiserver", "admin.conf"):
         bundle = changed(bundle, name, proof=b"forged")
     half = replace(bundle, requests=bundle.requests[:2])
-    monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", len(dumps(half)) + 200)
+    monkeypatch.setattr("backends.door.LARGEST_REQUEST_BYTES", len(dumps(half)) + 200)
     requests = [sign_request(one, bundle) for one in bundle.requests]
     end = node_end(door, _PATIENCE)
     if status == HTTPStatus.BAD_REQUEST:  # as a door of another version may find a bundle
         of_another = lambda one: dumps(one).replace(b"admin.conf", b"admin_conf")  # noqa: E731
-        monkeypatch.setattr("backends.gateway.dumps", of_another)
+        monkeypatch.setattr("backends.door.dumps", of_another)
 
     answers = end.sign_many(requests)
 
@@ -656,7 +656,7 @@ def test_a_batch_that_no_bundle_holds_goes_in_several(
     again = node_end(door, timedelta(microseconds=1)).sign_many(requests[2:])  # looked for once, when the time is over
     first, second = ([one.leaf for one in found if isinstance(one, Issued)] for found in (answers, again))
     assert first == second
-    monkeypatch.setattr("backends.gateway.LARGEST_REQUEST_BYTES", 1000)
+    monkeypatch.setattr("backends.door.LARGEST_REQUEST_BYTES", 1000)
     late = end.sign_many(requests[2:])
     assert all("wanted at most 1000 bytes in the bundle of one request" in str(one) for one in late)
 
@@ -923,6 +923,6 @@ def test_it_serves_no_cluster_from_within(desk: Desk, pki: Pki) -> None:
 
 def test_a_dead_door_is_unavailable(common: ServeProgram, pairs: Pairs) -> None:
     """A node sees a dead door as a CA that does not answer."""
-    settings = GatewaySettings(url="https://127.0.0.1:9", ca_file=common.ca, timeout=timedelta(seconds=3))
+    settings = DoorSettings(url="https://127.0.0.1:9", ca_file=common.ca, timeout=timedelta(seconds=3))
     with pytest.raises(BackendUnavailableError):
-        GatewayBackend.from_settings(settings).sign(asked(make_bundle(some(pairs, "apiserver")), "apiserver"))
+        DoorBackend.from_settings(settings).sign(asked(make_bundle(some(pairs, "apiserver")), "apiserver"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from backends.gateway import GatewayBackend, GatewaySettings
+from backends.door import DoorBackend, DoorSettings
 from bridge.contract import Issued, Pending, Secret
 from bridge.door.store import EnrolmentError, Memory, sqlite_url
 from bridge.errors import BackendError, BackendRefusedError, Exit, LocalFileError
@@ -261,11 +261,11 @@ def test_a_use_that_comes_too_late_keeps_no_request(tmp_path: Path) -> None:
 
 
 def asked(door: ServeProgram, bundle: RequestBundle, place: Path) -> Sequence[Issued | Pending | BackendError]:
-    """What the backend `gateway` gets, with the secret in a file."""
-    settings = GatewaySettings(
+    """What the backend `door` gets, with the secret in a file."""
+    settings = DoorSettings(
         url=door.url, ca_file=door.ca, node="cp-1", wait=timedelta(minutes=2), enrolment=Secret("file", str(place))
     )
-    with contextlib.closing(GatewayBackend.from_settings(settings)) as backend:
+    with contextlib.closing(DoorBackend.from_settings(settings)) as backend:
         return backend.sign_many([sign_request(one, bundle) for one in bundle.requests])
 
 
@@ -347,8 +347,8 @@ def test_a_node_takes_signed_answers_alone(desk: Desk, door: ServeProgram, pki: 
 def renewed(door: ServeProgram, pki: Pki, desk_key: Path) -> Sequence[Issued | Pending | BackendError]:
     bundle = make_bundle(old_pairs(pki, ["scheduler.conf"]))
     wait = timedelta(minutes=2)
-    settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait, signed_by=desk_key)
-    with contextlib.closing(GatewayBackend.from_settings(settings)) as backend:
+    settings = DoorSettings(url=door.url, ca_file=door.ca, node="cp-1", wait=wait, signed_by=desk_key)
+    with contextlib.closing(DoorBackend.from_settings(settings)) as backend:
         assert backend.recall([sign_request(one, bundle) for one in bundle.requests], bundle.created) == [None]
         return backend.sign_many([sign_request(one, bundle) for one in bundle.requests])
 

@@ -42,7 +42,7 @@ def own_settings(desk: Desk, pki: Pki, door: ServeProgram) -> Path:
     node = {"pki_dir": trust, "kubeconfig_dir": trust, "kubelet_dir": trust, "state_dir": desk.directory / "own-state"}
     config.write_text(
         "[node]\n" + "".join(f'{key} = "{path}"\n' for key, path in node.items()) + 'name = "ca-door"\n'
-        f'[backend.door]\ntype = "gateway"\nurl = "{door.url}"\nca_file = "{trust / "ca.crt"}"\nwait = "2m"\n'
+        f'[backend.door]\ntype = "door"\nurl = "{door.url}"\nca_file = "{trust / "ca.crt"}"\nwait = "2m"\n'
         '[authority.ca]\nbackend = "door"\n'
         f'[certificate.door]\ncertificate_file = "{door.certificate}"\nkey_file = "{door.key}"\n'
         'authority = "ca"\ncommon_name = "ca-door.corp.example"\nsans = ["ca-door.corp.example", "127.0.0.1"]\n'

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from backends.gateway import GatewayBackend, GatewaySettings
+from backends.door import DoorBackend, DoorSettings
 from bridge.contract import Issued, Revocation, SignRequest
 from bridge.control_plane import proof
 from bridge.control_plane.proof import ProofFinding, ProofReport
@@ -105,8 +105,8 @@ def test_a_node_has_revoked_what_it_replaced(desk: Desk, database: Database, pki
     with running(add_door(desk.config, desk.directory, database.settings)) as door:
         second = renewed(door, first)
         third = renewed(door, second)
-        settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1")
-        with closing(GatewayBackend.from_settings(settings)) as backend:
+        settings = DoorSettings(url=door.url, ca_file=door.ca, node="cp-1")
+        with closing(DoorBackend.from_settings(settings)) as backend:
             for old in (first, second, second):
                 backend.revoke_proven(word(third, old[0]))
             with pytest.raises(BackendRefusedError, match="HTTP 403"):
@@ -350,7 +350,7 @@ def test_renew_has_its_superseded_certificates_revoked(tmp_path: Path, monkeypat
     with running(add_door(desk.config, desk.directory)) as door:
         lines = [f'[node]\npki_dir = "{node.pki_dir}"\nkubeconfig_dir = "{node.kubeconfig_dir}"\nname = "cp-1"']
         lines += [f'state_dir = "{tmp_path}/state"', '[renewal]\nrevoke = "superseded"\nrevoke_after = "1d"']
-        lines += [f'[backend.door]\ntype = "gateway"\nurl = "{door.url}"\nca_file = "{door.ca}"\nwait = "2m"']
+        lines += [f'[backend.door]\ntype = "door"\nurl = "{door.url}"\nca_file = "{door.ca}"\nwait = "2m"']
         lines += [f'[authority.{name}]\nbackend = "door"' for name in desk.authorities]
         settings, quiet = parse("\n".join(lines)), Quiet()
 

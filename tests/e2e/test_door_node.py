@@ -55,7 +55,7 @@ approvers = ["alice"]
 #: All of a node's settings but its state directory; what it gets of the CAs is the door's CA certificate.
 SETTINGS = """\
 [backend.door]
-type = "gateway"
+type = "door"
 url = "{door.url}"
 ca_file = "{door.ca}"
 wait = "1s"

@@ -206,7 +206,7 @@ def test_it_serves_another_cluster(site: Site) -> None:
     site.bridge.add(
         "backend.door",
         {
-            "type": "gateway",
+            "type": "door",
             "url": f"https://{address}:9443",
             "ca_file": str(site.tls.ca),
             "wait": "2m",

@@ -7,7 +7,6 @@ same bundles and answers, in one process. What the steps don't explain is the la
 
 from __future__ import annotations
 
-import gc
 import pickle
 import resource
 import shutil
@@ -86,15 +85,8 @@ def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
     bare = _of_children(lambda: fleet.sign_bare(directory / "bare", made.cas["ca"], made.live, made.csrs, 0))
     steps.add("bare `openssl ca` over the same CSRs", "openssl", bare)
     steps.add("starting the desk and two workers", "all", _of_children(_start))
-    threshold = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(workers.GARBAGE)
-    try:
-        bundles = _worker(steps, made, directory / "desk")
-        _desk(steps, made, bundles, directory)
-    finally:
-        gc.set_threshold(*threshold)
-        gc.unfreeze()
+    bundles = _worker(steps, made, directory / "desk")
+    _desk(steps, made, bundles, directory)
     steps.add_rest(total)
     return steps.rows
 

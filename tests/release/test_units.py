@@ -474,7 +474,7 @@ kubeconfig_dir = "/srv/node"
 state_dir = "/var/lib/node"
 
 [backend.door]
-type = "gateway"
+type = "door"
 url = "https://127.0.0.1:9443"
 ca_file = "/srv/door-ca.crt"
 wait = "2m"

@@ -240,7 +240,7 @@ def test_a_request_that_people_carry_is_not_rehearsed(node: Pki, tmp_path: Path)
 def test_a_door_is_not_rehearsed(node: Pki, tmp_path: Path) -> None:
     """It is not even asked; the message names what would be left, and no people, since none carry."""
     bridge = bridge_of(node, tmp_path)
-    bridge.add("backend.door", {"type": "gateway", "url": "https://127.0.0.1:9"})
+    bridge.add("backend.door", {"type": "door", "url": "https://127.0.0.1:9"})
     bridge.tables = [table.replace('"etcd-ca-desk"\n', '"door"\n') if "[authority." in table else table
                      for table in bridge.tables]  # fmt: skip
     bridge.add("audit", {})

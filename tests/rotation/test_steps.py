@@ -916,7 +916,7 @@ def test_a_new_ca_at_a_gateway_signs_when_it_can(pki: Pki, tmp_path: Path) -> No
     desk = companys_desk(pki, tmp_path, made, _ADDRESSES)
     away = desk.ca("etcd-ca").with_name("away")
     with running(add_door(desk.config, desk.directory)) as door:
-        settings = with_next_at(f'type = "gateway"\nurl = "{door.url}"\nca_file = "{door.ca}"', pki, tmp_path, made)
+        settings = with_next_at(f'type = "door"\nurl = "{door.url}"\nca_file = "{door.ca}"', pki, tmp_path, made)
         reach(settings, Verb.TRUST)
         files = contents(pki)
         desk.ca("etcd-ca").rename(away)

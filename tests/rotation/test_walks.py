@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,6 @@ from hypothesis import Phase as Stage
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bridge import dataclass
 from bridge.errors import Exit
 from bridge.node import inventory
 from bridge.pki.certificates import leads_to, load_pem_certificates

@@ -1,4 +1,4 @@
-"""The backend `gateway`: the conformance suite, by a real door with a real CA behind it."""
+"""The backend `door`: the conformance suite, by a real door with a real CA behind it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.gateway import GatewayBackend, GatewaySettings
+from backends.door import DoorBackend, DoorSettings
 from bridge.ca import registry
-from bridge.cli.settings import initial
 from bridge.contract import GIVEN, SetupRequest
 from bridge.desk import policy
 from bridge.errors import BackendRefusedError, BackendUnavailableError
@@ -52,18 +51,18 @@ class TestConformance(BackendConformance):
             yield program
 
     @pytest.fixture
-    def backend(self, door: ServeProgram) -> Iterator[GatewayBackend]:
+    def backend(self, door: ServeProgram) -> Iterator[DoorBackend]:
         """A node's end."""
-        settings = GatewaySettings(url=door.url, ca_file=door.ca, node="cp-1", wait=timedelta())
-        with closing(GatewayBackend.from_settings(settings)) as backend:
+        settings = DoorSettings(url=door.url, ca_file=door.ca, node="cp-1", wait=timedelta())
+        with closing(DoorBackend.from_settings(settings)) as backend:
             yield backend
 
     @pytest.fixture
-    def dead_backend(self, tmp_path: Path, door: ServeProgram) -> GatewayBackend:
+    def dead_backend(self, tmp_path: Path, door: ServeProgram) -> DoorBackend:
         """A door that is no more."""
         del tmp_path
-        settings = GatewaySettings(url="https://127.0.0.1:9", ca_file=door.ca, timeout=timedelta(seconds=3))
-        return GatewayBackend.from_settings(settings)
+        settings = DoorSettings(url="https://127.0.0.1:9", ca_file=door.ca, timeout=timedelta(seconds=3))
+        return DoorBackend.from_settings(settings)
 
 
 def test_a_request_that_no_door_takes_is_not_sent(pki: Pki) -> None:
@@ -73,8 +72,8 @@ def test_a_request_that_no_door_takes_is_not_sent(pki: Pki) -> None:
     names = x509.SubjectAlternativeName([x509.DNSName(f"{number}.corp.example") for number in range(12_000)])
     csr = x509.CertificateSigningRequestBuilder(one.csr.subject, [x509.Extension(names.oid, False, names)])
     large = csr.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).public_bytes(Encoding.PEM)
-    settings = GatewaySettings(url="https://127.0.0.1:9", timeout=timedelta(seconds=3))
-    with closing(GatewayBackend.from_settings(settings)) as backend:
+    settings = DoorSettings(url="https://127.0.0.1:9", timeout=timedelta(seconds=3))
+    with closing(DoorBackend.from_settings(settings)) as backend:
         with pytest.raises(
             BackendRefusedError, match=r"wanted at most 262144 bytes in the bundle of one request, found \d+"
         ) as e:
@@ -90,16 +89,15 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 
 
 def test_the_example_has_every_key() -> None:
-    """It is well-formed as it is, and with all that is behind `#`; the type's own name leads to it, too."""
+    """It is well-formed as it is, and with all that is behind `#`."""
     text = EXAMPLE.read_text(encoding="utf-8")
     whole = re.sub(r"^# (?=\w+ =)", "", text, flags=re.MULTILINE)
     for one in (text, whole):
         read = registry.configured(parse(one), AUTHORITIES)
-        assert {configured.type_name for configured in read.values()} == {"gateway"}
-    fields = {one.name for one in dataclasses.fields(GatewaySettings) if GIVEN not in one.metadata}
+        assert {configured.type_name for configured in read.values()} == {"door"}
+    fields = {one.name for one in dataclasses.fields(DoorSettings) if GIVEN not in one.metadata}
     assert fields - {"enrolment", "node", "pairs"} <= set(re.findall(r"\w+", whole))
     assert "enrolment_file" in whole
-    assert initial("gateway") == initial("door")
 
 
 @pytest.mark.parametrize("authority", ["ca", "etcd-ca", "front-proxy-ca"])
@@ -115,7 +113,7 @@ def test_setup_prints_tables_that_the_policy_takes(pki: Pki, authority: str) -> 
         cluster="kubernetes",
         settings={},
     )
-    [file] = GatewayBackend.setup(wanted)
+    [file] = DoorBackend.setup(wanted)
     reported = "\n".join(line[4:] for line in file.text.splitlines() if line.startswith("#   "))
     read = policy.parse(f"[allow]\n{reported}\n{file.text}")
 

@@ -83,8 +83,8 @@ _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewaySettings(BackendSettings):
-    """Table `[backend.NAME]` with `type = "gateway"`."""
+class DoorSettings(BackendSettings):
+    """Table `[backend.NAME]` with `type = "door"`."""
 
     url: str  #: The door's URL, such as `https://ca-door.corp.example:9443`.
     ca_file: Path | None = None  #: CA certificates (PEM) for the door's server certificate; if not set, the system's.
@@ -100,19 +100,19 @@ class GatewaySettings(BackendSettings):
         yield from url_problems(self.url, "https://HOST[:PORT], without a path", suffix="/")
 
 
-class GatewayBackend(OverHttp):
+class DoorBackend(OverHttp):
     """All CAs behind one door."""
 
-    settings_type: ClassVar[type[BackendSettings]] = GatewaySettings
+    settings_type: ClassVar[type[BackendSettings]] = DoorSettings
     carries = True
     asks_validity = True
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: DoorSettings) -> None:
         self._settings = settings
         signed_by = settings.signed_by
         self._desk_key = None if signed_by is None else read_public_key(signed_by, "node.desk_key")
         wording = Wording(
-            name="gateway", not_ours=_NOT_OURS, tls=lambda text: _ENDED_HINT if "has expired" in text else _TLS_HINT
+            name="door", not_ours=_NOT_OURS, tls=lambda text: _ENDED_HINT if "has expired" in text else _TLS_HINT
         )
         self._http = Http(wording, settings.url, settings.timeout, partial(tls_context, settings.ca_file, None, None))
 
@@ -129,7 +129,7 @@ class GatewayBackend(OverHttp):
             raise _error(answer)
         there = (json_object(answer.body) or {}).get("authorities")
         if not isinstance(there, list) or not all(isinstance(one, str) for one in there):
-            raise BackendRefusedError("gateway: wanted a list of authorities, found something else", hint=_NOT_OURS)
+            raise BackendRefusedError("door: wanted a list of authorities, found something else", hint=_NOT_OURS)
         got = one_line(", ".join(there)) or "none"
         return {
             spec.name: [Violation(subject="authority of the door", want=spec.authority.name, got=got)]
@@ -204,13 +204,13 @@ class GatewayBackend(OverHttp):
         try:
             return load_pem_certificates(answer.body)
         except ValueError as e:
-            raise BackendRefusedError(f"gateway: wanted certificates in PEM, found: {one_line(e)}") from e
+            raise BackendRefusedError(f"door: wanted certificates in PEM, found: {one_line(e)}") from e
 
     def _posted(self, bundle: RequestBundle, data: bytes) -> Pending | BackendError:
         """Post a bundle: Pending, or a BackendError for all its requests, which are refused or too long."""
         if len(data) > LARGEST_REQUEST_BYTES:
             wanted = f"wanted at most {LARGEST_REQUEST_BYTES} bytes in the bundle of one request, found {len(data)}"
-            return BackendRefusedError(f"gateway: {wanted}", hint=_LARGE_HINT)
+            return BackendRefusedError(f"door: {wanted}", hint=_LARGE_HINT)
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
         if answer.status != HTTPStatus.ACCEPTED:
             if answer.status == HTTPStatus.FORBIDDEN or (answer.status == HTTPStatus.BAD_REQUEST and _said(answer)):
@@ -218,7 +218,7 @@ class GatewayBackend(OverHttp):
             raise _error(answer)
         request_digest, reference = digest(bundle), (json_object(answer.body) or {}).get("id")
         if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{request_digest}@{reference}") is None:
-            raise BackendRefusedError("gateway: wanted the id of a request, found something else", hint=_NOT_OURS)
+            raise BackendRefusedError("door: wanted the id of a request, found something else", hint=_NOT_OURS)
         return Pending(reference=f"{request_digest}@{reference}", note=f"the door has request {request_digest[:16]}")
 
     def _enrolled(self, bundle: RequestBundle) -> dict[str, str]:
@@ -234,9 +234,9 @@ class GatewayBackend(OverHttp):
             text = f"wanted {e} in {place}, found something else" if isinstance(e, ValueError) else str(e)
             unproven = [one.name for one in bundle.requests if one.proof is None]
             if len(unproven) == len(bundle.requests):
-                raise LocalFileError(f"gateway: enrolment: {text}", hint=_ENROL_HINT) from e
+                raise LocalFileError(f"door: enrolment: {text}", hint=_ENROL_HINT) from e
             if unproven:  # the door refuses these alone
-                log.warning("gateway: enrolment, for %s: %s; %s", ", ".join(unproven), text, _ENROL_HINT)
+                log.warning("door: enrolment, for %s: %s; %s", ", ".join(unproven), text, _ENROL_HINT)
             return {}
 
     def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
@@ -256,7 +256,7 @@ class GatewayBackend(OverHttp):
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             hint = "`ca-bridge pending cancel` makes room for a new request"
-            raise BackendRefusedError("gateway: wanted a reference of the door, found another text", hint=hint)
+            raise BackendRefusedError("door: wanted a reference of the door, found another text", hint=hint)
         return self._ask("GET", f"/v1/requests/{match[2]}")
 
     def _ask(self, method: str, path: str, body: bytes | None = None, more: Mapping[str, str] | None = None) -> Answer:
@@ -276,13 +276,13 @@ class GatewayBackend(OverHttp):
         try:
             bundle = loads_answer(answer.body)
         except BundleError as e:
-            raise NoVerdictError(f"gateway: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
+            raise NoVerdictError(f"door: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
         if bundle.request_digest != reference.partition("@")[0]:
-            raise NoVerdictError("gateway: wanted the answer to our request, found another one's", hint=_NOT_OURS)
+            raise NoVerdictError("door: wanted the answer to our request, found another one's", hint=_NOT_OURS)
         if not is_authentic(bundle, self._desk_key):
             found = "no signature" if bundle.signature is None else "another signature"
             wanted = f"an answer that is signed by the desk's key ({self._settings.signed_by})"
-            raise NoVerdictError(f"gateway: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
+            raise NoVerdictError(f"door: wanted {wanted}, found {found}", hint=_UNSIGNED_HINT)
         return bundle
 
 
@@ -301,7 +301,7 @@ def _bundled(requests: Sequence[SignRequest]) -> tuple[RequestBundle, bytes]:
         bundle = bundle_of(requests, datetime.now(UTC))
         return bundle, dumps(bundle)
     except BundleError as e:
-        raise BackendRefusedError(f"gateway: no bundle can be made of these requests: {e}") from e
+        raise BackendRefusedError(f"door: no bundle can be made of these requests: {e}") from e
 
 
 def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) -> Issued | Pending | BackendError:
@@ -323,7 +323,7 @@ def _said(answer: Answer) -> str:
 
 
 def _error(answer: Answer) -> BackendError:
-    text = ", ".join(filter(None, (f"gateway: HTTP {answer.status}", _said(answer))))
+    text = ", ".join(filter(None, (f"door: HTTP {answer.status}", _said(answer))))
     if answer.status in _LATER:
         wanted = retry_after_seconds(answer)
         return BackendUnavailableError(text, retry_after_seconds=wanted)
