@@ -171,18 +171,18 @@ class Api:
         """
         return self.answer(request_of(method, path, body, content_type))
 
-    def answer(self, request: Request) -> Reply:
-        """Do as `ask` does, for a request that is built already."""
+    def answer(self, request: Request, may_repeat: Callable[[], bool] = lambda: True) -> Reply:
+        """Do as `ask` does, for a request that is built already; it is sent once more only while `may_repeat` allows."""
         if self._again is not None and time.monotonic() - self._read_at >= _READ_AGAIN_SECONDS:
             self._read_anew(self.clients)
         clients = self.clients
         try:
-            return self._over(clients, request)
+            return self._over(clients, request, may_repeat)
         except NoAnswerError as e:
-            if self._again is None or not e.is_unknown:
+            if self._again is None or not e.is_unknown or not may_repeat():
                 raise
         self._read_anew(clients)
-        return self._over(self.clients, request)
+        return self._over(self.clients, request, may_repeat)
 
     def answers(
         self, requests: Sequence[Request], may_repeat: Callable[[], bool] = lambda: True
@@ -242,12 +242,14 @@ class Api:
             more = f"&continue={quote(following, safe='')}"
         raise NoAnswerError(f"wanted all of {path}, found more than {_MOST_PAGES * page}")
 
-    def _over(self, clients: Sequence[Client], request: Request) -> Reply:
+    def _over(self, clients: Sequence[Client], request: Request, may_repeat: Callable[[], bool]) -> Reply:
         found, is_unknown, is_too_long, is_from_server = list(self._troubles), False, False, False
         for server in self.servers:
             for client in clients:
+                if len(found) > len(self._troubles) and not may_repeat():
+                    break
                 try:
-                    reply = self._exchange(server, client, request)
+                    reply = self._exchange(server, client, request, may_repeat)
                 except HttpsError as e:
                     found.append(f"{server.url}: {e}")
                     if isinstance(e, TooLongError):
@@ -271,13 +273,13 @@ class Api:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def _exchange(self, server: Server, client: Client, request: Request) -> Reply:
+    def _exchange(self, server: Server, client: Client, request: Request, may_repeat: Callable[[], bool]) -> Reply:
         """Exchange request and answer; repeat it if the server has just closed a kept connection."""
         kept = self._kept(server, client)
         try:
             reply = self._sent(kept, request)()
         except UnreachableError as e:
-            if isinstance(e, LateError) or not kept.connection.is_kept:
+            if isinstance(e, LateError) or not kept.connection.is_kept or not may_repeat():
                 raise
             reply = self._sent(kept, request)()
         _assert_now(reply)

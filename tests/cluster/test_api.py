@@ -117,6 +117,22 @@ def test_what_may_not_be_repeated_is_asked_for_once() -> None:
     assert asked.count("/2") > 2
 
 
+@pytest.mark.parametrize("status", [0, 401, 503])
+@pytest.mark.parametrize("may_repeat", [True, False])
+def test_a_write_is_sent_once_more_only_while_it_may_be(status: int, may_repeat: bool) -> None:
+    """Not over the same connection, not with credentials that were read anew, and not to another server."""
+    with (
+        server(lambda path: status if path == "/1" else 200) as (one, asked),
+        server(lambda _: 200) as (two, others),
+        client(one, two) as made,
+    ):
+        assert made.answer(REQUESTS[0], lambda: False).status == 200  # which keeps its connection
+        with contextlib.nullcontext() if may_repeat else pytest.raises(NoAnswerError):
+            assert made.answer(REQUESTS[1], lambda: may_repeat).body == b"/1"
+    assert asked.count("/1") == (2 if may_repeat and status == 0 else 1)
+    assert others == ["/1"] * may_repeat
+
+
 def test_no_server_is_one_error_for_all() -> None:
     """Nothing listens there: each request has the error, and the connection is tried once and once more."""
     with client(Server("http://127.0.0.1:1")) as made:
