@@ -40,7 +40,7 @@ FLOORS: dict[str, set[str]] = {
     "cluster": _LOOKS,
     "ca": _KEEPS - {"node"},
     "users": _KEEPS | {"ca"},
-    "desk": _KEEPS - {"node"} | {"ca", "users"},
+    "desk": _KEEPS | {"ca", "users"},
     "control_plane": _KEEPS | {"cluster"},
     "renewal": _KEEPS | {"cluster", "ca", "desk", "control_plane"},
     "rotation": _KEEPS | {"cluster", "ca", "control_plane", "renewal"},

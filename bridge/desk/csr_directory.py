@@ -5,25 +5,22 @@ such a directory does not name its node, and proves nothing.
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-import yaml
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.contract import Issued
 from bridge.errors import BridgeError
-from bridge.pki.budget import Budget, OverBudgetError
+from bridge.node import kubeconfig
+from bridge.node.kubeconfig import FreshKubeconfig, KubeconfigError
 from bridge.pki.bundle import BundledRequest, RequestBundle
-from bridge.pki.certificates import pem
+from bridge.pki.certificates import has_key_of, pem
 from bridge.specs import SPECS, CertificateSpec
 from bridge.system.files import SECRET_MODE, make_directories, write_atomically
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read, read_once
@@ -144,31 +141,18 @@ def _kubeconfig(path: Path) -> bytes | None:
         raise CsrDirectoryError(f"{path}: wanted the kubeconfig beside {path.name}{_SUFFIX}; {e}") from None
 
 
-def _yaml(data: bytes) -> Any:
-    """Parse a small document without aliases, which merge keys can expand to any size; kubeadm's kubeconfig has 20 values."""
-    budget = Budget(steps=1000)
-    for event in yaml.parse(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        budget.spend(steps=isinstance(event, yaml.NodeEvent))
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError
-    return yaml.safe_load(data)
-
-
 def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.Certificate) -> bytes:
     """The kubeconfig with the client's certificate and the CA's, in kubeadm's layout."""
-    wanted = "wanted a kubeconfig with one cluster and one user, as `kubeadm certs generate-csr` writes it"
     try:
-        config = _yaml(data)
-        [cluster], [user] = config["clusters"], config["users"]
-        key = load_pem_private_key(base64.b64decode(user["user"]["client-key-data"]), None)
-        cluster["cluster"]["certificate-authority-data"] = base64.b64encode(pem(ca)).decode()
-        user["user"]["client-certificate-data"] = base64.b64encode(chain).decode()
-    # outside of `except`, since a traceback could lead to the key
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError, UnsupportedAlgorithm) as e:
-        key, found = None, str(e) if isinstance(e, OverBudgetError) else type(e).__name__
-    if key is None:
-        raise CsrDirectoryError(f"{path}: {wanted}, found something else ({found})")
-    if key.public_key() != issued.leaf.public_key():
+        config, key = kubeconfig.parse(data), kubeconfig.key_data(data)
+    except KubeconfigError as e:
+        raise CsrDirectoryError(f"{path}: {e}") from None
+    if config.has_others or key is None:
+        raise CsrDirectoryError(
+            f"{path}: wanted one cluster, and one user with its key, as `kubeadm certs generate-csr` writes them"
+        )
+    if not has_key_of(key, issued.leaf):
         raise CsrDirectoryError(f"{path}: wanted the key of {path.name}{_SUFFIX} in it, found another one")
-    text: str = yaml.safe_dump(config, default_flow_style=False, width=1 << 20)
-    return text.encode()
+    return FreshKubeconfig(server=config.server, cluster=config.cluster, user=config.user, ca_pem=pem(ca)).text(
+        chain, key
+    )

@@ -38,6 +38,7 @@ class Kubeconfig:
     """The user, server and certificates of a kubeconfig's current context; it holds no key."""
 
     user: str
+    cluster: str
     server: str  #: Empty if it has none.
     tls_server_name: str | None
     ca_data: bytes | None  #: PEM; takes precedence over `ca_file`.
@@ -216,6 +217,7 @@ class _Entries:
     """The nodes that the current context refers to."""
 
     user_name: str
+    cluster_name: str
     cluster: YamlNode
     user: YamlNode
     path: tuple[YamlNode, ...]  #: All nodes from the root to the user's mapping, as written (aliases too).
@@ -223,11 +225,12 @@ class _Entries:
     @classmethod
     def of(cls, root: YamlNode) -> _Entries:
         context = _named(root, "contexts", root.text_of("current-context"), "context")[-1]
-        user_name = context.text_of("user")
+        user_name, cluster_name = context.text_of("user"), context.text_of("cluster")
         path = _named(root, "users", user_name, "user")
         return cls(
             user_name=user_name,
-            cluster=_named(root, "clusters", context.text_of("cluster"), "cluster")[-1],
+            cluster_name=cluster_name,
+            cluster=_named(root, "clusters", cluster_name, "cluster")[-1],
             user=path[-1],
             path=(root, *path),
         )
@@ -250,6 +253,7 @@ def _parse(root: YamlNode) -> Kubeconfig:
     cluster, user = entries.cluster, entries.user
     return Kubeconfig(
         user=entries.user_name,
+        cluster=entries.cluster_name,
         server=cluster.text_of("server"),
         tls_server_name=cluster.text_of("tls-server-name") or None,
         ca_data=_data(cluster, _CA),

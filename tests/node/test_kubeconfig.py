@@ -84,6 +84,7 @@ def test_reads_what_kubeadm_writes() -> None:
     """All that a renewal and a proof have to know is there, and no key."""
     assert parse(PLAIN.encode()) == Kubeconfig(
         user="kubernetes-admin",
+        cluster="kubernetes",
         server="https://api.example.com:6443",
         tls_server_name=None,
         ca_data=b"ca",
