@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from cryptography import x509
 
 from backends.openssl.settings import CA_PLACE_HINT, ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
-from bridge.system.files import remove_unfinished
+from bridge.system.files import remove_unfinished, sync_directory, write_atomically
 from bridge.system.locks import take_lock
 from bridge.system.paths import Exposure, exposure, open_regular
 
@@ -341,7 +340,7 @@ class Database:
             serials = _new_serials(before, self.index.read_bytes())
         except IndexDamagedError as e:
             copy.rename(self.index)  # where the disk is full there is no room for another copy
-            _sync(self.index.parent)
+            sync_directory(self.index.parent)
             raise BackendRefusedError(
                 f"openssl ca damaged the CA's database {self.index} ({e}); the old one is back",
                 hint="a full disk does that, or a second openssl ca that does not take our lock; what was signed will"
@@ -469,19 +468,7 @@ def _adopt(fd: int, pattern: os.stat_result) -> None:
 
 
 def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:
-    """Replace a file: it has the old content or the new, never half, even after a power cut."""
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            _adopt(fd, pattern)
-            os.fsync(fd)
-        Path(temporary).rename(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
-    _sync(path.parent)
+    write_atomically(path, data, adopt=lambda fd: _adopt(fd, pattern))
 
 
 def _sync(path: Path, *, whole_file_system: bool = False) -> None:

@@ -158,14 +158,19 @@ def _set_extended(descriptor: int, extended: dict[str, bytes]) -> None:
                 raise
 
 
-def write_atomically(path: Path, data: bytes, mode: int = SECRET_MODE) -> None:
-    """Replace a file atomically: never half-written, and never with a looser mode."""
+def write_atomically(
+    path: Path, data: bytes, mode: int = SECRET_MODE, adopt: Callable[[int], object] | None = None
+) -> None:
+    """Replace a file atomically, with `mode` or by `adopt` of its descriptor: never half-written, or with a looser mode."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fchmod(descriptor, mode)
+            if adopt is None:
+                os.fchmod(descriptor, mode)
+            else:
+                adopt(descriptor)
             os.fsync(descriptor)
         Path(temporary).rename(path)
     except BaseException as e:  # noqa: BLE001 (raised again)
