@@ -214,9 +214,15 @@ _ALSO = {
 
 
 def backend_wall(source: str, module: str) -> Iterator[str]:
-    """Of ours, a backend imports the doors, how HTTP, JSON, files and certificates are read, its family's files, and what `_ALSO` says."""
+    """Of ours, a backend imports the doors, how HTTP, JSON, files, certificates and dates are read and shown, its family's files, and what `_ALSO` says."""
     family = ".".join(module.split(".")[:2])
-    readers = ("bridge.system.http", "bridge.system.paths", "bridge.pki.budget", "bridge.pki.certificates")
+    readers = (
+        "bridge.system.http",
+        "bridge.system.paths",
+        "bridge.pki.budget",
+        "bridge.pki.certificates",
+        "bridge.pki.expiry",
+    )
     allowed = [*(f"bridge.{door}" for door in DOORS), *readers, *_ALSO.get(family, ())]
     for name in imports(source, module):
         if within(name, "bridge") and not any(within(name, one) for one in allowed):

@@ -61,6 +61,7 @@ from bridge.errors import (
     Violation,
 )
 from bridge.pki.certificates import extended_key_usages, is_for, is_signed_by, name_text, san_entries
+from bridge.pki.expiry import day, minute
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
 from bridge.words import escaped, one_line
@@ -184,7 +185,7 @@ class EstBackend(OverHttp):
         now = datetime.now(UTC)
         left = int(end) - now.timestamp() if end.isdecimal() else 0
         if 0 < left <= LONGEST_RETRY_AFTER.total_seconds():
-            moment = _moment_text(now + timedelta(seconds=left))
+            moment = minute(now + timedelta(seconds=left))
             return Pending(reference=reference, note=f"the server asks to wait until {moment}")
         return self.sign(request)
 
@@ -309,12 +310,8 @@ def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
     if answer.retry_after_seconds is None:
         return Pending(reference=_digest(request), note=f"the server answers later{said}")
     moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_RETRY_AFTER)
-    note = f"the server answers later{said}, and asks to wait until {_moment_text(moment)}"
+    note = f"the server answers later{said}, and asks to wait until {minute(moment)}"
     return Pending(reference=f"{_digest(request)}@{int(moment.timestamp())}", note=note)
-
-
-def _moment_text(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _names(found: Sequence[x509.Certificate]) -> str:
@@ -431,7 +428,7 @@ def _agent_faults(client_cert: Path, now: datetime) -> Iterator[str]:
     with contextlib.suppress(OSError, ValueError), open_regular(client_cert) as file:
         agent = x509.load_pem_x509_certificate(file.read())
         if not agent.not_valid_before_utc <= now <= agent.not_valid_after_utc:
-            yield f"it is valid from {agent.not_valid_before_utc:%Y-%m-%d} to {agent.not_valid_after_utc:%Y-%m-%d} only"
+            yield f"it is valid from {day(agent.not_valid_before_utc)} to {day(agent.not_valid_after_utc)} only"
         usages = extended_key_usages(agent)
         if usages is not None and EKU.CLIENT_AUTH.value not in usages:
             yield "it is not good for clientAuth"

@@ -43,6 +43,7 @@ from backends.openssl.settings import (
 from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
+from bridge.pki.expiry import minute
 from bridge.specs import CertificateSpec, Usage
 from bridge.system.paths import open_regular
 
@@ -458,8 +459,8 @@ def _check_signer(path: Path, signer: x509.Certificate) -> None:
     """Check that the CA may sign now: openssl signs with any certificate, even an expired one."""
     now, wrong, hint = datetime.now(UTC), [], ""
     if not signer.not_valid_before_utc <= now < signer.not_valid_after_utc:
-        dates = f"{signer.not_valid_before_utc:%Y-%m-%d %H:%M} to {signer.not_valid_after_utc:%Y-%m-%d %H:%M}"
-        wrong.append(f"wanted one that is valid now ({now:%Y-%m-%d %H:%M} UTC), found {dates} UTC")
+        dates = f"{minute(signer.not_valid_before_utc)} to {minute(signer.not_valid_after_utc)}"
+        wrong.append(f"wanted one that is valid now ({minute(now)}), found {dates}")
         hint = "is this machine's clock right? if it is, have the CA's owner renew that certificate first"
     constraints, usage = extension(signer, x509.BasicConstraints), extension(signer, x509.KeyUsage)
     if not constraints or not constraints.ca:

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.errors import Exit
-from bridge.pki.expiry import left_text, minute
+from bridge.pki.expiry import day, left_text, minute
 from bridge.system import console
 from bridge.system.console import Progress, log
 from bridge.words import steady
@@ -34,7 +34,7 @@ def end_text(end: datetime | None, now: datetime) -> str:
     """Say when a certificate ends, to the minute if that is near, and how far away that is; empty without an end."""
     if end is None:
         return ""
-    moment = minute(end) if end - now < _NEAR else f"{end:%Y-%m-%d}"
+    moment = minute(end) if end - now < _NEAR else day(end)
     verb, left = "expires" if end > now else "expired", left_text(end, now).removeprefix("expired ")
     return f"{verb} {moment} ({left})"
 

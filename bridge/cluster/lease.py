@@ -14,6 +14,7 @@ from typing import Any
 
 from bridge.cluster import mapping
 from bridge.cluster.api import Api, NoAnswerError
+from bridge.pki.expiry import rfc3339
 
 log = logging.getLogger("ca-bridge")
 
@@ -130,7 +131,7 @@ class Lease:
         if not isinstance(metadata, dict):
             raise NoAnswerError(f"wanted the lease {self.name}, found something else")
         name = self._holder if holder is None else holder
-        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        now = rfc3339(datetime.now(UTC), "microseconds")
         if before.holder != name and name:
             self._acquired = now
         return {

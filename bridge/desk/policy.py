@@ -26,7 +26,7 @@ from bridge.pki import user_rules
 from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
 from bridge.pki.certificates import CN_OID, O_OID, attributes, san_counts, san_entry, subject_pattern, subject_text
 from bridge.pki.csr import Naming, address, algorithm_name, requested
-from bridge.pki.expiry import duration_text, minute
+from bridge.pki.expiry import day, duration_text, minute
 from bridge.pki.kubeadm_names import is_host_name
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.pki.user_rules import Limits, User
@@ -397,7 +397,7 @@ def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
         yield f"version: wanted {wanted}, found {bundle.version}: have the node export it again"
     if now - bundle.created > allow.max_age:
         limit = f"made at most {duration_text(allow.max_age)} ago (allow.max_age)"
-        yield f"age: wanted a request {limit}, found one of {bundle.created:%Y-%m-%d}; export it again"
+        yield f"age: wanted a request {limit}, found one of {day(bundle.created)}; export it again"
     elif bundle.created - now > _CLOCKS_DIFFER:
         yield f"age: wanted a request that is not from the future, found one of {minute(bundle.created)}"
 
@@ -420,7 +420,7 @@ def _proof_trouble(
     end, longest = request.replaces.not_valid_after_utc, policy.allow.proof_after_expiry
     if now - end > longest:
         limit = f"ended at most {duration_text(longest)} ago (allow.proof_after_expiry)"
-        return f"wanted one by a certificate that {limit}, found {end:%Y-%m-%d}", True
+        return f"wanted one by a certificate that {limit}, found {day(end)}", True
     return usages_problem(request), not held
 
 

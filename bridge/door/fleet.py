@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import sqlalchemy as sa
 
 from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory
-from bridge.pki.expiry import Before
+from bridge.pki.expiry import Before, day
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER
 from bridge.system.codec import labels, metric
 from bridge.words import one_line
@@ -76,7 +76,7 @@ def _node(
         if ends <= now:
             state = "expired"
         elif now > due + (ends - due) / 2 and (heard is None or heard < due):
-            state, why = "silent", f"should have asked since {due:%Y-%m-%d}"
+            state, why = "silent", f"should have asked since {day(due)}"
     return FleetNode(node=place[0], cluster=place[1], state=state, ends=ends, name=name, heard=heard, why=why)
 
 

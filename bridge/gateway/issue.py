@@ -36,6 +36,7 @@ from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
 from bridge.gateway.watch import AnyObject, PodObject, chain_of
 from bridge.pki.certificates import load_pem_certificates
+from bridge.pki.expiry import minute
 from bridge.pki.verify import CLOCK_SKEW, Verified
 from bridge.state import audit
 from bridge.state.audit import AuditError
@@ -248,7 +249,7 @@ class Issuing:
     def _written(self, job: Job, name: str, found: Verified) -> None:
         context, end = self._context, found.leaf.not_valid_after_utc
         context.metrics.signed(job.one.request.signer, name, end, time.monotonic() - job.arrived, context.now())
-        log.info("signed %s, until %s UTC", one_line(name), end.strftime("%F %T"), extra=extra(job, "signed"))
+        log.info("signed %s, until %s", one_line(name), minute(end), extra=extra(job, "signed"))
         context.ledger.note(job.facts, audit.INSTALLED, new=found.leaf)
         context.drop_pending(job.one.uid)
 

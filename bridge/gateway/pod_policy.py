@@ -11,6 +11,7 @@ from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.gateway.policy import BEFORE_THE_CA_ENDS, Allowed, GatewayPolicy, Hostile, Later, Verdict, read_csr
 from bridge.gateway.rules import IN_PATH, KEY_TYPES, Identity, PodSignerRules, is_never_a_pods
 from bridge.pki.csr import CsrData, OddRequestError
+from bridge.pki.expiry import minute
 from bridge.words import one_line
 
 #: The kubelet makes a new request after 10 to 15 minutes, and kube-controller-manager deletes those older than 15.
@@ -93,7 +94,7 @@ def judge(request: PodRequest, world: PodWorld) -> Verdict:
     validity = min(longest, left - BEFORE_THE_CA_ENDS, of_pod)
     validity = timedelta(seconds=validity // timedelta(seconds=1))
     if validity < rules.least - rules.backdating:
-        return Later(f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}, or allow.max_validity is too short")
+        return Later(f"the CA's certificate ends at {minute(world.ca_end)}, or allow.max_validity is too short")
     return Allowed(
         spec=rules.spec,
         csr=csr,

@@ -31,7 +31,7 @@ from bridge.gateway.rules import (
 from bridge.pki import user_rules
 from bridge.pki.certificates import CN_OID, O_OID, attributes
 from bridge.pki.csr import CsrData, OddRequestError, read_strictly
-from bridge.pki.expiry import duration_text
+from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import is_node_name
 from bridge.pki.user_rules import User
 from bridge.settings import opened
@@ -182,7 +182,7 @@ def judge(request: Request, world: World) -> Verdict:
         return Later(f"the policy's allow.clusters does not have this cluster, {world.cluster}")
     if validity < world.min_validity:
         least, found = duration_text(world.min_validity), duration_text(validity)
-        of_ca = f"the CA's certificate ends at {world.ca_end:%Y-%m-%d %H:%M}"
+        of_ca = f"the CA's certificate ends at {minute(world.ca_end)}"
         of_request = f"wanted at least {least} (gateway.min_validity), found {found} by the request or the policy"
         return Later(of_ca if left < world.min_validity else of_request)
     return Allowed(spec=spec, csr=csr, validity=validity, longest=longest, name=who)

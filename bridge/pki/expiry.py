@@ -25,14 +25,19 @@ def seconds_left(end: datetime, now: datetime) -> int:
     return microseconds // 1_000_000 if microseconds >= 0 else -(-microseconds // 1_000_000)
 
 
-def rfc3339(time: datetime) -> str:
-    """A time for JSON, in UTC and whole seconds, such as `2027-11-24T23:39:32Z`."""
-    return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+def rfc3339(time: datetime, timespec: str = "seconds") -> str:
+    """A time for JSON in UTC, in whole seconds or with what `isoformat` knows, such as `2027-11-24T23:39:32Z`."""
+    return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec=timespec) + "Z"
 
 
 def minute(time: datetime) -> str:
     """A time for people, in UTC, such as `2027-11-24 23:39 UTC`."""
     return f"{time:%Y-%m-%d %H:%M} UTC"
+
+
+def day(time: datetime) -> str:
+    """A time for people where its day is enough, in UTC, such as `2027-11-24`."""
+    return f"{time:%Y-%m-%d}"
 
 
 def residual(seconds: int) -> str:

@@ -40,6 +40,7 @@ from bridge.pki.certificates import (
     spki,
 )
 from bridge.pki.csr import algorithm_name, issuer_line
+from bridge.pki.expiry import day
 from bridge.specs import EKU
 from bridge.words import one_line
 
@@ -442,7 +443,7 @@ def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
 
 def validity_text(certificate: x509.Certificate, now: datetime) -> str:
     """Its dates and this node's clock, for messages: either may explain why it is not valid now."""
-    dates = f"{certificate.not_valid_before_utc:%Y-%m-%d} to {certificate.not_valid_after_utc:%Y-%m-%d}"
+    dates = f"{day(certificate.not_valid_before_utc)} to {day(certificate.not_valid_after_utc)}"
     return f"from {dates} ({_which_clock(now)})"
 
 

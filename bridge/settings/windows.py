@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 
-from bridge.pki.expiry import duration_text, parse_duration
+from bridge.pki.expiry import day, duration_text, parse_duration
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 DAY_MINUTES = 24 * 60
@@ -137,7 +137,7 @@ def local_text(moment: datetime, zone: tzinfo) -> str:
     try:
         return f"{moment.astimezone(zone):%a %Y-%m-%d %H:%M %Z}"
     except OverflowError:  # year 9999 (RFC 5280 §4.1.2.5 uses its end for "never")
-        return f"{moment:%Y-%m-%d}"
+        return day(moment)
 
 
 def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime, datetime]]:

@@ -28,6 +28,7 @@ from cryptography import x509
 from bridge.contract import SignRequest
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.pki.certificates import UNREADABLE, csr_fingerprint, fingerprint, name_text, serial_hex
+from bridge.pki.expiry import rfc3339
 from bridge.settings.tables import AuditSettings
 from bridge.state import Store
 from bridge.system import console
@@ -139,7 +140,7 @@ class Record:
         """Buffer a line about a certificate or the run, with an error or another result."""
         line = {
             "run": self.run_id,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": rfc3339(datetime.now(UTC), "milliseconds"),
             "event": event,
             "name": name,
             "authority": authority,

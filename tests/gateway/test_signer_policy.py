@@ -79,7 +79,7 @@ def test_the_validity_is_the_shortest_one_asked_for() -> None:
     ends = replace(world(), ca_end=NOW + timedelta(hours=2))
     assert validity(judge(request, ends)) == timedelta(hours=2) - timedelta(minutes=5)
     late = judge(request, replace(world(), ca_end=NOW + timedelta(minutes=8)))
-    assert late == Later("the CA's certificate ends at 2026-11-26 00:08")
+    assert late == Later("the CA's certificate ends at 2026-11-26 00:08 UTC")
     brief = replace(request, asked_validity=timedelta(minutes=10))
     found = judge(brief, replace(world(), min_validity=timedelta(minutes=15)))
     assert found == Later("wanted at least 15m (gateway.min_validity), found 10m by the request or the policy")
