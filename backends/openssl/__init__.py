@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Lock
 from typing import ClassVar
 
 from cryptography import x509
@@ -109,6 +110,7 @@ class OpensslBackend:
         where, token = files.private_key, settings.pkcs11
         self._key = TokenKey(where, token) if token is not None else KeyFile(Path(where), settings.passphrase)
         self._openssl = Openssl(program=settings.openssl, limit=settings.timeout, key=self._key)
+        self._working = Lock()  #: Threads of a process take turns without the polling of the database's lock.
         self._seen: Snapshot | None = None  #: The index as it was read last, by any thread.
 
     @classmethod
@@ -211,7 +213,11 @@ class OpensslBackend:
     def _at_work(self, signers: list[x509.Certificate]) -> Iterator[_Desk]:
         """Lock the database, and repair what a killed run left."""
         database = self._database()
-        with database.locked(self._settings.timeout) as lock, self._folder(signers[0], database) as folder:
+        with (
+            self._working,
+            database.locked(self._settings.timeout) as lock,
+            self._folder(signers[0], database) as folder,
+        ):
             desk = _Desk(self._openssl, database, signers, folder, lock, seen=self._seen)
             desk.recover()
             yield desk

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,8 +25,6 @@ from bridge.contract import (
     Recalls,
     RecallsIfAllowed,
     SignRequest,
-    SignsMany,
-    SignsSideBySide,
     Wanted,
 )
 from bridge.errors import BackendError, SettingsError, SettingsProblem
@@ -38,12 +36,9 @@ from bridge.pki.verify import Expectation, Verified
 from bridge.settings.tables import Settings
 from bridge.specs import KEY_ALGORITHMS, PODS, SIGNING_AUTHORITIES, CertificateSpec
 from bridge.system.paths import UnreadableError, assert_ours, read_ca_file
-from bridge.system.waiting import Combined
 
 log = logging.getLogger("ca-bridge")
 
-#: The most requests in one round trip or process, for a CA that can take many.
-_MOST_TOGETHER = 64
 _ANCHOR_SECONDS = 60.0
 
 
@@ -68,19 +63,18 @@ class AuthorityOfSigners:
         self._cross = None if self._each_anchor_counts else cross_of(settings, self.name, self._signer)
         backend = self.ca.backend
         self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
-        self.signs_many = isinstance(backend, SignsMany)
         # not a RecallsIfAllowed backend, which would list and read all that the CA stored for each request
         self.recalls = isinstance(backend, Recalls) and not isinstance(backend, RecallsIfAllowed)
-        self.signs_lots = self.signs_many or isinstance(backend, SignsSideBySide)
-        #: Send requests to the CA; concurrent calls share one round trip where the CA can do that.
-        self.signed: Callable[[Sequence[SignRequest]], Sequence[Answer]] = self.ca.ask_side_by_side
-        if self.signs_many:
-            self.signed = Combined(self.ca.ask, _MOST_TOGETHER).all
-        #: Find certificates that the CA signed for an earlier gateway, which died before it stored them.
-        self.recalled = Combined[tuple[SignRequest, datetime], Issued | None](
-            lambda wanted: self.ca.recall([request for request, _ in wanted], min(since for _, since in wanted)),
-            _MOST_TOGETHER,
-        ).all
+
+    def sign(self, request: SignRequest) -> Issued | Pending:
+        """Have the CA sign one request (BackendError)."""
+        [answer] = self.ca.ask([request])
+        return _or_raise(answer)
+
+    def recall(self, request: SignRequest, since: datetime) -> Issued | None:
+        """Find a certificate that the CA signed for an earlier gateway, which died before it stored it."""
+        [answer] = self.ca.recall([request], since)
+        return answer
 
     def anchors(self) -> tuple[x509.Certificate, ...]:
         """Return the CA's certificates from the cluster's own file, which is read again each minute."""
@@ -169,10 +163,7 @@ class AuthorityOfSigners:
 
     def collect(self, request: SignRequest, reference: str, longest: timedelta, now: datetime) -> Issued | Pending:
         """Fetch the CA's answer to an earlier request, or its word that it still needs time."""
-        answer = self.ca.collect(request, reference, self._expected(request, longest, now))
-        if isinstance(answer, BackendError):
-            raise answer
-        return answer
+        return _or_raise(self.ca.collect(request, reference, self._expected(request, longest, now)))
 
     def _expected(self, request: SignRequest, longest: timedelta, now: datetime) -> Expectation:
         cross, anchors = self._cross, self.anchors()
@@ -188,6 +179,12 @@ class AuthorityOfSigners:
             longest=request.validity if self.asks_validity else longest,
             cross=cross,
         )
+
+
+def _or_raise(answer: Answer) -> Issued | Pending:
+    if isinstance(answer, BackendError):
+        raise answer
+    return answer
 
 
 def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:

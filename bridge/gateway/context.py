@@ -1,6 +1,6 @@
 """
-The gateway's context, shared by all steps: settings, API server, CAs, lease, audit log, queue; and the errors that end
-a step.
+The gateway's context, shared by all threads: settings, API server, CAs, lease, audit log, queue; and the errors that
+end the work on a job for now.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -30,7 +31,7 @@ from bridge.state.audit import AuditError, Record
 from bridge.state.open_requests import Kind, RequestLog
 from bridge.system.files import digest
 from bridge.system.state_file import StateError
-from bridge.system.waiting import Combined, Together, back_off_seconds
+from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -140,7 +141,6 @@ class Alone:
 
 # --- the audit log ----------------------------------------------------------------------------------------------------
 
-_MOST_TOGETHER = 256
 #: The most lines about past events that are kept while the audit log can't be written.
 _MOST_NOTED = 10_000
 #: After a failure this much disk space must be free before we write again, or each line could move the lease.
@@ -188,17 +188,13 @@ class Ledger:
         self._head_is_old = False
         self._path = store.audit
         self._record = Record(store, settings)
-        self._together: Combined[Line | None, None] = Combined(self._write, _MOST_TOGETHER)
         self._noted: list[Line] = []
-        self._mutex = threading.Lock()
+        self._waiting: list[tuple[Line | None, Future[None]]] = []  #: Lines of threads that wait for `_writing`.
+        self._mutex, self._writing = threading.Lock(), threading.Lock()
 
     def write(self, facts: Line, event: str, **values: Any) -> None:
         """Write a line; it is on disk when this returns."""
-        self._together({**facts, "event": event, **values})
-
-    def line(self, facts: Line, event: str, **values: Any) -> Together[None]:
-        """Return the step that writes a line together with other jobs' lines; after it, the line is on disk."""
-        return Together(self._together.all, {**facts, "event": event, **values})
+        self._write({**facts, "event": event, **values})
 
     def note(self, facts: Line, event: str, **values: Any) -> None:
         """Add a line about a past event; the next write or `flush` writes it."""
@@ -213,7 +209,7 @@ class Ledger:
             self._tried = time.monotonic()
             self._try_room()
         if self._noted or self._head_is_old or self.trouble:
-            self._together(None)
+            self._write(None)
 
     def failing_seconds(self) -> float:
         """Return the seconds since writes began to fail; 0: they work."""
@@ -231,7 +227,29 @@ class Ledger:
         finally:
             path.unlink(missing_ok=True)
 
-    def _write(self, lines: Sequence[Line | None]) -> list[None]:
+    def _write(self, line: Line | None) -> None:
+        """Write a line, or for None only what was noted and the head; one thread also writes the lines of those that wait."""
+        written: Future[None] = Future()
+        with self._mutex:
+            self._waiting.append((line, written))
+        with self._writing:
+            if not written.done():
+                self._write_waiting()
+        written.result()
+
+    def _write_waiting(self) -> None:
+        with self._mutex:
+            waiting, self._waiting = self._waiting, []
+        try:
+            self._write_lines([line for line, _ in waiting])
+        except Exception as e:  # noqa: BLE001 (each of these threads raises it)
+            for _, written in waiting:
+                written.set_exception(e)
+        else:
+            for _, written in waiting:
+                written.set_result(None)
+
+    def _write_lines(self, lines: Sequence[Line | None]) -> None:
         with self._mutex:
             noted, self._noted = self._noted, []
         for line in [*noted, *filter(None, lines)]:
@@ -250,12 +268,11 @@ class Ledger:
                 self._noted = [*noted, *self._noted][:_MOST_NOTED]
             raise
         self.trouble = ""
-        return [None] * len(lines)
 
 
-# --- how a step may end, and what all steps share ---------------------------------------------------------------------
+# --- how the work on a job may end, and what all of it shares ---------------------------------------------------------
 
-#: The oldest verdict that may be written; a lot's other jobs take milliseconds between a verdict and its write.
+#: The oldest verdict by which a certificate may be written.
 _FRESH_SECONDS = 1.0
 #: The pause before we ask a CA again that refused or gave a wrong answer; it doubles a few times.
 AFTER_REFUSAL_SECONDS, _LONGEST_AFTER_REFUSAL_SECONDS = 60.0, 480.0
@@ -331,7 +348,7 @@ _GATEWAY = Kind(
 
 @dataclass(eq=False, kw_only=True)
 class Context:
-    """Everything that the steps share; several threads may use it."""
+    """Everything that the threads share."""
 
     settings: Settings
     api: Api
@@ -349,18 +366,15 @@ class Context:
         if not self.holder.is_ours():
             raise LeftError("left", "another replica works", 0.5)
 
-    def written(self, request: Request) -> Together[Reply]:
-        """Return the step that sends a write, together with other jobs' writes, right after its verdict."""
-        return Together(self._write_all, (request, time.monotonic()), first=True)
+    def assert_fresh(self, job: Job) -> None:
+        """Raise LeftError if the last verdict on a job is too old to be written."""
+        if time.monotonic() - job.judged > _FRESH_SECONDS:
+            raise LeftError("left", "its verdict was too old to be written", _FRESH_SECONDS)
 
-    def _write_all(self, wanted: Sequence[tuple[Request, float]]) -> list[Reply | Exception]:
-        """Send the writes while the lease is ours, except those with an old verdict, and return the answers."""
+    def write(self, request: Request) -> Reply:
+        """Send a write while the lease is ours (LeftError), and no second time after it has ended (NoAnswerError)."""
         self.assert_ours()
-        late = [time.monotonic() - decided > _FRESH_SECONDS for _, decided in wanted]
-        requests = [request for (request, _), is_late in zip(wanted, late, strict=True) if not is_late]
-        answers = iter(self.api.answers(requests, self.holder.is_ours))
-        old = LeftError("left", "its verdict was too old to be written", _FRESH_SECONDS)
-        return [old if is_late else next(answers) for is_late in late]
+        return self.api.answer(request, self.holder.is_ours)
 
     def record_quietly(self, facts: Line, event: str, error: BackendError | VerificationError) -> None:
         """Record a past event; if that fails, the log has it, and `/readyz` fails."""

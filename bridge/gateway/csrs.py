@@ -42,7 +42,7 @@ from bridge.pki.certificates import CN_OID, attributes, pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import GATEWAY_SPECS
-from bridge.system.waiting import Rate, Steps
+from bridge.system.waiting import Rate
 
 log = logging.getLogger("ca-bridge")
 
@@ -91,7 +91,7 @@ class Judge:
         counts = isinstance(verdict, Allowed) if is_known else node is not None and not is_hostile
         return Look(key=key_of(one, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
-    def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
+    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
         """Return the policy's verdict; files and Node object are at most a second old, and read anew for a write."""
         one, nodes = cast(SigningRequest, job.one), self._context.nodes
         since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
@@ -110,7 +110,7 @@ class Judge:
                 # a token's node usually does not exist yet; a node that asks for itself may have just registered
                 itself = one.request.username == f"{NODE_USER}{node}"
                 with_readiness = entry.rejoin and not itself
-                state = yield from self._states.state(node, since, newer=itself, with_readiness=with_readiness)
+                state = self._states.state(node, since, newer=itself, with_readiness=with_readiness)
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
         needs_person = isinstance(verdict, Allowed) and world.policy.signers[one.request.signer].approval == "required"
         if needs_person and not one.is_approved_by_person:
@@ -151,20 +151,20 @@ class Writer:
     # --- answers ----------------------------------------------------------------------------------------------------
     # each raises GoneError (the object is finished or replaced), LeftError or NoAnswerError if nothing was written
 
-    def deny(self, job: Job, hostile: Hostile) -> Steps[str]:
+    def deny(self, job: Job, hostile: Hostile) -> str:
         """Write `Denied` without the reason, or `Failed` if it was approved; return which (empty: it changed)."""
         del hostile
         is_approved = job.one.has(watch.APPROVED)
         subresource, kind = ("status", watch.FAILED) if is_approved else ("approval", watch.DENIED)
-        return kind if (yield from self._marked(job, subresource, kind, watch.NOT_ALLOWED)) else ""
+        return kind if self._marked(job, subresource, kind, watch.NOT_ALLOWED) else ""
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
         """Write no event: a CSR object's owner reads its conditions, and few people look at its events."""
 
-    def mark(self, job: Job, kind: str, reason: str) -> Steps[bool]:
+    def mark(self, job: Job, kind: str, reason: str) -> bool:
         """Write a condition unless there is one of its kind; False: this kind of object takes only a final one."""
         for _ in self.turns(job):
-            if job.one.has(kind) or (yield from self._marked(job, "status", kind, reason)):
+            if job.one.has(kind) or self._marked(job, "status", kind, reason):
                 break
         return True
 
@@ -173,14 +173,14 @@ class Writer:
         del verdict, found
         return ""
 
-    def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
+    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
         """Approve the object, unless another client did, and write the certificate; False: the object has changed."""
         del verdict
-        if not (
-            job.one.has(watch.APPROVED) or (yield from self._marked(job, "approval", watch.APPROVED, watch.ALLOWS))
-        ):
+        self._context.assert_fresh(job)
+        if not (job.one.has(watch.APPROVED) or self._marked(job, "approval", watch.APPROVED, watch.ALLOWS)):
             return False
-        reply = yield from self._patched(job, "status", with_certificate(job.one, pem(*found.chain)))
+        self._context.assert_fresh(job)  # the approval may have taken a while
+        reply = self._patched(job, "status", with_certificate(job.one, pem(*found.chain)))
         return reply.status == HTTPStatus.OK
 
     # --- objects ----------------------------------------------------------------------------------------------------
@@ -206,19 +206,19 @@ class Writer:
         if found.is_finished:
             raise GoneError("another client has answered it")
 
-    def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> Steps[bool]:
+    def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> bool:
         """Add a condition; False: the object has changed."""
         one, body = job.one, with_condition(job.one, kind, reason, self._context.now())
-        reply = yield from self._patched(job, subresource, body)
+        reply = self._patched(job, subresource, body)
         if reply.status != HTTPStatus.OK:
             return False
         job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
         return True
 
-    def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Steps[Reply]:
+    def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Reply:
         """Send a patch; the reply is 200 with metadata alone, or says that the object has changed (409, 422)."""
         request = request_of("PATCH", f"{job.one.path}/{subresource}", body, MERGE_PATCH, accept=METADATA)
-        reply: Reply = yield self._context.written(request)
+        reply = self._context.write(request)
         if reply.status == HTTPStatus.UNPROCESSABLE_ENTITY:
             self._unprocessable(job, subresource, reply)
         elif reply.status != HTTPStatus.CONFLICT:

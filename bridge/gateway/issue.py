@@ -1,4 +1,21 @@
-"""The way of an object to its certificate: judge, sign, verify, record, write; judge again whenever it changes."""
+"""
+The way of an object to its certificate: `Issuing._answer`, from its first line to its last in one thread of the pool.
+
+| the job | the next step | who writes, and what |
+| --- | --- | --- |
+| has our answer, or a newer request of its node has come | it is left | |
+| is new | it waits until the rate limits let it proceed | |
+| may proceed | the policy judges it | |
+| is refused | it is recorded, then denied | `Ledger`: refused; `Writer.deny` |
+| is allowed, and the CA may have signed it for a gateway that died | the CA is searched for it | |
+| is allowed | it is recorded, then the CA signs | `Ledger`: asked; `AuthorityOfSigners.sign` |
+| waits at the CA | its reference is stored, then the object says so | `PendingRequests`; `Ledger`: pending; `Writer.mark` |
+| is signed (`unrecorded`) | the answer is verified and recorded | `Ledger`: issued |
+| is recorded (`verified`) | the policy judges it once more, and the answer is written | `Writer.issue` |
+| is answered | it is recorded with the next line | `Ledger`: installed |
+
+An exception ends the work on a job: GoneError for good, each other one until later. The job keeps what it has by then.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +25,11 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
 
-from bridge.ca import Answer, UntrustedAnswerError
+from bridge.ca import UntrustedAnswerError
 from bridge.cluster.api import NoAnswerError
 from bridge.contract import Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, NoVerdictError, VerificationError
@@ -42,7 +58,7 @@ from bridge.state import audit
 from bridge.state.audit import AuditError
 from bridge.system.files import digest
 from bridge.system.state_file import StateError
-from bridge.system.waiting import Steps, Together, back_off_seconds, in_step, remember
+from bridge.system.waiting import back_off_seconds, remember
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -110,62 +126,53 @@ class Issuing:
     # --- one job ----------------------------------------------------------------------------------------------------
 
     def work(self, seconds: float) -> bool:
-        """Take the next jobs and work on them side by side; False: none came in this time."""
+        """Take the next job and work on it; False: none came in this time."""
         queue = self._context.queue
-        jobs = queue.take(seconds)
-        left: dict[Job, tuple[str, str]] = {}  #: The outcome, and the reason for the object's owner.
-        for job, error in in_step({job: self._answer(job) for job in jobs}):
-            try:
-                seconds_until = self._ended(job, error, left)
-            except Exception as e:  # noqa: BLE001 (a bug in one job must not stop the others)
-                [*_, where] = traceback.extract_tb(e.__traceback__)
-                text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
-                log.error("%s (a bug: report it)", text, extra=extra(job))  # noqa: TRY400 (a traceback may hold secrets)
-                seconds_until = _LONGEST_LOOK_SECONDS
-            if seconds_until is None:
-                queue.done(job)
-            else:
-                queue.delay(job, seconds_until)
-        for job, why in left.items():  # last, since each may take a while
-            self._writer_of(job.one).tell(job, *why)
-        return bool(jobs)
+        job = queue.take(seconds)
+        if job is None:
+            return False
+        try:
+            seconds_until = self._attempt(job)
+        except Exception as e:  # noqa: BLE001 (a bug in one job must not stop the others)
+            [*_, where] = traceback.extract_tb(e.__traceback__)
+            text = f"internal error: {type(e).__name__} at {where.filename}:{where.lineno}"
+            log.error("%s (a bug: report it)", text, extra=extra(job))  # noqa: TRY400 (a traceback may hold secrets)
+            seconds_until = _LONGEST_LOOK_SECONDS
+        if seconds_until is None:
+            queue.done(job)
+        else:
+            queue.delay(job, seconds_until)
+        return True
 
-    def _ended(self, job: Job, error: Exception | None, left: dict[Job, tuple[str, str]]) -> float | None:
-        """Return the seconds until the job is taken up again; None: it is done."""
-        context = self._context
-        match error:
-            case None:
-                return None
-            case GoneError():
-                job.verified = None
-                context.metrics.count(job.one.request.signer, "conflict")
-                log.info("left to the client that changed it: %s", error, extra=extra(job, "conflict"))
-                context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
-                return None
-            case LeftError():
-                outcome, for_owner, seconds = error.outcome, str(error), error.seconds
-            case NoAnswerError() | AuditError() | StateError():
-                own = "the gateway itself has a problem; its log says which"
-                outcome, for_owner, seconds = "left", own, None
-            case _:
-                raise error
-        if job.attempts:  # not for troubles that pass within a second
-            left[job] = outcome, for_owner
-        return self._left(job, outcome, str(error), seconds)
+    def _attempt(self, job: Job) -> float | None:
+        """Work on a job; return the seconds until it is taken up again, or None: it is done."""
+        try:
+            self._answer(job)
+        except GoneError as e:
+            job.verified = None
+            self._context.metrics.count(job.one.request.signer, "conflict")
+            log.info("left to the client that changed it: %s", e, extra=extra(job, "conflict"))
+            self._context.give_up(job.one.uid, "another client has answered, deleted or replaced the object")
+        except LeftError as e:
+            return self._left(job, e, str(e))
+        except (NoAnswerError, AuditError, StateError) as e:
+            return self._left(job, LeftError("left", str(e)), "the gateway itself has a problem; its log says which")
+        return None
 
-    def _left(self, job: Job, outcome: str, reason: str, seconds: float | None) -> float:
+    def _left(self, job: Job, error: LeftError, for_owner: str) -> float:
+        reason = str(error)
         if job.said != reason:
             job.said = reason
-            self._context.metrics.count(job.one.request.signer, outcome)
-            level = logging.WARNING if outcome in {"ca-refused", "bad-answer"} else logging.INFO
-            log.log(level, "left alone: %s", reason, extra=extra(job, outcome))
+            self._context.metrics.count(job.one.request.signer, error.outcome)
+            level = logging.WARNING if error.outcome in {"ca-refused", "bad-answer"} else logging.INFO
+            log.log(level, "left alone: %s", reason, extra=extra(job, error.outcome))
+        if job.attempts:  # not for troubles that pass within a second
+            self._writer_of(job.one).tell(job, error.outcome, for_owner)
         job.attempts += 1
         usual = back_off_seconds(job.attempts - 1, _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS)
-        return usual if seconds is None else seconds
+        return usual if error.seconds is None else error.seconds
 
-    # --- the steps --------------------------------------------------------------------------------------------------
-
-    def _answer(self, job: Job) -> Steps[None]:
+    def _answer(self, job: Job) -> None:
         context, writer = self._context, self._writer_of(job.one)
         if job.one.uid in self._answered:
             return  # this version is older than our own write, and no CA should sign twice
@@ -173,42 +180,43 @@ class Issuing:
         at_ca = context.pending_at_ca.get(job.one.uid)
         if not job.begun and at_ca is None:
             self._assert_turn(job)
-        verdict = yield from self._allowed(job)
+        verdict = self._allowed(job)
         if verdict is None:
             return
         is_new = job.verified is None
         if job.verified is None:
-            if job.unrecorded is None:
-                job.signed_for = _content(verdict)
-            job.verified = yield from self._signed(job, verdict, at_ca)
-        found = job.verified
+            job.verified = self._signed(job, verdict, at_ca)
+        verified = job.verified
         for _ in writer.turns(job):
             self._assert_current(job)
-            verdict = yield from self._allowed(job, at_write=True)
+            verdict = self._allowed(job, at_write=True)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and no longer is")
-            self._assert_of_use(job, verdict, found, is_new=is_new)
-            if (yield from writer.issue(job, verdict, found)):
+            self._assert_of_use(job, verdict, verified, is_new=is_new)
+            if writer.issue(job, verdict, verified):
                 self._remember(job)
-                self._written(job, verdict.name, found)
+                self._written(job, verdict.name, verified)
                 return
 
-    def _allowed(self, job: Job, *, at_write: bool = False) -> Steps[Allowed | None]:
+    # --- its steps --------------------------------------------------------------------------------------------------
+
+    def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
         """Judge the job now; `at_write`: right before a write; None: we denied the request."""
-        verdict = yield from self._judge_of(job.one).verdict(job, at_write=at_write)
+        verdict = self._judge_of(job.one).verdict(job, at_write=at_write)
+        job.judged = time.monotonic()
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
         if isinstance(verdict, Hostile):
-            yield from self._deny(job, verdict)
+            self._deny(job, verdict)
             return None
         return verdict
 
-    def _deny(self, job: Job, hostile: Hostile) -> Steps[None]:
+    def _deny(self, job: Job, hostile: Hostile) -> None:
         context, writer = self._context, self._writer_of(job.one)
-        yield context.ledger.line(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
+        context.ledger.write(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
         for _ in writer.turns(job):
             self._assert_current(job)
-            if outcome := (yield from writer.deny(job, hostile)).lower():
+            if outcome := writer.deny(job, hostile).lower():
                 self._remember(job)
                 context.metrics.count(job.one.request.signer, outcome)
                 log.info("%s: %s", outcome, one_line(hostile.reason), extra=extra(job, outcome))
@@ -255,19 +263,29 @@ class Issuing:
 
     # --- asking the CA ----------------------------------------------------------------------------------------------
 
-    def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Steps[Verified]:
-        if job.unrecorded is not None:  # the audit log could not be written
-            return (yield from self._recorded(job, job.unrecorded))
+    def _signed(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> Verified:
+        """Have the CA sign the job, unless it has, and record the certificate before anything is done with it."""
+        result = ""
+        if job.unrecorded is None:  # else the audit log could not be written, and the CA is not asked again
+            job.signed_for = _content(verdict)
+            job.unrecorded, result = self._verified(job, verdict, at_ca)
+        self._context.ledger.write(
+            job.facts, audit.ISSUED, new=job.unrecorded.leaf, **({"result": result} if result else {})
+        )
+        verified, job.unrecorded = job.unrecorded, None
+        return verified
+
+    def _verified(self, job: Job, verdict: Allowed, at_ca: PendingAtCa | None) -> tuple[Verified, str]:
+        """Return the CA's certificate after all checks, and what the audit log says of it."""
         context, authority = self._context, self._context.authorities[verdict.spec.authority.name]
         if at_ca is not None and (at_ca.csr_sha256 != digest(verdict.csr.pem) or at_ca.object_name != job.one.name):
             at_ca = None
         job.facts, request = facts_of(job.one, authority), self._request(job.one, verdict, at_ca)
         asking = _Asking(job=job, request=request, authority=authority, longest=verdict.longest, at_ca=at_ca)
         try:
-            if (recalled := (yield from self._recalled(asking))) is not None:
-                return recalled
-            answer = yield from self._from_ca(asking)
-            found = authority.verified(answer, request, verdict.longest, context.now())
+            if (recalled := self._recalled(asking)) is not None:
+                return recalled, _RECALLED
+            return authority.verified(self._from_ca(asking), request, verdict.longest, context.now()), ""
         except BackendUnavailableError as e:
             context.record_quietly(job.facts, audit.UNAVAILABLE, e)
             rest = authority.rest.seconds_left()  # 0: it has answered other requests meanwhile
@@ -280,14 +298,6 @@ class Issuing:
                 raise LeftError("bad-answer", f"{e}; {e.hint}", after_refusal(job)) from None
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
-        return (yield from self._recorded(job, found))
-
-    def _recorded(self, job: Job, found: Verified, **values: str) -> Steps[Verified]:
-        """Record the certificate and return it; until that succeeds, the job keeps it and the CA is not asked again."""
-        job.unrecorded = found
-        yield self._context.ledger.line(job.facts, audit.ISSUED, new=found.leaf, **values)
-        job.unrecorded = None
-        return found
 
     def _request(self, one: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
         validity = timedelta(seconds=at_ca.validity_seconds) if at_ca is not None else verdict.validity
@@ -305,7 +315,7 @@ class Issuing:
             ),
         )
 
-    def _recalled(self, asking: _Asking) -> Steps[Verified | None]:
+    def _recalled(self, asking: _Asking) -> Verified | None:
         """Find a certificate that the CA signed for a gateway that died, or whose answer was lost; None: ask the CA."""
         context, job, authority = self._context, asking.job, asking.authority
         doubtful = context.holder.doubtful_before
@@ -314,38 +324,32 @@ class Issuing:
         if not job.was_asked and (doubtful is None or job.one.created > doubtful + CLOCK_SKEW):
             return None
         self._assert_may_ask(authority)
-        answer: Issued | None = yield Together(authority.recalled, (asking.request, job.one.created - CLOCK_SKEW))
+        answer = authority.recall(asking.request, job.one.created - CLOCK_SKEW)
         job.was_recalled = True
         if answer is None:
             return None
         try:
-            found = authority.verified(answer, asking.request, asking.longest, context.now())
+            return authority.verified(answer, asking.request, asking.longest, context.now())
         except VerificationError:  # for example, too little of its life is left: ask the CA for another
             return None
-        return (yield from self._recorded(job, found, result=_RECALLED))
 
-    def _from_ca(self, asking: _Asking) -> Steps[Issued]:
+    def _from_ca(self, asking: _Asking) -> Issued:
         context, job, authority, at_ca = self._context, asking.job, asking.authority, asking.at_ca
         self._assert_may_ask(authority)
         if at_ca is not None:
-            yield from self._assert_in_time(job, at_ca)
-            answer: Issued | Pending = authority.collect(asking.request, at_ca.reference, asking.longest, context.now())
+            self._assert_in_time(job, at_ca)
+            answer = authority.collect(asking.request, at_ca.reference, asking.longest, context.now())
         else:
-            yield context.ledger.line(job.facts, audit.ASKED)
+            context.ledger.write(job.facts, audit.ASKED)
+            context.assert_ours()  # the line may have taken a while
             job.was_asked, job.was_recalled = True, False
-            answer = yield Together(self._answers, (authority, asking.request))
+            answer = authority.sign(asking.request)
             job.was_asked = False
         if isinstance(answer, Issued):
             return answer
         self._keep(asking, answer)
-        yield from self._writer_of(job.one).mark(job, watch.PENDING_AT_CA, watch.WAITS)
+        self._writer_of(job.one).mark(job, watch.PENDING_AT_CA, watch.WAITS)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
-
-    def _answers(self, wanted: Sequence[tuple[AuthorityOfSigners, SignRequest]]) -> Sequence[Answer]:
-        """Have requests signed; all go to one CA, since a lot belongs to one CA."""
-        self._context.assert_ours()  # other jobs' steps may have taken a while
-        [authority] = {authority for authority, _ in wanted}
-        return authority.signed([request for _, request in wanted])
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
         if (rest := authority.rest.turn()) > 0:
@@ -373,13 +377,13 @@ class Issuing:
         if at_ca is None:
             context.ledger.write(asking.job.facts, audit.PENDING, result=answer.note or "the CA answers later")
 
-    def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> Steps[None]:
+    def _assert_in_time(self, job: Job, at_ca: PendingAtCa) -> None:
         """Give up the request if the CA has not answered within `gateway.pending_for`."""
         context, why = self._context, "the CA has not answered in time (gateway.pending_for)"
         if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(facts_of(job.one), audit.CANCELLED, result=why)
-        if (yield from self._writer_of(job.one).mark(job, watch.FAILED, watch.NOT_ANSWERED)):
+        if self._writer_of(job.one).mark(job, watch.FAILED, watch.NOT_ANSWERED):
             self._remember(job)
         context.drop_pending(job.one.uid)
         raise GoneError(why)

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
 from bridge.cluster import items
-from bridge.cluster.api import Api, NoAnswerError, request_of
+from bridge.cluster.api import JSON, METADATA, Api, NoAnswerError, request_of
 from bridge.desk import node_inventory
 from bridge.desk.node_inventory import Inventory, NodeEntry
 from bridge.errors import BridgeError
@@ -30,7 +30,7 @@ from bridge.settings.tables import GatewaySettings
 from bridge.system.files import how_to_begin, version
 from bridge.system.paths import assert_ours, own_text
 from bridge.system.run_command import Command, passed_on, run
-from bridge.system.waiting import Combined, Steps, Together, remember
+from bridge.system.waiting import remember
 
 log = logging.getLogger("ca-bridge")
 
@@ -272,84 +272,33 @@ def _ask_command(command: Path, name: str) -> NodeEntry | None:
     return entry
 
 
-_MOST_TOGETHER = 256
-_NODES = "/api/v1/nodes"
-#: Metadata alone, since a Node object lists dozens of images.
-_NAMES_ALONE = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-_MOST_LISTED = 1_000
-#: A request for one object costs the API server as much as this many names in a list.
-_NAMES_A_REQUEST = 20
-_NO_LIST_SECONDS = 60.0
-
-
 class NodeStates:
-    """Looks up Node objects, several at a time; any thread may use it."""
+    """Looks up Node objects; any thread may use it."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._known: Remembered[str, NodeState] = Remembered()
-        self._together = Combined(self._looked_at, _MOST_TOGETHER).all
-        self._latest: tuple[frozenset[str], float] = (frozenset(), -math.inf)  # a list, and when it was asked for
-        self._lists_from = 0.0
+        self._known: Remembered[tuple[str, bool], NodeState] = Remembered()
 
-    def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> Steps[NodeState]:
-        """Return the node's state as of `since` or later; `newer` looks again if the last look found no such node."""
-        now, known = time.monotonic(), self._known.get(name, since)
+    def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> NodeState:
+        """
+        Return the node's state as of `since` or later (NoAnswerError); `newer` looks again if the last look found no
+        such node. Without `with_readiness` a node that exists counts as ready.
+        """
+        now, known = time.monotonic(), self._known.get((name, with_readiness), since)
         if known is not None and (known[0].exists or not newer):
             return known[0]
-        there, listed = self._latest
-        if listed >= since and name not in there and not newer:
-            return NodeState(exists=False)
-        found: NodeState = yield Together(self._together, (name, with_readiness))
-        self._known.put(name, found, now)
-        return found
+        state = self._ask(name, with_readiness=with_readiness)
+        self._known.put((name, with_readiness), state, now)
+        return state
 
-    def _looked_at(self, wanted: Sequence[tuple[str, bool]]) -> list[NodeState | NoAnswerError]:
-        """Return each node's state, or why it is unknown; `wanted` has its name and whether its readiness counts."""
-        there = self._listed(len(wanted))
-        return [
-            self._ask(name)
-            if there is None or (with_readiness and name in there)
-            else NodeState(exists=name in there, ready=name in there)
-            for name, with_readiness in wanted
-        ]
-
-    def _ask(self, name: str) -> NodeState | NoAnswerError:
-        try:
-            reply = self._api.ask("GET", f"{_NODES}/{quote(name, safe='')}")
-        except NoAnswerError as e:
-            return e
+    def _ask(self, name: str, *, with_readiness: bool) -> NodeState:
+        accept = JSON if with_readiness else METADATA  # a whole Node object lists dozens of images
+        reply = self._api.answer(request_of("GET", f"/api/v1/nodes/{quote(name, safe='')}", accept=accept))
         if reply.status == HTTPStatus.OK:
-            return NodeState(exists=True, ready=is_ready(reply.document))
+            return NodeState(exists=True, ready=not with_readiness or is_ready(reply.document))
         if reply.status == HTTPStatus.NOT_FOUND:
             return NodeState(exists=False)
-        return NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
-
-    def _listed(self, wanted: int) -> frozenset[str] | None:
-        """Return the names of all nodes; None: single requests are cheaper, or there is no list."""
-        now = time.monotonic()
-        if wanted * _NAMES_A_REQUEST < max(len(self._latest[0]), 3 * _NAMES_A_REQUEST) or now < self._lists_from:
-            return None
-        try:
-            reply = self._api.answer(request_of("GET", f"{_NODES}?limit={_MOST_LISTED}", accept=_NAMES_ALONE))
-            names = _names(reply.document) if reply.status == HTTPStatus.OK else None
-        except NoAnswerError:
-            names = None  # the requests for single nodes report why
-        if names is None:  # we may not list nodes, or there are too many
-            self._lists_from = time.monotonic() + _NO_LIST_SECONDS
-            return None
-        self._latest = (names, now)
-        return names
-
-
-def _names(document: Mapping[str, Any]) -> frozenset[str] | None:
-    """Return the names in a complete list of objects; None: it is incomplete, or something else."""
-    try:
-        if document["kind"] != "PartialObjectMetadataList" or document["metadata"].get("continue"):
-            return None
-        return frozenset(str(item["metadata"]["name"]) for item in document["items"] or ())
-    except (KeyError, TypeError, AttributeError):
-        return None
+        raise NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
 
 
 def is_ready(node: Mapping[str, Any]) -> bool:

@@ -79,7 +79,7 @@ class PodWorld:
 
 def judge(request: PodRequest, world: PodWorld) -> Verdict:
     """Judge a request: sign it, refuse it, or leave it for later."""
-    rules, csr = world.policy.pod_signers.get(request.signer), own_words(request)
+    rules, csr = world.policy.pod_signers.get(request.signer), csr_or_problem(request)
     if isinstance(csr, Hostile):
         return csr
     if rules is None or world.pod is None:
@@ -117,8 +117,8 @@ def _troubles(
         yield against if pod.phase == "Pending" else Later(against.reason)
 
 
-def own_words(request: PodRequest) -> CsrData | Hostile:
-    """Return the CSR, which must have no names, as every kubelet's has none."""
+def csr_or_problem(request: PodRequest) -> CsrData | Hostile:
+    """Return the CSR, or why it is hostile: it must have no names, as every kubelet's has none."""
     csr = read_csr(request.pem)
     if isinstance(csr, OddRequestError):
         return Hostile(str(csr))

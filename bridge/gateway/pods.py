@@ -7,8 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -16,13 +15,13 @@ from http import HTTPStatus
 from typing import Any, TypeVar, cast
 
 from bridge.cluster import items, mapping
-from bridge.cluster.api import JSON, METADATA, NoAnswerError, Reply, Request, request_of
+from bridge.cluster.api import JSON, METADATA, NoAnswerError, Reply, request_of
 from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import Context, LeftError, after_refusal
 from bridge.gateway.csrs import Writer, condition_of, identity_of
 from bridge.gateway.nodes import Remembered
-from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest, PodState, PodWorld, judge, own_words
+from bridge.gateway.pod_policy import USUAL_SECONDS, PodRequest, PodState, PodWorld, csr_or_problem, judge
 from bridge.gateway.policy import Allowed, Hostile, Later, Verdict
 from bridge.gateway.queue import Job, Look
 from bridge.gateway.rules import dates_problem, refresh_at
@@ -31,7 +30,7 @@ from bridge.pki.certificates import pem
 from bridge.pki.expiry import rfc3339
 from bridge.pki.verify import Verified
 from bridge.specs import PODS
-from bridge.system.waiting import Rate, Steps, Together
+from bridge.system.waiting import Rate
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -64,7 +63,7 @@ class PodJudge:
         # UIDs and wanted labels alone: users choose the rest of an object, and so its size
         self._metadata: Remembered[tuple[str, ...], tuple[str | None, Mapping[str, Any]]] = Remembered(_RECENT_SECONDS)
         self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)  # by the request's UID
-        self._reading = threading.Lock()
+        self._looking, self._reading = threading.BoundedSemaphore(_PODS_AT_ONCE), threading.Lock()
         self._mutex = threading.Lock()
         ours = context.settings.gateway
         self._rates = (Rate(ours.node_rate), Rate(ours.pod_rate), Rate(ours.pod_namespace_rate))
@@ -87,26 +86,26 @@ class PodJudge:
         del one
         return Look()
 
-    def verdict(self, job: Job, *, at_write: bool = False) -> Steps[Verdict]:
+    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
         """
         Return the policy's verdict, by the pod as it is now, or for a write by the lookups of a moment ago. A denial,
         after which a pod never starts, always rests on fresh lookups of everything.
         """
         now = time.monotonic()
-        verdict = yield from self._judged(job, now if at_write else now - _RECENT_SECONDS, at_write=at_write)
+        verdict = self._judged(job, now if at_write else now - _RECENT_SECONDS, at_write=at_write)
         if isinstance(verdict, Hostile):
             # not again what the first judgement read just now: the files for a write, else the pod
-            verdict = yield from self._judged(job, now, now, at_write=not at_write)
+            verdict = self._judged(job, now, now, at_write=not at_write)
         return verdict
 
-    def _judged(self, job: Job, files_since: float, since: float = -math.inf, *, at_write: bool) -> Steps[Verdict]:
+    def _judged(self, job: Job, files_since: float, since: float = -math.inf, *, at_write: bool) -> Verdict:
         context, request = self._context, _request(job.one)
         if PODS.name not in context.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
         policy, inventory = context.nodes.files(files_since)
         rules = policy.pod_signers.get(request.signer)
         labels = rules.namespace_labels if rules is not None else {}
-        hostile = own_words(request)
+        hostile = csr_or_problem(request)
         if isinstance(hostile, Hostile):  # without any lookup
             return hostile
         namespace = f"namespaces/{quoted(request.namespace)}"
@@ -115,7 +114,7 @@ class PodJudge:
             cluster=context.settings.node.cluster,
             inventory=inventory,
             created=job.one.created,
-            pod=(yield from self._pod(job, at_write=at_write)),
+            pod=self._pod(job, at_write=at_write),
             account_uid=self._known(f"{namespace}/serviceaccounts/{quoted(request.service_account)}", since)[0],
             node_uid=self._known(f"nodes/{quoted(request.node)}", since)[0],
             labels=self._known(namespace, since, labels)[1] if labels else {},
@@ -135,28 +134,16 @@ class PodJudge:
 
     # --- lookups at the API server ------------------------------------------------------------------------------------
 
-    def _pod(self, job: Job, *, at_write: bool) -> Steps[PodState | None]:
+    def _pod(self, job: Job, *, at_write: bool) -> PodState | None:
         """Return the request's pod as it is now, or for a write as of a moment ago; None: no pod has this name."""
         if at_write and (known := self._pods.get(job.one.uid)) is not None:
             return known[0]
-        now = time.monotonic()
-        found: PodState | None = yield Together(self._looked_up, _request(job.one))
-        self._pods.put(job.one.uid, found, now)
-        return found
-
-    def _looked_up(self, requests: Sequence[PodRequest]) -> list[PodState | Exception | None]:
-        """Look up the pods of several requests, a few at a time, since a user can make each half a megabyte long."""
-        found: list[PodState | Exception | None] = []
-        for start in range(0, len(requests), _PODS_AT_ONCE):
-            batch = requests[start : start + _PODS_AT_ONCE]
-            paths = [f"namespaces/{quoted(one.namespace)}/pods/{quoted(one.pod)}" for one in batch]
-            replies = deque(self._context.api.answers([_look(path, JSON) for path in paths]))
-            for request, path in zip(batch, paths, strict=True):
-                try:
-                    found.append(self._read(path, replies.popleft(), partial(pod_state, request=request)))
-                except (NoAnswerError, LeftError) as e:
-                    found.append(e)
-        return found
+        now, request = time.monotonic(), _request(job.one)
+        path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
+        with self._looking:
+            state = self._read(path, JSON, partial(pod_state, request=request))
+        self._pods.put(job.one.uid, state, now)
+        return state
 
     def _known(
         self, path: str, since: float = -math.inf, labels: Collection[str] = ()
@@ -168,25 +155,22 @@ class PodJudge:
             uid = str(mapping(document, "metadata").get("uid", ""))
             return uid, {key: value for key, value in found if key in labels}
 
-        def ask() -> tuple[str | None, Mapping[str, Any]]:
-            [reply] = self._context.api.answers([_look(path, METADATA)])
-            return self._read(path, reply, read) or (None, {})
+        return self._metadata.of((path, *labels), lambda: self._read(path, METADATA, read) or (None, {}), since)
 
-        return self._metadata.of((path, *labels), ask, since)
-
-    def _read(self, path: str, reply: Reply | NoAnswerError, read: Callable[[Mapping[str, Any]], T]) -> T | None:
-        """Read an object from its reply; None: it does not exist (NoAnswerError; LeftError: it is too large)."""
-        if isinstance(reply, NoAnswerError):
-            wanted = f"wanted at most {_LONGEST_LOOKED_AT >> 10} KiB, found more: shorten the object"
-            raise LeftError("left", f"{path}: {wanted}") if reply.is_too_long else reply
+    def _read(self, path: str, accept: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
+        """Read an object; None: it does not exist (NoAnswerError; LeftError: it is too large)."""
+        request = request_of("GET", f"/api/v1/{path}", accept=accept, longest=_LONGEST_LOOKED_AT)
+        try:
+            reply = self._context.api.answer(request)
+        except NoAnswerError as e:
+            if e.is_too_long:
+                wanted = f"wanted at most {_LONGEST_LOOKED_AT >> 10} KiB, found more: shorten the object"
+                raise LeftError("left", f"{path}: {wanted}") from None
+            raise
         if reply.status == HTTPStatus.NOT_FOUND:
             return None
         with self._reading:  # one at a time, since a parsed object takes ten times its size
             return read(reply.found(path))
-
-
-def _look(path: str, accept: str) -> Request:
-    return request_of("GET", f"/api/v1/{path}", accept=accept, longest=_LONGEST_LOOKED_AT)
 
 
 def pod_state(document: Mapping[str, Any], request: PodRequest) -> PodState:
@@ -230,16 +214,15 @@ class PodWriter(Writer):
         self._events = Rate(_EVENTS_A_MINUTE)
         self._cannot_tell = False
 
-    def deny(self, job: Job, hostile: Hostile) -> Steps[str]:
+    def deny(self, job: Job, hostile: Hostile) -> str:
         """Deny the request with a message for the pod's owner; empty: the object has changed."""
         condition = condition_of(watch.DENIED, hostile.code, hostile.message, self._context.now())
         body = {"metadata": identity_of(job.one), "status": {"conditions": [condition]}}
-        return watch.DENIED if (yield from self._patched(job, "status", body)).status == HTTPStatus.OK else ""
+        return watch.DENIED if self._patched(job, "status", body).status == HTTPStatus.OK else ""
 
-    def mark(self, job: Job, kind: str, reason: str) -> Steps[bool]:
+    def mark(self, job: Job, kind: str, reason: str) -> bool:
         """Write nothing: the API server takes only final conditions, and an outage must not stop a pod for good."""
         del job, kind, reason
-        yield from ()
         return False
 
     def tell(self, job: Job, outcome: str, reason: str) -> None:
@@ -274,8 +257,9 @@ class PodWriter(Writer):
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
         return dates_problem(begin, end, verdict.most, self._context.now())
 
-    def issue(self, job: Job, verdict: Allowed, found: Verified) -> Steps[bool]:
+    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
         """Write the certificate with its dates; False: the object has changed."""
+        self._context.assert_fresh(job)
         begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
         status = {
             "conditions": [condition_of("Issued", watch.ALLOWS, "", self._context.now())],
@@ -284,7 +268,7 @@ class PodWriter(Writer):
             "notAfter": rfc3339(end),
             "beginRefreshAt": rfc3339(refresh_at(begin, end, verdict.refresh)),
         }
-        reply = yield from self._patched(job, "status", {"metadata": identity_of(job.one), "status": status})
+        reply = self._patched(job, "status", {"metadata": identity_of(job.one), "status": status})
         return reply.status == HTTPStatus.OK
 
     def _unprocessable(self, job: Job, subresource: str, reply: Reply) -> None:

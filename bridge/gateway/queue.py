@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -23,10 +23,6 @@ MOST_BYTES = 24 << 20
 MOST_JOBS = 20_000
 _MOST_REMEMBERED = 20_000
 _MOST_REMOVED = 500
-#: A CA that takes longer than this over a lot gets another lot beside it, so that a request on which it hangs delays
-#: only its own lot.
-_SLOW_SECONDS = 1.0
-_MOST_LOTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +44,9 @@ class Job:
     look: Look
     arrived: float  #: Monotonic.
     lane: str = ""  #: The CA's name.
-    lot: int = 0  #: The lot of which it is a part now.
     begun: bool = False  #: The rate limits have let it proceed.
     attempts: int = 0
+    judged: float = -math.inf  #: When the policy last gave its verdict (monotonic).
     said: str = ""  #: The last logged reason why it was left, so that each is logged once.
     last_event: str = ""  #: The last reason in an event for the object's owner.
     verified: Verified | None = None  #: The CA's answer, not yet written.
@@ -72,19 +68,23 @@ def key_of(one: AnyObject, node: str | None) -> str:
 class _Lane:
     """The jobs of one CA."""
 
-    def __init__(self, most: int | None, most_lots: int) -> None:
-        self._most_lots = most_lots
-        self.most = most  #: The most jobs in a lot; None: each thread takes one job.
+    def __init__(self, most: float) -> None:
+        self._most = most  #: The most threads that work on them.
+        self.working = 0
         #: The waiting jobs, by user (the next user comes first) and by uid.
         self.ready: OrderedDict[str, dict[str, Job]] = OrderedDict()
-        self.lots: Counter[int] = Counter()  #: The number of jobs in progress, by lot.
-        self.slow_at = 0.0  #: When the newest lot counts as slow.
 
     def due(self) -> float:
-        """Return when a thread may take the next jobs; infinite: none is ready, or too many lots are in progress."""
-        if not self.ready or len(self.lots) >= self._most_lots:
-            return math.inf
-        return self.slow_at if self.lots else -math.inf
+        """Return when a thread may take the next job: at once, or (infinite) after another change."""
+        return -math.inf if self.ready and self.working < self._most else math.inf
+
+    def pop(self) -> Job:
+        """Remove the next job; its user goes to the end of the line."""
+        user, jobs = self.ready.popitem(last=False)
+        job = jobs.pop(next(iter(jobs)))
+        if jobs:
+            self.ready[user] = jobs
+        return job
 
     def withdraw(self, job: Job) -> None:
         """Remove a job from its user's line, if it is in one."""
@@ -97,20 +97,11 @@ class _Lane:
 class Queue:
     """The jobs of all lanes; any thread may use it."""
 
-    def __init__(
-        self,
-        lane: Callable[[AnyObject], str] = lambda _: "",
-        lots: Mapping[str, int] | None = None,
-        threads: int = _MOST_LOTS + 1,
-    ) -> None:
-        """
-        From a lane in `lots`, one thread takes up to that many jobs at once, and no other takes any for a second;
-        one of the `threads` always stays free for other lanes.
-        """
-        self._lane, self._most = lane, lots or {}
-        self._most_lots = max(1, min(_MOST_LOTS, threads - 1))
+    def __init__(self, lane: Callable[[AnyObject], str] = lambda _: "", most_per_lane: float = math.inf) -> None:
+        """Of each lane, at most so many jobs are worked on at once, so that a CA that hangs leaves threads to the others."""
+        self._lane, self._most = lane, most_per_lane
         self._changed = threading.Condition()
-        self._order, self._lots = itertools.count(1), itertools.count()
+        self._order = itertools.count(1)
         self._lanes: dict[str, _Lane] = {}  # the lane that was served last comes last
         self._working: dict[str, Job] = {}
         self._closed = False
@@ -191,13 +182,13 @@ class Queue:
     def _line_up(self, job: Job) -> None:
         """Add a job to its user's line; the lines take turns, so that a flood delays no other user."""
         if job.lane not in self._lanes:
-            self._lanes[job.lane] = _Lane(self._most.get(job.lane), self._most_lots)
+            self._lanes[job.lane] = _Lane(self._most)
         job.delay = 0  # so that its entry in the heap no longer counts
         self._lanes[job.lane].ready.setdefault(job.one.request.username, {})[job.one.uid] = job
         self._wake_for(self._lanes[job.lane].due())
 
     def _wake_for(self, due: float) -> None:
-        """Wake a thread to take the jobs that are due, or wait for them, unless one wakes by then anyway."""
+        """Wake a thread to take the job that is due, or to wait for it, unless one wakes by then anyway."""
         if due < self._watched:
             self._changed.notify()
 
@@ -259,18 +250,18 @@ class Queue:
                 self._delayed = [(due, number, job) for due, number, job in self._delayed if job.delay == number]
                 heapq.heapify(self._delayed)
 
-    def take(self, seconds: float) -> list[Job]:
-        """Return the next jobs, each to end by `done` or `delay`; empty: none came in time, or the queue is closed."""
+    def take(self, seconds: float) -> Job | None:
+        """Return the next job, to end by `done` or `delay`; None: none came in time, or the queue is closed."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
                 now = time.monotonic()
                 self._line_up_due(now)
-                if jobs := self._next(now):
+                if (job := self._next()) is not None:
                     self._wake_for(self._due())  # this thread no longer waits for it
-                    return jobs
+                    return job
                 if self._closed or now >= deadline:
-                    return []
+                    return None
                 self._wait(now, deadline)
 
     def _line_up_due(self, now: float) -> None:
@@ -284,29 +275,16 @@ class Queue:
         delayed = self._delayed[0][0] if self._delayed else math.inf
         return min([delayed, *(lane.due() for lane in self._lanes.values())])
 
-    def _next(self, now: float) -> list[Job]:
-        for name in [name for name, lane in self._lanes.items() if lane.due() <= now]:
-            lane = self._lanes[name] = self._lanes.pop(name)  # served last, so it goes last
-            if jobs := self._next_of(lane.ready, lane.most or 1):
-                if lane.most is not None:
-                    lot = next(self._lots)
-                    lane.lots[lot], lane.slow_at = len(jobs), now + _SLOW_SECONDS
-                    for job in jobs:
-                        job.lot = lot
-                return jobs
-        return []
-
-    def _next_of(self, ready: OrderedDict[str, dict[str, Job]], most: int) -> list[Job]:
-        found: list[Job] = []
-        while ready and len(found) < most:
-            user, jobs = ready.popitem(last=False)
-            job = jobs.pop(next(iter(jobs)))
-            if jobs:
-                ready[user] = jobs
-            self._working[job.one.uid] = job
-            self._pop(job.one.uid)
-            found.append(job)
-        return found
+    def _next(self) -> Job | None:
+        name = next((name for name, lane in self._lanes.items() if lane.due() < 0), None)
+        if name is None:
+            return None
+        lane = self._lanes[name] = self._lanes.pop(name)  # served last, so it goes last
+        lane.working += 1
+        job = lane.pop()
+        self._working[job.one.uid] = job
+        self._pop(job.one.uid)
+        return job
 
     def _wait(self, now: float, deadline: float) -> None:
         """Wait for a change; only one thread also waits for the next due time, or a hundred would wake at once."""
@@ -325,11 +303,8 @@ class Queue:
         """End the work on a job; return the object's newer version if it changed meanwhile."""
         del self._working[job.one.uid]
         lane = self._lanes[job.lane]
-        if lane.most is not None:
-            lane.lots[job.lot] -= 1
-            if not lane.lots[job.lot]:
-                del lane.lots[job.lot]
-                self._wake_for(lane.due())
+        lane.working -= 1
+        self._wake_for(lane.due())
         later, job.later = job.later, None
         return later if later is not None and later.version != job.one.version else None
 

@@ -40,10 +40,6 @@ from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
 
-#: The least size of a lot of jobs for a CA that signs many in one go, since each round costs it time.
-_LOT_OF_MANY = 64
-#: The least number of threads for a CA that signs many in one go: it gets all their requests together.
-_THREADS_OF_MANY = 96
 _TICK_SECONDS = 0.5
 #: An idle thread wakes up after this; the queue wakes it earlier for work, or when the queue is closed.
 _IDLE_SECONDS = 30.0
@@ -138,13 +134,11 @@ class Service:
             if self.settings.gateway.serve_status and address is not None:
                 by_path = {"/metrics": self._metrics_page, "/healthz": self._healthz, "/readyz": self._readyz}
                 port = stack.enter_context(pages.serving(address, by_path))
-            ledger, lots = Ledger(store, self.settings.audit), self._lots()
-            many = any(one.signs_many for one in self.authorities.values()) and not lots
-            count = max(self.settings.gateway.concurrency, _THREADS_OF_MANY if many else 0)
+            ledger, count = Ledger(store, self.settings.audit), self.settings.gateway.concurrency
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
                 ledger=ledger, pending_at_ca=PendingRequests(store), metrics=self.metrics, holder=self.holder, now=self._now,
-                queue=Queue(lambda one: spec_for(one).authority.name, lots, count),
+                queue=Queue(lambda one: spec_for(one).authority.name, most_at_one_ca(count, len(self.authorities))),
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
@@ -161,17 +155,6 @@ class Service:
             started(port)
             self._tick_until_stopped()
             self._drain(threads)
-
-    def _lots(self) -> dict[str, int]:
-        """
-        Return the size of a lot for each CA that signs several requests at once; none if a verdict may wait for a
-        program or a name server, which would delay the rest of its lot.
-        """
-        ours = self.settings.gateway
-        if ours.inventory_command is not None or ours.reverse_dns:
-            return {}
-        sizes = {True: max(ours.concurrency, _LOT_OF_MANY), False: ours.concurrency}
-        return {name: sizes[one.signs_many] for name, one in self.authorities.items() if one.signs_lots}
 
     def _look_at_cas(self) -> Iterator[threading.Thread]:
         """Start a thread to check each CA, and await the first checks; a CA that hangs delays only its own signers."""
@@ -363,6 +346,11 @@ def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
     if found:
         return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
     return HTTPStatus.OK, good
+
+
+def most_at_one_ca(threads: int, cas: int) -> int:
+    """Return how many threads may work for one CA, so that one is left for each other CA while all the others hang."""
+    return threads if cas == 1 else max(1, (threads - 1) // (cas - 1))
 
 
 _REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"

@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -349,40 +349,3 @@ class Combined(Generic[T, R]):
         for place in batch:
             if not place.leads:
                 place.turn.release()
-
-
-# --- many jobs of one thread, one call --------------------------------------------------------------------------------
-
-
-class Together(NamedTuple, Generic[R]):
-    """A request that a job yields, which is combined with other jobs': one item of a call, one result for each item."""
-
-    call: Callable[[Sequence[Any]], Sequence[R | Exception]]
-    item: object
-    first: bool = False  #: Called before the step's other calls, which may take a while.
-
-
-Steps = Generator[Together[Any], Any, R]
-
-
-def in_step(jobs: Mapping[K, Steps[None]]) -> Iterator[tuple[K, Exception | None]]:
-    """Run jobs side by side, with one call for their requests of each step; yields each job that ends, with its error."""
-    results: dict[K, Any] = dict.fromkeys(jobs)
-    while results:
-        wanted: dict[tuple[bool, Callable[..., Any]], list[tuple[K, object]]] = {}
-        for job in list(results):
-            result = results.pop(job)  # released early, since each may be large
-            try:
-                step = jobs[job].throw(result) if isinstance(result, Exception) else jobs[job].send(result)
-            except StopIteration:
-                yield job, None
-            except Exception as e:  # noqa: BLE001 (one job's error does not affect the others)
-                yield job, e
-            else:
-                wanted.setdefault((not step.first, step.call), []).append((job, step.item))
-        for (_, call), asked in sorted(wanted.items(), key=lambda one: one[0][0]):
-            try:
-                answers = zip(asked, call([item for _, item in asked]), strict=True)
-                results |= {job: answer for (job, _), answer in answers}
-            except Exception as e:  # noqa: BLE001 (each job gets it)
-                results |= {job: e for job, _ in asked}

@@ -6,12 +6,12 @@ import base64
 import contextlib
 import functools
 import json
-import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from cryptography import x509
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.cluster.api import Lines, NoAnswerError, Reply, Request, request_of
+from bridge.cluster.api import JSON, Lines, NoAnswerError, Reply, Request
 from bridge.cluster.lease import Keeper
 from bridge.contract import BackendSettings
 from bridge.errors import BackendRefusedError, BridgeError
@@ -36,7 +36,9 @@ from bridge.gateway.csrs import Writer, with_certificate, with_condition
 from bridge.gateway.pages import Metrics, serving
 from bridge.gateway.pod_policy import PodRequest
 from bridge.gateway.pods import PodJudge, PodWriter
+from bridge.gateway.policy import Hostile
 from bridge.gateway.queue import Job, Look, Queue
+from bridge.gateway.service import most_at_one_ca
 from bridge.gateway.watch import (
     ALLOWS,
     APPROVED,
@@ -58,7 +60,7 @@ from bridge.settings.tables import AuditSettings, GatewaySettings, address_of
 from bridge.state import Store, audit
 from bridge.state.audit import AuditError
 from bridge.system import waiting
-from bridge.system.waiting import Rate, Steps, Together, in_step, wait_until
+from bridge.system.waiting import Rate, wait_until
 from tests.kit import issuing
 from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
@@ -137,10 +139,8 @@ def of_w1(new: SigningRequest | PodObject) -> Look:
 
 
 def taken(line: Queue, seconds: float = 0) -> Job | None:
-    """The next job of a queue without lots."""
-    jobs = line.take(seconds)
-    assert len(jobs) <= 1
-    return jobs[0] if jobs else None
+    """The next job."""
+    return line.take(seconds)
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -359,81 +359,46 @@ def pod_object(uid: str) -> PodObject:
     return found
 
 
-def test_pods_requests_are_taken_in_lots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread has a lot at a time, and the next one when all of it has ended; other requests are taken one by one meanwhile."""
-    monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
-    line = Queue(lane_of_pods, {"pods": 3})
-    for number in range(5):
+def uids(*jobs: Job | None) -> list[str]:
+    return [job.one.uid if job is not None else "" for job in jobs]
+
+
+def test_a_ca_that_hangs_leaves_a_thread_for_each_other_ca() -> None:
+    """Its jobs take no more than its share of the threads, and the next of them begins when one of them ends."""
+    line = Queue(lane_of_pods, most_at_one_ca(3, cas=2))
+    for number in range(4):
         line.put(pod_object(f"pod{number}"), no_node)
-    line.put(one("csr"), no_node)
-    lot, other = line.take(0), line.take(0)
-    assert [[job.one.uid for job in jobs] for jobs in (lot, other)] == [["pod0", "pod1", "pod2"], ["csr"]]
-    assert line.take(0) == []
-    line.put(one("another"), no_node)
-    assert [job.one.uid for job in line.take(0)] == ["another"]
-    woken: list[list[Job]] = []
-    thread = threading.Thread(target=lambda: woken.append(line.take(600)))
+    pods = [taken(line) for _ in range(3)]
+    assert uids(*pods) == ["pod0", "pod1", ""]
+    for number in range(2):  # whatever else comes for it meanwhile
+        line.put(one(f"csr{number}"), no_node)
+        assert uids(taken(line)) == [f"csr{number}"]
+    woken: list[Job | None] = []
+    thread = threading.Thread(target=lambda: woken.append(taken(line, 600)))
     thread.start()
-    for job in lot[:2]:
-        line.done(job)
-    assert line.take(0) == []
-    line.delay(lot[2], 600)
+    assert pods[0] is not None
+    line.delay(pods[0], 600)
     thread.join(180)
-    assert [job.one.uid for job in woken[0]] == ["pod3", "pod4"]
+    assert uids(*woken, taken(line)) == ["pod2", ""]
+    assert pods[1] is not None
+    line.done(pods[1])
+    assert uids(taken(line)) == ["pod3"]
 
 
-def test_without_lots_pods_requests_are_taken_one_by_one() -> None:
-    """Several threads have one each, as those of kubelets."""
-    line = Queue()
-    for number in range(2):
-        line.put(pod_object(f"pod{number}"), no_node)
-    assert [job.one.uid for _ in range(2) for job in line.take(0)] == ["pod0", "pod1"]
+@pytest.mark.parametrize(("threads", "cas", "most"), [(32, 1, 32), (32, 2, 31), (32, 4, 10), (2, 2, 1), (1, 2, 1)])
+def test_the_threads_of_all_cas_but_one_leave_one_to_the_last(threads: int, cas: int, most: int) -> None:
+    """However many of them hang; with a single CA, all threads are its own."""
+    assert most_at_one_ca(threads, cas) == most
+    assert threads < cas or most * (cas - 1) < threads
 
 
-def test_a_slow_lot_gets_another_one_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that waits takes the next lot after a while, up to a limit, and beyond it when a lot ends."""
-    monkeypatch.setattr(queue, "_SLOW_SECONDS", 0.05)
-    line = Queue(lane_of_pods, {"pods": 2})
-    for number in range(3 * queue._MOST_LOTS):
-        line.put(pod_object(f"pod{number}"), no_node)
-    lots = [line.take(600) for _ in range(queue._MOST_LOTS)]
-    assert [len(jobs) for jobs in lots] == [2] * queue._MOST_LOTS
-    assert line.take(0.2) == []
-    line.done(lots[1][0])
-    assert line.take(0.2) == []
-    line.done(lots[1][1])
-    assert len(line.take(600)) == 2
-    # requests that come while no thread waits for the time: the one that they wake waits for it then
-    slow = Queue(lane_of_pods, {"pods": 2})
-    slow.put(pod_object("pod0"), no_node)
-    slow.take(0)
-    woken: list[list[Job]] = []
-    thread = threading.Thread(target=lambda: woken.append(slow.take(600)))
-    thread.start()
-    time.sleep(0.2)
-    slow.put(pod_object("pod1"), no_node)
-    thread.join(180)
-    assert [job.one.uid for job in woken[0]] == ["pod1"]
-
-
-def test_a_thread_is_left_for_other_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three threads two have slow lots of one CA at most."""
-    monkeypatch.setattr(queue, "_SLOW_SECONDS", 0.0)
-    line = Queue(lane_of_pods, {"pods": 1}, threads=3)
-    for number in range(3):
-        line.put(pod_object(f"pod{number}"), no_node)
-    assert [len(line.take(0)) for _ in range(3)] == [1, 1, 0]
-    line.put(one("csr"), no_node)
-    assert len(line.take(0)) == 1
-
-
-def test_versions_of_a_waiting_object_take_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While lots are slow one object changes all the time: it keeps its place; what goes leaves none, and what comes back is there once."""
-    monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
-    line = Queue(lane_of_pods, {"pods": 1})
+def test_versions_of_a_waiting_object_take_no_more_room() -> None:
+    """While its CA is busy one object changes all the time: it keeps its place; what goes leaves none, and what comes back is there once."""
+    line = Queue(lane_of_pods, 1)
     for uid in ("working", "first", "second"):
         line.put(pod_object(uid), no_node)
-    [working] = line.take(0)
+    working = taken(line)
+    assert working is not None
     for number in range(50):
         line.put(replace(pod_object("first"), version=f"{100 + number}", size=2000 + number), no_node)
     [lane] = line._lanes.values()
@@ -441,13 +406,14 @@ def test_versions_of_a_waiting_object_take_no_more_room(monkeypatch: pytest.Monk
     line.remove("second")
     assert sum(map(len, lane.ready.values())) == 1
     line.delay(working, 600)
-    [first] = line.take(0)
+    first = taken(line)
+    assert first is not None
     assert first.one.version == "149"
     line.put(replace(pod_object("working"), version="1000"), no_node)  # it need not wait for its time
     line.wake()
     line.done(first)
-    assert [job.one.uid for job in line.take(0)] == ["working"]
-    assert (line.take(0), line._bytes, line._shares) == ([], 0, {})
+    assert uids(taken(line)) == ["working"]
+    assert (taken(line), line._bytes, line._shares) == (None, 0, {})
 
 
 def test_an_object_that_comes_twice_at_once_has_one_job() -> None:
@@ -459,25 +425,24 @@ def test_an_object_that_comes_twice_at_once_has_one_job() -> None:
         return Look()
 
     line.put(one("u1"), look)
-    [job] = line.take(0)
-    assert line.take(0) == []
+    job = taken(line)
+    assert job is not None
+    assert taken(line) is None
     line.done(job)
     assert line.counts() == (0, 0)
 
 
-def test_a_lot_that_another_replica_took_over_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was worked at when the lease was lost counts as ended, and a new lot begins once this replica works again."""
-    monkeypatch.setattr(queue, "_SLOW_SECONDS", math.inf)
-    line = Queue(lane_of_pods, {"pods": 3})
-    for number in range(2):
-        line.put(pod_object(f"pod{number}"), no_node)
-    lot = line.take(0)
+def test_what_another_replica_took_over_holds_no_place() -> None:
+    """What was worked at when the lease was lost counts as ended, and other jobs begin once this replica works again."""
+    line = Queue(lane_of_pods, 1)
+    line.put(pod_object("pod0"), no_node)
+    job = taken(line)
+    assert job is not None
     line.forget()
     line.put(pod_object("pod7"), no_node)
-    assert line.take(0) == []
-    for job in lot:
-        line.delay(job, 0)
-    assert [job.one.uid for job in line.take(0)] == ["pod7"]
+    assert taken(line) is None
+    line.delay(job, 0)
+    assert uids(taken(line)) == ["pod7"]
 
 
 def test_nothing_is_taken_after_the_end() -> None:
@@ -535,32 +500,8 @@ def pod_job(uid: str = "r1", **request: Any) -> Job:
 
 def context_of(answer: Callable[[], Reply]) -> Any:
     """Settings as they are without a file, and an API server that answers like this."""
-
-    def one_of_several() -> Reply | NoAnswerError:
-        try:
-            return answer()
-        except NoAnswerError as e:
-            return e
-
-    def answers(requests: Sequence[Request]) -> list[Reply | NoAnswerError]:
-        assert len(requests) <= 16  # of pods as large as they may be
-        return [one_of_several() for _ in requests]
-
-    api = SimpleNamespace(ask=lambda *_, **__: answer(), answers=answers)
+    api = SimpleNamespace(ask=lambda *_, **__: answer(), answer=lambda *_: answer())
     return SimpleNamespace(settings=SimpleNamespace(gateway=GatewaySettings()), api=api, now=lambda: NOW)
-
-
-def done(steps: Steps[Any]) -> Any:
-    """What a job's steps come to, when it goes on alone."""
-    found = []
-
-    def job() -> Steps[None]:
-        found.append((yield from steps))
-
-    [(_, error)] = in_step({0: job()})
-    if error is not None:
-        raise error
-    return found[0]
 
 
 def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> None:
@@ -590,10 +531,10 @@ def test_what_users_write_into_their_objects_fills_no_memory() -> None:
             assert judge._known(f"namespaces/shop/serviceaccounts/s{number}")[0] == "u"
             assert judge._known(f"namespaces/n{number}", labels={"mtls": "yes"})[1] == {"mtls": "yes"}
             job = pod_job(f"r{number}", annotations=tuple(many.items()))
-            found = done(judge._pod(job, at_write=False))
+            found = judge._pod(job, at_write=False)
             assert found is not None
             assert found.key_types == {"RSA2048"}
-            assert done(judge._pod(job, at_write=True)) is found
+            assert judge._pod(job, at_write=True) is found
         assert memory()[0] < 1 << 20
 
 
@@ -607,7 +548,7 @@ def test_objects_of_users_are_parsed_one_at_a_time() -> None:
             return super().found(path)
 
     judge = PodJudge(context_of(lambda: Seen(status=200, body=b"{}")))
-    done(judge._pod(pod_job(), at_write=False))
+    judge._pod(pod_job(), at_write=False)
     judge._known("nodes/w1")
     assert (held, judge._reading.locked()) == ([True, True], False)
 
@@ -622,12 +563,33 @@ def test_a_pod_of_megabytes_is_not_read() -> None:
 
     judge = PodJudge(context_of(answer))
     with pytest.raises(LeftError, match=r"^namespaces/shop/pods/web: wanted at most 512 KiB, found more: shorten"):
-        done(judge._pod(pod_job(), at_write=False))
+        judge._pod(pod_job(), at_write=False)
     error.is_too_long = False
     with pytest.raises(NoAnswerError):
-        done(judge._pod(pod_job(), at_write=False))
-    found = judge._looked_up([pod_object(f"pod{number}").request for number in range(40)])
-    assert found == [error] * 40
+        judge._pod(pod_job(), at_write=False)
+
+
+def test_few_pods_are_looked_at_at_once() -> None:
+    """Forty threads at once have sixteen answers of half a megabyte, and each of them has its own in the end."""
+    held: list[int] = []
+    there, may_answer = threading.Semaphore(0), threading.Event()
+
+    def answer() -> Reply:
+        held.append(1)
+        there.release()
+        may_answer.wait(180)
+        held.pop()
+        return Reply(status=200, body=b"{}")
+
+    judge = PodJudge(context_of(answer))
+    with ThreadPoolExecutor(40) as pool:
+        found = [pool.submit(judge._pod, pod_job(f"r{number}"), at_write=False) for number in range(40)]
+        for _ in range(16):
+            assert there.acquire(timeout=180)
+        assert not there.acquire(timeout=0.3)
+        assert len(held) == 16
+        may_answer.set()
+        assert all(one.result(180) is not None for one in found)
 
 
 def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -720,40 +682,72 @@ def test_a_write_that_a_policy_of_the_cluster_refuses_is_not_made_again_at_once(
         changed["metadata"]["resourceVersion"] = now
         return refused if asked == ["PATCH"] else Reply(status=200, body=json.dumps(changed).encode())
 
-    def written(request: Request) -> Together[Reply]:
-        return Together(lambda wanted: [ask(one.method) for one in wanted], request)
+    def write(request: Request) -> Reply:
+        return ask(request.method)
 
-    context: Any = SimpleNamespace(api=SimpleNamespace(ask=ask), now=lambda: NOW, written=written)
+    context: Any = SimpleNamespace(api=SimpleNamespace(ask=ask), now=lambda: NOW, write=write)
     writer, job = Writer(context), Job(one=one(), look=Look(), arrived=0)
-    [(_, error)] = in_step({0: writer.mark(job, PENDING_AT_CA, WAITS)})  # type: ignore[dict-item]
     if now == one().version:
-        assert isinstance(error, LeftError)
-        assert "HTTP 422 not by this user" in str(error)
-        assert (error.seconds, asked) == (None, ["PATCH", "GET"])
+        with pytest.raises(LeftError, match="HTTP 422 not by this user") as e:
+            writer.mark(job, PENDING_AT_CA, WAITS)
+        assert (e.value.seconds, asked) == (None, ["PATCH", "GET"])
     else:
-        assert (error, asked) == (None, ["PATCH", "GET", "GET", "PATCH"])
+        assert writer.mark(job, PENDING_AT_CA, WAITS)
+        assert asked == ["PATCH", "GET", "GET", "PATCH"]
         assert job.one.size < one().size  # not more with each look: else it would drive others out of the queue
 
 
-def test_no_write_of_a_lost_lease_or_an_old_verdict() -> None:
-    """Nothing is sent once another replica works; of a lot the writes of now go out, and may be repeated while the lease is ours."""
-    sent: list[tuple[int, bool]] = []
+def writing(*, ours: list[bool], late: Callable[[Request], float] = lambda _: 0.0) -> tuple[Any, list[str]]:
+    """A context whose writes succeed, each after that many seconds by the clock of verdicts, and the paths of them."""
+    sent: list[str] = []
+    metadata = json.dumps({"metadata": {"resourceVersion": "8"}}).encode()
+
+    def answer(request: Request, may_repeat: Callable[[], bool]) -> Reply:
+        assert may_repeat() is ours[0]
+        sent.append(request.path.rpartition("/")[2])
+        job.judged -= late(request)
+        return Reply(status=200, body=metadata)
+
+    job = Job(one=one(), look=Look(), arrived=0, judged=time.monotonic())
+    made: Any = SimpleNamespace(
+        api=SimpleNamespace(answer=answer), holder=SimpleNamespace(is_ours=lambda: ours[0]), now=lambda: NOW, job=job
+    )
+    for method in (Context.assert_ours, Context.assert_fresh, Context.write):
+        setattr(made, method.__name__, functools.partial(method, made))
+    return made, sent
+
+
+VERIFIED: Any = SimpleNamespace(chain=[])
+
+
+def test_no_write_without_the_lease() -> None:
+    """Neither a certificate nor a condition is sent once another replica works; before, no write is repeated without asking."""
     ours = [True]
-
-    def answers(requests: Sequence[Request], may_repeat: Callable[[], bool]) -> list[Reply]:
-        sent.append((len(requests), may_repeat()))
-        return [Reply(status=200, body=b"") for _ in requests]
-
-    made: Any = SimpleNamespace(api=SimpleNamespace(answers=answers), holder=SimpleNamespace(is_ours=lambda: ours[0]))
-    made.assert_ours = functools.partial(Context.assert_ours, made)
-    request, now = request_of("PATCH", "/"), time.monotonic()
-    found = Context._write_all(made, [(request, now), (request, now - 1.5), (request, now)])
-    assert [type(one) for one in found] == [Reply, LeftError, Reply]
-    assert sent == [(2, True)]
+    made, sent = writing(ours=ours)
+    assert Writer(made).mark(made.job, PENDING_AT_CA, WAITS)
+    assert sent == ["status"]
     ours[0] = False
-    with pytest.raises(LeftError, match="another replica works"):
-        Context._write_all(made, [(request, now)])
-    assert len(sent) == 1
+    for write in (
+        lambda: Writer(made).issue(made.job, VERIFIED, VERIFIED),
+        lambda: Writer(made).deny(made.job, Hostile("x")),
+        lambda: Writer(made).mark(made.job, FAILED, NOT_ALLOWED),
+    ):
+        with pytest.raises(LeftError, match="another replica works"):
+            write()
+    assert sent == ["status"]
+
+
+@pytest.mark.parametrize(
+    ("before", "approval", "wanted"),
+    [(0.0, 0.0, ["approval", "status"]), (1.5, 0.0, []), (0.0, 1.5, ["approval"])],
+)
+def test_no_certificate_is_written_by_an_old_verdict(before: float, approval: float, wanted: list[str]) -> None:
+    """If a second has passed since the verdict, also while the approval was written, the policy judges it again first."""
+    made, sent = writing(ours=[True], late=lambda request: approval if request.path.endswith("approval") else 0.0)
+    made.job.judged -= before
+    with contextlib.nullcontext() if len(wanted) == 2 else pytest.raises(LeftError, match="too old to be written"):
+        assert Writer(made).issue(made.job, VERIFIED, VERIFIED)
+    assert sent == wanted
 
 
 def test_a_long_message_is_cut_to_its_end() -> None:
@@ -845,6 +839,35 @@ def test_what_was_noted_is_written_once_the_record_can_be(tmp_path: Path, monkey
 
 def failing_write(**_: object) -> None:
     raise AuditError("no space")
+
+
+def test_lines_that_wait_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one write is on its way to the disk, others' lines wait, and the next write has all of them; each error is its own's."""
+    store = Store(tmp_path / "state")
+    store.prepare()
+    ledger, writes, may_write = Ledger(store, AuditSettings()), list[int](), threading.Event()
+    write = ledger._record.write
+
+    def slow(**how: Any) -> None:
+        writes.append(len(ledger._record._waiting))
+        may_write.wait(180)
+        if len(writes) == 3:
+            raise AuditError("no space")
+        write(**how)
+
+    monkeypatch.setattr(ledger._record, "write", slow)
+    facts = {"name": "kubelet-serving", "more": {"request": "u1"}}
+    with ThreadPoolExecutor(16) as pool:
+        lines = [pool.submit(ledger.write, facts, audit.ASKED) for _ in range(16)]
+        wait_until(lambda: len(ledger._waiting), lambda count: count == 15, timedelta(minutes=3), pause_seconds=0.01)
+        assert not any(line.done() for line in lines)
+        may_write.set()
+        for line in lines:
+            line.result(180)
+    assert writes == [1, 15]
+    assert len(store.audit.read_text().splitlines()) == 16
+    with pytest.raises(AuditError):
+        ledger.write(facts, audit.ASKED)
 
 
 def test_nothing_is_signed_while_the_records_head_can_not_be_written(
@@ -1121,8 +1144,8 @@ def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
     class OneNode:
         """An API server."""
 
-        def ask(self, _: str, path: str) -> Reply:
-            assert path == "/api/v1/nodes/w1"
+        def answer(self, request: Request) -> Reply:
+            assert request.path == "/api/v1/nodes/w1"
             return Reply(status=200, body=there[0]) if there else Reply(status=404, body=b"{}")
 
     states = nodes.NodeStates(OneNode())  # type: ignore[arg-type]
@@ -1132,7 +1155,7 @@ def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
     watched = nodes.WatchedFile(file, "inventory", lambda text, _: text)
 
     def seen(since: float) -> tuple[bool, str]:
-        return done(states.state("w1", since, newer=False, with_readiness=False)).exists, watched.get(since)
+        return states.state("w1", since, newer=False, with_readiness=False).exists, watched.get(since)
 
     assert seen(time.monotonic()) == (True, "old")
     there.clear()
@@ -1164,40 +1187,33 @@ def test_what_many_threads_want_to_know_is_asked_once() -> None:
     assert [forgetful.of(1, ask), forgetful.of(1, ask), len(asked)] == [7, 7, 3]
 
 
-def test_a_list_of_nodes_says_for_a_while_which_are_not_there() -> None:
-    """It is not asked for anew for a node that it does not have; a look at a write, and one for a new node's own request, is."""
-    listed: list[str] = []
-    names = ["cp1"]
+def test_a_node_is_looked_at_again_for_its_own_request() -> None:
+    """A node that was not there a moment ago may have just registered; for another's request the last look counts."""
+    asked, names = list[str](), ["cp1"]
 
-    class Listing:
+    class Nodes:
         """An API server."""
 
         def answer(self, request: Request) -> Reply:
-            listed.append(request.path)
-            assert request.path.startswith("/api/v1/nodes?")
-            found = {"kind": "PartialObjectMetadataList", "metadata": {}}
-            items = [{"metadata": {"name": name}} for name in names]
-            return Reply(status=200, body=json.dumps({**found, "items": items}).encode())
+            asked.append(
+                f"{request.path.rpartition('/')[2]} {'whole' if request.headers['Accept'] == JSON else 'name'}"
+            )
+            body = {"status": {"conditions": [{"type": "Ready", "status": "False"}]}}
+            is_there = request.path.rpartition("/")[2] in names
+            return Reply(status=200 if is_there else 404, body=json.dumps(body).encode())
 
-        def ask(self, _: str, path: str) -> Reply:
-            listed.append(path)
-            return Reply(status=200 if path.rpartition("/")[2] in names else 404, body=b"{}")
-
-    states = nodes.NodeStates(Listing())  # type: ignore[arg-type]
-    begin = time.monotonic()
-    states._looked_at([(f"w{number}", False) for number in range(10)])
-    assert len(listed) == 1
+    states, begin = nodes.NodeStates(Nodes()), time.monotonic()  # type: ignore[arg-type]
 
     def exists(name: str, since: float, *, newer: bool = False) -> bool:
-        return bool(done(states.state(name, since, newer=newer, with_readiness=False)).exists)
+        return states.state(name, since, newer=newer, with_readiness=False).exists
 
-    names.append("w11")
     assert not exists("w11", begin)
-    assert len(listed) == 1
-    assert exists("cp1", begin)  # for one that is there, its own state counts
-    assert exists("w11", begin, newer=True)
+    names.append("w11")
+    assert (exists("w11", begin), exists("w11", begin, newer=True), exists("w11", begin)) == (False, True, True)
     assert exists("w11", time.monotonic())
-    assert listed[1:] == [f"/api/v1/nodes/{name}" for name in ("cp1", "w11", "w11")]
+    assert asked == ["w11 name"] * 3
+    state = states.state("w11", begin, newer=False, with_readiness=True)  # only a whole object tells
+    assert (state.exists, state.ready, asked[3:]) == (True, False, ["w11 whole"])
 
 
 # --- the lease's thread -----------------------------------------------------------------------------------------------
