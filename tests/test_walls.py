@@ -268,6 +268,19 @@ def printing_wall(source: str, module: str) -> Iterator[str]:
         yield from (name for name in imports(source, module) if name.split(".")[0] in _TERMINAL)
 
 
+#: What makes a pool of its own, whose threads wait for no network: they compute, write files, or are ended by its owner.
+POOLS = (
+    *("bridge.system.waiting", "bridge.system.files", "bridge.node.sample_pki", "bridge.renewal.prepare"),
+    *("bridge.ca.conformance", "bridge.desk.desk", "bridge.desk.workers", "backends.openssl"),
+)
+
+
+def pool_wall(source: str, module: str) -> Iterator[str]:
+    """Threads that wait for other machines come from `waiting.workers`, which leaves them behind after Ctrl-C."""
+    if module not in POOLS:
+        yield from (name for name in imports(source, module) if name.endswith(".ThreadPoolExecutor"))
+
+
 def modules(package: str, *only: str) -> list[str]:
     """Names of our modules in a package; all of them, or these."""
     found = [module for module in sources() if within(module, package)]
@@ -354,6 +367,20 @@ def test_the_wall_round_printing_can_fail(source: str) -> None:
     assert list(printing_wall(source, "bridge.renewal.renew"))
     assert not list(printing_wall("from bridge.cli.printing import say\nsay('x')", "bridge.cli.history"))
     assert not list(printing_wall(source, "bridge.cli.printing"))
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_no_thread_that_waits_for_a_silent_node_holds_up_the_end(module: str) -> None:
+    """A run that is interrupted ends at once, whatever its threads wait for."""
+    assert sorted(pool_wall(sources()[module], module)) == []
+
+
+def test_the_wall_round_pools_can_fail() -> None:
+    """The test finds a module that makes a pool of its own."""
+    source = "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as pool: ..."
+    assert list(pool_wall(source, "bridge.control_plane.neighbours"))
+    assert not list(pool_wall(source, "bridge.renewal.prepare"))
+    assert not list(pool_wall("from bridge.system.waiting import workers", "bridge.control_plane.neighbours"))
 
 
 def test_all_modules_are_looked_at() -> None:

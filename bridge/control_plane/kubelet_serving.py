@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -45,7 +44,7 @@ from bridge.system.files import exchange
 from bridge.system.http import HttpsError
 from bridge.system.paths import UnreadableError
 from bridge.system.run_command import Account, Command, passed_on, run
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import wait_until, workers
 from bridge.words import one_line
 
 #: The API server's flag for the CA that verifies kubelets; without it, it verifies none.
@@ -407,7 +406,7 @@ class Served:
 def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
     """Check the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
     every = list(nodes(api))
-    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+    with workers(_AT_ONCE) as pool:
         return list(pool.map(lambda one: _look(one, trust_pem, flags), every))
 
 

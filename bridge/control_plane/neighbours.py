@@ -9,7 +9,6 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
@@ -29,9 +28,10 @@ from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
 from bridge.system import http
 from bridge.system.console import doing
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import wait_until, workers
 
 _PREFIX = "/ca-bridge/"  # Kubernetes keeps everything below /registry
+_AT_ONCE = 8  # members and servers that are asked side by side
 _TURNS = 5  # each failed attempt means that another host was faster
 
 InstanceState = Literal["healthy", "unhealthy", "unknown"]
@@ -127,7 +127,7 @@ def _look_at_etcd(node: Node) -> Neighbours:
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
     if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members announce are for gRPC only
         others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
-    with ThreadPoolExecutor(max_workers=8) as pool:
+    with workers(_AT_ONCE) as pool:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
     names = {member.id: member.name or member.id for member in listed}
     own = replace(own, voter=not any(member.learner for member in listed if _is_own(member, own_id, flags)))
@@ -207,7 +207,7 @@ def _look_at_api(api: Api, node: Node, node_name: str) -> Neighbours:
         instances += [_api_server(name, url, own=False) for name, url in found if name != node_name and url != own_url]
     if not api.clients:
         return Neighbours(unseen=unseen)
-    with ThreadPoolExecutor(max_workers=8) as pool:
+    with workers(_AT_ONCE) as pool:
         return Neighbours(instances=tuple(pool.map(lambda one: _ready(api, one), instances)), unseen=unseen)
 
 

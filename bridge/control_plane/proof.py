@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ from bridge.node.inventory import Item, Node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.system.console import doing
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import wait_until, workers
 
 _AT_ONCE = 8
 _PAUSE_SECONDS = 0.5
@@ -68,7 +67,7 @@ def look(node: Node, settings: Settings, now: datetime, **paths: Path) -> ProofR
     """Check all components of a node concurrently; a fault is a finding, not an error."""
     shared = checks.Look(node=node, settings=settings, now=now, **paths)
     to_run = list(checks.of(shared) if node.manifests or node.is_worker else checks.of_pairs(node, now))
-    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+    with workers(_AT_ONCE) as pool:
         return ProofReport(findings=tuple(pool.map(_finding, to_run)))
 
 

@@ -49,6 +49,7 @@ from bridge.state import audit
 from bridge.system.console import log
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.system.state_file import StateError
+from bridge.system.waiting import workers
 from bridge.words import one_line
 
 #: Requests that are read ahead and signed together: few at first, so that a CA starts soon, and then twice as many each
@@ -362,7 +363,7 @@ class Desk:
         def open_(name: str) -> None:
             self._cas[name] = self._open(name)
 
-        with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
+        with workers(len(AUTHORITIES)) as pool:
             list(pool.map(open_, self._configured.keys() - self._cas.keys()))
 
     def certificates(self, authority: str) -> tuple[x509.Certificate, ...]:

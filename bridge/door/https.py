@@ -39,7 +39,7 @@ from bridge.pki.bundle import LARGEST_REQUEST_BYTES
 from bridge.pki.certificates import pem
 from bridge.settings.tables import ServeSettings, address_of
 from bridge.system.files import version
-from bridge.system.waiting import Shares
+from bridge.system.waiting import FairQueue
 
 log = logging.getLogger("ca-bridge")
 
@@ -267,7 +267,7 @@ class Https(wsgi.Server):
         self.working: set[_Connection] = set()
         self.open: set[_Connection] = set()
         self.peers: Counter[str] = Counter()
-        self.shares = Shares[_Connection](ours.threads)
+        self.shares = FairQueue[_Connection](ours.threads)
         self.turned_away = 0
 
     @property

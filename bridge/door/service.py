@@ -41,7 +41,7 @@ from bridge.state import Store, credentials
 from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
-from bridge.system.waiting import Spared, back_off_seconds
+from bridge.system.waiting import CachedResult, back_off_seconds
 
 log = logging.getLogger("ca-bridge")
 
@@ -72,7 +72,7 @@ class Service:
         self._settings = settings
         self._now = now
         self.memory = open_memory(settings, may_make=True)
-        self._nodes = Spared(lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now())))
+        self._nodes = CachedResult(lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now())))
         self._secret = secret(Store(settings.node.state_dir))
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)

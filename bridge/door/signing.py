@@ -47,7 +47,7 @@ from bridge.specs import USER
 from bridge.state import Store, audit
 from bridge.system.codec import from_json, to_json
 from bridge.system.paths import UnreadableError, read_ca_file
-from bridge.system.waiting import Places
+from bridge.system.waiting import FairSemaphore
 
 log = logging.getLogger("ca-bridge")
 
@@ -129,7 +129,7 @@ class Signing:
         self._turns = itertools.count()
         #: Held while this process parses or judges, never while it waits for a network or a database.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
-        self._at_workers = Places(_AT_WORKERS)
+        self._at_workers = FairSemaphore(_AT_WORKERS)
         #: Bundles parsed on arrival, by their bytes.
         self._read: dict[bytes, ReadBundle] = {}
         self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.

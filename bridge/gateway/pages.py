@@ -18,7 +18,7 @@ from typing import Any
 from bridge.errors import BridgeError
 from bridge.system.codec import labels, metric
 from bridge.system.files import reasons
-from bridge.system.waiting import Spared, remember
+from bridge.system.waiting import CachedResult, remember
 
 PREFIX = "ca_bridge_gateway"
 _BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
@@ -185,7 +185,7 @@ def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
     wanted = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}"
     with reasons(BridgeError, wanted, hint="another port, or serve_status = false"):
         server = _Server(address, _Handler)
-    server.pages = {path: Spared(page) for path, page in pages.items()}
+    server.pages = {path: CachedResult(page) for path, page in pages.items()}
     thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status", daemon=True)
     thread.start()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
@@ -36,7 +35,7 @@ from bridge.state.session import Run
 from bridge.system.console import doing
 from bridge.system.http import ClientRefusedError, HttpsError
 from bridge.system.paths import UnreadableError
-from bridge.system.waiting import wait_until
+from bridge.system.waiting import wait_until, workers
 from bridge.words import some
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ class Gate:
         spots = [spot for spot in every if spot.kind in kinds and spot.node not in self.without]
         for name in sorted(self.without):
             run.record.add(audit.TRUSTED, result=f"node {name} is left out, as --without says")
-        with doing("asking every node"), ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+        with doing("asking every node"), workers(_AT_ONCE) as pool:
             found = [f"{spot}: {why}" for spot, why in zip(spots, pool.map(judged, spots), strict=True) if why]
         if found:
             raise NotReadyEverywhereError("; ".join(found))

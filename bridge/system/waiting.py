@@ -138,10 +138,10 @@ def remember(known: OrderedDict[K, V], key: K, value: V, most: int) -> None:
 
 
 #: A result that strangers may request is kept this many times as long as it took to get; the limit is for stalls.
-_SPARED, _LONGEST_SPARED_SECONDS = 20, 5.0
+_CACHED_TIMES, _LONGEST_CACHED_SECONDS = 20, 5.0
 
 
-class Spared(Generic[T]):
+class CachedResult(Generic[T]):
     """A result that strangers may request at will, at a twentieth of a processor at most. Usable from any thread."""
 
     def __init__(self, look: Callable[[], T]) -> None:
@@ -157,7 +157,7 @@ class Spared(Generic[T]):
             if not self._seen or began >= self._good_until:
                 self._seen = [self._look()]
                 ended = time.monotonic()
-                self._good_until = ended + min(_SPARED * (ended - began), _LONGEST_SPARED_SECONDS)
+                self._good_until = ended + min(_CACHED_TIMES * (ended - began), _LONGEST_CACHED_SECONDS)
             return self._seen[0]
 
 
@@ -196,7 +196,7 @@ class Rate:
 # --- few places, and many addresses that want them --------------------------------------------------------------------
 
 
-class Shares(Generic[T]):
+class FairQueue(Generic[T]):
     """
     A number of places, and a queue for each address, which take turns; the caller holds a lock.
 
@@ -248,12 +248,12 @@ class Shares(Generic[T]):
             del self._has[peer]
 
 
-class Places:
-    """Places that threads wait for."""
+class FairSemaphore:
+    """A number of places that threads wait for, fairly by address."""
 
     def __init__(self, places: int) -> None:
         self._mutex = threading.Lock()
-        self._shares = Shares[threading.Event](places)
+        self._shares = FairQueue[threading.Event](places)
 
     @contextlib.contextmanager
     def taken(self, peer: str, seconds: float) -> Iterator[bool]:

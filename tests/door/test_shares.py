@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bridge.pki.bundle_format import dumps
-from bridge.system.waiting import Places, Shares, wait_until
+from bridge.system.waiting import FairQueue, FairSemaphore, wait_until
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk
 from tests.kit.pki import Pki
@@ -115,7 +115,7 @@ def connections(door: ServeProgram) -> tuple[int, int]:
 # --- the turns --------------------------------------------------------------------------------------------------------
 
 
-def order(shares: Shares[int], *came: tuple[str, int]) -> list[tuple[str, int]]:
+def order(shares: FairQueue[int], *came: tuple[str, int]) -> list[tuple[str, int]]:
     """Those that have a place after these came."""
     for peer, one in came:
         shares.wait(peer, one)
@@ -124,7 +124,7 @@ def order(shares: Shares[int], *came: tuple[str, int]) -> list[tuple[str, int]]:
 
 def test_an_address_has_three_quarters_of_the_places() -> None:
     """Its further ones wait until it gives one back; the other quarter is for others, however many addresses they have."""
-    shares = Shares[int](4)
+    shares = FairQueue[int](4)
 
     assert order(shares, *(("a", number) for number in range(5))) == [("a", 0), ("a", 1), ("a", 2)]
     assert order(shares, ("b", 0), ("c", 0)) == [("b", 0)]
@@ -132,12 +132,12 @@ def test_an_address_has_three_quarters_of_the_places() -> None:
     assert order(shares) == [("c", 0)]
     shares.give_back("a")
     assert order(shares) == [("a", 3)]
-    assert order(Shares[int](1), ("a", 0), ("b", 0)) == [("a", 0)]
+    assert order(FairQueue[int](1), ("a", 0), ("b", 0)) == [("a", 0)]
 
 
 def test_addresses_take_turns() -> None:
     """The first of a short line is before the second of a long one; each line has its own order."""
-    shares = Shares[int](1)
+    shares = FairQueue[int](1)
     shares.wait("z", 0)
     assert shares.next() == ("z", 0)
     came = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("c", 0)]
@@ -152,7 +152,7 @@ def test_addresses_take_turns() -> None:
 
 def test_who_waits_in_vain_leaves_the_line() -> None:
     """A thread that got no place in time has none, and takes none from those behind it."""
-    places = Places(1)
+    places = FairSemaphore(1)
     with places.taken("a", 0) as first, places.taken("b", 0.01) as second:
         pass
     with places.taken("c", 0) as third:
@@ -163,7 +163,7 @@ def test_who_waits_in_vain_leaves_the_line() -> None:
 
 def test_all_have_their_turn_in_the_end() -> None:
     """A server that ends lets those in that wait, and those that come."""
-    shares = Shares[int](1)
+    shares = FairQueue[int](1)
     assert order(shares, ("a", 0), ("a", 1), ("b", 0)) == [("a", 0)]
     shares.open()
 

@@ -1018,8 +1018,8 @@ def test_pages_that_strangers_ask_for_take_little_time(monkeypatch: pytest.Monke
         return requests.get(f"http://127.0.0.1:{port}/metrics", timeout=180).text
 
     with monkeypatch.context() as patch, serving(("127.0.0.1", 0), {"/metrics": slow}) as port:
-        patch.setattr(waiting, "_SPARED", 36_000)
-        patch.setattr(waiting, "_LONGEST_SPARED_SECONDS", 3600.0)
+        patch.setattr(waiting, "_CACHED_TIMES", 36_000)
+        patch.setattr(waiting, "_LONGEST_CACHED_SECONDS", 3600.0)
         assert [text(port) for _ in range(5)] == ["1\n"] * 5
     with serving(("127.0.0.1", 0), {"/metrics": slow}) as port:
         assert text(port) == "2\n"

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-from bridge.system.waiting import Spared, wait_until, within
+from bridge.system.waiting import CachedResult, wait_until, within
 
 
 class Clock:
@@ -102,15 +102,15 @@ def test_what_strangers_ask_for_takes_a_twentieth_of_the_time(clock: Clock) -> N
     """
     for took, good in ((0.125, 2.5), (60.0, 5.0)):
         clock.__init__(look_seconds=took)  # type: ignore[misc]
-        spared = Spared(clock.look)
+        spared = CachedResult(clock.look)
         for pause, wanted in ((0, 1), (good / 2, 1), (good / 2, 2), (0, 2), (good, 3)):
             clock.now += pause
             assert spared() == wanted
     clock.__init__()  # type: ignore[misc]
-    spared = Spared(clock.look)
+    spared = CachedResult(clock.look)
     assert [spared() for _ in range(3)] == [1, 2, 3]
     answers = iter([1])
-    failing = Spared(lambda: next(answers))
+    failing = CachedResult(lambda: next(answers))
     assert failing() == 1
     with pytest.raises(StopIteration):
         failing()
