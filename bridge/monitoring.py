@@ -63,7 +63,7 @@ def after(before: History | None, exit_code: int, ended: datetime, seconds: floa
 
 def history_file(store: Store) -> StateFile[History]:
     """Return the history's file; a damaged file counts as none, and the counts begin again."""
-    return coded(History, store.history, "how the last runs ended", OnDamage.START_OVER, version=1)
+    return coded(History, store.history, "how the last runs ended", OnDamage.START_OVER)
 
 
 # --- the file ----------------------------------------------------------------------------------------------------------

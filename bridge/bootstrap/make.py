@@ -454,7 +454,7 @@ class Unfinished:
 def unfinished_file(store: Store) -> StateFile[Unfinished]:
     """Return the file in the state directory; damage costs new keys and requests, and nothing else."""
     what = "what the requests of a new node are for"
-    return coded(Unfinished, store.bootstrap, what, OnDamage.START_OVER, key="bootstrapV1")
+    return coded(Unfinished, store.bootstrap, what, OnDamage.START_OVER, key="bootstrap")
 
 
 def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str, verify.Expectation]:

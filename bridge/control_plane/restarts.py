@@ -26,12 +26,11 @@ from bridge.state import Store, audit, session, static_pods
 from bridge.state.backups import Backup
 from bridge.state.install import newest_number
 from bridge.state.static_pods import Pod, RestartError
-from bridge.system import codec
 from bridge.system.console import doing, log
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, read
 from bridge.system.run_command import Command, command_failure, run, unsafe_program
-from bridge.system.state_file import OnDamage, StateFile, coded, unsealed
+from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.system.waiting import wait_until
 from bridge.words import name_found
 
@@ -286,12 +285,10 @@ class LastRestart:
     """The last restart of a component, by the clock, and by the number of the newest installation before it."""
 
     at: datetime
-    installation: int | None = None  #: As in `Backup.number`; None: an earlier version recorded the restart.
+    installation: int  #: As in `Backup.number`; 0: there was none.
 
     def is_after(self, backup: Backup) -> bool:
-        """Whether the restart followed an installation, by its number, else by the clock, which may have been set."""
-        if self.installation is None or not backup.number:
-            return self.at >= backup.created
+        """Whether the restart followed an installation, by its number, since the clock may have been set."""
         return self.installation >= backup.number
 
 
@@ -306,14 +303,9 @@ def _times(store: Store) -> dict[Component, LastRestart]:
 
 
 def times_file(store: Store) -> StateFile[dict[Component, LastRestart]]:
-    """Return the file of last restarts; without it none counts as restarted. Earlier versions wrote only a time."""
-    kind, what = dict[Component, LastRestart], "when each component was last restarted"
-
-    def parse(data: bytes) -> dict[Component, LastRestart]:
-        found = unsealed(data, codec.keys_of(kind))
-        return codec.from_json(kind, {key: {"at": one} if isinstance(one, str) else one for key, one in found.items()})
-
-    return dataclasses.replace(coded(kind, store.restarted, what, OnDamage.START_OVER), parse=parse)
+    """Return the file of last restarts; without it none counts as restarted."""
+    what = "when each component was last restarted"
+    return coded(dict[Component, LastRestart], store.restarted, what, OnDamage.START_OVER)
 
 
 def _remember(component: Component, store: Store) -> None:

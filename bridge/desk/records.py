@@ -6,7 +6,6 @@ that no request is signed twice; and how thousands of answers are written with o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import tempfile
@@ -132,15 +131,10 @@ class Submitted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AtDesk:
     key: str
-    asked: datetime | None = None  #: When a CA was about to get the request.
-    added: datetime | None = None  #: When it answered; earlier versions did not write that for a pending answer.
-    reference: str | None = None
+    written: datetime  #: When a CA was about to get the request, or else when it answered.
+    reference: str | None = None  #: With the note: the CA answers later.
     note: str | None = None
-    chain: Issued | None = None
-
-    def __post_init__(self) -> None:
-        if self.asked is None and self.reference is None and self.chain is None:
-            raise ValueError("neither a question nor an answer")
+    chain: Issued | None = None  #: The CA's answer.
 
 
 _DESK = Kind(
@@ -157,22 +151,19 @@ class Journal:
         self.before_asking: Callable[[], None] = lambda: None
         #: Certificates that are in the audit log, but were not delivered; a door keeps them.
         self.recorded: set[x509.Certificate] = set()
-        self._log = RequestLog(path, _DESK, self._fresh)
+        self._log = RequestLog(path, _DESK, self._is_fresh)
 
-    def _fresh(self, one: _AtDesk) -> _AtDesk | None:
-        since = one.added or one.asked
-        if since is None:
-            return dataclasses.replace(one, added=self._now)
-        return one if self._now - since <= _KEPT else None
+    def _is_fresh(self, one: _AtDesk) -> bool:
+        return self._now - one.written <= _KEPT
 
     def get(self, request: SignRequest) -> Issued | Pending | Submitted | None:
         """A CA's latest known answer to exactly this request."""
         one = self._log.get(key_of(request))
         if one is None:
             return None
-        if one.asked is not None:
-            return Submitted(since=one.asked)
-        return one.chain or Pending(reference=one.reference or "", note=one.note or "")
+        if one.reference is not None:
+            return Pending(reference=one.reference, note=one.note or "")
+        return one.chain or Submitted(since=one.written)
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         """Record answers, safe on disk when this returns (StateError: only the CA knows them)."""
@@ -212,10 +203,10 @@ def key_of(request: SignRequest) -> str:
 
 def _at_desk(key: str, answer: Issued | Pending | Submitted, now: datetime) -> _AtDesk:
     if isinstance(answer, Submitted):
-        return _AtDesk(key=key, asked=answer.since)
+        return _AtDesk(key=key, written=answer.since)
     if isinstance(answer, Pending):
-        return _AtDesk(key=key, added=now, reference=answer.reference, note=answer.note)
-    return _AtDesk(key=key, added=now, chain=answer)
+        return _AtDesk(key=key, written=now, reference=answer.reference, note=answer.note)
+    return _AtDesk(key=key, written=now, chain=answer)
 
 
 # --- many files, one wait for the disk (docs/evidence/numbers.md) -----------------------------------------------------

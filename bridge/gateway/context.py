@@ -342,7 +342,6 @@ _GATEWAY = Kind(
     type=PendingAtCa,
     key_of=lambda pending: pending.uid,
     what="the requests that the gateway's CA answers later",
-    old_key="ticketsV1",
 )
 
 

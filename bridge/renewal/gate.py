@@ -223,4 +223,4 @@ class Attempts:
 def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:
     """Return the file of failed runs, by authority; a damaged one counts as empty, at the cost of one more try."""
     what = "the failed runs so far"
-    return coded(dict[str, Failures], store.attempts, what, OnDamage.START_OVER, key="authorities", version=1)
+    return coded(dict[str, Failures], store.attempts, what, OnDamage.START_OVER, key="authorities")

@@ -119,10 +119,6 @@ class Outcome:
 # --- settings that were checked completely, so that a run with nothing due loads no backend --------------------------
 
 
-#: The file's version; an earlier version lists no credentials, so its settings count as not checked.
-_FORM = 2
-
-
 def is_checked(settings: Settings, store: Store) -> bool:
     """Whether this installation has checked this very file; without a file there is nothing to check."""
     return checked_credentials(settings, store) is not None
@@ -158,4 +154,4 @@ def _signature(file: Path) -> str:
     numbers = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, _INSTALLED.stat().st_mtime_ns]
     plug_ins = dict.fromkeys(path for path in sys.path if path.endswith(_PLUG_INS) and path != str(_INSTALLED))
     numbers += [path.stat().st_mtime_ns for path in map(Path, plug_ins) if path.is_dir()]
-    return f"{file} {' '.join(map(str, numbers))} {_FORM}"
+    return f"{file} {' '.join(map(str, numbers))}"

@@ -102,7 +102,7 @@ class Backup:
     backup_id: str
     directory: Path
     created: datetime
-    number: int  #: Backups count up from 1; 0: an earlier version made it.
+    number: int  #: Backups count up from 1.
     run_id: str
     command: str  #: Empty if the manifest does not have it.
     user: str
@@ -144,7 +144,7 @@ def _read(directory: Path) -> Backup | None:
             backup_id=directory.name,
             directory=directory,
             created=datetime.fromisoformat(manifest["created"]),
-            number=manifest.get("number", 0),
+            number=manifest["number"],
             run_id=manifest["run_id"],
             command=manifest.get("command", ""),
             user=manifest.get("user", ""),

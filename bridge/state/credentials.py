@@ -197,7 +197,7 @@ def reported_file(store: Store) -> StateFile[dict[str, _Reported]]:
     from bridge.system.state_file import OnDamage, coded  # noqa: PLC0415 (only if a CA has reported an end)
 
     what = "when our own tokens end"
-    return coded(dict[str, _Reported], store.credentials, what, OnDamage.START_OVER, key="credentials", version=1)
+    return coded(dict[str, _Reported], store.credentials, what, OnDamage.START_OVER, key="credentials")
 
 
 def remember(store: Store, ends: Mapping[str, CredentialEnd], now: datetime) -> None:

@@ -310,7 +310,7 @@ def newest_number(store: Store) -> int:
     numbers = [0]
     for directory in store.backup_directories():
         with contextlib.suppress(StateError):  # the functions that list backups report a damaged one
-            numbers.append((manifest_file(directory).read() or {}).get("number", 0))
+            numbers.append((manifest_file(directory).read() or {"number": 0})["number"])
     return max(numbers)
 
 
@@ -321,7 +321,7 @@ def _journal(targets: Sequence[Target], run_id: str, backup_id: str) -> dict[str
         wanted = digest(data) if data is not None else link_digest(leads_to) if leads_to is not None else None
         name = target.replacement.certificate
         entries.append({"certificate": name, "path": str(target.path), "staged": str(target.staged), "sha256": wanted})
-    return {"version": 1, "run_id": run_id, "backup": backup_id, "direction": "forward", "targets": entries}
+    return {"run_id": run_id, "backup": backup_id, "direction": "forward", "targets": entries}
 
 
 def _forward(journal: Mapping[str, Any]) -> None:
@@ -456,8 +456,8 @@ def journal_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(data: bytes) -> dict[str, Any]:
-    """Parse a journal; it has each path twice, so that damage shows even in a journal without a digest."""
-    document = unsealed(data, frozenset({"version", "run_id", "backup", "direction", "targets"}))
+    """Parse a journal, which has each path twice."""
+    document = unsealed(data)
     if document["direction"] not in ("forward", "back") or not _names(document, "run_id", "backup"):
         raise ValueError("not written by this program")
     for target in document["targets"]:
@@ -480,7 +480,7 @@ def staging_file(store: Store) -> StateFile[tuple[Path, ...]]:
 
 
 def _staged_of(data: bytes) -> tuple[Path, ...]:
-    document = unsealed(data, frozenset({"run_id", "staged"}))
+    document = unsealed(data)
     paths = tuple(map(Path, document["staged"]))
     prefix = f"{STAGED_PREFIX}{document['run_id']}-"
     if not all(path.is_absolute() and path.name.startswith(prefix) for path in paths):
@@ -491,11 +491,6 @@ def _staged_of(data: bytes) -> tuple[Path, ...]:
 def written_file(store: Store) -> StateFile[dict[str, Written]]:
     """The times at which the installed files were written, by path; without it their ctime counts."""
     return coded(dict[str, Written], store.written, "when files were installed", OnDamage.START_OVER, key="files")
-
-
-_MANIFEST_KEYS = frozenset(
-    {"id", "number", "created", "run_id", "command", "user", "host", "login", "certificates", "rollback_to", "files"}
-)
 
 
 def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
@@ -511,9 +506,12 @@ def manifest_file(directory: Path) -> StateFile[dict[str, Any]]:
 
 def _manifest_of(data: bytes) -> dict[str, Any]:
     """Check the fields without which a backup could not be listed or put back."""
-    document = unsealed(data, _MANIFEST_KEYS)
-    is_numbered = type(document.get("number", 0)) is int  # earlier versions wrote no number
-    if not is_numbered or not _names(document, "id", "created", "run_id") or not isinstance(document["files"], list):
+    document = unsealed(data)
+    if (
+        type(document["number"]) is not int
+        or not _names(document, "id", "created", "run_id")
+        or not isinstance(document["files"], list)
+    ):
         raise ValueError("not written by this program")
     for entry in document["files"]:
         kept = entry["backup"] is None or _names(entry, "backup", "sha256")

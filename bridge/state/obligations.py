@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
@@ -14,7 +14,6 @@ from bridge.node.inventory import Item, Node
 from bridge.pki.certificates import serial_hex
 from bridge.specs import SPECS, Component, is_pair_name
 from bridge.state import Outcome, Store
-from bridge.system.codec import left_out, named
 from bridge.system.state_file import OnDamage, StateFile, coded
 
 AFTER_INSTALL, SUCCESS, FAILURE = "after_install", "success", "failure"
@@ -51,7 +50,7 @@ class NotProven:
     going_back: str = ""  #: Why all of it is rolled back; empty: it is not rolled back.
     to_restart: tuple[Component, ...] = ()  #: Components that run on files that were rolled back.
     #: No automatic rollback, whether it works or not, and restarts do not wait; None: no emergency.
-    stays: bool | None = field(default=None, metadata=left_out())
+    stays: bool | None = None
 
     @property
     def names(self) -> list[str]:
@@ -113,7 +112,7 @@ def postponed_file(store: Store) -> StateFile[NotProven]:
 class UnprovenPair:
     """A further pair that was installed, and not yet seen in use; each has its own proof and rollback."""
 
-    unproven: NotProven = field(metadata=named("owed"))  #: The pair's certificate, and nothing else.
+    unproven: NotProven  #: The pair's certificate, and nothing else.
     worked: bool  #: Its server showed the old pair before the installation, or it has no server to check.
     by_hand: bool = False  #: Installed with --no-restart or put back by `rollback`: no run reloads or rolls it back.
     is_read: bool = False  #: Its program has reloaded it; only the check is left.
@@ -132,7 +131,6 @@ def pairs_file(store: Store) -> StateFile[tuple[UnprovenPair, ...]]:
         "which further pairs were installed and not seen in use",
         OnDamage.SET_ASIDE,
         key="pairs",
-        version=1,
         afterwards="`ca-bridge prove` shows what the servers show; have the programs read their pairs again",
         exit_code=Exit.NOT_LIVE,
     )
@@ -167,7 +165,6 @@ def hooks_file(store: Store) -> StateFile[tuple[HooksToRun, ...]]:
         "the hooks that are to be run again",
         OnDamage.SET_ASIDE,
         key="owed",
-        version=1,
         afterwards="run by hand what your hooks would have done",
     )
 
@@ -225,7 +222,6 @@ def collected_file(store: Store) -> StateFile[tuple[Collected, ...]]:
         "which requests and answers are to be put away",
         OnDamage.SET_ASIDE,
         key="collected",
-        version=1,
         afterwards="remove answers that are installed from the inbox, and cancelled requests from the outbox",
     )
 
@@ -238,7 +234,6 @@ def copies_file(store: Store) -> StateFile[dict[str, tuple[str, ...]]]:
         "which certificates copies of kubeconfigs may still hold",
         OnDamage.SET_ASIDE,
         key="certificates",
-        version=1,
         afterwards="`ca-bridge doctor` says which copies are old",
     )
 

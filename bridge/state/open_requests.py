@@ -11,21 +11,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from bridge.contract import Continuity, Issued, SignRequest
 from bridge.node.kubeconfig import FreshKubeconfig
 from bridge.specs import USER
 from bridge.state import Store
 from bridge.system import codec
-from bridge.system.codec import named
 from bridge.system.console import log
 from bridge.system.files import append, reasons, write_atomically
 from bridge.system.state_file import NOT_OURS, OnDamage, StateError, StateFile, sealed_line, unsealed
 
 T = TypeVar("T")
 
-_LINE = b'{"digest"'  #: How each line begins; no document of an earlier version begins so.
 _GONE, _HEAD, _COUNT = "gone", "openRequests", "count"
 #: Rewrite the file when it has more outdated lines than this, and more of them than current lines.
 _MOST_OUTDATED = 1000
@@ -44,8 +42,6 @@ class Kind(Generic[T]):
     has_keys: bool = False
     afterwards: str = ""  #: What the operator has to do after a damaged file was renamed.
     lies_on_disk: bool = False  #: Memory holds only each line's position.
-    old_key: str = ""  #: Earlier versions had one document with a list below this key; `from_old` reads an entry.
-    from_old: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +51,11 @@ class _Place:
 
 
 def _values(kind: Kind[T], data: bytes) -> dict[str, T]:
-    """All values by key, from either format; a file with keys must be complete."""
-    if not data.startswith(_LINE):
-        entries = [kind.from_old(entry) for entry in unsealed(data, frozenset({kind.old_key}))[kind.old_key]]
-    else:
-        head, *lines = data.removesuffix(b"\n").split(b"\n")
-        if unsealed(head, frozenset()) != {_HEAD: kind.name, _COUNT: len(lines)}:
-            raise codec.CodecError(f"wanted a first line that counts {len(lines)} others")
-        entries = [unsealed(line, frozenset()) for line in lines]
+    """All values of a complete file with keys."""
+    head, *lines = data.removesuffix(b"\n").split(b"\n")
+    if unsealed(head) != {_HEAD: kind.name, _COUNT: len(lines)}:
+        raise codec.CodecError(f"wanted a first line that counts {len(lines)} others")
+    entries = [unsealed(line) for line in lines]
     values = [codec.from_json(kind.type, entry, f"[{number}]") for number, entry in enumerate(entries)]
     return {kind.key_of(value): value for value in values}
 
@@ -81,9 +74,9 @@ def file_of(kind: Kind[T], path: Path) -> StateFile[dict[str, T]]:
 class RequestLog(Generic[T]):
     """The open requests of one kind, by key, for threads of a process that holds the lock; `save` writes changes."""
 
-    def __init__(self, path: Path, kind: Kind[T], still: Callable[[T], T | None] = lambda value: value) -> None:
-        """Read the file; `still` returns each value, perhaps changed, or None if it is outdated."""
-        self._kind, self._file, self._still = kind, file_of(kind, path), still
+    def __init__(self, path: Path, kind: Kind[T], is_current: Callable[[T], bool] = lambda _: True) -> None:
+        """Read the file, without the values that are no longer current."""
+        self._kind, self._file, self._is_current = kind, file_of(kind, path), is_current
         self._lock = threading.RLock()
         #: Values from `put`, which takes no lock: a thread that saves also writes values that others add meanwhile.
         self._added: deque[T] = deque()
@@ -98,10 +91,6 @@ class RequestLog(Generic[T]):
             self._found |= self._file.read() or {}
             return
         data = self._file.content() or b""
-        if self._kind.old_key and data and not data.startswith(_LINE):
-            self._found |= self._file.read() or {}
-            self._must_rewrite = True
-            return
         for line in data.splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break  # torn by a crash; nothing follows it
@@ -113,18 +102,15 @@ class RequestLog(Generic[T]):
             self._lines += 1
 
     def _take(self, line: bytes) -> None:
-        entry = unsealed(line, codec.keys_of(self._kind.type))
+        entry = unsealed(line)
         if _GONE in entry:
             self._found.pop(entry[_GONE], None)
             return
         value = codec.from_json(self._kind.type, entry)
-        key, kept = self._kind.key_of(value), self._still(value)
+        key = self._kind.key_of(value)
         self._found.pop(key, None)
-        if kept is not None:
-            is_there = kept is value and self._kind.lies_on_disk
-            self._found[key] = _Place(self._end, len(line)) if is_there else kept
-        if kept is not None and kept is not value:
-            self._changed[key] = None
+        if self._is_current(value):
+            self._found[key] = _Place(self._end, len(line)) if self._kind.lies_on_disk else value
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.by_name().values())
@@ -145,8 +131,7 @@ class RequestLog(Generic[T]):
             if not isinstance(found, _Place):
                 return found
             try:
-                entry = unsealed(self._bytes(found), codec.keys_of(self._kind.type))
-                return codec.from_json(self._kind.type, entry)
+                return codec.from_json(self._kind.type, unsealed(self._bytes(found)))
             except NOT_OURS:  # unknown, so its request is repeated
                 log.warning("%s: passed over a damaged line, at byte %d", self._file.path, found.offset)
                 return None
@@ -258,7 +243,7 @@ class OpenRequest:
     request: SignRequest
     key_pem: bytes = field(repr=False)
     created: datetime
-    run_id: str = field(metadata=named("run"))
+    run_id: str
     backend: str = ""  #: Label of the backend whose CA has the request; empty: no CA has it yet.
     reference: str = ""  #: The backend's reference, with which it collects the answer.
     note: str = ""  #: The backend's note for the operator.
@@ -287,11 +272,6 @@ class OpenRequest:
         return self.request.replaces.not_valid_after_utc if self.request.replaces is not None else None
 
 
-def _old_renewal(entry: dict[str, Any]) -> dict[str, Any]:
-    keys = ("csr", "validitySeconds", "replaces", "continuity")
-    return {"request": {"spec": entry.pop("name"), **{key: entry.pop(key) for key in keys}}, **entry}
-
-
 RENEWALS = Kind(
     name="renewal",
     type=OpenRequest,
@@ -299,8 +279,6 @@ RENEWALS = Kind(
     what="the requests that were made and not finished, with their keys",
     has_keys=True,
     afterwards="new keys are made then; what a CA has signed for the old ones is worth nothing without them",
-    old_key="requestsV1",
-    from_old=_old_renewal,
 )
 
 
@@ -342,12 +320,6 @@ class OpenUser:
         return SignRequest(spec=USER, csr_pem=self.csr_pem, validity=self.validity, continuity=self.carried)
 
 
-def _old_user(entry: dict[str, Any]) -> dict[str, Any]:
-    if entry.get("carried") is not None:
-        entry["carried"] = {**entry["carried"], "proof": None}
-    return entry
-
-
 USERS = Kind(
     name="user",
     type=OpenUser,
@@ -355,8 +327,6 @@ USERS = Kind(
     what="the requests for users that were not answered, with their keys",
     has_keys=True,
     afterwards="ask again for the users that waited",
-    old_key="usersV1",
-    from_old=_old_user,
 )
 
 

@@ -189,7 +189,6 @@ def journal_of(name: str, manifest: Path, content: bytes | None) -> dict[str, An
     with reasons(RestartError, f"{manifest}: wanted the manifest of {name}"):
         old, attributes = manifest.read_bytes(), Attributes.of(manifest)
     return {
-        "version": 1,
         "component": name,
         "manifest": str(manifest),
         "aside": str(aside(manifest)),
@@ -225,9 +224,8 @@ def restart_file(store: Store) -> StateFile[dict[str, Any]]:
 
 
 def _journal_of(data: bytes) -> dict[str, Any]:
-    """Parse a journal; it has the manifest's name twice, so that damage shows even in a journal without a digest."""
-    keys = ("version", "component", "manifest", "aside", "content", "attributes", "state")
-    document = unsealed(data, frozenset(keys))
+    """Parse a journal, which has the manifest's name twice."""
+    document = unsealed(data)
     base64.b64decode(document["content"], validate=True)
     attributes_from(document["attributes"])
     manifest, waiting = Path(document["manifest"]), Path(document["aside"])

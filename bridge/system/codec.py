@@ -25,7 +25,7 @@ from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_s
 
 T = TypeVar("T")
 
-_KEY, _LEFT_OUT, _PEM = "key", "left out", "_pem"
+_KEY, _PEM = "key", "_pem"
 
 
 class CodecError(ValueError):
@@ -35,11 +35,6 @@ class CodecError(ValueError):
 def named(key: str) -> Mapping[str, str]:
     """Metadata of a field whose JSON key differs from its name."""
     return {_KEY: key}
-
-
-def left_out() -> Mapping[str, bool]:
-    """Metadata of a field that is omitted when it is None, so that earlier versions can read the file."""
-    return {_LEFT_OUT: True}
 
 
 def _time(text: str) -> datetime:
@@ -100,10 +95,7 @@ def to_json(value: Any) -> Any:
     found = {}
     for field, key, _ in _fields(value.__class__):
         one = getattr(value, field.name)
-        if one is not None:
-            found[key] = one.decode() if field.name.endswith(_PEM) else to_json(one)
-        elif not field.metadata.get(_LEFT_OUT):
-            found[key] = None
+        found[key] = one.decode() if one is not None and field.name.endswith(_PEM) else to_json(one)
     return found
 
 
@@ -126,12 +118,6 @@ def _fields(kind: type) -> tuple[tuple[Field[Any], str, Any], ...]:
         key = field.name.removesuffix(_PEM) + ("Seconds" if hints[field.name] is timedelta else "")
         found.append((field, field.metadata.get(_KEY, key), hints[field.name]))
     return tuple(found)
-
-
-def keys_of(kind: type) -> frozenset[str]:
-    """The keys that a document may have: a dataclass's fields, or the members of an enumeration that keys a mapping."""
-    names = (key for _, key, _ in _fields(kind)) if is_dataclass(kind) else (one.value for one in get_args(kind)[0])
-    return frozenset(names)
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
@@ -167,9 +153,8 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
     for field, key, own in known:
         place = f"{where}.{key}".lstrip(".")
         if key not in document:
-            if field.default is not None:  # earlier versions did not write it
-                raise CodecError(f"{place}: wanted a value, found none")
-        elif field.name.endswith(_PEM) and document[key] is not None:
+            raise CodecError(f"{place}: wanted a value, found none")
+        if field.name.endswith(_PEM) and document[key] is not None:
             found[field.name] = from_json(str, document[key], place).encode()
         else:
             found[field.name] = from_json(own, document[key], place)

@@ -1,6 +1,6 @@
 """
-One small JSON document that outlives a run, with its own digest (except in earlier versions): read, validated, replaced
-as a whole, removed. `OnDamage` decides what happens to a damaged file; a file that can't be read is left alone.
+One small JSON document that outlives a run, with its own digest: read, validated, replaced as a whole, removed.
+`OnDamage` decides what happens to a damaged file; a file that can't be read is left alone.
 """
 
 from __future__ import annotations
@@ -146,23 +146,20 @@ def coded(
     on_damage: OnDamage,
     *,
     key: str = "",
-    version: int | None = None,
     afterwards: str = "",
     exit_code: int = Exit.FAILED,
 ) -> StateFile[T]:
     """A file that the codec writes and reads: a dataclass, or with `key` any value below that key."""
-    constant = {} if version is None else {"version": version}
-    keys = frozenset({*constant, *([key] if key else codec.keys_of(kind))})
 
     def parse(data: bytes) -> T:
-        rest = {name: found for name, found in unsealed(data, keys).items() if name not in constant}
-        if key and rest.keys() != {key}:
+        document = unsealed(data)
+        if key and document.keys() != {key}:
             raise codec.CodecError(f"wanted the key {key} and no other")
-        return codec.from_json(kind, rest[key] if key else rest, key)
+        return codec.from_json(kind, document[key] if key else document, key)
 
     def document(value: T) -> Mapping[str, Any]:
-        found = codec.to_json(value)
-        return {**constant, **({key: found} if key else found)}
+        content: Mapping[str, Any] = codec.to_json(value)
+        return {key: content} if key else content
 
     return StateFile(
         path=path,
@@ -190,15 +187,15 @@ def sealed_line(document: Mapping[str, Any]) -> bytes:
     return f'{{"{_DIGEST}": "{digest(text.encode())}", {text[1:]}\n'.encode()
 
 
-def unsealed(data: bytes, keys: frozenset[str]) -> dict[str, Any]:
-    """Decode what `sealed` or `sealed_line` wrote, or an earlier version's document with these keys and no digest."""
+def unsealed(data: bytes) -> dict[str, Any]:
+    """Decode what `sealed` or `sealed_line` wrote; the error says which digest is missing or wrong."""
     document = json.loads(data)
     if not isinstance(document, dict):
         raise _DigestError(f"wanted a JSON object, found {type(document).__name__}")
     wanted = document.pop(_DIGEST, None)
-    if wanted is None and not document.keys() <= keys:
-        raise _DigestError("neither a digest nor an earlier version's keys")
-    if wanted is not None and wanted != (found := _digest(document)):
+    if wanted is None:
+        raise _DigestError("it has no digest")
+    if wanted != (found := _digest(document)):
         raise _DigestError(f"digest: wanted {str(wanted)[:16]!r}…, found {found[:16]}…")
     return document
 

@@ -77,7 +77,7 @@ def test_a_race_is_never_won(tmp_path: Path, what: str) -> None:
 
     def refresh() -> None:
         """Refresh the copies as if admin.conf's certificate had just replaced that one."""
-        copies_file(store).replace({"version": 1, "certificates": {"admin.conf": [was]}})
+        copies_file(store).replace({"certificates": {"admin.conf": [was]}})
         copies.finish(settings, store, audit.Record(store, settings.audit))
 
     before, refreshed = stolen.stat(), 0

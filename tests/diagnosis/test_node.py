@@ -754,7 +754,7 @@ def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about:
     times = {"since": "2026-11-01T00:00:00+00:00", "last": "2026-11-02T00:00:00+00:00"}
     store = Store(load(site.bridge.config).node.state_dir)
     store.directory.mkdir(mode=0o700, exist_ok=True)
-    document = {"version": 1, "authorities": {"ca": {"count": 2, "exitCode": code, "reason": "no", **times}}}
+    document = {"authorities": {"ca": {"count": 2, "exitCode": code, "reason": "no", **times}}}
     store.attempts.write_text(json.dumps(document))
     assert ("warning", "failed-runs", about) in site.wrong()
 

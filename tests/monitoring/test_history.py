@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +15,7 @@ from bridge.errors import Exit
 from bridge.monitoring import History, after, history_file
 from bridge.settings.load import parse
 from bridge.state import Store, install
+from bridge.system.state_file import sealed
 from tests.kit.pki import handmade_pki
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -84,15 +87,22 @@ def test_no_run_takes_away_a_history_that_another_one_writes(tmp_path: Path, mon
     assert not left.exists()
 
 
+GOOD = {
+    "ended": "2026-11-25T00:00:00+00:00", "exitCode": 0, "seconds": 1, "succeeded": None, "rehearsed": None,
+    "rehearsalExitCode": 0, "failures": 0,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"",
         b"[]",
-        b'{"version": 1}',
-        b'{"version": 1, "ended": "2026-11-25", "exitCode": 0, "seconds": 1, "succeeded": null, "rehearsed": null, "rehearsalExitCode": 0, "failures": 0}',
-        b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":NaN,"succeeded":null,"rehearsed":null,"rehearsalExitCode":0,"failures":0}',
-        b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":1,"succeeded":null,"rehearsed":null,"rehearsalExitCode":0,"failures":-1}',
+        json.dumps(GOOD).encode(),
+        sealed({}),
+        sealed(GOOD | {"ended": "2026-11-25"}),
+        sealed(GOOD | {"seconds": math.nan}),
+        sealed(GOOD | {"failures": -1}),
     ],
 )
 def test_a_damaged_one_counts_as_none(tmp_path: Path, content: bytes) -> None:
@@ -100,6 +110,5 @@ def test_a_damaged_one_counts_as_none(tmp_path: Path, content: bytes) -> None:
     store = Store(tmp_path)
     store.history.write_bytes(content)
     assert history_file(store).read() is None
-    good = b'{"version":1,"ended":"2026-11-25T00:00:00+00:00","exitCode":0,"seconds":1,"succeeded":null,"rehearsed":null,"rehearsalExitCode":0,"failures":0}'
-    store.history.write_bytes(good)
+    store.history.write_bytes(sealed(GOOD))
     assert history_file(store).read() is not None

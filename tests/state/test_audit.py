@@ -32,6 +32,7 @@ from bridge.state.audit import Damage, Record
 from bridge.state.install import KEY_MASK, Replacement, install
 from bridge.system import files
 from bridge.system.files import digest
+from bridge.system.state_file import sealed
 from bridge.system.waiting import wait_until
 from tests.kit import cfssl, openbao, opensslca
 from tests.kit.loopback import free_port
@@ -213,7 +214,7 @@ def test_a_crash_before_the_first_line(store: Store) -> None:
     """A log with nothing but its head is whole."""
     append(store)
     store.audit.unlink()
-    store.audit_head.write_text(json.dumps({"sequence": 0, "sha256": audit.ZEROS}))
+    store.audit_head.write_bytes(sealed({"sequence": 0, "sha256": audit.ZEROS}))
     assert audit.verify(store) == (0, [])
     append(store)
     assert audit.verify(store) == (1, [])

@@ -595,7 +595,7 @@ def test_outdated_copies_are_seen_by_a_run_with_nothing_due(node: Pki, home: Pat
     quiet = entry.nothing_to_do(arguments)
     assert quiet is not None
     assert quiet.sentence.startswith("nothing is due")
-    copies_file(Store(settings.node.state_dir)).replace({"version": 1, "certificates": {ADMIN: ["00"]}})
+    copies_file(Store(settings.node.state_dir)).replace({"certificates": {ADMIN: ["00"]}})
     assert entry.nothing_to_do(arguments) is None
 
 

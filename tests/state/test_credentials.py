@@ -341,16 +341,6 @@ def ends_reported(bridge: Bridge, authority: str) -> dict[str, timedelta]:
     return found
 
 
-@pytest.mark.parametrize(("key", "is_read"), [("told", True), ("reported", False)])
-def test_a_file_of_before_keeps_its_keys(tmp_path: Path, key: str, is_read: bool) -> None:
-    """State files have the keys that versions before have written; a file with another key counts as none."""
-    store = Store(tmp_path)
-    entry = {"ends": now().isoformat(), key: now().isoformat(), "begins": None, "file": None, "stamp": None}
-    store.credentials.write_text(json.dumps({"version": 1, "credentials": {NAME: entry}}))
-
-    assert bool(credentials.reported_file(store).read()) == is_read
-
-
 def test_the_end_of_a_secret_id_is_remembered(bao: openbao.OpenBao, tmp_path: Path) -> None:
     """As far as the policy allows to look; with another secret id in its place, it is forgotten."""
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "own")

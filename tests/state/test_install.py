@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 import stat
@@ -327,7 +326,6 @@ def test_a_backup_says_what_it_holds(pki: Path, store: Store) -> None:
 
 
 JOURNAL = {
-    "version": 1,
     "run_id": "run1",
     "backup": "20260101T000000Z-run1",
     "direction": "back",
@@ -365,16 +363,6 @@ def test_a_journal_that_we_did_not_write_is_refused(store: Store, change: dict[s
     _assert_damaged(journal_file(store), "our journal of an installation", "`ca-bridge doctor` shows whether each key")
 
 
-def test_files_of_versions_without_a_digest_are_read(store: Store) -> None:
-    """Each of their keys is known; one that is not is damage."""
-    for file, document in ((journal_file(store), JOURNAL), (staging_file(store), STAGED)):
-        file.path.write_text(json.dumps(document))
-        assert file.read() is not None
-        file.path.write_text(json.dumps({**document, "more": 1}))
-        with pytest.raises(StateError):
-            file.read()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -400,13 +388,11 @@ def test_a_list_of_staged_files_that_we_did_not_write_is_refused(store: Store, c
     ],
 )
 def test_a_manifest_that_we_did_not_write_is_refused(store: Store, change: dict[str, Any]) -> None:
-    """Without one of these fields a backup can't be listed or put back; one without a number is an earlier version's."""
+    """Without one of these fields a backup can't be listed or put back."""
     directory = store.backups / "i"
     directory.mkdir()
-    unnumbered = {key: value for key, value in SAVED_AS.items() if key != "number"}
-    for good in (SAVED_AS, unnumbered):
-        manifest_file(directory).replace(good)
-        assert manifest_file(directory).read() == good
+    manifest_file(directory).replace(SAVED_AS)
+    assert manifest_file(directory).read() == SAVED_AS
     manifest_file(directory).replace(SAVED_AS | change)
     _assert_damaged(manifest_file(directory), "a backup's manifest", "`ca-bridge backups` lists the others")
 
