@@ -397,7 +397,7 @@ ANSWERS = {
     "trouble.md#5-refused": ("profile or role",),
     "trouble.md#symptoms": ("kubectl logs", "NotReady", "x509"),
     "trouble.md#everything-has-expired": ("ca-bridge renew all",),
-    "trouble.md#keys-have-leaked": ("--rekey",),
+    "trouble.md#keys-have-leaked": ("ca-bridge renew all",),
     "replace-the-ca.md#the-phases": ("ca-bridge rotate-ca trust", "ca-bridge rotate-ca drop"),
     "air-gap.md#by-hand": ("ca-bridge export", "ca-bridge import"),
     "door.md#begin": ('type = "door"', "ca-bridge serve"),

@@ -69,7 +69,6 @@ def renew_command(
     ] = None,
     *,
     options: ChangeOptions,
-    rekey: Annotated[bool, typer.Option("--rekey", help="Changes nothing: every renewal makes new keys.")] = False,
     wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
 ) -> int:
@@ -79,8 +78,6 @@ def renew_command(
     Each answer of the CA is verified before anything on disk moves; keys and certificates are replaced in one step
     that survives a crash. A named certificate that is missing is made, from kubeadm-config or --kubeadm-config.
     """
-    if rekey:
-        log.info("--rekey: every renewal makes a new key; nothing else is done than without it")
     wanted = options.read(
         names, all_or_nothing=all_or_nothing, restarts=not no_restart, csrs_only=csr_only, ahead=ahead, wait=wait
     )

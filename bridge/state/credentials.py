@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -186,7 +186,7 @@ class _Reported:
     """The end of a token or secret id, as its CA reported it."""
 
     ends: datetime
-    reported: datetime = field(metadata={"key": "told"})  # as `codec.named`, which a night with nothing due avoids
+    reported: datetime
     begins: datetime | None = None
     file: str | None = None  #: None: it is in no file.
     stamp: str | None = None  #: The file's; once the file is replaced, the CA's report is forgotten.

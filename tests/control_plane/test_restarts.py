@@ -41,6 +41,7 @@ from bridge.settings.tables import Components, NodeSettings, Settings, Version
 from bridge.specs import SPECS, Component
 from bridge.state import Store, audit
 from bridge.state.static_pods import RestartError
+from bridge.system.state_file import sealed
 from bridge.system.waiting import wait_until
 from tests.kit import cfssl
 from tests.kit.cas import Bridge
@@ -400,7 +401,8 @@ def test_never_twice_within_the_interval_unless_forced(plane: Plane) -> None:
     assert plane.ran == ["kube-scheduler", "kube-controller-manager"]
     assert plane.restart(SCHEDULER, force=True)[0].error is None
     later = datetime.now(UTC) + timedelta(days=1)
-    (plane.directory / "state/restarted.json").write_text(json.dumps({"kube-scheduler": later.isoformat()}))
+    last = {"kube-scheduler": {"at": later.isoformat(), "installation": 0}}
+    (plane.directory / "state/restarted.json").write_bytes(sealed(last))
     assert plane.restart(SCHEDULER)[0].error is None
 
 

@@ -32,6 +32,7 @@ from bridge.state import Store
 from bridge.state.session import Tree, tree_file
 from bridge.system.console import READ_ONLY_HINT
 from bridge.system.locks import lock
+from bridge.system.state_file import sealed
 from tests.kit import apiserver, dead_fs
 from tests.kit.cas import Bridge, add_openssl
 from tests.kit.issuing import Signer, signed_again
@@ -754,8 +755,7 @@ def test_a_local_failure_is_not_put_down_to_the_ca(site: Site, code: int, about:
     times = {"since": "2026-11-01T00:00:00+00:00", "last": "2026-11-02T00:00:00+00:00"}
     store = Store(load(site.bridge.config).node.state_dir)
     store.directory.mkdir(mode=0o700, exist_ok=True)
-    document = {"authorities": {"ca": {"count": 2, "exitCode": code, "reason": "no", **times}}}
-    store.attempts.write_text(json.dumps(document))
+    store.attempts.write_bytes(sealed({"authorities": {"ca": {"count": 2, "exitCode": code, "reason": "no", **times}}}))
     assert ("warning", "failed-runs", about) in site.wrong()
 
 

@@ -129,14 +129,6 @@ def test_what_would_do_harm_is_refused(site: Site, arguments: list[str], code: i
     assert live_certificates(site.pki) == before
 
 
-def test_rekey_says_what_it_is(site: Site) -> None:
-    """Every renewal makes a new key."""
-    before = site.live("front-proxy-client").public_key()
-    run = site.bridge.run("renew", "front-proxy-client", "--rekey")
-    assert (run.returncode, "every renewal makes a new key" in run.stderr) == (0, True)
-    assert site.live("front-proxy-client").public_key() != before
-
-
 def with_old_subject(site: Site) -> None:
     """As kubeadm up to 1.28 made it, and as `kubeadm certs renew` keeps it."""
     key = generate_key("ecdsa-p256")

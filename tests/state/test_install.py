@@ -325,13 +325,13 @@ def test_a_backup_says_what_it_holds(pki: Path, store: Store) -> None:
     assert second["number"] == 2
 
 
-JOURNAL = {
+JOURNAL: dict[str, Any] = {
     "run_id": "run1",
     "backup": "20260101T000000Z-run1",
     "direction": "back",
     "targets": [{"certificate": "x", "path": "/pki/a", "staged": "/pki/.ca-bridge-run1-a", "sha256": None}],
 }
-TARGET: dict[str, Any] = JOURNAL["targets"][0]  # type: ignore[index]
+TARGET: dict[str, Any] = JOURNAL["targets"][0]
 STAGED = {"run_id": "run1", "staged": ["/pki/.ca-bridge-run1-a"]}
 SAVED = {"certificate": "x", "path": "/pki/a", "backup": "00-a", "sha256": "0" * 64}
 SAVED_LINK = {"certificate": "x", "path": "/pki/b", "backup": None, "leads_to": "c"}
