@@ -42,8 +42,7 @@ class Continuity:
     node: str
     cluster: str
     proof: bytes | None  #: See `bridge.pki.signatures`; None: the old key can't be read.
-    #: Time of the request, in whole seconds, UTC; None: from an earlier version, whose proof covers no time.
-    asked: datetime | None = None
+    asked: datetime  #: Time of the request, in whole seconds, UTC.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -298,7 +298,7 @@ def _lots(requests: Sequence[SignRequest]) -> Iterator[tuple[Sequence[SignReques
 def _bundled(requests: Sequence[SignRequest]) -> tuple[RequestBundle, bytes]:
     """The requests' bundle, and its bytes."""
     try:
-        bundle = bundle_of(requests, datetime.now(UTC))
+        bundle = bundle_of(requests)
         return bundle, dumps(bundle)
     except BundleError as e:
         raise BackendRefusedError(f"door: no bundle can be made of these requests: {e}") from e

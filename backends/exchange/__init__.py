@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
@@ -108,7 +108,7 @@ class ExchangeBackend:
         batches: dict[str, list[SignRequest]] = {}
         for request in requests:
             batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
-        answers = {batch: self._submit(bundle_of(ours, datetime.now(UTC))) for batch, ours in batches.items()}
+        answers = {batch: self._submit(bundle_of(ours)) for batch, ours in batches.items()}
         return [answers[request.continuity.batch if request.continuity else ""] for request in requests]
 
     def _submit(self, bundle: RequestBundle) -> Pending:

@@ -23,7 +23,7 @@ from bridge.desk.est_rules import EstRules, is_label
 from bridge.desk.node_inventory import Inventory, San
 from bridge.errors import SettingsProblem
 from bridge.pki import user_rules
-from bridge.pki.bundle import CARRIED, REQUEST_VERSIONS, BundledRequest, RequestBundle
+from bridge.pki.bundle import CARRIED, BundledRequest, RequestBundle
 from bridge.pki.certificates import CN_OID, O_OID, attributes, san_counts, san_entry, subject_pattern, subject_text
 from bridge.pki.csr import Naming, address, algorithm_name, requested
 from bridge.pki.expiry import day, duration_text, minute
@@ -107,8 +107,6 @@ class Allow:
     proof: Literal["required", "optional"] = "required"
     proof_after_expiry: timedelta = timedelta(days=90)  #: How long a proof by an expired certificate counts.
     max_age: timedelta = timedelta(days=30)  #: Older request bundles are refused.
-    #: Older formats of request bundles are refused: in version 1 the proof covers neither the time nor the validity.
-    oldest_version: int = 2
     #: Whether a certificate needs people's approval before it is signed (table `[approvals]`).
     approval: Approval = "none"
     #: With `"superseded"` a node may have the CA revoke, through `ca-bridge serve`, a certificate of its own that a later
@@ -123,9 +121,6 @@ class Allow:
         for key in ("names", "masters"):
             yield from _unknown(key, getattr(self, key), tuple(SPECS))
         yield from _unknown("keys", self.keys, KEY_ALGORITHMS)
-        if self.oldest_version not in REQUEST_VERSIONS:
-            wanted = " or ".join(map(str, REQUEST_VERSIONS))
-            yield SettingsProblem("oldest_version", wanted, str(self.oldest_version))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,9 +387,6 @@ def _who(node: str, cluster: str, allow: Allow) -> Iterator[str]:
 
 def _age(bundle: RequestBundle, allow: Allow, now: datetime) -> Iterator[str]:
     """Problems with a bundle's age; clocks may differ by a day."""
-    if bundle.version < allow.oldest_version:
-        wanted = f"a request bundle of version {allow.oldest_version} (allow.oldest_version)"
-        yield f"version: wanted {wanted}, found {bundle.version}: have the node export it again"
     if now - bundle.created > allow.max_age:
         limit = f"made at most {duration_text(allow.max_age)} ago (allow.max_age)"
         yield f"age: wanted a request {limit}, found one of {day(bundle.created)}; export it again"

@@ -471,8 +471,9 @@ def _migrate(connection: sa.Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    forms = MigrationContext.configure(connection).get_current_heads()
-    if forms == tuple(ScriptDirectory.from_config(config).get_heads()):
+    revisions = MigrationContext.configure(connection).get_current_heads()
+    head = ScriptDirectory.from_config(config).get_current_head()
+    if revisions == (head,):
         return
     if connection.dialect.name == "postgresql":  # doors that start at the same time migrate one after the other
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_FORM_LOCK)))
@@ -484,8 +485,8 @@ def _migrate(connection: sa.Connection) -> None:
         else:
             METADATA.create_all(connection, checkfirst=False)  # fails on another program's table
             alembic.command.stamp(config, "head")
-    except alembic.util.CommandError as e:
-        text = f"the database: wanted tables of this version or an earlier one, found: {one_line(e)}"
+    except alembic.util.CommandError:
+        text = f"the database: wanted tables of revision {head}, found {one_line(', '.join(revisions) or 'none')}"
         raise DatabaseError(text, hint="another version of ca-bridge has used it: install that one") from None
 
 

@@ -14,9 +14,6 @@ from bridge.errors import BridgeError
 from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_spec
 from bridge.words import one_line
 
-#: In version 2 the continuity proofs also cover the validity and the time.
-REQUEST_VERSIONS = (1, 2)
-
 #: Certificates that bundles may request: kubeadm's, and a user's in its own bundle; further pairs come in addition.
 CARRIED: Mapping[str, CertificateSpec] = {**SPECS, USER.name: USER}
 
@@ -79,7 +76,6 @@ class RequestBundle:
     cluster: str
     created: datetime  #: UTC, whole seconds.
     requests: tuple[BundledRequest, ...]  #: No name occurs twice.
-    version: int = REQUEST_VERSIONS[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,20 +102,19 @@ class AnswerBundle:
 Bundle = RequestBundle | AnswerBundle
 
 
-def bundle_of(requests: Sequence[SignRequest], created: datetime) -> RequestBundle:
-    """Bundle the requests of one batch; `created` is for requests of an earlier version, which have no time."""
+def bundle_of(requests: Sequence[SignRequest]) -> RequestBundle:
+    """Bundle the requests of one batch."""
     batches = {
         (who.batch, who.node, who.cluster, who.asked) for request in requests if (who := request.continuity) is not None
     }
     if len(batches) != 1 or any(request.continuity is None for request in requests):
         raise ValueError(f"wanted requests of one batch, found {len(batches)}")
-    [(batch, node, cluster, proven_at)] = batches
+    [(batch, node, cluster, created)] = batches
     return RequestBundle(
         batch=batch,
         node=node,
         cluster=cluster,
-        created=(proven_at or created).astimezone(UTC).replace(microsecond=0),
-        version=1 if proven_at is None else 2,
+        created=created.astimezone(UTC).replace(microsecond=0),
         requests=tuple(
             BundledRequest(
                 name=request.spec.name,
@@ -147,7 +142,7 @@ def sign_request(request: BundledRequest, bundle: RequestBundle) -> SignRequest:
             node=bundle.node,
             cluster=bundle.cluster,
             proof=request.proof,
-            asked=bundle.created if bundle.version > 1 else None,
+            asked=bundle.created,
         ),
     )
     vars(result)["csr"] = request.csr  # it is parsed already, and so are its extensions

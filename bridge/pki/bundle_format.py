@@ -20,7 +20,6 @@ from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import (
     CARRIED,
     LONGEST_TEXT,
-    REQUEST_VERSIONS,
     AnswerBundle,
     Bundle,
     BundledRequest,
@@ -41,7 +40,7 @@ _Signed = TypeVar("_Signed", x509.Certificate, x509.CertificateSigningRequest)
 
 REQUEST_SCHEMA = "ca-bridge/request-bundle"
 ANSWER_SCHEMA = "ca-bridge/answer-bundle"
-ANSWER_VERSION = 1
+REQUEST_VERSION, ANSWER_VERSION = 2, 1
 
 LONGEST_NAME = 253  #: Kubernetes' limit for a node's name.
 _LONGEST_VALIDITY = timedelta(days=36500)
@@ -113,7 +112,7 @@ def _document(bundle: Bundle) -> dict[str, Any]:
     if isinstance(bundle, RequestBundle):
         return {
             "schema": REQUEST_SCHEMA,
-            "version": bundle.version,
+            "version": REQUEST_VERSION,
             "batch": bundle.batch,
             "node": bundle.node,
             "cluster": bundle.cluster,
@@ -213,8 +212,8 @@ def loads_answer(data: bytes) -> AnswerBundle:
 
 def _read_request_bundle(document: Mapping[str, Any]) -> RequestBundle:
     fields = Fields.of(document, "", ("schema", "version", "batch", "node", "cluster", "created", "requests", "digest"))
+    fields.choice("version", [REQUEST_VERSION])
     bundle = RequestBundle(
-        version=fields.choice("version", REQUEST_VERSIONS),
         batch=_batch(fields),
         node=_node(fields),
         cluster=fields.text("cluster", LONGEST_NAME),

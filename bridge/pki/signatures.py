@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import sha256
 
@@ -70,16 +69,7 @@ def public_key(pem: bytes) -> PublicKeyTypes:
 
 
 #: The prefix differs from all other messages that such a key signs.
-_PROOF_CONTEXT_1 = b"ca-bridge continuity proof v1"
-_PROOF_CONTEXT_2 = b"ca-bridge continuity proof v2"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """The terms that a proof of version 2 covers besides the CSR and the requester."""
-
-    validity: timedelta  #: The requested validity, in whole seconds.
-    created: datetime  #: The bundle's time, so that it can't be made to look younger.
+_PROOF_CONTEXT = b"ca-bridge continuity proof v2"
 
 
 def sign_proof(
@@ -90,10 +80,15 @@ def sign_proof(
     batch: str,
     node: str,
     cluster: str,
-    terms: Terms | None,
+    validity: timedelta,
+    created: datetime,
 ) -> bytes:
-    """Sign this CSR with the key of the certificate that it replaces, for one request of one bundle."""
-    return sign(old_key, _proof_message(csr, (batch, node, cluster, name), terms))
+    """
+    Sign this CSR with the key of the certificate that it replaces, for one request of one bundle.
+
+    The proof also covers the validity, and the bundle's time, so that it can't be made to look younger.
+    """
+    return sign(old_key, _proof_message(csr, (batch, node, cluster, name), validity, created))
 
 
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
@@ -102,8 +97,8 @@ def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
         return "wanted the certificate that is replaced, found none"
     if request.proof is None:
         return "wanted a continuity proof, found none"
-    terms = Terms(validity=request.validity, created=bundle.created) if bundle.version > 1 else None
-    message = _proof_message(request.csr, (bundle.batch, bundle.node, bundle.cluster, request.name), terms)
+    who = (bundle.batch, bundle.node, bundle.cluster, request.name)
+    message = _proof_message(request.csr, who, request.validity, bundle.created)
     try:
         key = request.replaces.public_key()
     except (ValueError, UnsupportedAlgorithm) as e:
@@ -132,13 +127,12 @@ def _who(subject: x509.Certificate | x509.CertificateSigningRequest) -> list[tup
     return [part for part in parts if part[0] == CN_OID] or parts
 
 
-def _proof_message(csr: x509.CertificateSigningRequest, who: Sequence[str], terms: Terms | None) -> bytes:
+def _proof_message(
+    csr: x509.CertificateSigningRequest, who: Sequence[str], validity: timedelta, created: datetime
+) -> bytes:
     csr_digest = sha256(csr.public_bytes(Encoding.DER)).digest()
-    parts = [_PROOF_CONTEXT_1 if terms is None else _PROOF_CONTEXT_2, *(part.encode() for part in who), csr_digest]
-    if terms is not None:
-        seconds = int(terms.validity.total_seconds())
-        parts += [str(seconds).encode(), rfc3339(terms.created).encode()]
-    return framed(parts)
+    terms = (str(int(validity.total_seconds())), rfc3339(created))
+    return framed([_PROOF_CONTEXT, *(part.encode() for part in who), csr_digest, *(part.encode() for part in terms)])
 
 
 def usages_problem(request: BundledRequest) -> str | None:

@@ -88,7 +88,7 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
     """Save requests and their keys in the state directory, then write the requests into a bundle at a free path."""
     prepared = prepare.with_continuity(prepared, run.settings, run.now())
-    requests = bundle.bundle_of([one.request for one in prepared], run.now())
+    requests = bundle.bundle_of([one.request for one in prepared])
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
     for one in prepared:
         request = prepare.open_request(run, one)

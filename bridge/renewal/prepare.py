@@ -184,7 +184,7 @@ def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datet
 
 def _is_continuity_current(one: Prepared, settings: Settings, now: datetime) -> bool:
     found = one.request.continuity
-    if found is None or found.asked is None or now - found.asked > _PROOF_ANEW:
+    if found is None or now - found.asked > _PROOF_ANEW:
         return False
     if (found.node, found.cluster) != (settings.node.node_name, settings.node.cluster):
         return False
@@ -197,11 +197,12 @@ def _continuity(one: Prepared, settings: Settings, batch: str, created: datetime
     from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where an operator carries requests)
 
     identity = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
-    terms = signatures.Terms(validity=one.request.validity, created=created)
     proof = None
     if one.request.replaces is not None:  # a key proves nothing for a certificate that the request does not replace
         with contextlib.suppress(*NO_KEY):
-            proof = signatures.sign_proof(live_key(one.item), one.request.csr, name=one.name, terms=terms, **identity)
+            key, validity = live_key(one.item), one.request.validity
+            about = {"name": one.name, **identity}
+            proof = signatures.sign_proof(key, one.request.csr, validity=validity, created=created, **about)
     return Continuity(proof=proof, asked=created, **identity)
 
 

@@ -29,7 +29,7 @@ from bridge.specs import SPECS
 from bridge.testing import TestCA
 from tests.counts import Tried
 from tests.kit import forged
-from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.bundles import make_bundle, old_pairs, proven
 from tests.kit.desks import POLICY, Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
 
@@ -220,8 +220,7 @@ def test_a_damaged_line_in_the_journal_does_not_stop_the_desk(desk_: Desk, bundl
 def test_a_request_is_signed_once(desk_: Desk, pki: Pki) -> None:
     """Handed in again, in its bundle or in another one, it gets the certificate of before, and the desk says so."""
     pairs = old_pairs(pki, ["apiserver", "scheduler.conf"])
-    desk_.policy.write_text(desk_.policy.read_text().replace("[allow]", "[allow]\noldest_version = 1"))
-    bundle = make_bundle(pairs, version=1)  # whose proofs let the time be changed
+    bundle = make_bundle(pairs)
     put(desk_, bundle)
     assert sign(desk_) == 0
     [first] = desk_.outbox.iterdir()
@@ -230,7 +229,8 @@ def test_a_request_is_signed_once(desk_: Desk, pki: Pki) -> None:
 
     put(desk_, bundle)
     again = desk_.run("sign", desk_.inbox, "-o", desk_.outbox)
-    part = replace(bundle, requests=bundle.requests[:1], created=bundle.created + timedelta(days=1))
+    later = replace(bundle, requests=bundle.requests[:1], created=bundle.created + timedelta(days=1))
+    part = proven(later, "apiserver", pairs["apiserver"][1], later.requests[0].csr)
     (desk_.directory / "part.json").write_bytes(dumps(part))
     other = desk_.run("sign", desk_.directory / "part.json", "-o", desk_.directory / "part.answer.json")
 

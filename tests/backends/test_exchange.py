@@ -95,8 +95,9 @@ class TestConformance(BackendConformance):
 
 def asked(name: str = "apiserver", batch: str = "ab" * 16, node: str = "cp-1") -> SignRequest:
     """Without a proof."""
+    who = Continuity(batch=batch, node=node, cluster="kubernetes", proof=None, asked=datetime(2026, 1, 31, tzinfo=UTC))
     request = sign_request(LIVE[name], SPECS[name], "ecdsa-p256", timedelta(days=365))
-    return dataclasses.replace(request, continuity=Continuity(batch=batch, node=node, cluster="kubernetes", proof=None))
+    return dataclasses.replace(request, continuity=who)
 
 
 def now() -> datetime:
@@ -329,12 +330,12 @@ def test_bundles_of_one_batch_stay_apart(tmp_path: Path) -> None:
 KILLED = """\
 import os, sys, backends.exchange as exchange
 from pathlib import Path
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from bridge.contract import Continuity, SignRequest
 from bridge.specs import SPECS
 def die(**_): os.kill(os.getpid(), 9)
 exchange.Pending = die
-who = Continuity(batch="ab" * 16, node="cp-1", cluster="kubernetes", proof=None)
+who = Continuity(batch="ab" * 16, node="cp-1", cluster="kubernetes", proof=None, asked=datetime(2026, 1, 31, tzinfo=UTC))
 request = SignRequest(spec=SPECS["apiserver"], csr_pem=sys.stdin.buffer.read(), validity=timedelta(days=365), continuity=who)
 settings = exchange.ExchangeSettings(outbox=Path(sys.argv[1]), inbox=Path(sys.argv[2]))
 exchange.ExchangeBackend(settings).sign(request)

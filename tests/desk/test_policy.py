@@ -137,18 +137,6 @@ def test_a_request_becomes_too_old(bundle: RequestBundle, judged: Judge, pairs: 
     assert "another signature" in judged(younger, "apiserver")
 
 
-@pytest.mark.attack("N18")
-def test_a_bundle_of_the_first_version_needs_the_policys_leave(judged: Judge, pairs: Pairs) -> None:
-    """Its proof covers no time, so that an old one could be made to look young; its twin is today's version."""
-    earlier, today = make_bundle(pairs, version=1), make_bundle(pairs)
-    assert judged(earlier, "apiserver").startswith(
-        "version: wanted a request bundle of version 2 (allow.oldest_version)"
-    )
-    assert judged(earlier, "apiserver", MASTERS + "oldest_version = 1\n") == judged(today, "apiserver") == ""
-    with pytest.raises(SettingsError, match="oldest_version"):
-        parse(MASTERS + "oldest_version = 3\n")
-
-
 @pytest.mark.attack("N6")
 def test_a_blocked_node_gets_nothing(pairs: Pairs, cas: dict[str, x509.Certificate]) -> None:
     """A blocked node gets nothing, whatever it proves and a person waives; another node of the inventory gets all of it."""

@@ -8,20 +8,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from unittest.mock import Mock
 
-import alembic.command
 import pytest
-import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.door import store
 from bridge.door.est import csr_attributes
-from bridge.door.store import METADATA, Memory, sqlite_url
+from bridge.door.store import Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import SPECS
@@ -225,46 +218,6 @@ def test_the_policy_is_asked_again_before_signing(own_door: EstDoor) -> None:
     log = own_door.desk.run("audit", "show").stdout
     assert "client: wanted CN=web.{node}, found O=agents,CN=cp-1" in " ".join(log.split())
     assert len(own_door.desk.issued()) == 1
-
-
-def test_a_database_of_before_is_brought_to_this_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that were kept by the version before are there, in the tables of now, also after a kill; EST's own are found again."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(store.__file__).with_name("migrations")))
-    engine = sa.create_engine(sqlite_url(tmp_path / "door.db"))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        METADATA.create_all(connection)
-        connection.execute(sa.text("DROP INDEX ix_requests_again"))
-        for column in ("origin", "again"):
-            connection.execute(sa.text(f"ALTER TABLE requests DROP COLUMN {column}"))
-        alembic.command.stamp(config, "doors")
-        connection.execute(sa.text(
-            "INSERT INTO requests (id, digest, node, cluster, peer, received, state, note, bundle) VALUES "
-            "('old', 'aa', 'cp-1', 'kubernetes', '192.0.2.1', '2026-01-31 12:00:00', 'waiting', '', x'00')"
-        ))  # fmt: skip
-    engine.dispose()
-    with monkeypatch.context() as patched:
-        patched.setattr("alembic.op.create_index", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            Memory(sqlite_url(tmp_path / "door.db"))
-    memory = Memory(sqlite_url(tmp_path / "door.db"))
-    about = {"node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1"}
-    now = datetime(2026, 1, 31, 12, tzinfo=UTC)
-    ids = [
-        memory.receive(b"", digest=digest, now=now, origin=b"{}", again="same", **about)  # type: ignore[arg-type]
-        for digest in ("bb", "cc")
-    ]
-    old, new = memory.find("old"), memory.find("same", "again")
-    with memory.engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), METADATA)
-    memory.close()
-
-    assert differences == []
-    assert old is not None
-    assert (old.origin, old.again) == (None, None)
-    assert new is not None
-    assert ids == [new.id] * 2
 
 
 # --- clients ----------------------------------------------------------------------------------------------------------

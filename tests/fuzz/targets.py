@@ -53,7 +53,7 @@ def asked() -> SignRequest:
     """What the CA was asked for."""
     live = TestCA.make(algorithm="ecdsa-p256").leaf(SPECS["apiserver"])
     key = csr.generate_key("ecdsa-p256")
-    who = Continuity(batch="0123456789abcdef" * 2, node="cp-1", cluster="c", proof=None)
+    who = Continuity(batch="0123456789abcdef" * 2, node="cp-1", cluster="c", proof=None, asked=NOW)
     return SignRequest(
         spec=SPECS["apiserver"], csr_pem=csr.build(live, key), validity=timedelta(days=365), continuity=who
     )
@@ -172,7 +172,7 @@ def targets() -> dict[str, Target]:
         "answer": Target(seeds=[answer().public_bytes(Encoding.DER)], holds=answer_or_refused),
         "est answer": Target(seeds=[bag, encodebytes(bag), b64encode(bag)], holds=est_answer_or_error),
         "manifest": Target(seeds=[MANIFEST], holds=manifest_or_error),
-        "bundle": Target(seeds=[bundle_format.dumps(bundle.bundle_of([asked()], NOW))], holds=bundle_or_error),
+        "bundle": Target(seeds=[bundle_format.dumps(bundle.bundle_of([asked()]))], holds=bundle_or_error),
     }
 
 

@@ -15,7 +15,7 @@ from bridge.node import inventory, kubeconfig
 from bridge.pki import csr
 from bridge.pki.bundle import BundledRequest, RequestBundle
 from bridge.pki.csr import PrivateKey
-from bridge.pki.signatures import Terms, sign_proof
+from bridge.pki.signatures import sign_proof
 from bridge.specs import SPECS
 from tests.kit.pki import NODE, Pki
 
@@ -52,7 +52,6 @@ def make_bundle(
     build: Callable[[x509.Certificate], x509.CertificateSigningRequest] = new_csr,
     validity: timedelta = VALIDITY,
     created: datetime | None = None,
-    version: int = 2,
 ) -> RequestBundle:
     """The renewal of these certificates, each with its proof."""
     batch, created = secrets.token_hex(16), created or datetime.now(UTC).replace(microsecond=0)
@@ -74,21 +73,20 @@ def make_bundle(
                 batch=batch,
                 node=node,
                 cluster=cluster,
-                terms=Terms(validity=validity, created=created) if version > 1 else None,
+                validity=validity,
+                created=created,
             ),
         )
         requests.append(request)
-    return RequestBundle(
-        batch=batch, node=node, cluster=cluster, created=created, requests=tuple(requests), version=version
-    )
+    return RequestBundle(batch=batch, node=node, cluster=cluster, created=created, requests=tuple(requests))
 
 
 def proven(bundle: RequestBundle, which: str, key: PrivateKey, csr: x509.CertificateSigningRequest) -> RequestBundle:
     """The bundle with another CSR in one of its requests, and a proof for it."""
     [request] = [one for one in bundle.requests if one.name == which]
-    terms = Terms(validity=request.validity, created=bundle.created)
     who = {"name": which, "batch": bundle.batch, "node": bundle.node, "cluster": bundle.cluster}
-    return changed(bundle, which, csr=csr, proof=sign_proof(key, csr, terms=terms, **who))
+    proof = sign_proof(key, csr, validity=request.validity, created=bundle.created, **who)
+    return changed(bundle, which, csr=csr, proof=proof)
 
 
 def changed(bundle: RequestBundle, which: str, /, **values: object) -> RequestBundle:

@@ -51,10 +51,9 @@ def make_fleet(nodes: int, names: Sequence[str] = NAMES) -> Fleet:
     """Bundles of this many nodes, with these certificates of each."""
     cas = {name: TestCA.make(name) for name in AUTHORITIES}
     made = [_requests(f"cp-{number}", cas, names) for number in range(nodes)]
-    now = datetime.now(UTC)
     return Fleet(
         cas=cas,
-        bundles=[bundle_format.dumps(bundle.bundle_of(requests, now)) for requests in made],
+        bundles=[bundle_format.dumps(bundle.bundle_of(requests)) for requests in made],
         csrs=[request.csr_pem for requests in made for request in requests],
         live={request.spec.name: request.replaces for request in made[0] if request.replaces},
     )
@@ -69,7 +68,6 @@ def _requests(node: str, cas: dict[str, TestCA], names: Sequence[str]) -> list[S
         dates = {"not_before": now - timedelta(hours=12), "not_after": now + timedelta(days=1)}
         old = leaf_certificate(spec, old_key, ca, cluster, **dates)
         pem = csr.build(old, csr.generate_key("ecdsa-p256"))
-        terms = signatures.Terms(validity=VALIDITY, created=now)
         proof = signatures.sign_proof(
             old_key,
             x509.load_pem_x509_csr(pem),
@@ -77,7 +75,8 @@ def _requests(node: str, cas: dict[str, TestCA], names: Sequence[str]) -> list[S
             batch=batch,
             node=node,
             cluster=CLUSTER,
-            terms=terms,
+            validity=VALIDITY,
+            created=now,
         )
         asker = Continuity(batch=batch, node=node, cluster=CLUSTER, proof=proof, asked=now)
         requests.append(SignRequest(spec=spec, csr_pem=pem, validity=VALIDITY, replaces=old, continuity=asker))

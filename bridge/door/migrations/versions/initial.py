@@ -1,0 +1,8 @@
+"""The first schema; `bridge.door.store` makes a new database with all tables at once."""
+
+revision = "initial"
+down_revision = None
+
+
+def upgrade() -> None:
+    """Leave the tables as they are."""
