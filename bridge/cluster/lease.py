@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 
 from bridge.cluster import mapping
 from bridge.cluster.api import Api, NoAnswerError
@@ -148,14 +148,47 @@ class Lease:
         }
 
 
-class Keeper:
-    """A thread that calls `renew` five times per lease duration, until `stop`; no error ends it."""
+class Claim(Protocol):
+    """A claim to a lease: `Lease`, or `EtcdClaim` on a host that has etcd alone."""
 
-    def __init__(self, renew: Callable[[], None], duration: timedelta) -> None:
-        self._renew = renew
+    def take(self) -> str:
+        """Take the lease if it is free, or renew it; return another holder's name, or an empty text if it is ours."""
+
+    def give_back(self) -> None:
+        """Release the lease at once, if it is ours."""
+
+
+class Keeper:
+    """Our hold on a lease, which a thread renews five times per duration from `start` to `release`; no error ends it."""
+
+    def __init__(self, lease: Claim, duration: timedelta, renew: Callable[[], object] | None = None) -> None:
+        """The thread calls `renew`, or else `take`."""
+        self.renewed = -math.inf  #: When the lease was last seen to be ours (monotonic); infinite: it is not.
+        self._lease = lease
+        self._mutex = threading.Lock()
+        self._renew = renew or self.take
         self._pause = duration.total_seconds() / 5
         self._stop = threading.Event()
         self.thread = threading.Thread(target=self._run, name="lease", daemon=True)
+
+    def take(self) -> str:
+        """Take or renew the lease, as `Claim.take` does (NoAnswerError)."""
+        with self._mutex:
+            began = time.monotonic()
+            other = self._lease.take()
+            self.renewed = -math.inf if other else began
+            return other
+
+    def give_back(self) -> None:
+        """Release the lease, unless it is known not to be ours (NoAnswerError: it expires)."""
+        if self.renewed > -math.inf:
+            self.renewed = -math.inf
+            self._lease.give_back()
+
+    def release(self) -> None:
+        """End the thread, and release the lease (NoAnswerError: it expires)."""
+        self.stop()
+        self.give_back()
 
     def start(self) -> None:
         """Start to renew, the first time at once."""

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 
 from bridge.cluster import apiserver_port, document, items, local_url, text_of, url_of
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.cluster.lease import Keeper, Lease
+from bridge.cluster.lease import Claim, Keeper, Lease
 from bridge.control_plane.probes import Etcd, Member
 from bridge.errors import PostponedError
 from bridge.node import endpoints
@@ -367,26 +366,24 @@ class LeaseHeldError(PostponedError):
 class Turn:
     """One node's turn, by a lease that all nodes see; without an API there is no lease, and the restart goes ahead."""
 
-    def __init__(self, lease: Lease | EtcdClaim, rules: ClusterSettings, note: Callable[[str], None]) -> None:
+    def __init__(self, lease: Claim, rules: ClusterSettings, note: Callable[[str], None]) -> None:
         """Claim the lease; `note` gets sentences for the operator, in this thread."""
-        self._lease = lease
         self._rules = rules
         self._note = note
-        self._held = False
+        self._is_taken = False
         self._lost_to = ""
         self._goes_without = False  # there was no API, and a note said so
-        self._mutex = threading.Lock()
-        self._keeper = Keeper(self._renew, rules.lease_duration)
+        self._keeper = Keeper(lease, rules.lease_duration, self._renew)
 
     @property
     def held(self) -> bool:
         """Whether the lease is ours, as far as we know."""
-        return self._held and not self._lost_to
+        return self._is_taken and not self._lost_to
 
     def assert_held(self) -> None:
         """Take or renew the lease; call this before each restart (LeaseHeldError: another node has it)."""
         name = self._rules.lease_name
-        if not self._held:
+        if not self._is_taken:
             self._acquire()
             return
         try:
@@ -408,7 +405,7 @@ class Turn:
             return
         if found:
             self._outlast(found)
-        self._held = True
+        self._is_taken = True
         self._keeper.start()
 
     def _outlast(self, holder: str) -> None:
@@ -432,23 +429,19 @@ class Turn:
     def _tried(self) -> str | NoAnswerError:
         """Try to take the lease; return another holder, an empty string if it is ours now, or the API's error."""
         try:
-            return self._lease.take()
+            return self._keeper.take()
         except NoAnswerError as e:
             return e
 
     def _renew(self) -> None:
-        with self._mutex:
-            if not self._lost_to:
-                self._lost_to = self._lease.take()
+        if not self._lost_to and (other := self._keeper.take()):
+            self._lost_to = other
 
     def release(self) -> None:
         """Give the lease back; without an API it expires."""
-        self._keeper.stop()
-        if not self.held:
-            return
-        self._held = False
+        self._is_taken = False
         try:
-            self._lease.give_back()
+            self._keeper.release()
         except NoAnswerError as e:
             text = duration_text(self._rules.lease_duration)
             self._note(f"the lease {self._rules.lease_name} was not given back and expires in {text}: {e}")
@@ -460,7 +453,7 @@ def claim_in_kubernetes(api: Api, holder: str, rules: ClusterSettings) -> Lease:
     return Lease(api, path, holder, duration=rules.lease_duration, owner=owner)
 
 
-def _claim(node: Node, settings: Settings, run_id: str) -> Lease | EtcdClaim:
+def _claim(node: Node, settings: Settings, run_id: str) -> Claim:
     """Return this node's claim: in etcd on a host that has nothing else, in the cluster's API elsewhere."""
     name, rules = settings.node.node_name, settings.cluster
     if node.is_etcd_host and Component.ETCD in node.manifests:

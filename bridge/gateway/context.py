@@ -50,13 +50,13 @@ class Leader:
     def __init__(self, api: Api, path: tuple[str, str], identity: str, duration: timedelta) -> None:
         self.lease = Lease(api, path, identity, duration=duration, longest=_MOST_DURATIONS * duration)
         self._seconds = duration.total_seconds() * _SHARE
-        self._good_until = 0.0
+        self._is_settled = False  #: `doubtful_before` is about the lease as we have it now.
         self.said: str | None = None  #: The last trouble that was logged; None: nothing was logged yet.
         #: When we took the lease from a replica that had not released it, perhaps ourselves before a crash.
         self.doubtful_before: datetime | None = None
         self._changed = threading.Condition()
         self._can_work: Callable[[], bool] = lambda: True
-        self._keeper = Keeper(self._renew, duration)
+        self._keeper = Keeper(self.lease, duration, self._renew)
         self.threads = (self._keeper.thread,)
         self.last_answer = time.monotonic()  #: When the API last answered.
 
@@ -67,7 +67,7 @@ class Leader:
 
     def is_ours(self) -> bool:
         """Whether we may work."""
-        return time.monotonic() < self._good_until
+        return self._is_settled and time.monotonic() < self._keeper.renewed + self._seconds
 
     def wait(self, seconds: float) -> bool:
         """Wait until the lease is ours; return whether it is."""
@@ -80,11 +80,8 @@ class Leader:
         self._give_back()
 
     def _give_back(self) -> None:
-        if not self.is_ours():
-            return
-        self._good_until = 0.0
         try:
-            self.lease.give_back()
+            self._keeper.give_back()
         except NoAnswerError as e:
             log.warning("the lease %s was not released, and will expire: %s", self.lease.name, e)
 
@@ -93,19 +90,16 @@ class Leader:
             self._give_back()
             self._say(f"the lease {self.lease.name} is left to others, since the audit log can't be written")
             return
-        was_ours, began = self.is_ours(), time.monotonic()
+        self._is_settled = self.is_ours()
         try:
-            other = self.lease.take()
+            other = self._keeper.take()
         except NoAnswerError as e:
             self._say(str(e))
             raise
         self.last_answer = time.monotonic()
-        if other:
-            self._good_until = 0.0
-        else:
-            if not was_ours:
-                self.doubtful_before = datetime.now(UTC) if self.lease.taken_from else None
-            self._good_until = began + self._seconds
+        if not other and not self._is_settled:
+            self.doubtful_before = datetime.now(UTC) if self.lease.taken_from else None
+            self._is_settled = True
         self._say(f"standing by: {other} has the lease {self.lease.name}" if other else "")
         with self._changed:
             self._changed.notify_all()

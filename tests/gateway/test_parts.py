@@ -1231,7 +1231,7 @@ def test_no_error_ends_the_thread_of_the_lease() -> None:
         renewed.set()
         time.sleep(1)
 
-    keeper = Keeper(renew, timedelta(seconds=0.05))
+    keeper = Keeper(SimpleNamespace(), timedelta(seconds=0.05), renew)
     keeper.start()
     assert renewed.wait(180)
     keeper.stop()
