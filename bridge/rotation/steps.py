@@ -204,7 +204,7 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
     if verb is Verb.BACK:
         if one.change.old == one.change.new:
             raise NoWayBackError(
-                f"{one.name}: wanted the CA before {text(one.change.new)}, found it in no backup",
+                f"{one.name}: no backup has the CA before {text(one.change.new)}",
                 hint=f"append its certificate to {one.state.path}, then this command again; nothing was replaced",
             )
         before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
@@ -485,7 +485,7 @@ def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step]
     if selection.failed:
         return transaction.with_earlier(Result(outcomes=selection.failed))
     if left := sorted(set(names) - {item.spec.name for item in selection.items}):
-        raise OrderError(f"wanted to issue all certificates, found that these stay: {', '.join(left)}; no CA was asked")
+        raise OrderError(f"can't issue all certificates, since these stay: {', '.join(left)}; no CA was asked")
     _record(run, steps)
     next_cas = next_ca_file(run.store)
     next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *ours])))
@@ -627,7 +627,7 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
             return backup
     found = ", ".join(wanted)
     raise NoWayBackError(
-        f"{found}: wanted a backup of the phase “{steps[0].target.value}” with the old CA's certificates, found none; "
+        f"{found}: there is no backup of the phase “{steps[0].target.value}” with the old CA's certificates; "
         "`drop --emergency` from the phase “old” makes none, and old ones are deleted once the table `next` is gone",
         hint=f"{NoWayBackError.hint}; CAs that were issued one by one go back so: --ca {next(iter(wanted))}",
     )
