@@ -15,14 +15,14 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
+from bridge.contract import Backend, CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -210,17 +210,10 @@ class Http:
         return self._wording.silent
 
 
-class OverHttp:
+class OverHttp(Backend):
     """A backend that asks one server; making it sends nothing, and closing it closes its connections."""
 
     _http: Http
-
-    def __init__(self, settings: Any) -> None: ...
-
-    @classmethod
-    def from_settings(cls, settings: Any) -> Self:
-        """Make the backend, without sending anything (SettingsError: a file can't be used)."""
-        return cls(settings)
 
     def close(self) -> None:
         """Close the connections that are not in use."""

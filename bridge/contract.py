@@ -17,11 +17,11 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from string import Formatter
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Self
 
 from cryptography import x509
 
-from bridge.errors import BackendError, SettingsProblem, Violation
+from bridge.errors import BackendError, SettingsProblem, VerificationError, Violation
 from bridge.secret import GIVEN as GIVEN  # noqa: PLC0414 (backends import it from here)
 from bridge.secret import Secret as Secret  # noqa: PLC0414
 from bridge.secret import SecretUnavailableError as SecretUnavailableError  # noqa: PLC0414
@@ -29,7 +29,7 @@ from bridge.secret import leaves
 from bridge.specs import DEFAULT_CLUSTER as DEFAULT_CLUSTER  # noqa: PLC0414
 from bridge.specs import GATEWAY_SPECS, SPECS, USER, Authority, CertificateSpec, KeyAlgorithm
 
-#: Entry-point group; each entry point is a `BackendType`.
+#: Entry-point group; each entry point is a class derived from `Backend`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
 USAGES = ("server", "client", "peer")
 
@@ -62,8 +62,8 @@ class SignRequest:
     csr_pem: bytes  #: PKCS#10, one PEM block, with the subject and SANs of the new certificate.
     validity: timedelta  #: The validity to ask for; a CA may give less, down to the settings' `min_validity`.
     replaces: x509.Certificate | None = None
-    continuity: Continuity | None = None  #: Only for a backend with `Carries`.
-    #: Only for a backend with `NamesBesideCsr`: the names to use instead of the CSR's; None: the CSR's.
+    continuity: Continuity | None = None  #: Only for a backend that `carries`.
+    #: Only for a backend with `names_beside_csr`: the names to use instead of the CSR's; None: the CSR's.
     names: Names | None = None
 
     @cached_property
@@ -90,8 +90,51 @@ class Pending:
     note: str = ""  #: For the operator, such as who has to act next.
 
 
-class Backend(Protocol):
-    """A way to have CSRs signed by one CA."""
+#: What a CA may be able to do beside signing, by the method of `Backend` for it; see `Backend.can`.
+Ability = Literal[
+    "sign_many", "sign_side_by_side", "collect", "check", "issuers", "issuers_of", "identity", "close", "put_away", "recall",
+    "revoke", "revoke_proven", "is_revoked", "revoked", "names_beside_csr", "setup", "candidates", "may_recall",
+]  # fmt: skip
+
+
+class Backend:
+    """
+    A way to have CSRs signed by one CA: a backend derives from it, and writes `settings_type`, `sign`, and what else
+    its CA can do. An entry point in `ENTRY_POINT_GROUP` names the class.
+
+    What a backend does not write has the default of this class: the CA can't do that, or doesn't show it.
+    """
+
+    #: A frozen dataclass derived from `BackendSettings`; its fields are the keys that the settings may have.
+    settings_type: ClassVar[type[BackendSettings]]
+    #: The CA gets the requested validity and never gives more; else a profile decides.
+    asks_validity: ClassVar[bool] = False
+    #: Each request names its node and proves it (`SignRequest.continuity`), since the way to the CA does not.
+    #: Authorities with the same table and the same settings share one instance, which gets all their requests at once.
+    carries: ClassVar[bool] = False
+    #: `collect` and `candidates` return only answers that are proven to be the CA's own, which no other user can write.
+    authenticated: bool = True
+
+    @classmethod
+    def can(cls, *abilities: Ability) -> bool:
+        """Whether the class has one of these itself: an empty answer then means "none", else "this CA can't say"."""
+        bases = cls.__mro__[: cls.__mro__.index(Backend)]
+        return any(ability in vars(base) for base in bases for ability in abilities)
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> Self:
+        """
+        Make the backend, without the network.
+
+        Args:
+            settings: An instance of `settings_type` that has no `problems`.
+
+        Raises:
+            SettingsError: A file that the settings name can't be used.
+        """
+        return cls(settings)  # type: ignore[call-arg]  # this class has no settings, each backend has
+
+    # --- signing ------------------------------------------------------------------------------------------------------
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
@@ -108,15 +151,11 @@ class Backend(Protocol):
             BackendRefusedError: The CA refused; trying again cannot help.
             BackendUnavailableError: No answer, or "later"; trying again may help.
         """
-
-
-@runtime_checkable
-class SignsMany(Protocol):
-    """Optional: sign a batch in one round trip or process."""
+        raise NotImplementedError
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """
-        Have the CA sign all requests; one bad CSR does not fail the others.
+        Have the CA sign a batch in one round trip or process; one bad CSR does not fail the others.
 
         Returns:
             One answer for each request, in the same order: a certificate, `Pending`, or a `BackendError`.
@@ -125,33 +164,30 @@ class SignsMany(Protocol):
             BackendRefusedError: The CA refused the whole batch.
             BackendUnavailableError: The CA answered none of the requests.
         """
-
-
-@runtime_checkable
-class SignsSideBySide(Protocol):
-    """Optional: sign several CSRs at the same time, each in its own request, without a thread for each."""
+        raise NotImplementedError
 
     def sign_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """
-        Have the CA sign all requests; the error of one request is its answer.
+        Have the CA sign all requests, each in its own request; the error of one request is its answer.
 
         Returns:
             One answer for each request, in the same order, as `sign` returns or raises it.
         """
+        raise NotImplementedError
 
+    @property
+    def names_beside_csr(self) -> bool:
+        """The CA gets `SignRequest.names` beside the CSR; pods need this, since their CSR is empty."""
+        return False
 
-@runtime_checkable
-class Collects(Protocol):
-    """
-    Optional: collect the answer to a `Pending` request, in a later process.
-
-    The key is safe on disk before the bridge asks such a backend. After a crash the bridge may ask again with the same
-    CSR and `continuity`; the backend should then not ask its CA twice.
-    """
+    # --- answers that come later --------------------------------------------------------------------------------------
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """
-        Return the CA's answer if there is one, else `Pending` again.
+        Return the CA's answer to a `Pending` request if there is one, else `Pending` again; in a later process.
+
+        The key is safe on disk before the bridge asks a backend that can do this. After a crash the bridge may ask
+        again with the same CSR and `continuity`; the backend should then not ask its CA twice.
 
         Args:
             request: The request as it was sent.
@@ -162,34 +198,22 @@ class Collects(Protocol):
             NoVerdictError: The CA can't be asked with this configuration; the request stays open.
             BackendUnavailableError: No answer from the CA itself.
         """
+        raise NotImplementedError
 
-
-@runtime_checkable
-class CollectsAll(Protocol):
-    """
-    Optional, beside `collect`: answers come from a directory that others can write to, so the bridge tries them all.
-
-    Another user may have written the answer that `collect` returns: a refusal or a wrong certificate ends a request
-    only if answers are authenticated.
-    """
-
-    authenticated: bool  #: The backend returns only answers that are proven to be the CA's own.
-
-    def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
+    def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:  # noqa: ARG002
         """
-        Return all certificates that claim to be the answer to this request, the likeliest first.
+        Return all certificates that claim to be the answer to this request, the likeliest first, before `collect`.
+
+        For answers that come from a directory that others can write to: a refusal or a wrong certificate ends a
+        request only if answers are `authenticated`.
 
         Raises:
             BackendUnavailableError: The directory can't be read.
         """
+        return ()
 
     def accepted(self, request: SignRequest, reference: str) -> None:
         """Note that a candidate passed verification, so that the request file may be removed. Never raises."""
-
-
-@runtime_checkable
-class PutsAway(Protocol):
-    """Optional, beside `collect`: remove files of finished requests and their answers from this node."""
 
     def put_away(self, reference: str) -> None:
         """
@@ -201,48 +225,144 @@ class PutsAway(Protocol):
             BackendUnavailableError: A file can't be removed; the bridge warns, and does not try again.
         """
 
-
-@runtime_checkable
-class AsksValidity(Protocol):
-    """Optional: the CA gets the requested validity and never gives more; without this, a profile decides."""
-
-    asks_validity: bool
-
-
-@runtime_checkable
-class NamesBesideCsr(Protocol):
-    """Optional: the CA gets `SignRequest.names` beside the CSR; pods need this, since their CSR is empty."""
-
-    names_beside_csr: bool
-
-
-@runtime_checkable
-class Carries(Protocol):
-    """
-    Optional: each request names its node and proves it (`SignRequest.continuity`), since the way to the CA does not.
-
-    Authorities with the same table and the same settings share one instance, which gets all their requests at once.
-    """
-
-    carries: bool
-
-
-@runtime_checkable
-class Checks(Protocol):
-    """Optional: find out, without spending a signature, whether `sign` would give the right usages."""
-
-    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:  # noqa: ARG002
         """
-        Ask the CA for the profile, role or section that would sign each certificate.
+        Find certificates with exactly these keys and usages, signed for a run that was killed before the answer.
+
+        Args:
+            requests: The requests as they were sent.
+            since: Older certificates are skipped; an aware datetime.
+
+        Returns:
+            One answer for each request, in the same order; None: the bridge asks for it again.
+        """
+        return [None] * len(requests)
+
+    def may_recall(self) -> bool:
+        """Whether `recall` finds every certificate that was signed for us; it may need a right at the CA."""
+        return self.can("recall")
+
+    # --- what the CA shows, without spending a signature --------------------------------------------------------------
+
+    def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:  # noqa: ARG002
+        """
+        Ask the CA for the profile, role or section that would sign each certificate: does `sign` give the right usages?
 
         Returns:
             The violations by certificate name, without names that have none.
             A profile or role that the CA does not show counts as no violation.
         """
+        return {}
+
+    def check_whole(self, wanted: Sequence[PlannedCertificate]) -> Mapping[str, Sequence[Violation]]:  # noqa: ARG002
+        """
+        Compare names, groups, SANs, kinds of keys and lifetimes with the profile, role or section that would sign.
+
+        For `ca-bridge doctor`, after `check`, whose findings it need not repeat.
+        """
+        return {}
+
+    def advice(self, spec: CertificateSpec) -> str:  # noqa: ARG002
+        """
+        Name the role, profile or section that signs it, and what it should hold, for an error's hint; asks no CA.
+
+        Example: compare role kubeadm-apiserver of pki with what `ca-bridge setup vault --authority ca` prints.
+        """
+        return VerificationError.hint
+
+    def issuers(self) -> Sequence[x509.Certificate]:
+        """
+        Return the CA's signing certificate, then its chain as far as the CA shows it; empty: this CA shows none.
+
+        Raises:
+            BackendRefusedError: The CA rejects our credentials, or has no certificate.
+        """
+        return ()
+
+    def issuers_of(self, authority: str) -> Sequence[x509.Certificate]:  # noqa: ARG002
+        """Do as `issuers` for one authority, such as `etcd-ca`, of those that share this backend."""
+        return self.issuers()
+
+    def clock_ahead(self) -> timedelta | None:
+        """
+        Return how far the CA's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1), negative if behind.
+
+        The bridge calls it after another request; it sends none itself. None: no answer had a date.
+        """
+        return None
+
+    def identity(self) -> str:
+        """
+        Return our name in the CA's own log, such as that of a role or client certificate; never a credential.
+
+        The bridge calls it after `check`, for the audit log. Empty: the CA does not say.
+        """
+        return ""
+
+    def spends(self) -> str:
+        """Name the credential that `check` and `identity` would use up, such as a wrapping token; empty: none."""
+        return ""
+
+    def credential_ends(self) -> Sequence[CredentialEnd]:
+        """Return the expiry times that we may read of our tokens and other secrets, but for those renewed elsewhere."""
+        return ()
+
+    # --- revoking -----------------------------------------------------------------------------------------------------
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """
+        Have the CA revoke one of its certificates (RFC 5280 §5.3.1, reason `superseded`), if it is not revoked already.
+
+        Raises:
+            BackendRefusedError: The CA refused, or does not know the certificate.
+        """
+        raise NotImplementedError
+
+    def revoke_proven(self, revocation: Revocation) -> None:
+        """Do as `revoke` where requests are carried, with a proof of which node asks; a policy may refuse it."""
+        raise NotImplementedError
+
+    def is_revoked(self, certificate: x509.Certificate) -> bool:  # noqa: ARG002
+        """
+        Look a certificate of this CA up by its serial number.
+
+        Returns:
+            True if the CA has it as revoked; False also for a certificate that the CA does not know.
+
+        Raises:
+            BackendRefusedError: The CA rejects our credentials, or can't say.
+        """
+        return False
+
+    def revoked(self) -> Collection[int] | None:
+        """
+        List the serial numbers of all certificates that this CA has revoked.
+
+        Returns:
+            None: the CA does not list them for us, so the bridge looks up each one.
+        """
+        return None
+
+    # --- beginning and end --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
+        """
+        Write commented roles, profiles, configuration or commands for the CA's administrator, without the network.
+
+        `ca-bridge setup TYPE` prints them, or writes them into a directory, with the names and paths of the settings.
+
+        Raises:
+            BridgeError: Such a CA can't sign a certificate; the message says which and why.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close connections and release what is held, such as tokens; never raises for a CA that can't be reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class PlannedCertificate:
     """A certificate as a renewal would ask for it, without a key and a CSR."""
 
     spec: CertificateSpec
@@ -252,83 +372,6 @@ class Wanted:
     at_least: timedelta  #: The shortest lifetime that the bridge would accept.
     #: (OID, value) of subject attributes that this CA may add or leave out (`allow_extra_subject`).
     extra_subject: frozenset[tuple[str, str]] = frozenset()
-
-
-@runtime_checkable
-class ChecksWhole(Protocol):
-    """Optional, beside `Checks`: find out, without spending a signature, whether the CA or the bridge would refuse."""
-
-    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
-        """
-        Compare names, groups, SANs, kinds of keys and lifetimes with the profile, role or section that would sign.
-
-        For `ca-bridge doctor`. It returns violations as `check` does, and need not repeat the findings of `check`.
-        """
-
-
-@runtime_checkable
-class Advises(Protocol):
-    """Optional: say what to check at a CA that signs, or would sign, another certificate than requested."""
-
-    def advice(self, spec: CertificateSpec) -> str:
-        """
-        Name the role, profile or section that signs it, and what it should hold, for an error's hint; asks no CA.
-
-        Example: compare role kubeadm-apiserver of pki with what `ca-bridge setup vault --authority ca` prints.
-        """
-
-
-@runtime_checkable
-class TellsTime(Protocol):
-    """Optional: compare the CA's clock with ours."""
-
-    def clock_ahead(self) -> timedelta | None:
-        """
-        Return how far the CA's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1), negative if behind.
-
-        The bridge calls it after another request; it sends none itself. None: no answer had a date.
-        """
-
-
-@runtime_checkable
-class ListsIssuers(Protocol):
-    """Optional: return the CA's own certificates, to compare them with the node's trust anchor."""
-
-    def issuers(self) -> list[x509.Certificate]:
-        """
-        Return the signing certificate, then its chain as far as the CA shows it; empty: this CA shows none.
-
-        Raises:
-            BackendRefusedError: The CA rejects our credentials, or has no certificate.
-        """
-
-
-@runtime_checkable
-class ListsIssuersOf(Protocol):
-    """Optional: `ListsIssuers` for a backend that several authorities share."""
-
-    def issuers_of(self, authority: str) -> list[x509.Certificate]:
-        """Return what `ListsIssuers.issuers` does, for the authority with this name, such as `etcd-ca`."""
-
-
-@runtime_checkable
-class Identifies(Protocol):
-    """Optional: return our name at the CA, for the audit log."""
-
-    def identity(self) -> str:
-        """
-        Return our name in the CA's own log, such as that of a role or client certificate; never a credential.
-
-        The bridge calls it after `check`, if there is one. Empty: the CA does not say.
-        """
-
-
-@runtime_checkable
-class Spends(Protocol):
-    """Optional: name credentials that work only once; `ca-bridge doctor` leaves them to the renewal."""
-
-    def spends(self) -> str:
-        """Name the credential that `check` and `identity` would use up, such as a wrapping token; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,52 +384,6 @@ class CredentialEnd:
     file: Path | None = None  #: The file that holds the credential.
 
 
-@runtime_checkable
-class TellsEnds(Protocol):
-    """Optional: say when a token or another secret expires, as far as the CA or the secret itself shows."""
-
-    def credential_ends(self) -> Sequence[CredentialEnd]:
-        """Return the expiry times that we may read, without credentials that something else renews."""
-
-
-@runtime_checkable
-class Recalls(Protocol):
-    """Optional: find certificates that the CA signed for a run that was killed before it got the answer."""
-
-    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
-        """
-        Look for certificates with exactly these keys and usages.
-
-        Args:
-            requests: The requests as they were sent.
-            since: Older certificates are skipped; an aware datetime.
-
-        Returns:
-            One answer for each request, in the same order; None: the bridge asks for it again.
-        """
-
-
-@runtime_checkable
-class RecallsIfAllowed(Recalls, Protocol):
-    """Optional: `recall` needs a right that the CA's owner may not have granted; without it, it finds nothing."""
-
-    def may_recall(self) -> bool:
-        """Whether `recall` finds every certificate that was signed for us."""
-
-
-@runtime_checkable
-class Revokes(Protocol):
-    """Optional: revoke a superseded certificate."""
-
-    def revoke(self, certificate: x509.Certificate) -> None:
-        """
-        Have the CA revoke one of its certificates (RFC 5280 §5.3.1, reason `superseded`), if it is not revoked already.
-
-        Raises:
-            BackendRefusedError: The CA refused, or does not know the certificate.
-        """
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revocation:
     """A superseded certificate to revoke, and the proof that the holder of its successor asks for it."""
@@ -395,73 +392,6 @@ class Revocation:
     certificate: x509.Certificate
     successor: x509.Certificate  #: Its replacement, live and seen in use.
     proof: bytes  #: Made with the successor's key; see `bridge.pki.node_proofs`.
-
-
-@runtime_checkable
-class RevokesProven(Protocol):
-    """Optional, for a backend with `Carries`: revoke a certificate, with a proof of which node asks."""
-
-    def revoke_proven(self, revocation: Revocation) -> None:
-        """Do as `Revokes.revoke`; the other side's policy may refuse it (BackendRefusedError)."""
-
-
-@runtime_checkable
-class TellsRevoked(Protocol):
-    """Optional: say whether a certificate of this CA was revoked."""
-
-    def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """
-        Look the certificate up by its serial number.
-
-        Returns:
-            True if the CA has it as revoked; False also for a certificate that the CA does not know.
-
-        Raises:
-            BackendRefusedError: The CA rejects our credentials, or can't say.
-        """
-
-
-@runtime_checkable
-class ListsRevoked(Protocol):
-    """Optional, beside `TellsRevoked`: look up many certificates at once."""
-
-    def revoked(self) -> Collection[int] | None:
-        """
-        List the certificates that this CA has revoked.
-
-        Returns:
-            The serial numbers; None: the CA does not list them for us, so the bridge looks up each one.
-
-        Raises:
-            BackendUnavailableError: No answer.
-        """
-
-
-@runtime_checkable
-class Closes(Protocol):
-    """Optional: release what the backend holds (sessions, tokens that it created)."""
-
-    def close(self) -> None:
-        """Close connections and release what is held; never raises for a CA that can't be reached."""
-
-
-class BackendType(Protocol):
-    """The object that an entry point in `ENTRY_POINT_GROUP` names: usually the backend's class."""
-
-    #: A frozen dataclass derived from `BackendSettings`; its fields are the keys that the settings may have.
-    settings_type: ClassVar[type[BackendSettings]]
-
-    @classmethod
-    def from_settings(cls, settings: BackendSettings) -> Backend:
-        """
-        Make the backend, without the network.
-
-        Args:
-            settings: An instance of `settings_type` that has no `problems`.
-
-        Raises:
-            SettingsError: A file that the settings name can't be used.
-        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -487,7 +417,7 @@ class SetupRequest:
     cluster: str  #: `node.cluster`.
     #: This authority's settings, by field of `settings_type`; required fields may be missing.
     settings: Mapping[str, Any]
-    #: For certificates whose names travel beside the CSR; only a backend type with `NamesBesideCsr` gets them.
+    #: For certificates whose names travel beside the CSR; only a backend with `names_beside_csr` gets them.
     patterns: Sequence[NamePatterns] = ()
 
 
@@ -500,23 +430,6 @@ class SetupFile:
     executable: bool = False  #: A script.
     alone: bool = False  #: Nothing may follow it in the same stream.
     by_node: bool = False  #: Each node has its own file, and applying one undoes nothing of another node's.
-
-
-@runtime_checkable
-class SetsUp(Protocol):
-    """
-    Optional, for a backend *type* (a class method): write what the CA's administrator needs for these certificates.
-
-    `ca-bridge setup TYPE` prints it, or writes it into a directory, without the network or an instance of the backend.
-    """
-
-    def setup(self, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """
-        Write commented roles, profiles, configuration or commands, with the names and paths of the settings.
-
-        Raises:
-            BridgeError: Such a CA can't sign a certificate; the message says which and why.
-        """
 
 
 @dataclass(frozen=True, kw_only=True)

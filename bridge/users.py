@@ -23,8 +23,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from bridge.ca import CA, UntrustedAnswerError, owe_putting_away, put_away, registry
-from bridge.ca.retry import Outage
-from bridge.contract import Carries, Collects, Continuity, Issued, Pending
+from bridge.ca.retry import WaitPolicy
+from bridge.contract import Continuity, Issued, Pending
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -236,7 +236,7 @@ def issue(
         longest_name="users.max_validity",
         cross=registry.cross_behind(settings, CLUSTER_CA.name, anchors[0], now()),
     )
-    outage = Outage(configured.settings.retry_for, configured.label, progress.note)
+    outage = WaitPolicy(configured.settings.retry_for, configured.label, progress.note)
     with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
         put_away(settings, store, progress.note)
         open_user = _resumed_or_new(store, record, order, given, validity, configured.label, now(), older)
@@ -374,7 +374,7 @@ def _has_ended(open_user: OpenUser, older: Kubeconfig | None, now: datetime) -> 
 class _Submission:
     def __init__(self, settings: Settings, ca: CA, open_user: OpenUser, record: audit.Record, store: Store) -> None:
         self._ca, self._open_user, self._record, self._store = ca, open_user, record, store
-        self._is_carried = isinstance(ca.backend, Carries)
+        self._is_carried = ca.backend.carries
         if self._is_carried and open_user.carried is None:
             # unproven, for a desk's policy and for file names
             name, cluster = settings.node.node_name, settings.node.cluster
@@ -407,7 +407,7 @@ class _Submission:
 
     def _answer(self, expected: verify.Expectation) -> Issued | Pending:
         open_user, ca = self._open_user, self._ca
-        collects = isinstance(ca.backend, Collects)
+        collects = ca.backend.can("collect")
         if open_user.reference and collects:
             answer = ca.collect(open_user.request, open_user.reference, expected)
         else:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from cryptography import x509
 
@@ -41,12 +41,12 @@ from bridge.contract import (
     BackendSettings,
     Issued,
     Names,
+    PlannedCertificate,
     Secret,
     Selector,
     SetupFile,
     SetupRequest,
     SignRequest,
-    Wanted,
 )
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import is_signed_by, load_pem_certificates
@@ -120,7 +120,7 @@ class CfsslSettings(BackendSettings):
 class CfsslBackend(OverHttp):
     """One CA behind a cfssl server."""
 
-    settings_type: ClassVar[type[BackendSettings]] = CfsslSettings
+    settings_type = CfsslSettings
     names_beside_csr = True
 
     def __init__(self, settings: CfsslSettings) -> None:
@@ -165,7 +165,7 @@ class CfsslBackend(OverHttp):
             found[spec.name] = usages or no_entry(profile, self._key_place(spec))
         return {name: violations for name, violations in found.items() if violations}
 
-    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+    def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare the lifetimes that the profiles give; all else is copied from the CSR."""
         offer = functools.cache(self._offer)
         found = {}

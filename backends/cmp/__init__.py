@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from backends.cmp.program import ENROLMENT, OLDEST_WITH_PROFILES, Log, Program, Ran, body_of, failure, quoted
 from backends.http import pair_problems, read_secret, subject_of, url_problems
 from bridge.contract import (
+    Backend,
     BackendSettings,
     Issued,
     NamePatterns,
@@ -175,10 +176,10 @@ _SUPERSEDED = "4"
 _CSR, _WAITING, _OLD_CERTIFICATE, _EXTENSIONS = "request.csr", "waiting.der", "old.crt", "extensions.cnf"
 
 
-class CmpBackend:
+class CmpBackend(Backend):
     """One CA behind a CMP server."""
 
-    settings_type: ClassVar[type[BackendSettings]] = CmpSettings
+    settings_type = CmpSettings
 
     def __init__(self, settings: CmpSettings) -> None:
         self._settings = settings

@@ -19,7 +19,6 @@ from functools import partial
 from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
-from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -103,7 +102,7 @@ class DoorSettings(BackendSettings):
 class DoorBackend(OverHttp):
     """All CAs behind one door."""
 
-    settings_type: ClassVar[type[BackendSettings]] = DoorSettings
+    settings_type = DoorSettings
     carries = True
     asks_validity = True
 

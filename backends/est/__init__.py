@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 from cryptography import x509
@@ -125,7 +125,7 @@ def _label_problems(key: str, label: str) -> Iterator[SettingsProblem]:
 class EstBackend(OverHttp):
     """One CA behind an EST server."""
 
-    settings_type: ClassVar[type[BackendSettings]] = EstSettings
+    settings_type = EstSettings
 
     def __init__(self, settings: EstSettings) -> None:
         self._settings = settings

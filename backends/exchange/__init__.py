@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
 
-from bridge.contract import GIVEN, BackendSettings, Issued, Pending, SignRequest
+from bridge.contract import GIVEN, Backend, BackendSettings, Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, SettingsProblem, Violation
 from bridge.pki.budget import MOST_BYTES, Budget, OverBudgetError
 from bridge.pki.bundle import AnswerBundle, BundleError, IncompleteBundleError, Refusal, RequestBundle, bundle_of
@@ -65,7 +64,7 @@ class _Found:
     note: str = ""  #: Why it is no answer.
 
 
-class ExchangeBackend:
+class ExchangeBackend(Backend):
     """Writes requests into files, and returns answers once their files are there."""
 
     settings_type = ExchangeSettings
@@ -78,11 +77,6 @@ class ExchangeBackend:
         #: Answers are proven to be the desk's, not from anyone who can write to the inbox.
         self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, ...], _Found]] = {}
-
-    @classmethod
-    def from_settings(cls, settings: ExchangeSettings) -> Self:
-        """Make the backend, without looking at a directory yet."""
-        return cls(settings)
 
     def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:
         """Check that both directories are there; files can't ask the CA."""

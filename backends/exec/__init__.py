@@ -14,13 +14,22 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from bridge.contract import BackendSettings, Issued, Names, Pending, Selector, SetupFile, SetupRequest, SignRequest
+from bridge.contract import (
+    Backend,
+    BackendSettings,
+    Issued,
+    Names,
+    Pending,
+    Selector,
+    SetupFile,
+    SetupRequest,
+    SignRequest,
+)
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -115,10 +124,10 @@ class _Answer:
     messages: bytes  #: On standard error.
 
 
-class ExecBackend:
+class ExecBackend(Backend):
     """One CA behind a program."""
 
-    settings_type: ClassVar[type[BackendSettings]] = ExecSettings
+    settings_type = ExecSettings
 
     def __init__(self, settings: ExecSettings, account: Account) -> None:
         self._settings = settings

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 import yaml
@@ -47,12 +47,12 @@ from bridge.contract import (
     CredentialEnd,
     Issued,
     Pending,
+    PlannedCertificate,
     Secret,
     Selector,
     SetupFile,
     SetupRequest,
     SignRequest,
-    Wanted,
 )
 from bridge.errors import (
     BackendError,
@@ -271,7 +271,7 @@ _MOST_ANSWERED = 64
 class KubernetesBackend(OverHttp):
     """One cluster, with any signer in it."""
 
-    settings_type: ClassVar[type[BackendSettings]] = KubernetesSettings
+    settings_type = KubernetesSettings
     asks_validity = True
 
     def __init__(self, settings: KubernetesSettings) -> None:
@@ -319,7 +319,7 @@ class KubernetesBackend(OverHttp):
         by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
         return {name: violations for name, violations in by_name.items() if violations}
 
-    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+    def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare the validity with the API's limit, and the groups with those that it never accepts."""
         found = {}
         for one in wanted:

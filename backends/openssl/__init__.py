@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
-from typing import ClassVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -41,7 +40,7 @@ from backends.openssl.settings import (
     files_of,
     setup_files,
 )
-from bridge.contract import BackendSettings, Issued, Names, SetupFile, SetupRequest, SignRequest
+from bridge.contract import Backend, Issued, Names, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
 from bridge.pki.expiry import minute
@@ -97,10 +96,10 @@ _Batch = tuple[_Alike, list[tuple[int, SignRequest]]]
 _Answers = dict[int, Issued | BackendError]
 
 
-class OpensslBackend:
+class OpensslBackend(Backend):
     """Signs with `openssl ca` on this host."""
 
-    settings_type: ClassVar[type[BackendSettings]] = OpensslSettings
+    settings_type = OpensslSettings
     asks_validity = True
     names_beside_csr = True
 
@@ -126,11 +125,11 @@ class OpensslBackend:
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed."""
         (answer,) = self.sign_many([request])
-        if isinstance(answer, Exception):
+        if isinstance(answer, BackendError):
             raise answer
         return answer
 
-    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | Exception]:
+    def sign_many(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
         """Have all requests signed, with one process for each chunk of a usage class."""
         if not requests:
             return []

@@ -17,7 +17,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
-from typing import ClassVar, Literal
+from typing import Literal
 from urllib.parse import quote
 
 from cryptography import x509
@@ -30,12 +30,12 @@ from bridge.contract import (
     CredentialEnd,
     Issued,
     Names,
+    PlannedCertificate,
     Secret,
     Selector,
     SetupFile,
     SetupRequest,
     SignRequest,
-    Wanted,
 )
 from bridge.errors import BackendError, BackendRefusedError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import (
@@ -156,7 +156,7 @@ def role_selector(pattern: str | None, exceptions: Mapping[str, str], node: str)
 class VaultBackend(OverHttp):
     """Has certificates signed by a PKI secrets engine."""
 
-    settings_type: ClassVar[type[BackendSettings]] = VaultSettings
+    settings_type = VaultSettings
     asks_validity = True
 
     def __init__(self, settings: VaultSettings) -> None:
@@ -232,7 +232,7 @@ class VaultBackend(OverHttp):
         found = {spec.name: self._violations(spec, rights) for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
 
-    def check_whole(self, wanted: Sequence[Wanted]) -> dict[str, list[Violation]]:
+    def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare each role that the token may read with its certificate; `sign-verbatim` has no roles."""
         if self._settings.mode != "sign":
             return {}

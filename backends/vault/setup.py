@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from backends.http import listed
 from backends.vault import DEFAULT_ROLE, RoleOf, VaultSettings, role_selector
 from backends.vault.server import texts
-from bridge.contract import DEFAULT_CLUSTER, NamePatterns, Selector, SetupFile, SetupRequest, Wanted
+from bridge.contract import DEFAULT_CLUSTER, NamePatterns, PlannedCertificate, Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates
 from bridge.specs import EKU, PODS, SPECS, CertificateSpec
@@ -342,7 +342,7 @@ _KEY_TYPES = {"rsa": "rsa", "ecdsa": "ec"}
 _BITS = {"rsa-2048": 2048, "rsa-3072": 3072, "rsa-4096": 4096, "ecdsa-p256": 256, "ecdsa-p384": 384}
 
 
-def unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+def unlike(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     """Compare a server's role with what a renewal would ask for (usages: `role_violations`); a missing key is fine."""
     yield from _lifetime(role, wanted)
     yield from _key(role, wanted)
@@ -350,7 +350,7 @@ def unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
     yield from _names(role, wanted)
 
 
-def _lifetime(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+def _lifetime(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     """The role's maximum limits every request; 0 means the mount's maximum, which we can't see."""
     seconds = role.get("max_ttl")
     if isinstance(seconds, int) and 0 < seconds < wanted.at_least.total_seconds():
@@ -362,7 +362,7 @@ def _round(value: timedelta) -> str:
     return f"{value.days}d" if value >= timedelta(days=2) else f"{value.total_seconds() / 3600:.0f}h"
 
 
-def _key(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+def _key(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     kind, bits = role.get("key_type"), role.get("key_bits")
     ours = _KEY_TYPES[wanted.key.partition("-")[0]]
     if kind in ("any", None):
@@ -373,7 +373,7 @@ def _key(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
         yield Violation(subject="key_bits", want=f"at most {_BITS[wanted.key]}", got=str(bits))
 
 
-def _subject_unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+def _subject_unlike(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     """The role's values silently replace the CSR's."""
     subject = certificates.attributes(wanted.certificate.subject)
     for oid, key in _SUBJECT_FIELDS.items():
@@ -387,7 +387,7 @@ def _subject_unlike(role: Mapping[str, object], wanted: Wanted) -> Iterator[Viol
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _names(role: Mapping[str, object], wanted: Wanted) -> Iterator[Violation]:
+def _names(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     """CN and SANs that the role would refuse or leave out."""
     for one in wanted.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
         if not _allows_cn(role, str(one.value)):

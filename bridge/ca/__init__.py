@@ -14,11 +14,19 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge import contract
 from bridge.ca import registry
 from bridge.ca.registry import Configured
-from bridge.ca.retry import Outage, Retry, T
-from bridge.contract import Backend, CredentialEnd, Issued, Pending, Revocation, SignRequest
+from bridge.ca.retry import Retry, T, WaitPolicy
+from bridge.contract import (
+    Ability,
+    Backend,
+    CredentialEnd,
+    Issued,
+    Pending,
+    PlannedCertificate,
+    Revocation,
+    SignRequest,
+)
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -64,12 +72,16 @@ class RefusedByCheckError(BackendRefusedError):
     """The CA would sign another certificate than we need, so it got no request."""
 
 
+#: Stands for a backend that could not be opened; it can do nothing.
+CLOSED = Backend()
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class CA:
     """One authority's CA; any thread may use it."""
 
     label: str  #: For messages, such as `corp (vault)`.
-    backend: Backend | None  #: None: it can't be opened; `trouble` has the reason.
+    backend: Backend  #: `CLOSED`: it can't be opened; `trouble` has the reason.
     retry: Retry
     authority: str = ""  #: The authority that it signs for.
     trouble: BridgeError | None = None  #: Why this CA can't be used at all.
@@ -83,7 +95,7 @@ class CA:
     @classmethod
     def of(cls, configured: Configured, retry: Retry | None = None) -> CA:
         """Open the backend, without asking the CA yet."""
-        retry = retry or Outage(configured.settings.retry_for, configured.label)
+        retry = retry or WaitPolicy(configured.settings.retry_for, configured.label)
         return cls(label=configured.label, authority=configured.authority, backend=configured.open(), retry=retry)
 
     @classmethod
@@ -93,13 +105,13 @@ class CA:
         specs: Sequence[CertificateSpec],
         expected: Callable[[CA], Expectation],
         tell: Callable[[str], None] = lambda text: log.info("%s", text),
-        opened: Backend | None = None,
+        opened: Backend = CLOSED,
     ) -> CA:
         """Open a backend, and check all that costs no signature; an error becomes part of the result."""
-        retry = Outage(configured.settings.retry_for, configured.label, tell)
+        retry = WaitPolicy(configured.settings.retry_for, configured.label, tell)
         ca = cls(label=configured.label, authority=configured.authority, backend=opened, retry=retry)
         try:
-            ca.backend = opened or configured.open()
+            ca.backend = configured.open() if opened is CLOSED else opened
             ca.look(specs, expected)
         except BridgeError as e:
             ca.trouble = e
@@ -117,7 +129,7 @@ class CA:
         self.identity = self.ask_identity()
 
     def preflight(
-        self, specs: Sequence[CertificateSpec], wanted: Sequence[contract.Wanted], expected: Expectation | None
+        self, specs: Sequence[CertificateSpec], wanted: Sequence[PlannedCertificate], expected: Expectation | None
     ) -> Mapping[str, BridgeError]:
         """
         Compare what the CA shows of its profiles and roles with the `wanted` certificates: errors by certificate name;
@@ -132,26 +144,20 @@ class CA:
     def ask_identity(self) -> str | None:
         """Ask for our name at the CA, for the audit log; None: the CA does not say."""
         with contextlib.suppress(Exception):  # a bug in the backend shows when it signs
-            return (self.backend.identity() or None) if isinstance(self.backend, contract.Identifies) else None
+            return self.backend.identity() or None
         return None
 
     def ask_ends(self, table: str) -> dict[str, CredentialEnd]:
         """Ask when our credentials expire, by settings key below `table`; empty if the CA does not show it."""
-        backend = self.backend
-        if self.trouble is not None or not isinstance(backend, contract.TellsEnds):
-            return {}
-        if isinstance(backend, contract.Spends) and backend.spends():
+        if self.trouble is not None or self.backend.spends():
             return {}
         with contextlib.suppress(Exception):
-            return {f"{table}.{one.key}": one for one in backend.credential_ends()}
+            return {f"{table}.{end.key}": end for end in self.backend.credential_ends()}
         return {}
 
     def issuers(self) -> tuple[x509.Certificate, ...]:
         """The CA's own certificates, the signing one first; empty: this CA shows none."""
-        backend = self.backend
-        if isinstance(backend, contract.ListsIssuersOf):
-            return tuple(self._question(lambda: backend.issuers_of(self.authority)))
-        return tuple(self._question(backend.issuers)) if isinstance(backend, contract.ListsIssuers) else ()
+        return tuple(self._if_able(lambda: self.backend.issuers_of(self.authority), "issuers", "issuers_of"))
 
     def error(self, name: str) -> BridgeError | None:
         """Why this certificate can't be requested."""
@@ -164,7 +170,7 @@ class CA:
     ) -> Sequence[Answer]:
         """Have the CA sign, in one batch if it can; `done` gets the answers as they come, from several threads."""
         backend = self.opened()
-        if isinstance(backend, contract.SignsMany):
+        if backend.can("sign_many"):
             answers = self._ask_many(backend, requests)
             done(list(zip(requests, answers, strict=True)))
             return answers
@@ -183,12 +189,12 @@ class CA:
         with workers(PARALLEL_REQUESTS if len(requests) < _LOT else PARALLEL_REQUESTS_OF_LOT) as pool:
             return list(pool.map(sign, requests))
 
-    def _ask_many(self, backend: contract.SignsMany, requests: Sequence[SignRequest]) -> Sequence[Answer]:
+    def _ask_many(self, backend: Backend, requests: Sequence[SignRequest]) -> Sequence[Answer]:
         tries = list[datetime]()
 
         def sign() -> Sequence[Answer]:
             known: Sequence[Issued | None] = [None] * len(requests)
-            if tries and isinstance(backend, contract.Recalls):  # a CA that broke off may have signed some
+            if tries:  # a CA that broke off may have signed some
                 known = backend.recall(requests, tries[0])
             tries.append(datetime.now(UTC))
             rest = [request for request, one in zip(requests, known, strict=True) if one is None]
@@ -207,7 +213,7 @@ class CA:
     def ask_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Answer]:
         """Do as `ask`, from one thread if the backend can do that; a request that fails is not repeated."""
         backend = self.opened()
-        if len(requests) == 1 or not isinstance(backend, contract.SignsSideBySide):
+        if len(requests) == 1 or not backend.can("sign_side_by_side"):
             return self.ask(requests)
         found: Sequence[Answer] = ()
 
@@ -225,70 +231,55 @@ class CA:
 
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
         """Collect a pending answer; a backend's error is an answer."""
-        backend, name = self.backend, request.spec.name
-        if not isinstance(backend, contract.Collects):
+        if not self.backend.can("collect"):
+            name = request.spec.name
             raise BridgeError(f'{self.label}: answered {name} with "later", and can\'t be asked later: a bug in it')
         try:
-            return self._question(lambda: _collected(backend, request, reference, expected))
+            return self._question(lambda: _collected(self.backend, request, reference, expected))
         except BackendError as e:
             return e
 
     def tells(self) -> bool:
         """Whether `recall` can find what the CA signed for a run that was killed."""
-        backend = self.backend
-        if isinstance(backend, contract.RecallsIfAllowed):
-            return self._question(backend.may_recall)
-        return isinstance(backend, contract.Recalls)
+        return self._if_able(self.backend.may_recall, "may_recall")
 
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
         """Find what the CA signed for a run that died before the answer, in the requests' order; None: nothing."""
-        backend = self.backend
-        if not requests or not isinstance(backend, contract.Recalls):
-            return [None] * len(requests)
-        return self._question(lambda: backend.recall(requests, since))
+        return self._if_able(lambda: self.backend.recall(requests, since), "recall") if requests else ()
 
     def verified(self, answer: Issued, request: SignRequest, expected: Expectation) -> Verified:
         """Verify an answer; an error's hint says what to check at this CA."""
         try:
             return verify.check(answer, request, expected)
         except VerificationError as e:
-            e.hint = advice(self.backend, request.spec)
+            e.hint = self.backend.advice(request.spec)
             raise
 
     def put_away(self, reference: str) -> None:
         """Have the backend remove a finished request and its answers."""
-        backend = self.backend
-        if isinstance(backend, contract.PutsAway):
-            self._question(lambda: backend.put_away(reference))
+        self._if_able(lambda: self.backend.put_away(reference), "put_away")
 
     # --- revoking -----------------------------------------------------------------------------------------------------
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        """Revoke a certificate of this CA, whose backend `Revokes`."""
-        backend = self.backend
-        if isinstance(backend, contract.Revokes):
-            self._question(lambda: backend.revoke(certificate))
+        """Revoke a certificate of this CA, whose backend can `revoke`."""
+        self._question(lambda: self.backend.revoke(certificate))
 
     def revoke_proven(self, revocation: Revocation) -> None:
-        """Revoke a superseded certificate at a CA whose backend `RevokesProven`."""
-        backend = self.backend
-        if isinstance(backend, contract.RevokesProven):
-            self._question(lambda: backend.revoke_proven(revocation))
+        """Revoke a superseded certificate at a CA whose backend can `revoke_proven`."""
+        self._question(lambda: self.backend.revoke_proven(revocation))
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Whether the CA has revoked the certificate; False if this CA can't tell."""
-        backend = self.backend
-        return isinstance(backend, contract.TellsRevoked) and self._question(lambda: backend.is_revoked(certificate))
+        return self._if_able(lambda: self.backend.is_revoked(certificate), "is_revoked")
 
     def revoked(self) -> Collection[int] | None:
         """Serial numbers of all certificates that the CA revoked; None: it does not list them, see `is_revoked`."""
-        backend = self.backend
-        return self._question(backend.revoked) if isinstance(backend, contract.ListsRevoked) else None
+        return self._if_able(self.backend.revoked, "revoked")
 
     def close(self) -> None:
         """Close the backend."""
-        if self.backend is not None:
-            registry.close(self.backend)
+        self.backend.close()
 
     def _question(self, question: Callable[[], T]) -> T:
         """Ask under the retry policy; a backend's bug becomes an error of this CA, so that other CAs go on."""
@@ -299,9 +290,13 @@ class CA:
         except Exception as e:
             raise failed(self.label, e) from e
 
+    def _if_able(self, question: Callable[[], T], *abilities: Ability) -> T:
+        """Ask where the backend has one of these abilities; a default is no answer of the CA, and ends no outage."""
+        return self._question(question) if self.backend.can(*abilities) else question()
+
     def opened(self) -> Backend:
         """Return the backend, or raise the error that kept it from being opened."""
-        if self.backend is None:
+        if self.backend is CLOSED:
             raise self.trouble or AssertionError("a CA without a backend has a reason for it")
         return self.backend
 
@@ -322,11 +317,9 @@ def signer_of(configured: Configured, retry: Retry | None = None) -> tuple[x509.
 
 
 def _collected(
-    backend: contract.Collects, request: SignRequest, reference: str, expected: verify.Expectation
+    backend: Backend, request: SignRequest, reference: str, expected: verify.Expectation
 ) -> Issued | Pending:
-    """The CA's answer; of several candidates, the first that passes. Raises as `Collects`, or UntrustedAnswerError."""
-    if not isinstance(backend, contract.CollectsAll):
-        return backend.collect(request, reference)
+    """The CA's answer; of several candidates, the first that passes. Raises as `collect`, or UntrustedAnswerError."""
     wrong: list[VerificationError] = []
     for issued in backend.candidates(request, reference):
         error = verify.error_of(issued, request, expected)
@@ -349,19 +342,14 @@ def _collected(
 
 
 def unfit(
-    backend: object, specs: Sequence[CertificateSpec], wanted: Sequence[contract.Wanted] = ()
+    backend: Backend, specs: Sequence[CertificateSpec], wanted: Sequence[PlannedCertificate] = ()
 ) -> dict[str, RefusedByCheckError]:
     """Find certificates that the CA would sign with other usages, or refuse as they are `wanted`; errors by name."""
-    checked = backend.check(specs) if specs and isinstance(backend, contract.Checks) else {}  # finds the roles, too
-    whole = backend.check_whole(wanted) if wanted and isinstance(backend, contract.ChecksWhole) else {}
-    by_name = {spec.name: spec for spec in (*(one.spec for one in wanted), *specs)}
-    return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=advice(backend, spec))
+    checked = backend.check(specs) if specs else {}  # finds the roles, too
+    whole = backend.check_whole(wanted) if wanted else {}
+    by_name = {spec.name: spec for spec in (*(planned.spec for planned in wanted), *specs)}
+    return {name: RefusedByCheckError("; ".join(map(str, violations)), hint=backend.advice(spec))
             for name, spec in by_name.items() if (violations := checked.get(name) or whole.get(name))}  # fmt: skip
-
-
-def advice(backend: object, spec: CertificateSpec) -> str:
-    """The hint for an error about a certificate that differs from its request."""
-    return backend.advice(spec) if isinstance(backend, contract.Advises) else VerificationError.hint
 
 
 def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expectation) -> None:
@@ -391,7 +379,7 @@ def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[s
     """Record, before an installation or a cancellation, the answers (authority, reference) to put away after it."""
     ours = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
     configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours)) if ours else {}
-    new = [one for one in ours if hasattr(configured[one.authority].backend_type, "put_away")]
+    new = [one for one in ours if configured[one.authority].backend_type.can("put_away")]
     if new:
         file = collected_file(store)
         file.put(tuple(dict.fromkeys([*(file.read() or ()), *new])))

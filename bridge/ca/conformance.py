@@ -14,10 +14,9 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
-from bridge import contract
 from bridge.ca import CA
-from bridge.ca.retry import Rest
-from bridge.contract import Backend, Continuity, Issued, Pending, SignRequest
+from bridge.ca.retry import NoWaitPolicy
+from bridge.contract import Ability, Backend, Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.pki import csr, verify
 from bridge.pki.expiry import minute
@@ -25,24 +24,11 @@ from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.waiting import wait_until
 
 #: Optional abilities by method name; a backend's suite declares which of them it lacks.
-ABILITIES = {
-    "sign_many": contract.SignsMany,
-    "collect": contract.Collects,
-    "check": contract.Checks,
-    "issuers": contract.ListsIssuers,
-    "identity": contract.Identifies,
-    "close": contract.Closes,
-}
+ABILITIES: tuple[Ability, ...] = ("sign_many", "collect", "check", "issuers", "identity", "close")
 #: Abilities without a check.
-FURTHER_ABILITIES = {
-    "sign_side_by_side": contract.SignsSideBySide,
-    "put_away": contract.PutsAway,
-    "recall": contract.Recalls,
-    "revoke": contract.Revokes,
-    "revoke_proven": contract.RevokesProven,
-    "is_revoked": contract.TellsRevoked,
-    "revoked": contract.ListsRevoked,
-}
+FURTHER_ABILITIES: tuple[Ability, ...] = (
+    *("sign_side_by_side", "put_away", "recall", "revoke", "revoke_proven", "is_revoked", "revoked"),
+)
 #: One for each kind of CSR; the other algorithms differ only in size.
 ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")
 
@@ -71,7 +57,7 @@ class Trial:
     expected: verify.Expectation  #: The node's demands on an answer.
     validity: timedelta
     patience: timedelta = timedelta()  #: How long a CA that answers later may take.
-    node: str = "cp-1"  #: For a backend with `Carries`.
+    node: str = "cp-1"  #: For a backend that `carries`.
     cluster: str = "kubernetes"
     issued: list[x509.Certificate] = field(default_factory=list)  #: All certificates that were signed.
 
@@ -86,7 +72,7 @@ class Trial:
 
     def carried(self, requests: Sequence[SignRequest]) -> list[SignRequest]:
         """The requests as one batch, without a proof, which would need the live certificates' keys."""
-        if not isinstance(self.backend, contract.Carries):
+        if not self.backend.carries:
             return list(requests)
         now = datetime.now(UTC).replace(microsecond=0)
         who = Continuity(batch=secrets.token_hex(16), node=self.node, cluster=self.cluster, proof=None, asked=now)
@@ -112,7 +98,7 @@ class Trial:
 
     def _collected(self, request: SignRequest, waiting: Pending) -> Issued:
         backend, references = self.backend, [waiting.reference]
-        if not isinstance(backend, contract.Collects):
+        if not backend.can("collect"):
             raise NotConformingError('the backend answers "later", and cannot be asked later')
         answer = wait_until(
             lambda: backend.collect(request, references[-1]),
@@ -142,9 +128,9 @@ def tampered(request: SignRequest) -> SignRequest:
     return SignRequest(spec=request.spec, csr_pem=pem, validity=request.validity, replaces=request.replaces)
 
 
-def abilities(backend: Backend, known: Mapping[str, type] = ABILITIES) -> list[str]:
+def abilities(backend: Backend, known: Sequence[Ability] = ABILITIES) -> list[Ability]:
     """Names of the backend's abilities beside signing, in the order of `known`."""
-    return [name for name, protocol in known.items() if isinstance(backend, protocol)]
+    return [ability for ability in known if backend.can(ability)]
 
 
 # --- the checks: each raises a BridgeError that says what is wrong ------------------------------------------------------
@@ -152,17 +138,17 @@ def abilities(backend: Backend, known: Mapping[str, type] = ABILITIES) -> list[s
 
 def preflight_finds_nothing_wrong(trial: Trial) -> None:
     """The preflight accepts a CA that is the right one and signs as it should."""
-    if not isinstance(trial.backend, contract.Checks | contract.ListsIssuers | contract.ListsIssuersOf):
+    if not trial.backend.can("check", "issuers", "issuers_of"):
         raise NotSupportedError("has no preflight")
     authority = trial.specs[0].authority.name
-    ca = CA(label="the CA", backend=trial.backend, retry=Rest(), authority=authority)
+    ca = CA(label="the CA", backend=trial.backend, retry=NoWaitPolicy(), authority=authority)
     for name, error in ca.preflight(trial.specs, (), trial.expected).items():
         raise NotConformingError(f"{name}: {error}")
 
 
 def issuers_start_with_the_one_that_signs(trial: Trial) -> None:
     """The first of the CA's certificates is the issuer of what it signs."""
-    if not isinstance(trial.backend, contract.ListsIssuers):
+    if not trial.backend.can("issuers"):
         raise NotSupportedError("can't tell the CA's certificates")
     issuers = trial.backend.issuers()
     if not issuers:
@@ -226,15 +212,15 @@ def _is_refused(ask: Callable[[], Issued]) -> None:
 def signs_many_in_the_order_asked(trial: Trial) -> None:
     """Answers have the order of their batch, and one bad CSR in it does not fail the others."""
     backend = trial.backend
-    if isinstance(backend, contract.SignsMany):
+    if backend.can("sign_many"):
         sign = backend.sign_many
-    elif isinstance(backend, contract.SignsSideBySide):
+    elif backend.can("sign_side_by_side"):
         sign = backend.sign_side_by_side
     else:
         raise NotSupportedError("signs one by one")
     spoilt, *others = [trial.request(spec) for spec in trial.specs]
     # a carried bundle has one request for each name
-    good = others if others or isinstance(trial.backend, contract.Carries) else [trial.request(trial.specs[0])]
+    good = others if others or trial.backend.carries else [trial.request(trial.specs[0])]
     requests = trial.carried([tampered(spoilt), *good])
     bad, *answers = sign(requests)
     for request, answer in zip(requests[1:], answers, strict=True):
@@ -251,14 +237,14 @@ def a_dead_ca_is_unavailable(trial: Trial) -> None:
 
 def close_can_be_called_twice(trial: Trial) -> None:
     """A second `close` does no harm."""
-    if not isinstance(trial.backend, contract.Closes):
+    if not trial.backend.can("close"):
         raise NotSupportedError("has nothing to give back")
     trial.backend.close()
     trial.backend.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
+class ConformanceCheck:
     """One check of a backend that is configured and in use."""
 
     name: str
@@ -268,19 +254,21 @@ class Check:
 
 #: In order: the check that spends no signature is the first, `close` the last.
 CHECKS = (
-    Check(name="its preflight finds nothing wrong", run=preflight_finds_nothing_wrong),
+    ConformanceCheck(name="its preflight finds nothing wrong", run=preflight_finds_nothing_wrong),
     *(
-        Check(
+        ConformanceCheck(
             name=f"it signs exactly what was asked ({algorithm})",
             run=functools.partial(signs_exactly_what_was_asked, algorithm=algorithm),
         )
         for algorithm in ALGORITHMS
     ),
-    Check(name="it tells the certificate that signs", run=issuers_start_with_the_one_that_signs),
-    Check(name="it gives the validity that was asked for", run=gives_the_validity_that_was_asked_for, must=False),
-    Check(name="it signs the same CSR again", run=signs_the_same_csr_again),
-    Check(name="it signs from several threads", run=signs_from_several_threads),
-    Check(name="it signs a batch in its order", run=signs_many_in_the_order_asked),
-    Check(name="it refuses a CSR with a bad signature", run=refuses_a_csr_with_a_bad_signature),
-    Check(name="it can be closed twice", run=close_can_be_called_twice),
+    ConformanceCheck(name="it tells the certificate that signs", run=issuers_start_with_the_one_that_signs),
+    ConformanceCheck(
+        name="it gives the validity that was asked for", run=gives_the_validity_that_was_asked_for, must=False
+    ),
+    ConformanceCheck(name="it signs the same CSR again", run=signs_the_same_csr_again),
+    ConformanceCheck(name="it signs from several threads", run=signs_from_several_threads),
+    ConformanceCheck(name="it signs a batch in its order", run=signs_many_in_the_order_asked),
+    ConformanceCheck(name="it refuses a CSR with a bad signature", run=refuses_a_csr_with_a_bad_signature),
+    ConformanceCheck(name="it can be closed twice", run=close_can_be_called_twice),
 )

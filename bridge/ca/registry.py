@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cryptography import x509
 
-from bridge.contract import ENTRY_POINT_GROUP, Backend, BackendSettings, BackendType, Closes, SetsUp
+from bridge.contract import ENTRY_POINT_GROUP, Backend, BackendSettings
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.pki.certificates import load_pem_certificates, name_text, spki
 from bridge.settings import Key, Reader
@@ -41,7 +41,7 @@ class Configured:
     name: str  #: NAME of its `[backend.NAME]` table.
     type_name: str
     settings: BackendSettings
-    backend_type: BackendType
+    backend_type: type[Backend]
 
     @property
     def label(self) -> str:
@@ -116,7 +116,7 @@ def _given(settings: Settings) -> dict[str, Any]:
     return {"node": settings.node.node_name, "signed_by": settings.node.desk_key, "pairs": pairs}
 
 
-def _types(settings: Settings) -> tuple[dict[str, BackendType], list[SettingsProblem]]:
+def _types(settings: Settings) -> tuple[dict[str, type[Backend]], list[SettingsProblem]]:
     """The type of each `[backend.NAME]` table, and the problems of tables without a known type."""
     found, types, reader = installed(), {}, Reader(settings.source)
     for name, table in settings.backends.items():
@@ -129,29 +129,30 @@ def _types(settings: Settings) -> tuple[dict[str, BackendType], list[SettingsPro
     return types, reader.problems
 
 
-def _loaded(entry: EntryPoint) -> BackendType:
+def _loaded(entry: EntryPoint) -> type[Backend]:
+    text = f"backend type {entry.name}: wanted to import {entry.value} of {_distribution(entry)}"
     try:
-        return cast(BackendType, entry.load())
+        backend_type = entry.load()
     except Exception as e:
-        raise BrokenPluginError(
-            f"backend type {entry.name}: wanted to import {entry.value} of {_distribution(entry)}, "
-            f"found {type(e).__name__}: {e}"
-        ) from e
+        raise BrokenPluginError(f"{text}, found {type(e).__name__}: {e}") from e
+    if not (isinstance(backend_type, type) and issubclass(backend_type, Backend)):
+        hint = "`bridge.contract.Backend` is the base class of every backend; tell the plug-in's author"
+        raise BrokenPluginError(f"{text}, a class derived from Backend, found {backend_type!r}", hint=hint)
+    return backend_type
 
 
-def that_sets_up(type_name: str) -> SetsUp:
+def that_sets_up(type_name: str) -> type[Backend]:
     """The installed backend type with this name, which must have `setup`."""
-    found = installed()
-    backend_type = _loaded(found[type_name]) if type_name in found else None
-    if isinstance(backend_type, SetsUp):
+    entries = installed()
+    if type_name in entries and (backend_type := _loaded(entries[type_name])).can("setup"):
         return backend_type
-    able = [name for name, entry in sorted(found.items()) if isinstance(_loaded(entry), SetsUp)]
+    able = [name for name, entry in sorted(entries.items()) if _loaded(entry).can("setup")]
     raise SettingsError([SettingsProblem("TYPE", f"one of {', '.join(able)}", repr(type_name))])
 
 
 def with_names_beside_csr() -> str:
     """The installed backend types that can carry names beside a CSR, for messages."""
-    able = [name for name, entry in sorted(installed().items()) if hasattr(_loaded(entry), "names_beside_csr")]
+    able = [name for name, entry in sorted(installed().items()) if _loaded(entry).can("names_beside_csr")]
     return f"a backend that gives the CA names beside the CSR: {', '.join(able)}"
 
 
@@ -176,7 +177,7 @@ def located(error: SettingsError, settings: Settings, authority: str) -> Setting
     return SettingsError(reader.problems)
 
 
-def _unused(settings: Settings, types: Mapping[str, BackendType]) -> list[Any]:
+def _unused(settings: Settings, types: Mapping[str, type[Backend]]) -> list[Any]:
     """Problems of backends that no authority uses; keys may be missing, since an authority may add them."""
     used, reader = {a.backend for a in settings.authorities.values()}, Reader(settings.source)
     for name in types.keys() - used:
@@ -213,12 +214,6 @@ def _locator(authority: str, backend: str, over: Mapping[str, Any]) -> Callable[
         return ("authority", authority, *key[2:])
 
     return locate
-
-
-def close(backend: Backend) -> None:
-    """Close a backend, if it can be closed."""
-    if isinstance(backend, Closes):
-        backend.close()
 
 
 # --- cross certificates: an earlier CA certifies the one that signs now, and each new chain has that certificate ------

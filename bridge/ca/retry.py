@@ -25,7 +25,7 @@ _TRIED_SECONDS = 5.0
 T = TypeVar("T")
 
 
-class Outage:
+class WaitPolicy:
     """Waits for an unavailable CA in one run: `retry_for` from its first failure in a row, over all requests."""
 
     def __init__(
@@ -48,7 +48,9 @@ class Outage:
             raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
         policy = Retrying(
             retry=retry_if_exception_type(BackendUnavailableError),
-            stop=lambda state: self._is_over(state.upcoming_sleep) or _is_for_a_person(_error_of(state)),
+            stop=lambda state: (
+                self._is_over(state.upcoming_sleep) or (is_attended() and _is_connection_refused(_error_of(state)))
+            ),
             wait=lambda state: _wait(state.attempt_number, _error_of(state)),
             before_sleep=lambda state: self._report(state.upcoming_sleep, _error_of(state)),
             reraise=True,
@@ -105,13 +107,13 @@ def _wait(attempt: int, error: BaseException | None) -> float:
     return max(back_off_seconds(attempt - 1, _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS), wanted or 0.0)
 
 
-def _is_for_a_person(error: BaseException | None) -> bool:
+def _is_connection_refused(error: BaseException | None) -> bool:
     """Whether nothing listens at the CA's port, or no route leads there: a person wants to know that at once."""
     reasons = (os.strerror(code).lower() for code in (errno.ECONNREFUSED, errno.ENETUNREACH))
-    return is_attended() and any(reason in str(error).lower() for reason in reasons)
+    return any(reason in str(error).lower() for reason in reasons)
 
 
-class Rest:
+class NoWaitPolicy:
     """A policy that never waits: after a failure, leave the CA alone for `seconds_left`, longer each time."""
 
     def __init__(self) -> None:
@@ -167,4 +169,4 @@ class Rest:
 
 
 #: The policy for a question while the CA is unavailable; a refusal is raised at once.
-Retry = Outage | Rest
+Retry = WaitPolicy | NoWaitPolicy

@@ -16,10 +16,18 @@ import typer
 from cryptography import x509
 
 from bridge.ca import failed, registry
-from bridge.ca.conformance import ABILITIES, CHECKS, FURTHER_ABILITIES, Check, NotSupportedError, Trial, abilities
+from bridge.ca.conformance import (
+    ABILITIES,
+    CHECKS,
+    FURTHER_ABILITIES,
+    ConformanceCheck,
+    NotSupportedError,
+    Trial,
+    abilities,
+)
 from bridge.cli.options import Common, command, duration_option, group, utc_now
 from bridge.cli.printing import say, say_sentence
-from bridge.contract import Backend, CollectsAll, ListsIssuers, Secret, Selector, Spends
+from bridge.contract import Backend, Secret, Selector
 from bridge.desk import files as desk_files
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.node import inventory
@@ -78,7 +86,7 @@ def settings_show(common: Common) -> None:
 
 @command(settings_group, "check")
 def settings_check(common: Common) -> None:
-    """Check the whole settings file, backends' tables included; asks no CA."""
+    """ConformanceCheck the whole settings file, backends' tables included; asks no CA."""
     settings, problems = common.examined()
     if settings.source.file is None:
         problem = SettingsProblem("", "a settings file", "none", DEFAULT_FILE)
@@ -288,15 +296,15 @@ def run_suite(
             say_sentence(printable(line), hanging=11)
             codes.append(code)
         say(f"{len(trial.issued)} certificates were signed, for keys that are nowhere any more")
-        if isinstance(opened, CollectsAll) and (trial.issued or Exit.WAITING in codes):
+        if opened.can("candidates") and (trial.issued or Exit.WAITING in codes):
             say_sentence("the requests of this test stay in the outbox: remove them, or a desk signs them for nothing")
     finally:
-        registry.close(opened)
+        opened.close()
     return Exit.worst(codes)
 
 
 def _assert_nothing_is_spent(backend: Backend, label: str) -> None:
-    if isinstance(backend, Spends) and (credential := backend.spends()):
+    if credential := backend.spends():
         raise BridgeError(
             f"{label}: wanted credentials that can be used again, found {credential}",
             hint="the next renewal needs it; put another one there for the test",
@@ -336,7 +344,7 @@ def _expectation(node: Node, settings: Settings, authority: str, backend: Backen
     """Return the expectation for the test, with the node's own CA certificate as anchor, or else the backend's."""
     files = {one.authority.name: str(one.path) for one in node.authorities}
     anchors, name = node.bundles.get(authority, ()), files.get(authority, "")
-    if not anchors and isinstance(backend, ListsIssuers):
+    if not anchors:
         anchors, name = tuple(backend.issuers()[-1:]), "the CA's own word"
     if not anchors:
         raise BridgeError(
@@ -353,7 +361,7 @@ def _expectation(node: Node, settings: Settings, authority: str, backend: Backen
 
 
 def _heading(label: str, authority: str, trial: Trial, *, sample: bool) -> str:
-    able = ", ".join(abilities(trial.backend, ABILITIES | FURTHER_ABILITIES)) or "nothing"
+    able = ", ".join(abilities(trial.backend, (*ABILITIES, *FURTHER_ABILITIES))) or "nothing"
     whose = "names that are made up" if sample else "this node's names"
     return printable(
         f"{label} for {authority}, compared with {trial.expected.anchor_name}; "
@@ -375,7 +383,7 @@ def _results(trial: Trial) -> Iterator[tuple[str, int]]:
         yield line, code
 
 
-def _result(check: Check, trial: Trial) -> tuple[str, int]:
+def _result(check: ConformanceCheck, trial: Trial) -> tuple[str, int]:
     try:
         check.run(trial)
     except NotSupportedError as e:
@@ -396,5 +404,5 @@ def _with_hint(error: BridgeError) -> str:
     return f"{error}{f' ({error.hint})' if error.hint else ''}"
 
 
-def _line(word: str, check: Check, text: str = "") -> str:
+def _line(word: str, check: ConformanceCheck, text: str = "") -> str:
     return f"{word:<10} {check.name}{f': {text}' if text else ''}"

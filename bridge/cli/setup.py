@@ -16,7 +16,7 @@ from bridge.ca import registry
 from bridge.cli.options import Common, command
 from bridge.cli.printing import say
 from bridge.cli.settings import example
-from bridge.contract import SetsUp, SetupFile, SetupRequest
+from bridge.contract import Backend, SetupFile, SetupRequest
 from bridge.desk.files import load_policy, policy_path
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node import inventory
@@ -173,11 +173,11 @@ def _renamed(live: ByAuthority, names: Mapping[str, str]) -> ByAuthority:
     return {ca: {name: renamed(one, names) for name, one in items.items()} for ca, items in live.items()}
 
 
-def _for_pods(settings: Settings, type_name: str, backend_type: SetsUp) -> list[SetupFile]:
+def _for_pods(settings: Settings, type_name: str, backend_type: type[Backend]) -> list[SetupFile]:
     from bridge.gateway.nodes import Nodes  # noqa: PLC0415 (all of the gateway)
     from bridge.gateway.rules import patterns  # noqa: PLC0415
 
-    if not hasattr(backend_type, "names_beside_csr"):
+    if not backend_type.can("names_beside_csr"):
         raise SettingsError([SettingsProblem("TYPE", registry.with_names_beside_csr(), repr(type_name))])
     policy = Nodes(settings.gateway).files(0.0)[0]
     if not policy.pod_signers:
@@ -296,7 +296,7 @@ def _nodes(file: Path, own: str) -> dict[str, dict[str, str]]:
     return {name: dict(zip(ours, [name, *addresses], strict=True)) for name, addresses in listed.items()}
 
 
-def _files_of(backend_type: SetsUp, settings: Settings, request: SetupRequest) -> Sequence[SetupFile]:
+def _files_of(backend_type: type[Backend], settings: Settings, request: SetupRequest) -> Sequence[SetupFile]:
     try:
         return backend_type.setup(request)
     except SettingsError as e:
@@ -398,7 +398,7 @@ def _make_jobs(
     places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
     backends = registry.configured(settings, settings.authorities)
-    is_carried = any(hasattr(one.backend_type, "carries") for one in backends.values())  # the CA answers later
+    is_carried = any(configured.backend_type.carries for configured in backends.values())  # the CA answers later
     names = (_DESK if desk else _CARRIED if is_carried else _NODE)[kind]
     return [
         make_one(_CRONTABS.get(name, Path(name).name), (shipped / name).read_text(encoding="utf-8"), places)

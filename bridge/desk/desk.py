@@ -23,7 +23,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.ca import CA, PARALLEL_REQUESTS, Answer, registry
-from bridge.contract import Collects, Issued, Pending, SignRequest, SignsMany, TellsRevoked
+from bridge.contract import Issued, Pending, SignRequest
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
@@ -304,7 +304,7 @@ class Desk:
                 job.troubles[request.name] = e
 
         unlisted = [one for one in requests if lists[one.authority] is None]
-        if len(unlisted) > 1 and any(isinstance(ca.ca.backend, TellsRevoked) for ca in self._cas.values()):
+        if len(unlisted) > 1 and any(ca.ca.backend.can("is_revoked") for ca in self._cas.values()):
             list(self._lookups.map(look, requests))
         else:
             for request in requests:
@@ -403,7 +403,7 @@ class Desk:
             tells = ca.trouble is None and ca.tells()
         except BackendError as e:  # it stands until the CA is reached again
             ca.trouble = e
-        turns = contextlib.nullcontext() if tells and not isinstance(ca.backend, SignsMany) else Lock()
+        turns = contextlib.nullcontext() if tells and not ca.backend.can("sign_many") else Lock()
         return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells, turns=turns)
 
     def _anchors(
@@ -499,7 +499,7 @@ class Desk:
     @property
     def _largest_window(self) -> int:
         """A CA that signs one by one gains nothing from larger windows, it only waits."""
-        at_once = any(hasattr(one.backend_type, "sign_many") for one in self._configured.values())
+        at_once = any(configured.backend_type.can("sign_many") for configured in self._configured.values())
         return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
 
     def _sign(self, window: Sequence[Job], journal: Journal) -> _Asked:
@@ -537,7 +537,7 @@ class Desk:
             known = journal.get(request)
             if isinstance(known, Submitted):
                 submitted.append((job, request, known.since))
-            elif isinstance(known, Pending) and isinstance(ca.backend, Collects):
+            elif isinstance(known, Pending) and ca.backend.can("collect"):
                 expected = self._expectation(request.spec.authority.name, authority.anchors)
                 _note(job, request, ca.collect(request, known.reference, expected), journal)
             elif isinstance(known, Issued) and not self._reason_against(request, known):
@@ -547,7 +547,7 @@ class Desk:
             else:  # nothing is known, the entry is too old, or the backend is another by now, which knows nothing
                 new.append((job, request))
         new += self._recalled(authority, submitted, journal)
-        size = len(new) if isinstance(ca.backend, SignsMany) else _SLICE
+        size = len(new) if ca.backend.can("sign_many") else _SLICE
         keep = partial(_keep, journal.add_soon if authority.tells else journal.add)
         for start in range(0, len(new), size or 1):
             part = new[start : start + size]

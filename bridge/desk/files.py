@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.ca import registry, signer_of
-from bridge.ca.retry import Rest
+from bridge.ca.retry import NoWaitPolicy
 from bridge.contract import Issued
 from bridge.desk import csr_directory, node_inventory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
@@ -199,7 +199,7 @@ def _in_file(path: Path) -> tuple[x509.Certificate, ...]:
 def _of_backend(settings: Settings, authority: str) -> tuple[x509.Certificate, ...]:
     configured = registry.configured(settings, [authority])[authority]
     try:
-        return signer_of(configured, Rest())
+        return signer_of(configured, NoWaitPolicy())
     except BridgeError as e:
         log.warning("%s: wanted the certificate of %s, found: %s", configured.label, authority, e)
         return ()

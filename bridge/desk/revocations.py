@@ -10,7 +10,7 @@ from datetime import datetime
 from cryptography import x509
 
 from bridge.ca import CA, registry
-from bridge.contract import Revocation, Revokes
+from bridge.contract import Revocation
 from bridge.desk.desk import at_once
 from bridge.desk.policy import Policy, node_problems
 from bridge.errors import BackendUnavailableError, BridgeError, Exit
@@ -107,11 +107,11 @@ def revoke(settings: Settings, authority: str, revocation: Revocation) -> None:
 
     Raises:
             NotRevokedError: The successor itself is revoked, or this CA can't revoke.
-            BackendError: Like `bridge.contract.Revokes`.
+            BackendError: Like `bridge.contract.Backend.revoke`.
     """
     configured = at_once(registry.configured(settings, [authority])[authority])
     with contextlib.closing(CA.of(configured)) as ca:
-        if not isinstance(ca.backend, Revokes):
+        if not ca.backend.can("revoke"):
             raise NotRevokedError(
                 f"wanted a CA that can revoke, found {ca.label}", hint="revoke it by the CA's own means"
             )

@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from bridge.ca import CA, registry
-from bridge.ca.retry import Rest
-from bridge.contract import Backend, Spends, TellsTime, Wanted
+from bridge.ca.retry import NoWaitPolicy
+from bridge.contract import Backend, PlannedCertificate
 from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import ca_end, private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
@@ -37,7 +37,7 @@ class Question(NamedTuple):
     """The certificates about which one authority's CA is asked."""
 
     specs: Sequence[CertificateSpec]
-    wanted: Sequence[Wanted]  #: The requests that a renewal would make; empty where they are not known.
+    wanted: Sequence[PlannedCertificate]  #: The requests that a renewal would make; empty where they are not known.
     expected: verify.Expectation | None  #: None: no CA file is known here, only what the CA reports.
     is_desks: bool = False  #: A desk asks: the end of the CA's certificate comes from the CA, and not from a file.
 
@@ -106,12 +106,12 @@ def _question(items: Sequence[Item], expected: verify.Expectation, settings: Set
     return Question(specs=[item.spec for item in items], wanted=wanted, expected=expected)
 
 
-def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> Wanted:
+def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> PlannedCertificate:
     live, renewal = item.certificates[0], settings.renewal
     key = (item.pair.key if item.pair is not None else None) or renewal.key
     as_named = live if item.pair is None else named(live, item.pair.naming)
     left = live.not_valid_after_utc - verify.BACKDATING - expected.now
-    return Wanted(
+    return PlannedCertificate(
         spec=item.spec,
         certificate=as_named,
         key=csr.key_algorithm(live, key),
@@ -168,10 +168,10 @@ def _ask(
     settings: Settings,
     now: datetime,
 ) -> Iterator[Finding]:
-    reached = CA.of(configured, Rest())
+    reached = CA.of(configured, NoWaitPolicy())
     opened.callback(reached.close)
     backend = reached.opened()
-    spends = backend.spends() if isinstance(backend, Spends) else ""
+    spends = backend.spends()
     try:
         wrong = reached.preflight(*((), ()) if spends else (question.specs, question.wanted), question.expected)
         for name, error in wrong.items():
@@ -197,7 +197,7 @@ def _answers(reached: CA, spends: str) -> str:
 
 def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Finding]:
     """Compare clocks: if the CA's is ahead, its certificates are refused as not yet valid; if behind, they end early."""
-    ahead = backend.clock_ahead() if isinstance(backend, TellsTime) else None
+    ahead = backend.clock_ahead()
     if ahead is None or abs(ahead) <= verify.CLOCK_SKEW:
         return
     word = "ahead of" if ahead > timedelta() else "behind"

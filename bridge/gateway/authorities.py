@@ -16,17 +16,8 @@ from cryptography.x509.verification import VerificationError as NoPathError
 
 from bridge.ca import CA, Answer, assert_right_ca, registry, unfit
 from bridge.ca.registry import Configured, cross_of, is_cross_long_enough
-from bridge.ca.retry import Rest
-from bridge.contract import (
-    AsksValidity,
-    Issued,
-    NamesBesideCsr,
-    Pending,
-    Recalls,
-    RecallsIfAllowed,
-    SignRequest,
-    Wanted,
-)
+from bridge.ca.retry import NoWaitPolicy
+from bridge.contract import Issued, Pending, PlannedCertificate, SignRequest
 from bridge.errors import BackendError, SettingsError, SettingsProblem
 from bridge.gateway.rules import PodSignerRules, patterns
 from bridge.pki import verify
@@ -48,7 +39,7 @@ class AuthorityOfSigners:
     def __init__(self, configured: Configured, settings: Settings, specs: Sequence[CertificateSpec]) -> None:
         self.name = configured.authority
         self._specs = [spec for spec in specs if spec.authority.name == self.name]
-        self.rest = Rest()
+        self.rest = NoWaitPolicy()
         self.ca = CA.of(configured, self.rest)
         self._extra_subject = settings.extra_subject(configured.authority)
         self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
@@ -62,9 +53,9 @@ class AuthorityOfSigners:
         # pods trust each root in their bundle, so their certificates need no cross-certificate
         self._cross = None if self._each_anchor_counts else cross_of(settings, self.name, self._signer)
         backend = self.ca.backend
-        self.asks_validity = isinstance(backend, AsksValidity) and backend.asks_validity
-        # not a RecallsIfAllowed backend, which would list and read all that the CA stored for each request
-        self.recalls = isinstance(backend, Recalls) and not isinstance(backend, RecallsIfAllowed)
+        self.asks_validity = backend.asks_validity
+        # not a backend with `may_recall`, which would list and read all that the CA stored for each request
+        self.recalls = backend.can("recall") and not backend.can("may_recall")
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Have the CA sign one request (BackendError)."""
@@ -118,14 +109,14 @@ class AuthorityOfSigners:
         texts = (f"{self.ca.label}: {name}: {error}" for errors in found for name, error in errors.items())
         return list(dict.fromkeys(texts))
 
-    def _wanted_of_pods(self, rules: PodSignerRules, now: datetime) -> Iterator[Wanted]:
+    def _wanted_of_pods(self, rules: PodSignerRules, now: datetime) -> Iterator[PlannedCertificate]:
         """Yield a sample for each key type; its URIs are SPIFFE ID patterns, or none where only labels select namespaces."""
         uris = patterns([rules])[0].uris if rules.namespaces else ()
         names = Naming(subject=x509.Name([]), sans=tuple(map(x509.UniformResourceIdentifier, uris)))
         certificate, least = sample(names, now), max(self._min_validity, rules.least - rules.backdating)
         for key in KEY_ALGORITHMS:
             if key in rules.keys:
-                yield Wanted(
+                yield PlannedCertificate(
                     spec=rules.spec,
                     certificate=certificate,
                     key=key,
@@ -204,7 +195,7 @@ def opened(settings: Settings, specs: Sequence[CertificateSpec]) -> dict[str, Au
     found = {name: AuthorityOfSigners(each, settings, specs) for name, each in configured.items()}
     ca = found[PODS.name].ca if PODS.name in found else None
     # a pod's CSR is empty: a backend that copies names from the CSR would get certificates without names
-    if ca is not None and not (isinstance(ca.backend, NamesBesideCsr) and ca.backend.names_beside_csr):
+    if ca is not None and not ca.backend.names_beside_csr:
         wanted = f"{registry.with_names_beside_csr()} (if its settings let it)"
         raise SettingsError([settings.source.problem(("authority", PODS.name, "backend"), wanted, ca.label)])
     return found

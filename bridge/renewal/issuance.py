@@ -10,8 +10,8 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from datetime import datetime
 
-from bridge.ca import CA, advice, registry
-from bridge.contract import AsksValidity, Backend, Carries, Collects, Issued, Pending, SignRequest, SignsMany
+from bridge.ca import CA, CLOSED, registry
+from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
@@ -77,17 +77,17 @@ def reaching(run: Run, items: Sequence[Item], expected: Expected) -> Iterator[Ca
     def reach_lot(names: Sequence[str]) -> dict[str, CA]:
         """Reach authorities that share a backend; the first of them opens it."""
         found: dict[str, CA] = {}
-        opened: Backend | None = None
+        opened = CLOSED
         for name in names:
             ours = [item for item in items if item.spec.authority.name == name]
             progress.signing(backends[name].label, [item.spec.name for item in ours])
-            if opened is None:
+            if opened is CLOSED:
                 _warn_of_open_secrets(backends[name])
             specs, wanted = [item.spec for item in ours], expected[name]
             found[name] = ca = CA.reach(backends[name], specs, lambda _, wanted=wanted: wanted, progress.note, opened)  # type: ignore[misc]
-            if isinstance(ca.backend, AsksValidity):  # it would give exactly this validity, which we would refuse
+            if ca.backend.asks_validity:  # it would give exactly this validity, which we would refuse
                 ca.wrong = {**refused_as_shorter(ours, settings, wanted.now), **ca.wrong}
-            if opened is None:
+            if opened is CLOSED:
                 ca.ends = ca.ask_ends(f"backend.{backends[name].name}")
             opened = ca.backend
         return found
@@ -113,7 +113,7 @@ def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
     """Group authorities whose requests are carried the same way, so that one file goes out instead of several."""
     lots: list[list[str]] = []
     for name, ours in backends.items():
-        is_carried, same = hasattr(ours.backend_type, "carries"), (ours.name, ours.settings)
+        is_carried, same = ours.backend_type.carries, (ours.name, ours.settings)
         alike = [lot for lot in lots if is_carried and (backends[lot[0]].name, backends[lot[0]].settings) == same]
         if alike:
             alike[0].append(name)
@@ -137,7 +137,7 @@ def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) ->
     new_keys.use_last_core()
     # for later runs that ask no CA
     credentials.remember(run.store, {name: one for ca in reached.values() for name, one in ca.ends.items()}, run.now())
-    at_once = any(isinstance(ca.backend, SignsMany | Collects | Carries) for ca in reached.values())
+    at_once = any(ca.backend.carries or ca.backend.can("sign_many", "collect") for ca in reached.values())
     left, answered = set(making), {}
     while left:
         done, left = wait(left, return_when=ALL_COMPLETED if at_once else FIRST_COMPLETED)
@@ -169,7 +169,7 @@ def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Ex
         ca, answer, wanted = reached[one.authority], answers[one.name], expected[one.authority]
         if isinstance(answer, Issued):
             run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
-        hint = advice(ca.backend, one.item.spec)
+        hint = ca.backend.advice(one.item.spec)
         answered.append(Answered(prepared=one, expected=wanted, label=ca.label, answer=answer, advice=hint))
     return answered
 
@@ -183,14 +183,14 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Pr
         if _owes(ca, one):
             continue
         _drop_unfit(run, one)
-        if isinstance(ca.backend, Carries):
+        if ca.backend.carries:
             made_before = one.request.continuity.batch if one.request.continuity else ""
             to_carry[id(ca.backend), made_before].append(one)
     for ours in to_carry.values():
         opened |= {one.name: one for one in with_continuity(ours, run.settings, run.now())}
     for one in opened.values():
         ca = reached[one.authority]
-        if isinstance(ca.backend, Collects) and not _owes(ca, one):
+        if ca.backend.can("collect") and not _owes(ca, one):
             request = open_request(run, one)
             run.requests.put(dataclasses.replace(request, request=one.request, backend=ca.label, reference="", note=""))
     run.requests.save()
@@ -212,7 +212,7 @@ def _ask(reached: Reached, expected: Expected, prepared: Sequence[Prepared], pro
     answers: dict[str, Answer] = {}
     requests = []
     for one in prepared:
-        if one.open is not None and ca.backend is not None and _owes(ca, one):
+        if one.open is not None and ca.backend is not CLOSED and _owes(ca, one):
             answers[one.name] = ca.collect(one.open.request, one.open.reference, expected[one.authority])
             progress.signed(one.name)
         elif (error := reached[one.authority].error(one.name)) is not None:

@@ -18,7 +18,7 @@ from cryptography import x509
 
 from bridge import control_plane
 from bridge.ca import CA, registry
-from bridge.contract import Carries, CollectsAll, Issued, Pending, Revokes, Spends
+from bridge.contract import Issued, Pending
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
@@ -290,11 +290,11 @@ def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tu
     for name, configured in registry.configured(settings, known).items():
         with contextlib.suppress(BridgeError), contextlib.closing(CA.of(configured)) as ca:  # reported later
             why = ""
-            if isinstance(ca.backend, Carries):
+            if ca.backend.carries:
                 why = "nothing revokes what it signs"
-                if isinstance(ca.backend, CollectsAll):
+                if ca.backend.can("candidates"):
                     why = "people carry its requests, and would carry this one for nothing"
-            elif isinstance(ca.backend, Spends) and (spent := ca.backend.spends()):
+            elif spent := ca.backend.spends():
                 why = f"a rehearsal would use up {spent}"
             if why:
                 yield name, BridgeError(f"{ca.label}: {why}", hint=hint, exit_code=Exit.USAGE)
@@ -321,7 +321,7 @@ def _thrown_away(
     for authority in (name for name in AUTHORITIES if name in reached):
         ca = reached[authority]
         for name, leaf in _signed([one for one in answered if one.prepared.authority == authority], ca, run.now()):
-            if not isinstance(ca.backend, Revokes):
+            if not ca.backend.can("revoke"):
                 unable.setdefault(ca.label, []).append(name)
                 continue
             try:

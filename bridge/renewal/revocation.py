@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 
 from bridge.ca import CA, registry
-from bridge.contract import Revocation, Revokes, RevokesProven
+from bridge.contract import Revocation
 from bridge.errors import BackendUnavailableError, BridgeError, LocalFileError
 from bridge.node.inventory import Node
 from bridge.renewal import prepare
@@ -42,8 +42,7 @@ def _able(run: Run, authorities: Iterable[str]) -> set[str]:
     """Return the authorities whose CA can revoke, and note the others."""
     have = [name for name in sorted(authorities) if name in run.settings.authorities]
     configured = registry.configured(run.settings, have)
-    types = {name: configured[name].backend_type for name in have}
-    able = {name for name, one in types.items() if hasattr(one, "revoke") or hasattr(one, "revoke_proven")}
+    able = {name for name in have if configured[name].backend_type.can("revoke", "revoke_proven")}
     for name in sorted(set(authorities) - able):
         why = f"{configured[name].label} can't revoke" if name in configured else "no backend is configured for it"
         run.progress.note(f"renewal.revoke: superseded certificates of {name} stay valid until they end: {why}")
@@ -120,12 +119,12 @@ def _revoke(
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     with contextlib.closing(CA.of(configured)) as ca:
-        if not isinstance(ca.backend, Revokes | RevokesProven):
+        if not ca.backend.can("revoke", "revoke_proven"):
             run.progress.note(f"renewal.revoke: {ca.label} can't revoke: {_names(ours)}")
             return list(ours), []
         for one in ours:
             try:
-                if isinstance(ca.backend, RevokesProven):
+                if ca.backend.can("revoke_proven"):
                     ca.revoke_proven(_holders_proof(one, run, node))
                 else:
                     ca.revoke(one.certificate)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from bridge import control_plane
 from bridge.ca import CA, registry
-from bridge.ca.retry import Rest
-from bridge.contract import Spends
+from bridge.ca.retry import NoWaitPolicy
 from bridge.control_plane import ORDER, Reader
 from bridge.errors import BridgeError, Exit, Violation
 from bridge.node.inventory import Node
@@ -279,10 +278,8 @@ def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Pro
     """Refuse a CA above the issuer that its backend names (NewCaError): we would trust all that it signs for others."""
     for one, backend in _to_be_asked(settings, [step.ca for step in steps if not step.is_there]):
         try:
-            with contextlib.closing(CA.of(backend, Rest())) as ca:
-                opened = ca.opened()
-                spends = isinstance(opened, Spends) and opened.spends()
-                issuers = () if spends else ca.issuers()
+            with contextlib.closing(CA.of(backend, NoWaitPolicy())) as ca:
+                issuers = () if ca.opened().spends() else ca.issuers()
         except BridgeError as e:
             progress.note(f"{one.name}: not seen whether {text(one.change.new)} itself signs: {e}")
             continue
@@ -309,7 +306,7 @@ def not_asked(one: Replaced, backend: str) -> str:
 def silent_backends(settings: Settings, cas: Iterable[Replaced]) -> Iterator[str]:
     """Yield sentences about CAs whose backend can't name the certificate that signs, so that `trust` can't check it."""
     for one, backend in _to_be_asked(settings, cas):
-        if not any(hasattr(backend.backend_type, ability) for ability in ("issuers", "issuers_of")):
+        if not backend.backend_type.can("issuers", "issuers_of"):
             yield not_asked(one, backend.label)
 
 

@@ -20,7 +20,7 @@ from cryptography import x509
 from backends.cmp import CmpBackend, CmpSettings
 from backends.cmp.program import OLDEST_WITH_PROFILES, Program
 from bridge.ca import registry
-from bridge.contract import BackendSettings, Issued, Pending, Revokes, Secret, SetupRequest, SignRequest
+from bridge.contract import BackendSettings, Issued, Pending, Secret, SetupRequest, SignRequest
 from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
@@ -656,7 +656,7 @@ def test_orders_wait_side_by_side(ra: kit.RegistrationAuthority, mac: dict[str, 
 def test_revokes_what_was_superseded(ra: kit.RegistrationAuthority, keys: dict[str, Any]) -> None:
     """With the reason; revoked already is no error, and a certificate that the server does not know is refused."""
     backend = make(url=ra.url("ca"), **keys)
-    assert isinstance(backend, Revokes)
+    assert backend.can("revoke")
     issued = backend.sign(request(SPECS["etcd-peer"]))
     assert isinstance(issued, Issued)
     for _ in range(2):

@@ -20,7 +20,7 @@ from cryptography import x509
 
 from backends.kubernetes import KubernetesBackend, KubernetesSettings, _object, parse_kubeconfig
 from bridge.ca import registry
-from bridge.contract import Issued, Pending, Secret, SetupRequest, SignRequest, Wanted
+from bridge.contract import Issued, Pending, PlannedCertificate, Secret, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -761,9 +761,11 @@ def test_what_doctor_finds(make: Make) -> None:
     backend = make(signer=CLIENT_SIGNER)
     assert set(backend.check([ADMIN, APISERVER])) == {"apiserver"}
 
-    def wanted(spec: CertificateSpec, validity: timedelta) -> Wanted:
+    def wanted(spec: CertificateSpec, validity: timedelta) -> PlannedCertificate:
         live = _LIVE[spec.name]
-        return Wanted(spec=spec, certificate=live, key="ecdsa-p256", validity=validity, at_least=timedelta(minutes=1))
+        return PlannedCertificate(
+            spec=spec, certificate=live, key="ecdsa-p256", validity=validity, at_least=timedelta(minutes=1)
+        )
 
     assert backend.check_whole([wanted(ADMIN, VALIDITY)]) == {}
     assert set(backend.check_whole([wanted(MASTERS, VALIDITY)])) == {"super-admin.conf"}

@@ -22,7 +22,7 @@ from backends.openssl import OpensslBackend
 from backends.openssl.settings import OpensslSettings
 from backends.vault import VaultAuth, VaultBackend, VaultSettings
 from backends.vault.setup import role_beside
-from bridge.contract import Backend, Issued, NamePatterns, Names, NamesBesideCsr, Secret, SetupRequest, SignRequest
+from bridge.contract import Backend, Issued, NamePatterns, Names, Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError
 from bridge.pki import verify
 from bridge.pki.certificates import pem
@@ -150,7 +150,6 @@ def proven(backend: Backend, ca: Signer, request: SignRequest) -> x509.Certifica
 
 def test_exactly_these_names(backend: Backend, ca: Signer) -> None:
     """A SPIFFE ID alone; with DNS names; with a CN: each answer passes the check, and begins less than 5 minutes ago."""
-    assert isinstance(backend, NamesBesideCsr)
     assert backend.names_beside_csr
     for names in (
         {"uris": (ID,)},

@@ -36,7 +36,7 @@ from backends import vault as vault_backend
 from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from backends.vault import setup as vault_setup
 from backends.vault.server import Server
-from bridge.contract import Issued, Secret, Selector, SignRequest, Wanted
+from bridge.contract import Issued, PlannedCertificate, Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -932,7 +932,9 @@ def test_a_role_of_another_issuer_is_found(
     [another] = imported["data"]["imported_issuers"]
     [(name, role)] = vault_setup.roles({"admin.conf": live["admin.conf"]}, DAYS_30).items()
     day = timedelta(days=1)
-    wanted = Wanted(spec=ADMIN, certificate=live["admin.conf"], key="ecdsa-p256", validity=day, at_least=day)
+    wanted = PlannedCertificate(
+        spec=ADMIN, certificate=live["admin.conf"], key="ecdsa-p256", validity=day, at_least=day
+    )
 
     def found(reference: str, issuer: str | None = None) -> list[str]:
         bao.add_roles("issuers", {name: {**role, "issuer_ref": reference}})

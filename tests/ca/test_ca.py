@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import cast
 
 import pytest
 from cryptography import x509
 
 from bridge.ca import CA
 from bridge.ca.registry import Configured
-from bridge.ca.retry import Outage, Rest
-from bridge.contract import BackendSettings, BackendType, Issued, SignRequest
+from bridge.ca.retry import NoWaitPolicy, WaitPolicy
+from bridge.contract import Backend, BackendSettings, Issued, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -35,7 +34,7 @@ from tests.kit.issuing import NOW, Signer
 
 
 @dataclass
-class HasIssuer:
+class HasIssuer(Backend):
     """A backend with one issuer, which fails with an error when it is asked to sign."""
 
     issuer: x509.Certificate
@@ -61,7 +60,7 @@ def expected(anchor: x509.Certificate) -> Expectation:
 
 
 @dataclass
-class HasIssuers:
+class HasIssuers(Backend):
     """A backend that several authorities share; it tells nothing of others."""
 
     by_authority: Mapping[str, x509.Certificate]
@@ -79,11 +78,47 @@ def test_a_shared_backend_is_asked_for_the_authoritys_own_ca() -> None:
     """`doctor` finds another CA behind a door, as a renewal does; where the door tells none, nothing is compared."""
     ours, other = Signer.make().certificate, Signer.make("other").certificate
     backend = HasIssuers({"ca": ours, "etcd-ca": other})
-    found = {name: CA(label="door", backend=backend, retry=Rest(), authority=name) for name in ("ca", "front-proxy-ca")}
+    found = {
+        name: CA(label="door", backend=backend, retry=NoWaitPolicy(), authority=name)
+        for name in ("ca", "front-proxy-ca")
+    }
     assert [one.preflight([], (), expected(ours)) for one in found.values()] == [{}, {}]
     assert {name: one.certificates for name, one in found.items()} == {"ca": (ours,), "front-proxy-ca": ()}
     with pytest.raises(BackendRefusedError, match=r"wanted the CA of ca\.crt"):
-        CA(label="door", backend=backend, retry=Rest(), authority="etcd-ca").preflight([], (), expected(ours))
+        CA(label="door", backend=backend, retry=NoWaitPolicy(), authority="etcd-ca").preflight([], (), expected(ours))
+
+
+class OnlySigns(Backend):
+    """A backend as a plug-in of twenty lines has it."""
+
+    def sign(self, request: SignRequest) -> Issued:
+        """Answer with the certificate that the request replaces."""
+        assert request.replaces is not None
+        return Issued(leaf=request.replaces)
+
+
+def test_a_backend_that_only_signs_can_be_asked_everything() -> None:
+    """A default says that the CA shows nothing, and is no answer that ends an outage; `can` tells it from "none"."""
+    leaf, rest = TestCA.make().leaf(SPECS["apiserver"]), NoWaitPolicy()
+    request = sign_request(leaf, SPECS["apiserver"], "ecdsa-p256", timedelta(days=1))
+    ca = CA(label="ca", backend=OnlySigns(), retry=rest)
+    ca.look([SPECS["apiserver"]], lambda _: expected(leaf))
+    assert (ca.trouble, ca.wrong, ca.identity, ca.certificates, ca.ask_ends("backend.x")) == (None, {}, None, (), {})
+    with pytest.raises(BackendUnavailableError):
+        rest.ask(away)
+    assert (ca.issuers(), ca.tells(), ca.revoked(), ca.is_revoked(leaf)) == ((), False, None, False)
+    assert (ca.recall([request], NOW), ca.recall([], NOW)) == ([None], ())
+    ca.put_away("reference")
+    assert rest.seconds_left() > 0
+    assert ca.ask([request, request]) == [Issued(leaf=leaf)] * 2
+    with pytest.raises(BridgeError, match="can't be asked later: a bug in it"):
+        ca.collect(request, "reference", expected(leaf))
+    assert (OnlySigns.can("issuers", "revoke"), HasIssuer.can("issuers"), HasIssuer.can("revoke")) == (
+        False,
+        True,
+        False,
+    )
+    ca.close()
 
 
 @pytest.mark.attack("N21")
@@ -91,12 +126,12 @@ def test_another_cas_name_draws_no_lines() -> None:
     """An operator of the CA who chooses its CN writes no line of `doctor`; the right CA is no error, whatever its name."""
     ours, other = Signer.make().certificate, Signer.make("kubernetes\nerror: all is well").certificate
     with pytest.raises(BackendRefusedError) as e:
-        CA(label="ca", backend=HasIssuer(other), retry=Rest()).look([], lambda _: expected(ours))
+        CA(label="ca", backend=HasIssuer(other), retry=NoWaitPolicy()).look([], lambda _: expected(ours))
     assert "\n" not in str(e.value)
     with pytest.raises(BackendRefusedError) as e:
-        CA(label="ca", backend=HasIssuer(ours), retry=Rest()).look([], lambda _: expected(other))
+        CA(label="ca", backend=HasIssuer(ours), retry=NoWaitPolicy()).look([], lambda _: expected(other))
     assert "\n" not in str(e.value)
-    CA(label="ca", backend=HasIssuer(other), retry=Rest()).look([], lambda _: expected(other))
+    CA(label="ca", backend=HasIssuer(other), retry=NoWaitPolicy()).look([], lambda _: expected(other))
 
 
 @pytest.mark.parametrize(
@@ -110,9 +145,9 @@ def test_a_ca_certificate_of_the_year_0_is_another_cas(begin: bytes, end: bytes)
     ]
     odd, old = (x509.load_pem_x509_certificate(text.encode()) for text in dated)
     with pytest.raises(BackendRefusedError, match="whose dates can't be read"):
-        CA(label="ca", backend=HasIssuer(odd), retry=Rest()).look([], lambda _: expected(ours))
+        CA(label="ca", backend=HasIssuer(odd), retry=NoWaitPolicy()).look([], lambda _: expected(ours))
     with pytest.raises(BackendRefusedError, match="valid only from 2020-01-01"):
-        CA(label="ca", backend=HasIssuer(old), retry=Rest()).look([], lambda _: expected(ours))
+        CA(label="ca", backend=HasIssuer(old), retry=NoWaitPolicy()).look([], lambda _: expected(ours))
 
 
 def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
@@ -121,7 +156,7 @@ def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
     request = sign_request(leaf, SPECS["apiserver"], "ecdsa-p256", timedelta(days=1))
 
     def ask(error: Exception | None) -> object:
-        return CA(label="ca", backend=HasIssuer(leaf, error), retry=Outage(timedelta(hours=1))).ask([request])[0]
+        return CA(label="ca", backend=HasIssuer(leaf, error), retry=WaitPolicy(timedelta(hours=1))).ask([request])[0]
 
     answer = ask(PermissionError(13, "Permission denied", "/ca"))
     assert isinstance(answer, BackendUnavailableError)
@@ -143,13 +178,11 @@ def test_a_backend_that_fails_by_itself_is_unavailable() -> None:
         def from_settings(cls, settings: BackendSettings) -> Broken:
             raise KeyError(settings.node)
 
-    made = Configured(
-        authority="ca", name="x", type_name="x", settings=BackendSettings(), backend_type=cast(BackendType, Broken)
-    )
+    made = Configured(authority="ca", name="x", type_name="x", settings=BackendSettings(), backend_type=Broken)
     assert "found KeyError at" in str(CA.reach(made, [], lambda _: expected(leaf)).trouble)
 
 
-class BreaksOff:
+class BreaksOff(Backend):
     """A backend that ends once in the middle of its work, when it has signed the first request, and can tell so."""
 
     def __init__(self, leaf: x509.Certificate) -> None:
@@ -180,7 +213,7 @@ def test_what_a_ca_has_signed_before_it_broke_off_is_not_signed_again() -> None:
     requests = [sign_request(leaf, SPECS["apiserver"], "ecdsa-p256", timedelta(days=1)) for _ in range(3)]
     backend = BreaksOff(leaf)
 
-    answers = CA(label="ca", backend=backend, retry=Outage(timedelta(hours=1))).ask(requests)
+    answers = CA(label="ca", backend=backend, retry=WaitPolicy(timedelta(hours=1))).ask(requests)
 
     assert answers == [Issued(leaf=leaf)] * 3
     assert backend.signed == requests
@@ -188,7 +221,7 @@ def test_what_a_ca_has_signed_before_it_broke_off_is_not_signed_again() -> None:
 
 def test_another_threads_success_is_no_reason_to_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is asked twice, an outage that another thread has seen end meanwhile changes nothing."""
-    outage, asked = Outage(timedelta()), []
+    outage, asked = WaitPolicy(timedelta()), []
     once = outage._once
 
     def seen_to_end(question: Callable[[], object]) -> object:
@@ -215,7 +248,7 @@ def away() -> None:
 
 def test_many_questions_that_one_moment_ends_are_one_failure() -> None:
     """A CA that is away for a moment, while 32 ask, is asked again after a second; at each further failure later, up to 30."""
-    rest, met = Rest(), threading.Barrier(32)
+    rest, met = NoWaitPolicy(), threading.Barrier(32)
 
     def ask(question: Callable[[], object]) -> None:
         with pytest.raises(BackendUnavailableError):
@@ -238,9 +271,9 @@ def test_a_question_on_which_a_ca_hangs_closes_it_for_no_other(monkeypatch: pyte
     clock = [1.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     for is_answered in (True, False):
-        rest = Rest()
+        rest = NoWaitPolicy()
 
-        def hang(rest: Rest = rest, is_answered: bool = is_answered) -> None:
+        def hang(rest: NoWaitPolicy = rest, is_answered: bool = is_answered) -> None:
             clock[0] += 10
             if is_answered:
                 rest.ask(lambda: None)
@@ -270,7 +303,7 @@ def test_few_threads_find_out_whether_a_ca_is_back(
     All 32 of a gateway would be kept by a CA that hangs, and other CAs' requests would wait; once it answers, all ask. A
     refusal is an answer: one bad request at a time would hold up all good ones.
     """
-    clock, rest = [0.0], Rest()
+    clock, rest = [0.0], NoWaitPolicy()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     def turns() -> int:
@@ -294,7 +327,7 @@ def test_few_threads_find_out_whether_a_ca_is_back(
 
 def test_a_refusal_ends_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CA that said no meanwhile, and is away once more, is asked again for all of `retry_for`."""
-    clock, outage, answers = [1.0], Outage(timedelta(seconds=100)), [away, refuse]
+    clock, outage, answers = [1.0], WaitPolicy(timedelta(seconds=100)), [away, refuse]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
 
@@ -319,7 +352,7 @@ def test_a_ca_that_keeps_others_waiting_rests_as_long(monkeypatch: pytest.Monkey
             clock[0] += seconds
             away()
 
-        rest = Rest()
+        rest = NoWaitPolicy()
         with pytest.raises(BackendUnavailableError):
             rest.ask(hang)
         assert rest.seconds_left() == wanted

@@ -12,7 +12,7 @@ from cryptography import x509
 
 from bridge.ca import conformance
 from bridge.ca.conformance import CHECKS, NotConformingError, NotSupportedError, Trial
-from bridge.contract import Issued, Pending, SignRequest
+from bridge.contract import Backend, Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BridgeError, WaitingError
 from bridge.pki import verify
 from bridge.specs import SPECS
@@ -21,7 +21,7 @@ from tests.kit.issuing import Signer
 NAMES = ("apiserver", "admin.conf", "etcd-peer")
 
 
-class GoodBackend:
+class GoodBackend(Backend):
     """Signs each request with a key of its own, and can do all that the checks are about."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class GoodBackend:
         self.closed += 1
 
 
-class WithoutExtras:
+class WithoutExtras(Backend):
     """Signs, and can do nothing else."""
 
     def __init__(self) -> None:

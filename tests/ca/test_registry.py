@@ -16,7 +16,7 @@ import pytest
 
 from bridge import secret as secret_places
 from bridge.ca import CA, registry
-from bridge.ca.retry import Outage
+from bridge.ca.retry import WaitPolicy
 from bridge.contract import (
     ENTRY_POINT_GROUP,
     Backend,
@@ -107,9 +107,14 @@ def test_a_plugin_found_twice_is_refused_with_both_distributions(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("value", "missing"),
-    [("no_such_module:Backend", "No module named 'no_such_module'"), ("json:Backend", "'Backend'")],
+    [
+        ("no_such_module:Backend", "No module named 'no_such_module'"),
+        ("json:Backend", "'Backend'"),
+        ("json:JSONDecoder", "a class derived from Backend, found <class 'json.decoder.JSONDecoder'>"),
+        ("json:loads", "a class derived from Backend, found <function loads"),
+    ],
 )
-def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch, value: str, missing: str) -> None:
+def test_a_plugin_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, value: str, missing: str) -> None:
     """With its entry point, its distribution and what is missing; it is no bug of ours."""
     monkeypatch.setattr(registry, "entry_points", lambda group: [_entry("step-one", value)] if group else [])
     settings = parse('[backend.desk]\ntype = "step"\n[authority.ca]\nbackend = "desk"\n', FILE)
@@ -220,7 +225,7 @@ def test_a_selector_prefers_names_to_usages_to_the_pattern() -> None:
 
 
 @dataclass
-class _Flaky:
+class _Flaky(Backend):
     """A CA that is unavailable for a number of calls."""
 
     failures: int
@@ -250,7 +255,7 @@ def issued() -> Issued:
 def ask(
     backend: Backend, requests: Sequence[SignRequest], retry_for: float
 ) -> Sequence[Issued | Pending | BackendError]:
-    return CA(label="ca", backend=backend, retry=Outage(timedelta(seconds=retry_for))).ask(requests)
+    return CA(label="ca", backend=backend, retry=WaitPolicy(timedelta(seconds=retry_for))).ask(requests)
 
 
 def test_unavailable_is_asked_again_with_the_same_csr(asked: SignRequest, issued: Issued) -> None:

@@ -32,7 +32,7 @@ from backends.vault import setup as vault_setup
 from bridge.ca import PARALLEL_REQUESTS_OF_LOT, registry
 from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
-from bridge.contract import Issued, Pending, Recalls
+from bridge.contract import Issued, Pending
 from bridge.desk import csr_directory, desk, files, workers
 from bridge.desk.records import Journal, Submitted, key_of
 from bridge.errors import BridgeError, Exit, LocalFileError
@@ -735,7 +735,7 @@ def _run_killed(desk_: Desk, tmp_path: Path, module: str, function: str, *, befo
 def test_what_was_signed_is_found_by_key_and_usages(desk_: Desk, pairs: Pairs) -> None:
     """It is not found for another CSR, for other usages, or from before the given time."""
     backend = registry.configured(load(desk_.config), ["ca"])["ca"].open()
-    assert isinstance(backend, Recalls)
+    assert backend.can("recall")
     bundle = make_bundle(some(pairs, "apiserver", "admin.conf"))
     requests = [sign_request(one, bundle) for one in bundle.requests]
     begin = datetime.now(UTC)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.contract import BackendSettings, Issued, Pending, SignRequest
+from bridge.contract import Backend, BackendSettings, Issued, Pending, SignRequest
 from bridge.errors import BackendRefusedError, LocalFileError
 
 
@@ -37,7 +37,7 @@ class Settings(BackendSettings):
     dir: Path
 
 
-class ApprovalBackend:
+class ApprovalBackend(Backend):
     settings_type = Settings
 
     def __init__(self, directory: Path) -> None:

@@ -106,7 +106,7 @@ def served(directory: Path, count: int, concurrency: Sequence[int]) -> Iterator[
             for threads in concurrency:
                 backend = registry.configured(load(bridge.config), ["ca"])["ca"].open()
                 yield Served(server=server, concurrency=threads, csrs=count, ours=_together(backend, requests, threads))
-                registry.close(backend)
+                backend.close()
 
 
 def _together(backend: Backend, requests: Sequence[SignRequest], threads: int) -> float:

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.ca import registry
 from bridge.cluster.api import MERGE_PATCH, Api
-from bridge.contract import Issued, SignRequest, SignsMany
+from bridge.contract import Issued, SignRequest
 from bridge.gateway import watch
 from bridge.gateway.csrs import with_certificate, with_condition
 from bridge.gateway.rules import CLIENT_KUBELET
@@ -168,9 +168,9 @@ def ca_alone(config: Path, pems: Sequence[bytes], pids: Mapping[str, int]) -> tu
     backend = registry.configured(settings, ["ca"])["ca"].open()
     wanted = [SignRequest(spec=KUBELET_CLIENT, csr_pem=pem, validity=timedelta(days=1)) for pem in pems]
     with contextlib.ExitStack() as stack:
-        stack.callback(registry.close, backend)
+        stack.callback(backend.close)
         clock = _Clock(pids)
-        if isinstance(backend, SignsMany):
+        if backend.can("sign_many"):
             answers = list(backend.sign_many(wanted))
         else:
             with ThreadPoolExecutor(THREADS) as pool:

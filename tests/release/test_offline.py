@@ -87,10 +87,10 @@ def test_settings_and_plug_ins_are_found_beside_the_program(bookworm: Tree, offl
 
 PLUG_IN = b"""
 import dataclasses, corp.deep.module
-from bridge.contract import BackendSettings
+from bridge.contract import Backend, BackendSettings
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(BackendSettings): pass
-class Corp:
+class Corp(Backend):
     settings_type = Settings
     @classmethod
     def from_settings(cls, settings): return cls()

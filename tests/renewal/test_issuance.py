@@ -13,8 +13,8 @@ import pytest
 
 from bridge import entry
 from bridge.ca import CA
-from bridge.ca.retry import Outage
-from bridge.contract import Issued, SignRequest
+from bridge.ca.retry import WaitPolicy
+from bridge.contract import Backend, Issued, SignRequest
 from bridge.errors import BackendError
 from bridge.node import inventory
 from bridge.renewal import new_keys
@@ -32,7 +32,7 @@ SECONDS = 60  # in which a test that waits for nothing has long ended
 
 
 @dataclass
-class OneByOne:
+class OneByOne(Backend):
     """A CA that signs whatever it is given, and says in which order it was asked."""
 
     key_of_the_next: dict[str, tuple[Future[Prepared | Outcome], Prepared]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def issued(run: Run, ca: OneByOne, names: Sequence[str]) -> list[str]:
     if isinstance(ca, AllAtOnce):
         for future, one in zip(making[1:], prepared[1:], strict=True):
             future.set_result(one)
-    reached = {"ca": CA(label="ca", backend=ca, retry=Outage(timedelta()))}
+    reached = {"ca": CA(label="ca", backend=ca, retry=WaitPolicy(timedelta()))}
     expected, _ = expectations(found, run.settings, items, run.now())
     answered: list[str] = []
     thread = threading.Thread(

@@ -19,8 +19,8 @@ import pytest
 from backends.openssl import OpensslBackend
 from backends.openssl.settings import OpensslSettings
 from backends.vault import VaultBackend
-from bridge.ca import CA
-from bridge.ca.retry import Rest
+from bridge.ca import CA, CLOSED
+from bridge.ca.retry import NoWaitPolicy
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory
@@ -263,7 +263,10 @@ def issued(node: Pki, settings: Settings, name: str) -> Answered:
 
 def test_a_certificate_that_is_not_for_our_key_is_never_revoked(node: Pki, tmp_path: Path) -> None:
     """A CA that answers with the live certificate would have us revoke it."""
-    answered, ca = issued(node, settings_for(node, tmp_path), "apiserver"), CA(label="ca", backend=None, retry=Rest())
+    answered, ca = (
+        issued(node, settings_for(node, tmp_path), "apiserver"),
+        CA(label="ca", backend=CLOSED, retry=NoWaitPolicy()),
+    )
     assert renew._signed([answered], ca, now()) == []
     signed = sign(answered.prepared.request, node, tmp_path)
     assert renew._signed([dataclasses.replace(answered, answer=signed)], ca, now()) == [("apiserver", signed.leaf)]
