@@ -9,7 +9,7 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -94,28 +94,6 @@ class Http:
     def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
         """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
         return self._answer(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
-
-    def ask_all(
-        self, method: str, headers: Mapping[str, str], wanted: Sequence[tuple[str, bytes]]
-    ) -> list[Answer | BackendError]:
-        """Do as `ask` for several URLs with their bodies at the same time, each over its own connection."""
-        sent: list[Callable[[], Answer] | BackendError] = []
-        for url, body in wanted:
-            if sent and isinstance(sent[-1], BackendUnavailableError):  # each further try may last as long
-                sent.append(sent[-1])
-                continue
-            try:
-                with self._errors(f"{method} {url}"):
-                    sent.append(self._sent(method, _target(url), headers, body))
-            except BackendError as e:
-                sent.append(e)
-        return [self._read(f"{method} {url}", one) for (url, _), one in zip(wanted, sent, strict=True)]
-
-    def _read(self, where: str, sent: Callable[[], Answer] | BackendError) -> Answer | BackendError:
-        try:
-            return sent if isinstance(sent, BackendError) else self._answer(where, sent)
-        except BackendError as e:
-            return e
 
     @property
     def clock_ahead(self) -> timedelta | None:

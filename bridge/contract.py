@@ -92,7 +92,7 @@ class Pending:
 
 #: What a CA may be able to do beside signing, by the method of `Backend` for it; see `Backend.can`.
 Ability = Literal[
-    "sign_many", "sign_side_by_side", "collect", "check", "issuers", "issuers_of", "identity", "close", "put_away", "recall",
+    "sign_many", "collect", "check", "issuers", "issuers_of", "identity", "close", "put_away", "recall",
     "revoke", "revoke_proven", "is_revoked", "revoked", "names_beside_csr", "setup", "candidates", "may_recall",
 ]  # fmt: skip
 
@@ -163,15 +163,6 @@ class Backend:
         Raises:
             BackendRefusedError: The CA refused the whole batch.
             BackendUnavailableError: The CA answered none of the requests.
-        """
-        raise NotImplementedError
-
-    def sign_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
-        """
-        Have the CA sign all requests, each in its own request; the error of one request is its answer.
-
-        Returns:
-            One answer for each request, in the same order, as `sign` returns or raises it.
         """
         raise NotImplementedError
 

@@ -37,7 +37,7 @@ from bridge.contract import (
     SetupRequest,
     SignRequest,
 )
-from bridge.errors import BackendError, BackendRefusedError, LocalFileError, SettingsProblem, Violation
+from bridge.errors import BackendRefusedError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import (
     UNREADABLE,
     asked_key_and_usages,
@@ -183,22 +183,6 @@ class VaultBackend(OverHttp):
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
         path, body = self._wanted(request)
         return self._accepted(request, self._send("post", path, body))
-
-    def sign_side_by_side(self, requests: Sequence[SignRequest]) -> list[Issued | BackendError]:
-        """Have several CSRs signed at the same time; if the token was rejected, send the request again with another."""
-        found = list[Issued | BackendError]()
-        answers = self._server.post_all(list(map(self._wanted, requests)), self._tokens.get())
-        is_used_up = any(isinstance(one, Answer) and one.token_rejected for one in answers)
-        for request, answer in zip(requests, answers, strict=True):
-            try:
-                if isinstance(answer, BackendError):
-                    raise answer
-                # OpenBao also answers "internal error" to requests that arrive just as a token is used up
-                is_lost = answer.token_rejected or (is_used_up and answer.status == HTTPStatus.INTERNAL_SERVER_ERROR)
-                found.append(self.sign(request) if is_lost else self._accepted(request, answer))
-            except BackendError as e:
-                found.append(e)
-        return found
 
     def _wanted(self, request: SignRequest) -> tuple[str, dict[str, object]]:
         """Path and body, with no more parameters than needed: a policy may list the allowed ones."""

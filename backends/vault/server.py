@@ -6,7 +6,8 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -32,7 +33,7 @@ from backends.http import (
 from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system import http
-from bridge.system.waiting import Combined, remember
+from bridge.system.waiting import remember
 from bridge.words import one_line
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ _HINTS = (
 
 #: How many secrets to hide: a gateway runs for months, and may get thousands of short-lived tokens a day.
 _MOST_SECRETS = 64
-#: How many threads one login serves.
-_MOST_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,13 +183,6 @@ class Server:
         url = f"{self._url}/v1/{path}"
         return self._answer(self.http.ask(method.upper(), url, self._with(token), data), f"{method.upper()} {url}")
 
-    def post_all(self, wanted: Sequence[tuple[str, object]], token: str) -> list[Answer | BackendError]:
-        """Do as `send` for several paths with their bodies at the same time; an error is an answer."""
-        bodies = [(f"{self._url}/v1/{path}", json.dumps(body).encode()) for path, body in wanted]
-        answers = self.http.ask_all("POST", self._with(token), bodies)
-        return [one if isinstance(one, BackendError) else self._answer(one, f"POST {url}")
-                for (url, _), one in zip(bodies, answers, strict=True)]  # fmt: skip
-
     def _with(self, token: str | None) -> Mapping[str, str]:
         return {**self._headers, "X-Vault-Token": token} if token else self._headers
 
@@ -249,8 +241,8 @@ class Tokens:
         self._auth = auth
         self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
         self._lock = Lock()
-        #: Logins, each for all threads that wait for one: they wait once for a server that hangs, and not in turn.
-        self._together: Combined[str | None, str] = Combined(self._logged_in, _MOST_TOGETHER)
+        #: The login under way, for all threads that want one: they wait once for a server that hangs, and not in turn.
+        self._under_way: Future[str] | None = None
         self._current: str | None = None
         self._made: list[str] = []
         self._secret_id: str | None = None  # a wrapped one opens only once
@@ -284,18 +276,36 @@ class Tokens:
 
     def get(self) -> str:
         """Return the token; log in if there is none yet."""
-        return self._current or self._together(None)
+        return self._current or self._logged_in(None)
 
     def renew(self, rejected: str) -> str:
         """Return another token than the rejected one if possible; a token file may have been written again."""
-        return self._together(rejected)
+        return self._logged_in(rejected)
 
-    def _logged_in(self, rejected: Sequence[str | None]) -> list[str]:
+    def _logged_in(self, rejected: str | None) -> str:
         with self._lock:
-            self._made = [token for token in self._made if token not in rejected]  # it has ended already
-            if self._current is None or self._current in rejected:
-                self._current = self._new()
-            return [self._current] * len(rejected)
+            if rejected in self._made:  # it has ended already
+                self._made.remove(rejected)
+            if self._current is not None and self._current != rejected:
+                return self._current
+            leads, login = self._under_way is None, self._under_way or Future()
+            self._under_way = login
+        if leads:
+            self._log_in(login)
+        return login.result()
+
+    def _log_in(self, login: Future[str]) -> None:
+        token, error = "", None
+        try:
+            token = self._new()
+        except BaseException as e:  # noqa: BLE001 (each thread that waits gets it)
+            error = e
+        with self._lock:
+            self._current, self._under_way = token or self._current, None
+        if error is not None:
+            login.set_exception(error)
+        else:
+            login.set_result(token)
 
     def _revoke(self) -> None:
         with self._lock:

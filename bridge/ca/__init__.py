@@ -210,25 +210,6 @@ class CA:
             e.is_for_all = True
             return [e] * len(requests)
 
-    def ask_side_by_side(self, requests: Sequence[SignRequest]) -> Sequence[Answer]:
-        """Do as `ask`, from one thread if the backend can do that; a request that fails is not repeated."""
-        backend = self.opened()
-        if len(requests) == 1 or not backend.can("sign_side_by_side"):
-            return self.ask(requests)
-        found: Sequence[Answer] = ()
-
-        def sign() -> None:
-            nonlocal found
-            found = backend.sign_side_by_side(requests)
-            if all(isinstance(one, BackendUnavailableError) for one in found):  # else it is stuck on some of them only
-                raise found[0]  # type: ignore[misc]
-
-        try:
-            self._question(sign)
-        except BackendError as e:
-            return found or [e] * len(requests)
-        return found
-
     def collect(self, request: SignRequest, reference: str, expected: Expectation) -> Answer:
         """Collect a pending answer; a backend's error is an answer."""
         if not self.backend.can("collect"):

@@ -26,9 +26,7 @@ from bridge.system.waiting import wait_until
 #: Optional abilities by method name; a backend's suite declares which of them it lacks.
 ABILITIES: tuple[Ability, ...] = ("sign_many", "collect", "check", "issuers", "identity", "close")
 #: Abilities without a check.
-FURTHER_ABILITIES: tuple[Ability, ...] = (
-    *("sign_side_by_side", "put_away", "recall", "revoke", "revoke_proven", "is_revoked", "revoked"),
-)
+FURTHER_ABILITIES: tuple[Ability, ...] = (*("put_away", "recall", "revoke", "revoke_proven", "is_revoked", "revoked"),)
 #: One for each kind of CSR; the other algorithms differ only in size.
 ALGORITHMS: tuple[KeyAlgorithm, ...] = ("rsa-2048", "ecdsa-p256", "ecdsa-p384")
 
@@ -212,17 +210,13 @@ def _is_refused(ask: Callable[[], Issued]) -> None:
 def signs_many_in_the_order_asked(trial: Trial) -> None:
     """Answers have the order of their batch, and one bad CSR in it does not fail the others."""
     backend = trial.backend
-    if backend.can("sign_many"):
-        sign = backend.sign_many
-    elif backend.can("sign_side_by_side"):
-        sign = backend.sign_side_by_side
-    else:
+    if not backend.can("sign_many"):
         raise NotSupportedError("signs one by one")
     spoilt, *others = [trial.request(spec) for spec in trial.specs]
     # a carried bundle has one request for each name
     good = others if others or trial.backend.carries else [trial.request(trial.specs[0])]
     requests = trial.carried([tampered(spoilt), *good])
-    bad, *answers = sign(requests)
+    bad, *answers = backend.sign_many(requests)
     for request, answer in zip(requests[1:], answers, strict=True):
         trial.verify(trial.awaited(request, answer), request)
     _is_refused(lambda: trial.awaited(requests[0], bad))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import threading
 import time
@@ -183,39 +182,6 @@ class Api:
                 raise
         self._read_anew(clients)
         return self._over(self.clients, request, may_repeat)
-
-    def answers(
-        self, requests: Sequence[Request], may_repeat: Callable[[], bool] = lambda: True
-    ) -> list[Reply | NoAnswerError]:
-        """
-        Do as `answer` does for several requests at once, each over its own connection; errors are among the results. A
-        request without an answer is repeated alone, as long as `may_repeat` allows.
-        """
-        reads: list[Callable[[], Reply]] = []
-        server, client = self.servers[0], self.clients[0]
-        with contextlib.suppress(HttpsError):  # with a server that is down, each further try might wait as long
-            reads.extend(self._sent(self._kept(server, client), request) for request in requests if len(requests) > 1)
-        found: list[Reply | NoAnswerError] = []
-        trouble: NoAnswerError | None = None
-        for request, read in itertools.zip_longest(requests, reads):
-            reply = self._reply_of(read) if read is not None else None
-            if reply is None and trouble is None and not may_repeat():
-                trouble = NoAnswerError(f"no answer from {self.server}, and it may not be asked again")
-            try:
-                if reply is None and trouble is not None:
-                    raise trouble
-                found.append(reply or self.answer(request))
-            except NoAnswerError as e:
-                trouble = None if e.is_from_server else e
-                found.append(e)
-        return found
-
-    def _reply_of(self, read: Callable[[], Reply]) -> Reply | None:
-        """Read the answer to one of several requests; None: repeat it alone, which also tries other servers."""
-        with contextlib.suppress(HttpsError):
-            reply = _assert_now(read())
-            return reply if reply.status not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else None
-        return None
 
     def get(self, path: str) -> Mapping[str, Any]:
         """Get the object or list at a path (NoAnswerError: also for any status but 200)."""

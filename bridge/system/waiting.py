@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -278,74 +278,3 @@ class FairSemaphore:
     def _call(self) -> None:
         while (found := self._shares.next()) is not None:
             found[1].set()
-
-
-# --- concurrent calls as one (docs/evidence/numbers.md) ---------------------------------------------------------------
-
-
-class _Place(Generic[T, R]):
-    __slots__ = ("error", "items", "leads", "results", "turn")
-
-    def __init__(self, items: Sequence[T]) -> None:
-        self.items = items
-        self.turn = threading.Lock()  # held until there are results, or until this caller leads
-        self.turn.acquire()
-        self.leads = False
-        self.results: list[R] = []
-        self.error: BaseException | None = None
-
-
-class Combined(Generic[T, R]):
-    """
-    Batches concurrent calls into one.
-
-    A caller that finds no batch at work calls the function for all callers that wait, in order; the others sleep until
-    they have their results, or lead the next batch.
-    """
-
-    def __init__(self, together: Callable[[Sequence[T]], Sequence[R]], most: int) -> None:
-        """`together` returns one result for each item, in order; each caller gets its exception. At most `most` callers a batch."""
-        self._together = together
-        self._most = most
-        self._mutex = threading.Lock()
-        self._line: deque[_Place[T, R]] = deque()
-        self._busy = False
-
-    def __call__(self, item: T) -> R:
-        """The result for one item."""
-        return self.all((item,))[0]
-
-    def all(self, items: Sequence[T]) -> Sequence[R]:
-        """The results for several items of one caller."""
-        place: _Place[T, R] = _Place(items)
-        with self._mutex:
-            self._line.append(place)
-            place.leads, self._busy = not self._busy, True
-        if not place.leads:
-            place.turn.acquire()
-        if place.leads:
-            self._lead()
-        if place.error is not None:
-            raise place.error
-        return place.results
-
-    def _lead(self) -> None:
-        """Call the function for the first callers in line, including this one; then the next in line leads."""
-        with self._mutex:
-            batch = [self._line.popleft() for _ in range(min(len(self._line), self._most))]
-        try:
-            items = [(place, item) for place in batch for item in place.items]
-            for (place, _), result in zip(items, self._together([item for _, item in items]), strict=True):
-                place.results.append(result)
-        except BaseException as e:  # noqa: BLE001 (each caller gets it)
-            for place in batch:
-                place.error = e
-        with self._mutex:
-            following = self._line[0] if self._line else None
-            self._busy = following is not None
-        if following is not None:
-            following.leads = True
-            following.turn.release()
-        for place in batch:
-            if not place.leads:
-                place.turn.release()

@@ -36,7 +36,7 @@ from backends import vault as vault_backend
 from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
 from backends.vault import setup as vault_setup
 from backends.vault.server import Server
-from bridge.contract import Issued, PlannedCertificate, Secret, Selector, SignRequest
+from bridge.contract import PlannedCertificate, Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -542,28 +542,6 @@ def test_a_token_that_has_ended_is_not_revoked(
         assert len(pki.accessors() - before) == 1
     assert pki.accessors() <= before
     assert [r.getMessage() for r in caplog.records if r.name == "ca-bridge.vault"] == []
-
-
-def test_requests_side_by_side_whose_token_is_used_up_are_sent_again(
-    pki: openbao.OpenBao, apiserver: SignRequest, tmp_path: Path
-) -> None:
-    """A token that is good for three of eight requests costs none of them its certificate."""
-    with vault(pki.url, approle(pki, tmp_path, "node", token_num_uses=3)) as backend:
-        answers = backend.sign_side_by_side([apiserver] * 8)
-    assert [type(one) for one in answers] == [Issued] * 8
-    assert len({one.leaf.serial_number for one in answers if isinstance(one, Issued)}) == 8
-
-
-def test_requests_side_by_side_to_a_dead_server_wait_for_it_once(apiserver: SignRequest, tmp_path: Path) -> None:
-    """Sixteen requests to a server that accepts connections and says nothing are late together, and not one after the other."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        settings = VaultSettings(url=url, auth=token_file(tmp_path, "s.token"), timeout=timedelta(seconds=2))
-        with contextlib.closing(VaultBackend.from_settings(settings)) as backend:
-            begin = time.monotonic()
-            answers = backend.sign_side_by_side([apiserver] * 16)
-    assert [type(one) for one in answers] == [BackendUnavailableError] * 16
-    assert time.monotonic() - begin < 16
 
 
 def test_tokens_that_are_good_for_few_requests_fill_no_memory() -> None:
