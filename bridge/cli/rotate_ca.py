@@ -16,8 +16,8 @@ from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
 from bridge.control_plane import neighbours
 from bridge.errors import Exit
-from bridge.node import inventory
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.pki.certificates import fingerprint, name_text
 from bridge.pki.expiry import duration_text, minute, rfc3339
 from bridge.rotation import Phase, differences, holders, places, steps, text, witnesses
@@ -75,7 +75,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     requests whose certificates end when no certificate of the new CA does.
     """
     settings = common.settings()
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = places.look(settings, node, ca or [])
     users, refusals = _witnesses(settings, node, found, logs)
     watched = _watched(settings, node, found, logs)
@@ -180,7 +180,7 @@ def plan(common: Common, ca: CaOption = None) -> int:
     """Show what each phase changes and restarts on this node, what it costs, and whether the new CAs can work."""
     settings, now = common.settings(), utc_now()
     places.assert_has_next(settings)
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = places.look(settings, node, ca or [])
     if not found:
         say_sentence(_NONE_HERE)
@@ -318,7 +318,7 @@ _EVERY_EMERGENCY = (
 
 def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> int:
     """Print the cost, and do nothing, so that an operator who goes on has seen it."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = places.look(settings, node, options.ca or [])
     left = [one for one in found.values() if not steps.straight_to_the_new_ca(one).is_there]
     sentences = [

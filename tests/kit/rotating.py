@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.cli.options import utc_now
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.rotation import places, steps
 from bridge.rotation.gate import Gate
@@ -51,7 +51,7 @@ def run(settings: Settings, verb: Verb, names: Sequence[str] = (), gate: Gate | 
 
 def phases(settings: Settings) -> dict[str, str]:
     """The phases of each CA, by the files."""
-    found = places.look(settings, inventory.of(settings.node), ())
+    found = places.look(settings, read_node(settings.node), ())
     return {name: one.standing.text for name, one in found.items()}
 
 
@@ -68,7 +68,7 @@ def as_worker(settings: Settings, pki: Pki) -> None:
     for path in [*pki.kubeconfig_dir.iterdir(), *pki.pki_dir.iterdir()]:
         if path.name not in ("pki", "kubelet.conf", "ca.crt"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert inventory.of(settings.node).role == "worker"
+    assert read_node(settings.node).role == "worker"
 
 
 def contents(pki: Pki) -> dict[Path, bytes]:

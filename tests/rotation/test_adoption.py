@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.cli.options import utc_now
 from bridge.diagnosis import authorities
 from bridge.errors import Exit, SettingsError
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates, pem, spki
 from bridge.pki.csr import key_pem
 from bridge.renewal import RunOptions, renew
@@ -110,7 +110,7 @@ def test_the_new_ca_does_not_sign_beside_the_old_ones_key(settings: Settings, pk
         run(settings, Verb.ISSUE)
     assert contents(pki) == before
     assert run(settings, Verb.ISSUE, gate=to(disk)).exit_code == 0
-    key = places.key_place(settings.node, places.look(settings, inventory.of(settings.node), ["ca"])["ca"])
+    key = places.key_place(settings.node, places.look(settings, read_node(settings.node), ["ca"])["ca"])
     key.write_bytes((disk / "ca.key").read_bytes())
     with pytest.raises(steps.OrderError, match="--keys-to"):
         run(settings, Verb.DROP)
@@ -164,7 +164,7 @@ def test_doctor_compares_a_backend_with_the_ca_whose_it_is(settings: Settings, p
     def found(ours: Settings) -> set[tuple[str, str]]:
         return {
             (one.level, one.about)
-            for one in authorities.look(inventory.of(ours.node), ours, utc_now())
+            for one in authorities.look(read_node(ours.node), ours, utc_now())
             if one.check in ("backend", "what-the-ca-would-sign")
         }
 
@@ -209,10 +209,10 @@ def test_a_controller_manager_that_signs_holds_up_the_first_phase(settings: Sett
     assert contents(pki) == before
     assert run(settings, Verb.TRUST, ["etcd-ca"]).exit_code == 0
     place.write_text(pod.format("--cluster-signing-cert-file=, --cluster-signing-key-file="))
-    assert Component.CONTROLLER_MANAGER in inventory.of(settings.node).manifests
+    assert Component.CONTROLLER_MANAGER in read_node(settings.node).manifests
     steps.assert_keys_can_leave(
-        [steps.planned(Verb.TRUST, places.look(settings, inventory.of(settings.node), ["ca"])["ca"], None)],
-        inventory.of(settings.node),
+        [steps.planned(Verb.TRUST, places.look(settings, read_node(settings.node), ["ca"])["ca"], None)],
+        read_node(settings.node),
         settings,
         Gate(),
     )

@@ -19,7 +19,8 @@ from bridge import rotation
 from bridge.ca.registry import cross_behind
 from bridge.cli.options import utc_now
 from bridge.errors import SettingsError
-from bridge.node import inventory, kubeconfig
+from bridge.node import kubeconfig
+from bridge.node.reading import read_node
 from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
@@ -52,7 +53,7 @@ def settings(pki: Pki, tmp_path: Path) -> Settings:
 
 
 def change_of(settings: Settings, name: str = "ca") -> Change:
-    return places.look(settings, inventory.of(settings.node), [name])[name].change
+    return places.look(settings, read_node(settings.node), [name])[name].change
 
 
 @pytest.mark.kube
@@ -88,7 +89,7 @@ def test_each_new_certificate_has_it_also_at_night_and_at_the_end(settings: Sett
         assert run(settings, verb).exit_code == 0
         night = renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0]
         assert night.exit_code == 0, night
-        for item in inventory.of(settings.node).items:
+        for item in read_node(settings.node).items:
             assert item.certificates[-1] == wanted[item.spec.authority.name], item.spec.name
             assert len(item.certificates) == 2
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].renewed == []
@@ -340,7 +341,7 @@ def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: 
     assert cross_behind(ours, "ca", change.new, soon) is None
     leaf = load_pem_certificates((pki.pki_dir / "apiserver.crt").read_bytes())
     assert expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, soon)
-    found = places.look(settings, inventory.of(settings.node), ["ca"])
+    found = places.look(settings, read_node(settings.node), ["ca"])
     texts = [str(one) for one in steps.violations(found["ca"], found, settings, soon)]
     assert any("cross certificate's notAfter: wanted later than renewal.before" in one for one in texts)
     assert not list(steps.violations(found["ca"], found, settings, utc_now()))

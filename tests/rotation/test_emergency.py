@@ -12,7 +12,7 @@ import pytest
 
 from bridge.cli.options import utc_now
 from bridge.errors import Exit
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import leads_to, load_pem_certificates, pem
 from bridge.renewal import RunOptions, renew, verify_and_install
 from bridge.renewal.transaction import Transaction
@@ -73,7 +73,7 @@ def test_the_ca_file_of_a_further_pair_has_the_new_ca_alone(pki: Pki, tmp_path: 
         f'ca_file = "{place}/ca.crt"\nauthority = "ca"\ncommon_name = "r.example.com"\nsans = ["r.example.com"]\n',
     )
     assert renew.run(settings, RunOptions(names=("registry",)), utc_now, Quiet())[0].exit_code == 0
-    change = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change
+    change = places.look(settings, read_node(settings.node), ["ca"])["ca"].change
     reach(settings, reached)
     assert run(settings, Verb.DROP, ["ca"], AT_ONCE).exit_code == 0
     assert load_pem_certificates((place / "ca.crt").read_bytes()) == [change.new]
@@ -143,7 +143,7 @@ def test_a_ca_that_was_made_just_now_will_do(settings: Settings, tmp_path: Path)
     other = replaced(settings, tmp_path, young)
     with pytest.raises(steps.NewCaError, match=r"notBefore: wanted at the latest .*; notAfter: wanted later than"):
         run(other, Verb.TRUST)
-    step = steps.straight_to_the_new_ca(places.look(other, inventory.of(other.node), ["ca"])["ca"])
+    step = steps.straight_to_the_new_ca(places.look(other, read_node(other.node), ["ca"])["ca"])
     steps.assert_possible([step], {"ca": step.ca}, other, utc_now(), emergency=True)
 
 

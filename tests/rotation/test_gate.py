@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.cli.options import utc_now
 from bridge.cluster import Client
 from bridge.contract import SignRequest
-from bridge.node import inventory
 from bridge.node.endpoints import Server
+from bridge.node.reading import read_node
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, key_pem
 from bridge.rotation import Change, Phase, places
@@ -231,7 +231,7 @@ def test_an_etcd_is_shown_the_new_certificates_before_they_are_installed(
     monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
     pki = handmade_pki(tmp_path / "node")
     settings = with_next(pki, tmp_path, cross=True)
-    change = places.look(settings, inventory.of(settings.node), ["etcd-ca"])["etcd-ca"].change
+    change = places.look(settings, read_node(settings.node), ["etcd-ca"])["etcd-ca"].change
     with (
         etcd(tmp_path / "old", pki, [change.old]) as old,
         etcd(tmp_path / "both", pki, [change.old, change.new]) as both,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from bridge.errors import Exit
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
 from bridge.rotation import steps
@@ -112,7 +112,7 @@ def est_door(directory: Path, pki: Pki, settings: Settings) -> EstDoor:
     labels = [
         f'[est."{item.spec.authority.name}.{item.spec.name}"]\ncertificate = "{item.spec.name}"\ncluster = "kubernetes"\n'
         'clients = ["O=agents,CN={node}"]\nclients_ca = "{agents}"\n'
-        for item in inventory.of(settings.node).items
+        for item in read_node(settings.node).items
     ]
     return make_est_door(directory, pki, policy=POLICY + NAMES + "\n".join(labels))
 
@@ -187,7 +187,7 @@ def test_issue_waits_for_people_behind_cmp(site: Site, tmp_path: Path) -> None:
         assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
         assert_pairs(site.pki)
         asked = [line for name in AUTHORITIES for line in server.requests(f"{name}-2") if line["type"] == "4"]
-        assert len(asked) == len(inventory.of(settings.node).items)
+        assert len(asked) == len(read_node(settings.node).items)
 
 
 @pytest.mark.kube("estserver")

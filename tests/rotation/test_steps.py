@@ -31,7 +31,8 @@ from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.diagnosis import Finding
 from bridge.diagnosis.examination import examine
 from bridge.errors import BridgeError, Exit, SettingsError
-from bridge.node import inventory, kubeconfig
+from bridge.node import kubeconfig
+from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import Changes, RunOptions, renew
@@ -369,7 +370,7 @@ def test_a_verb_without_a_next_ca_has_not_done_its_work(
 def test_a_new_ca_that_has_ended_holds_up_no_way_back(settings: Settings, verb: Verb, is_done: bool) -> None:
     """The node trusts the old CA alone again; each other verb refuses the new one."""
     reach(settings, Verb.TRUST)
-    new = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.new
+    new = places.look(settings, read_node(settings.node), ["ca"])["ca"].change.new
 
     def after() -> datetime:
         return new.not_valid_after_utc + timedelta(minutes=1)
@@ -383,7 +384,7 @@ def test_a_cross_certificate_that_has_ended_holds_up_no_drop(pki: Pki, tmp_path:
     """It ends with the old CA at the latest, which certifies no other one then; `issue` needs one that lasts."""
     settings = with_next(pki, tmp_path, cross=True)
     reach(settings, Verb.ISSUE)
-    cross = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.cross
+    cross = places.look(settings, read_node(settings.node), ["ca"])["ca"].change.cross
     assert cross is not None
     end = cross.not_valid_after_utc
 
@@ -709,11 +710,11 @@ def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(sett
     """The backup of a change of trust has the kubelet's kubeconfig, and not the pair, which stays where it is."""
     current = finalize(pki)
     reach(settings, Verb.TRUST)
-    node, (trusted,) = inventory.of(settings.node), backups.read_all(Store(settings.node.state_dir))[0]
+    node, (trusted,) = read_node(settings.node), backups.read_all(Store(settings.node.state_dir))[0]
     assert "kubelet.conf" in trusted.names
     assert {one.subject for one in backups.problems_of(trusted, settings, node, utc_now())} == {backups.PHASE}
     current.resolve().write_bytes(b"")
-    problems = [str(one) for one in backups.problems_of(trusted, settings, inventory.of(settings.node), utc_now())]
+    problems = [str(one) for one in backups.problems_of(trusted, settings, read_node(settings.node), utc_now())]
     assert [one for one in problems if one.startswith("kubelet.conf: wanted a certificate and its private key")]
 
 
@@ -731,7 +732,7 @@ def test_a_worker_comes_back_from_each_phase(pki: Pki, tmp_path: Path, is_embedd
     for verb, phase in (*FORWARD, *BACK, *FORWARD, *BACK):
         done = run(settings, verb, ["ca"])  # no API server is there that could be seen to take it
         assert done.result.exit_code in (Exit.DONE, Exit.NOT_LIVE), done.result
-        assert places.look(settings, inventory.of(settings.node), ["ca"])["ca"].standing.text == phase
+        assert places.look(settings, read_node(settings.node), ["ca"])["ca"].standing.text == phase
         found.append(kept())
     assert (found[5][1], found[11][1]) == (before[1], before[1])
     assert found[5] == found[11]
@@ -807,12 +808,12 @@ def test_a_renewed_ca_with_the_same_key_takes_one_step(pki: Pki, tmp_path: Path)
     anchor.write_bytes(pem(renewed))
     ours = dataclasses.replace(before.authorities["ca"], next={"anchor": str(anchor)})
     settings = dataclasses.replace(before, authorities={**before.authorities, "ca": ours})
-    leaves = {i.spec.name: i.certificates for i in inventory.of(settings.node).items}
+    leaves = {i.spec.name: i.certificates for i in read_node(settings.node).items}
     done = run(settings, Verb.TRUST)
     assert done.exit_code == 0, done.result
     assert phases(settings) == {"ca": "new"}
     assert all(step.is_there for verb in (Verb.ISSUE, Verb.DROP) for step in run(settings, verb).steps)
-    assert {i.spec.name: i.certificates for i in inventory.of(settings.node).items} == leaves
+    assert {i.spec.name: i.certificates for i in read_node(settings.node).items} == leaves
     assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
     assert run(settings, Verb.BACK).exit_code == 0
     assert phases(settings) == {"ca": "old"}
@@ -931,7 +932,7 @@ def test_a_new_ca_at_a_gateway_signs_when_it_can(pki: Pki, tmp_path: Path) -> No
         )
     assert done.exit_code == 0, done.result
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
-    assert len(desk.issued()) == len([i for i in inventory.of(settings.node).items if i.certificates])
+    assert len(desk.issued()) == len([i for i in read_node(settings.node).items if i.certificates])
 
 
 @pytest.mark.rotation("an upgrade between phases")
@@ -950,7 +951,7 @@ def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> Non
     for text, words in zip(seen, ("no phase has begun", "“trusted”", "“issued”", "has taken its place"), strict=True):
         assert words in text
     (pki.pki_dir / "ca.crt").write_bytes(
-        pem(*(places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.bundle(Phase.ISSUED)))
+        pem(*(places.look(settings, read_node(settings.node), ["ca"])["ca"].change.bundle(Phase.ISSUED)))
     )
     assert [one.level for one in found() if one.about == "CA ca"] == ["warning"]
     (pki.pki_dir / "ca.crt").write_bytes(pem(Signer.make("another").certificate))
@@ -995,14 +996,14 @@ def test_copies_of_kubeconfigs_trust_the_cas_of_each_phase(pki: Pki, tmp_path: P
     entry = f"- cluster:\n    certificate-authority-data: {other}\n    server: https://192.0.2.9:6443\n  name: other\n"
     copy.write_text(text.replace("clusters:\n", f"clusters:\n{entry}"))
     settings = with_next(pki, tmp_path, f'[copies]\nfiles = ["{copy}"]')
-    change = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change
+    change = places.look(settings, read_node(settings.node), ["ca"])["ca"].change
     for verb, phase in ((Verb.TRUST, Phase.TRUSTED), (Verb.ISSUE, Phase.ISSUED), (Verb.DROP, Phase.NEW)):
         done = run(settings, verb)
         assert done.exit_code == 0, done.result
         data = copy.read_bytes()
         assert set(load_pem_certificates(kubeconfig.ca_data(data) or b"")) == set(change.bundle(phase))
         assert entry.encode() in data
-    live = inventory.of(settings.node).items
+    live = read_node(settings.node).items
     assert any(
         i.spec.name == "admin.conf" and kubeconfig.parse(data).certificate_data == pem(*i.certificates) for i in live
     )
