@@ -26,8 +26,8 @@ from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.pki.user_rules import User
 from bridge.renewal import RunOptions, renew
-from bridge.rotation import Change, Phase, places, steps
-from bridge.rotation.steps import Verb
+from bridge.rotation import Change, Phase, places, planning
+from bridge.rotation.planning import Verb
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, EKU, Component
@@ -78,7 +78,7 @@ def test_kubeadm_takes_the_node_in_each_phase_without_the_first(tmp_path: Path) 
 
 def test_without_a_cross_certificate_the_first_phase_is_not_spared(pki: Pki, tmp_path: Path) -> None:
     """The twin: `issue` demands `trust` before it."""
-    with pytest.raises(steps.OrderError, match="wanted the phase “trusted” on this node before `issue`"):
+    with pytest.raises(planning.OrderError, match="wanted the phase “trusted” on this node before `issue`"):
         run(with_next(pki, tmp_path), Verb.ISSUE)
 
 
@@ -342,9 +342,9 @@ def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: 
     leaf = load_pem_certificates((pki.pki_dir / "apiserver.crt").read_bytes())
     assert expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, soon)
     found = places.look(settings, read_node(settings.node), ["ca"])
-    texts = [str(one) for one in steps.violations(found["ca"], found, settings, soon)]
+    texts = [str(one) for one in planning.violations(found["ca"], found, settings, soon)]
     assert any("cross certificate's notAfter: wanted later than renewal.before" in one for one in texts)
-    assert not list(steps.violations(found["ca"], found, settings, utc_now()))
+    assert not list(planning.violations(found["ca"], found, settings, utc_now()))
     assert contents(pki) == before
 
 
@@ -358,7 +358,7 @@ def test_a_file_that_is_no_cross_certificate_stops_everything_before_it_moves(se
         (b"no certificate", "found"),
     ):
         path.write_bytes(bad)
-        with pytest.raises(SettingsError if wanted else steps.NewCaError, match=wanted or "cross certificate's key"):
+        with pytest.raises(SettingsError if wanted else planning.NewCaError, match=wanted or "cross certificate's key"):
             run(settings, Verb.ISSUE)
     path.write_bytes(good)
     path.chmod(0o666)

@@ -15,8 +15,9 @@ from bridge.errors import Exit
 from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
-from bridge.rotation import steps
-from bridge.rotation.steps import Done, Verb
+from bridge.rotation import planning
+from bridge.rotation.planning import Verb
+from bridge.rotation.steps import Done
 from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
@@ -205,7 +206,7 @@ def test_a_server_of_est_gets_the_next_ca(site: Site, tmp_path: Path) -> None:
         site.bridge.add("authority.etcd-ca", {"backend": "corp", "label": "{usage}"})
         site.bridge.add("authority.etcd-ca.next", {"anchor": site.made["etcd-ca"].table["anchor"]})
         settings = site.settings
-        with pytest.raises(steps.NewCaError, match="wanted the certificate of the CA that signs"):
+        with pytest.raises(planning.NewCaError, match="wanted the certificate of the CA that signs"):
             run(settings, Verb.TRUST)
         assert contents(site.pki) == old
     new = pem(signer.certificate), key_pem(signer.key)

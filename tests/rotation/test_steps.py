@@ -38,9 +38,9 @@ from bridge.pki.csr import key_pem
 from bridge.renewal import Changes, RunOptions, renew
 from bridge.renewal.gate import Attempts
 from bridge.renewal.transaction import put_back_and_retire
-from bridge.rotation import Phase, places, steps
-from bridge.rotation.gate import NotReadyEverywhereError, SplitError, has_asked
-from bridge.rotation.steps import Verb
+from bridge.rotation import Phase, places, planning, steps
+from bridge.rotation.planning import Verb
+from bridge.rotation.readiness import NotReadyEverywhereError, SplitError, has_asked
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component
 from bridge.state import Store, audit, backups, install
@@ -202,7 +202,8 @@ def test_new_certificates_that_a_gate_refuses_leave_nothing_to_restart(settings:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_counted"), [(NotReadyEverywhereError("cp-2 is down"), False), (steps.NewCaError("another CA"), True)]
+    ("error", "is_counted"),
+    [(NotReadyEverywhereError("cp-2 is down"), False), (planning.NewCaError("another CA"), True)],
 )
 def test_another_node_that_is_not_ready_is_no_failure_of_the_ca(
     settings: Settings, error: BridgeError, is_counted: bool
@@ -215,7 +216,7 @@ def test_another_node_that_is_not_ready_is_no_failure_of_the_ca(
             raise error
 
     with pytest.raises(type(error)):
-        run(settings, Verb.ISSUE, gate=Refusing())
+        run(settings, Verb.ISSUE, options=Refusing())
     assert bool(Attempts(Store(settings.node.state_dir)).authorities) is is_counted
 
 
@@ -331,7 +332,7 @@ def test_a_verb_out_of_order_changes_nothing(
     """It says which comes first."""
     reach(settings, reached)
     before = contents(pki)
-    with pytest.raises(steps.OrderError, match=wanted):
+    with pytest.raises(planning.OrderError, match=wanted):
         run(settings, verb)
     assert contents(pki) == before
 
@@ -342,7 +343,7 @@ def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: S
     before, anchors = contents(pki), {n: Path(settings.authorities[n].next["anchor"]) for n in AUTHORITIES}
     good = anchors["etcd-ca"].read_bytes()
     anchors["etcd-ca"].write_bytes(anchors["ca"].read_bytes())
-    with pytest.raises(steps.NewCaError, match="key: wanted another than"):
+    with pytest.raises(planning.NewCaError, match="key: wanted another than"):
         run(settings, Verb.TRUST)
     anchors["etcd-ca"].write_bytes(good + good)
     with pytest.raises(places.UnreadableCaError, match="wanted one certificate, of the CA that signs, found 2"):
@@ -375,7 +376,7 @@ def test_a_new_ca_that_has_ended_holds_up_no_way_back(settings: Settings, verb: 
     def after() -> datetime:
         return new.not_valid_after_utc + timedelta(minutes=1)
 
-    with contextlib.nullcontext() if is_done else pytest.raises(steps.NewCaError, match="notAfter"):
+    with contextlib.nullcontext() if is_done else pytest.raises(planning.NewCaError, match="notAfter"):
         assert steps.run(settings, verb, ["ca"], after, Quiet(), Open()).exit_code == 0
     assert phases(settings)["ca"] == ("old" if is_done else "trusted")
 
@@ -391,7 +392,7 @@ def test_a_cross_certificate_that_has_ended_holds_up_no_drop(pki: Pki, tmp_path:
     def after() -> datetime:
         return end + timedelta(minutes=1)
 
-    with pytest.raises(steps.NewCaError, match="cross certificate's notAfter"):
+    with pytest.raises(planning.NewCaError, match="cross certificate's notAfter"):
         steps.run(settings, Verb.ISSUE, ["ca"], after, Quiet(), Open())
     assert steps.run(settings, Verb.DROP, ["ca"], after, Quiet(), Open()).exit_code == 0
     assert phases(settings)["ca"] == "new"
@@ -403,7 +404,7 @@ def test_a_back_to_a_ca_that_no_backup_has_changes_nothing_and_says_the_way(sett
     reach(settings, Verb.DROP)
     shutil.rmtree(settings.node.state_dir / "backups")
     before = contents(pki)
-    with pytest.raises(steps.NoWayBackError, match=r"wanted the CA before .* found it in no backup") as refused:
+    with pytest.raises(planning.NoWayBackError, match=r"wanted the CA before .* found it in no backup") as refused:
         run(settings, Verb.BACK, ["ca"])
     assert contents(pki) == before
     assert f"append its certificate to {pki.pki_dir}/ca.crt" in refused.value.hint
@@ -432,7 +433,7 @@ def test_cas_that_were_issued_one_by_one_go_back_one_by_one(settings: Settings) 
     reach(settings, Verb.TRUST)
     for name in ("ca", "etcd-ca"):
         assert run(settings, Verb.ISSUE, [name]).exit_code == 0
-    with pytest.raises(steps.NoWayBackError) as refused:
+    with pytest.raises(planning.NoWayBackError) as refused:
         run(settings, Verb.BACK, ["ca", "etcd-ca"])
     assert "one by one go back so: --ca ca" in refused.value.hint
     for name in ("ca", "etcd-ca"):
@@ -465,7 +466,7 @@ def test_a_back_that_a_gate_refuses_leaves_no_trace(settings: Settings) -> None:
             raise NotReadyEverywhereError("cp-2 is down")
 
     with pytest.raises(NotReadyEverywhereError):
-        run(settings, Verb.BACK, gate=Refusing())
+        run(settings, Verb.BACK, options=Refusing())
     assert not Store(settings.node.state_dir).going_back.exists()
 
 
@@ -537,7 +538,7 @@ def test_a_ca_above_the_one_that_signs_is_not_trusted_unless_the_settings_say_so
         return dataclasses.replace(settings, authorities={**settings.authorities, "ca": ours})
 
     with pytest.raises(
-        steps.NewCaError, match=r"wanted the certificate of the CA that signs \(CN=ca-2 .*found CN=corp root"
+        planning.NewCaError, match=r"wanted the certificate of the CA that signs \(CN=ca-2 .*found CN=corp root"
     ):
         run(named(), Verb.TRUST, ["ca"])
     assert contents(pki) == before
@@ -569,7 +570,7 @@ def test_answers_of_a_ca_below_the_anchor_are_refused_where_the_backend_could_no
     assert run(named(above="allowed"), Verb.TRUST, ["front-proxy-ca"]).exit_code == 0
     before = contents(pki)
     with pytest.raises(
-        steps.NewCaError, match=r"wanted a signature of CN=corp root .*found one of CN=corp issuing below"
+        planning.NewCaError, match=r"wanted a signature of CN=corp root .*found one of CN=corp issuing below"
     ):
         run(named(), Verb.ISSUE, ["front-proxy-ca"])
     assert contents(pki) == before
@@ -625,7 +626,7 @@ def test_a_rotation_by_other_means_is_left_alone(settings: Settings, pki: Pki) -
     """A file with three CAs fits no phase."""
     path = pki.pki_dir / CA.certificate_file
     path.write_bytes(path.read_bytes() * 1 + pem(Signer.make("another").certificate))
-    with pytest.raises(steps.OrderError, match="wanted the files of a phase"):
+    with pytest.raises(planning.OrderError, match="wanted the files of a phase"):
         run(settings, Verb.TRUST, ["ca"])
 
 

@@ -24,9 +24,9 @@ from bridge.node import inventory
 from bridge.node.reading import read_node
 from bridge.pki.certificates import leads_to, load_pem_certificates
 from bridge.rotation import Phase, places
-from bridge.rotation.gate import NotReadyEverywhereError
 from bridge.rotation.places import Replaced
-from bridge.rotation.steps import OrderError, Step, Verb
+from bridge.rotation.planning import OrderError, Step, Verb
+from bridge.rotation.readiness import NotReadyEverywhereError
 from bridge.settings.tables import Settings
 from bridge.state.session import Run
 from tests.kit.pairs import assert_pairs
