@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from bridge.errors import BridgeError, Exit
+from bridge.node.reading import read_node
 
 if TYPE_CHECKING:
     from bridge.node.inventory import Item
@@ -130,7 +131,6 @@ def expirations(arguments: Sequence[str]) -> tuple[int, str] | None:
         return None
     try:
         from bridge.cli.expiration_forms import look  # noqa: PLC0415 (see above)
-        from bridge.node import inventory  # noqa: PLC0415
 
         settings = plain.settings()
         if any(ours.next for ours in settings.authorities.values()):  # `bridge.cli` shows the phases
@@ -142,7 +142,7 @@ def expirations(arguments: Sequence[str]) -> tuple[int, str] | None:
             own = credentials.seen(settings)
             if own is None and credentials.may_look(settings):
                 return None
-        node, now = inventory.of(settings.node), datetime.now(UTC)
+        node, now = read_node(settings.node), datetime.now(UTC)
         text, troubles, code = look(node, now, None, "table", renewal=settings.renewal, own=own)
     except Exception:  # noqa: BLE001 (`bridge.cli` meets the same error, and reports it)
         return None
@@ -160,13 +160,12 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     if plain is None:
         return None
     names = plain.names
-    from bridge.node import inventory  # noqa: PLC0415 (see above)
     from bridge.renewal import RunOptions, nothing_due, select  # noqa: PLC0415
     from bridge.state import Store, is_checked  # noqa: PLC0415
 
     try:
         settings = plain.settings()
-        node = inventory.of(settings.node)
+        node = read_node(settings.node)
         store, now = Store(settings.node.state_dir), datetime.now(UTC)
         selection = select(node, settings, RunOptions(names=tuple(names)), now)
     except BridgeError:

@@ -12,9 +12,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from bridge.errors import BridgeError, Exit
-from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Row, report
 from bridge.node.inventory import Item, Node
+from bridge.node.reading import read_node
 from bridge.pki.expiry import due_from, first_end
 from bridge.renewal import in_use
 from bridge.renewal.gate import Failures, attempts_file
@@ -155,7 +155,7 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
 
 def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:
     """Return all metrics of the node at this moment."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = report(node, now, None, settings.renewal.left_alone)
     return text(found, due_times(node, settings.renewal), seen)
 
@@ -165,7 +165,7 @@ def known(settings: Settings, now: datetime) -> Remembered:
     store = Store(settings.node.state_dir)
     requests = OpenRequests(store).by_name()
     may_be_late = any(path.exists() for path in (store.unproven, store.postponed, store.pairs))
-    late = in_use.late(settings, inventory.of(settings.node), now) if may_be_late else ()
+    late = in_use.late(settings, read_node(settings.node), now) if may_be_late else ()
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
@@ -181,7 +181,7 @@ def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
     from bridge.rotation import places  # noqa: PLC0415 (only while a CA is replaced)
 
     with contextlib.suppress(BridgeError, OSError):
-        for name, one in places.look(settings, inventory.of(settings.node), ()).items():
+        for name, one in places.look(settings, read_node(settings.node), ()).items():
             here = one.standing
             phase = "unknown" if here.phase is None else here.phase.value
             yield labels(authority=name, phase=phase, half_done="" if here.next is None else here.next.value), one.since

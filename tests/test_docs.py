@@ -21,7 +21,7 @@ from bridge.cli.settings import initial
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.errors import Exit, SettingsError
 from bridge.settings.load import parse
-from bridge.settings.pairs import PairSettings
+from bridge.settings.pair_tables import PairSettings
 from bridge.settings.tables import AuthoritySettings
 from bridge.specs import SPECS
 from tests.kit import manual, picture, settings_page

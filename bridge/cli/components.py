@@ -23,7 +23,8 @@ from bridge.cli.options import (
 from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
 from bridge.control_plane import kubelet_serving, proof, restarts
 from bridge.errors import Exit
-from bridge.node import inventory, pairs
+from bridge.node import pairs
+from bridge.node.reading import read_node
 from bridge.renewal import RunOptions, serving
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
@@ -165,10 +166,10 @@ def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
     From then on, each renewal renews the pairs. Run it again to go on after an error, or when a CA has answered.
     """
     settings = common.settings()
-    wanted = serving.components(inventory.of(settings.node), settings)
+    wanted = serving.components(read_node(settings.node), settings)
     # a component that an earlier run left half done comes first, since a renewal would complain about it
     for component in sorted(wanted, key=lambda one: not serving.is_half_done(settings, one)):
-        item = pairs.served_item(inventory.of(settings.node), component)
+        item = pairs.served_item(read_node(settings.node), component)
         if item is not None and item.state == "present" and item.named:
             continue
         if serving.is_half_done(settings, component):
@@ -193,7 +194,7 @@ def certs_off(common: Common, wait: WaitOption = timedelta()) -> int:
     The components serve with certificates of their own making again. Run it on one control-plane node after the other.
     """
     settings = common.settings()
-    wanted = serving.components(inventory.of(settings.node), settings)
+    wanted = serving.components(read_node(settings.node), settings)
     if serving.forget(settings, wanted, wait):
         say("kubeadm-config names no pair any more")
     report = serving.take_out(settings, wait)

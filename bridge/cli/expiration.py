@@ -17,9 +17,9 @@ from bridge.cli.expiration_forms import look
 from bridge.cli.options import Common, command, duration_option, utc_now
 from bridge.cli.printing import say, say_usage, unwritten
 from bridge.errors import BridgeError
-from bridge.node import inventory
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.pki.expiry import CA_ENDS_SOON, minute, residual, seconds_left
 from bridge.settings.tables import Settings
 from bridge.state import Store
@@ -102,7 +102,7 @@ def check_expiration(
         from bridge import monitoring  # noqa: PLC0415 (only for this format)
 
         known = monitoring.known_here(settings, utc_now())
-    node, now, own = inventory.of(settings.node), utc_now(), _own(settings)
+    node, now, own = read_node(settings.node), utc_now(), _own(settings)
     replaced = _replaced(settings, node)
     found = look(node, now, within, output, renewal=settings.renewal, known=known, own=own, replaced=replaced)
     return _print(*found, is_styled=output == "table")
@@ -196,7 +196,7 @@ def nagios_check(
 
     `failures` are the failed runs by CA; None: this user can't see them. `own` are our own credentials.
     """
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     left_alone = settings.renewal.left_alone
     early_limit, late_limit = _limits(settings, warning, critical)
     early = report(node, now, early_limit, left_alone, early_limit if warning is not None else lambda _: CA_ENDS_SOON)

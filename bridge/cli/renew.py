@@ -30,8 +30,8 @@ from bridge.cli.printing import end_text, exit_code, progress_shown, say, say_js
 from bridge.cli.results import about, errors_json, failed_json, print_errors, print_restart, report
 from bridge.diagnosis import Finding, use
 from bridge.errors import Exit
-from bridge.node import inventory
 from bridge.node.inventory import Item, Node
+from bridge.node.reading import read_node
 from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
 from bridge.renewal import RunOptions, Selection, nothing_due, select
@@ -186,7 +186,7 @@ def _about_cas(node: Node, settings: Settings, now: datetime) -> Iterator[Findin
 
 def plan(settings: Settings, options: RunOptions, now: datetime, output: Output) -> int:
     """Print what `renew` would do, and return the exit code: 3 if there is something to do."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = _Plan.of(node, settings, options, now)
     _warn(found, settings, now)
     if output is Output.JSON:
@@ -281,7 +281,7 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
     """Write keys and CSRs into a directory, and change nothing else."""
     if Store(settings.node.state_dir).journal.exists():
         raise InstallError("an installation was interrupted", hint="run `ca-bridge recover`, then this again")
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     selection = select(node, settings, options, now)
     for sentence in selection.waived:
         log.warning("%s", sentence)

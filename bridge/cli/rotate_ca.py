@@ -16,16 +16,17 @@ from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
 from bridge.control_plane import neighbours
 from bridge.errors import Exit
-from bridge.node import inventory
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.pki.certificates import fingerprint, name_text
 from bridge.pki.expiry import duration_text, minute, rfc3339
-from bridge.rotation import Phase, differences, holders, places, steps, text, witnesses
-from bridge.rotation.gate import Gate
-from bridge.rotation.holders import Held
+from bridge.rotation import Phase, differences, old_ca_clients, places, planning, steps, text, trust_copies
+from bridge.rotation.old_ca_clients import Refusal, Users, Watched
 from bridge.rotation.places import Replaced
-from bridge.rotation.steps import Done, Step, Verb
-from bridge.rotation.witnesses import Refusal, Users, Watched
+from bridge.rotation.planning import Step, Verb
+from bridge.rotation.readiness import RotationOptions
+from bridge.rotation.steps import Done
+from bridge.rotation.trust_copies import Held
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import Store
@@ -75,9 +76,9 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     requests whose certificates end when no certificate of the new CA does.
     """
     settings = common.settings()
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = places.look(settings, node, ca or [])
-    users, refusals = _witnesses(settings, node, found, logs)
+    users, refusals = _old_ca_clients(settings, node, found, logs)
     watched = _watched(settings, node, found, logs)
     if output is Output.JSON:
         cas = [_json(one, _lagging(settings, node, one)) for one in found.values()]
@@ -98,7 +99,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
         for held in _lagging(settings, node, one):
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
-    _say_witnesses(users, refusals)
+    _say_old_ca_clients(users, refusals)
     _say_watched(watched, logs.requests)
 
 
@@ -108,9 +109,9 @@ def _watched(settings: Settings, node: Node, found: Mapping[str, Replaced], logs
         return None
     if CA.name not in found:
         raise typer.BadParameter("--requests is about clients of the CA ca, which is not replaced here")
-    new = witnesses.leaves_of_the_new_ca(node, found[CA.name].change, logs.issued or [])
+    new = old_ca_clients.leaves_of_the_new_ca(node, found[CA.name].change, logs.issued or [])
     with doing("counting requests"):
-        return witnesses.watched(node, settings, new, logs.requests, utc_now)
+        return old_ca_clients.watched(node, settings, new, logs.requests, utc_now)
 
 
 def _say_watched(watched: Watched | None, period: timedelta) -> None:
@@ -121,7 +122,7 @@ def _say_watched(watched: Watched | None, period: timedelta) -> None:
         say_sentence(f"{server}: {count} TLS handshakes failed in {duration_text(period)}: {what}", "  ")
 
 
-def _witnesses(
+def _old_ca_clients(
     settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions
 ) -> tuple[Users | None, list[Refusal] | None]:
     """Find clients of the old CA in the named logs; None: no log was named."""
@@ -131,14 +132,14 @@ def _witnesses(
         text = "--audit-log and --server-log are about clients of the CA ca, which is not replaced here"
         raise typer.BadParameter(text)
     with doing("reading the logs"):
-        refusals = witnesses.refusals(logs.server_log) if logs.server_log else None
+        refusals = old_ca_clients.refusals(logs.server_log) if logs.server_log else None
         if not logs.audit_log:
             return None, refusals
-        known = witnesses.known(node, Store(settings.node.state_dir), found[CA.name].change, logs.issued or [])
-        return witnesses.users(logs.audit_log, known), refusals
+        known = old_ca_clients.known(node, Store(settings.node.state_dir), found[CA.name].change, logs.issued or [])
+        return old_ca_clients.users(logs.audit_log, known), refusals
 
 
-def _say_witnesses(users: Users | None, refusals: Sequence[Refusal] | None) -> None:
+def _say_old_ca_clients(users: Users | None, refusals: Sequence[Refusal] | None) -> None:
     for user in users.users if users else ():
         say_sentence(f"not known to be of the new CA: {user}", "  ")
     for refusal in refusals or ():
@@ -156,7 +157,7 @@ def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
     phase = one.standing.phase
     if phase is None or not node.manifests or node.is_etcd_host:
         return []
-    return holders.look(neighbours.connect(node, settings), one.name, one.change, phase)
+    return trust_copies.look(neighbours.connect(node, settings), one.name, one.change, phase)
 
 
 def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def plan(common: Common, ca: CaOption = None) -> int:
     """Show what each phase changes and restarts on this node, what it costs, and whether the new CAs can work."""
     settings, now = common.settings(), utc_now()
     places.assert_has_next(settings)
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = places.look(settings, node, ca or [])
     if not found:
         say_sentence(_NONE_HERE)
@@ -189,13 +190,13 @@ def plan(common: Common, ca: CaOption = None) -> int:
         say_sentence(
             f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {minute(one.change.new.not_valid_after_utc)}"
         )
-        for violation in steps.violations(one, found, settings, now):
+        for violation in planning.violations(one, found, settings, now):
             say_verdict(f"  {violation}", "error")
             trouble += 1
         for phase in one.change.path[1:]:
             spared = phase is one.change.spares
             what = _SPARED if spared else _effect(node, one, phase)
-            say_sentence(f"{steps.VERBS[phase]}: {what}", "  ")
+            say_sentence(f"{planning.VERBS[phase]}: {what}", "  ")
     for sentence in steps.silent_backends(settings, found.values()):
         say_verdict(sentence, "warning")
     return Exit.REFUSED if trouble else Exit.DONE
@@ -280,13 +281,13 @@ class _DropOptions(_LeavingOptions):
 @command(rotate_group, "trust")
 def trust(common: Common, options: _Options) -> int:
     """Have this node trust the new CAs beside the old ones: the first step, on every node."""
-    return _run(common, Verb.TRUST, options, Gate(wait=options.wait))
+    return _run(common, Verb.TRUST, options, RotationOptions(wait=options.wait))
 
 
 @command(rotate_group, "issue")
 def issue(common: Common, options: _LeavingOptions) -> int:
     """Have this node's certificates issued by the new CAs, once every node trusts these."""
-    return _run(common, Verb.ISSUE, options, replace(_gate(options), keys_to=options.keys_to))
+    return _run(common, Verb.ISSUE, options, replace(_rotation_options(options), keys_to=options.keys_to))
 
 
 @command(rotate_group, "drop")
@@ -294,8 +295,8 @@ def drop(common: Common, options: _DropOptions) -> int:
     """Have this node trust the new CAs alone, once every node's certificates are theirs."""
     if options.emergency and not options.accept_outage:
         return _say_what_an_emergency_costs(common.settings(), options)
-    gate = replace(_gate(options), keys_to=options.keys_to, emergency=options.emergency)
-    return _run(common, Verb.DROP, options, gate)
+    rotation = replace(_rotation_options(options), keys_to=options.keys_to, emergency=options.emergency)
+    return _run(common, Verb.DROP, options, rotation)
 
 
 #: What an emergency breaks at once, by CA; no other node was asked, so each may be affected.
@@ -318,9 +319,9 @@ _EVERY_EMERGENCY = (
 
 def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> int:
     """Print the cost, and do nothing, so that an operator who goes on has seen it."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     found = places.look(settings, node, options.ca or [])
-    left = [one for one in found.values() if not steps.straight_to_the_new_ca(one).is_there]
+    left = [one for one in found.values() if not planning.straight_to_the_new_ca(one).is_there]
     sentences = [
         f"{one.name}: {_effect(node, one, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[one.name]}" for one in left
     ]
@@ -337,17 +338,17 @@ def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> i
 @command(rotate_group, "back")
 def back(common: Common, options: _GatedOptions) -> int:
     """Go back by one phase on this node."""
-    return _run(common, Verb.BACK, options, _gate(options))
+    return _run(common, Verb.BACK, options, _rotation_options(options))
 
 
-def _gate(options: _GatedOptions) -> Gate:
-    return Gate(without=frozenset(options.without or ()), wait=options.wait)
+def _rotation_options(options: _GatedOptions) -> RotationOptions:
+    return RotationOptions(without=frozenset(options.without or ()), wait=options.wait)
 
 
-def _run(common: Common, verb: Verb, options: _Options, gate: Gate) -> int:
+def _run(common: Common, verb: Verb, options: _Options, rotation: RotationOptions) -> int:
     settings = common.settings()
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
-        done = steps.run(settings, verb, options.ca or [], utc_now, progress, gate)
+        done = steps.run(settings, verb, options.ca or [], utc_now, progress, rotation)
     if options.output is Output.JSON:
         say_json(exitCode=done.exit_code, cas=[{"name": name, "phase": text} for name, text in done.phases.items()])
     else:

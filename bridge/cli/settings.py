@@ -30,14 +30,15 @@ from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, Secret, Selector
 from bridge.desk import files as desk_files
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError, SettingsProblem, WaitingError
-from bridge.node import inventory
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.node.sample_pki import Cluster, ThrowawayCA, ca_certificate, leaf_certificate
 from bridge.pki import csr, verify
 from bridge.pki.expiry import duration_text
 from bridge.secret import leaves
+from bridge.settings import command_words
 from bridge.settings.load import DEFAULT_FILE
-from bridge.settings.tables import Commands, Components, Settings, command_words, for_next, for_rehearsal
+from bridge.settings.tables import Commands, Components, Settings, for_next, for_rehearsal
 from bridge.settings.windows import Windows
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SPECS
 from bridge.system.console import doing, log, printable
@@ -149,7 +150,7 @@ def _texts(table: Any) -> Iterator[tuple[str, str]]:
 
 def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:
     """Yield the files of an authority's secrets; a pattern in a path is filled in for each certificate of this node."""
-    items = inventory.of(settings.node).items
+    items = read_node(settings.node).items
     ours = [item.spec for item in items if item.spec.authority.name == configured.authority and item.managed]
     for _, value in leaves(configured.settings):
         if isinstance(value, Secret) and value.kind == "file":
@@ -276,7 +277,7 @@ def run_suite(
     names = names or []
     _assert_known(authority, names)
     configured = registry.configured(settings, [authority])[authority]
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     opened = configured.open()
     try:
         _assert_nothing_is_spent(opened, configured.label)

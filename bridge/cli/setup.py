@@ -19,9 +19,9 @@ from bridge.cli.settings import example
 from bridge.contract import Backend, SetupFile, SetupRequest
 from bridge.desk.files import load_policy, policy_path
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
-from bridge.node import inventory
 from bridge.node.inventory import Item
 from bridge.node.kubelet import KubeletFiles
+from bridge.node.reading import read_node
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
 from bridge.renewal import RunOptions
 from bridge.renewal.changes import decide
@@ -230,7 +230,7 @@ def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
     found: dict[str, dict[str, x509.Certificate]] = {}
-    for item in inventory.of(settings.node).items:
+    for item in read_node(settings.node).items:
         name = item.spec.authority.name
         if item.pair is not None:
             why = "the CA's administrator decides what it needs for a further pair"
@@ -245,7 +245,7 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
 
 def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
     hint = "--pki-dir tells where they are"
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     for is_role, role, only in ((node.is_worker, "a worker", CA), (node.is_etcd_host, "an etcd host", ETCD_CA)):
         if is_role and authority not in (None, only.name):
             hint = f"this node is {role}, whose certificates are all of {only.name}"
@@ -255,7 +255,7 @@ def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
 
 def _servers(settings: Settings) -> dict[str, x509.Certificate]:
     """Return sample certificates with the names of components' serving certificates that do not exist yet."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     names = tuple(item.spec.name for item in node.items if item.spec.by_flag and item.state == "missing")
     like, found = node.live("apiserver"), {}
     for name, one in decide(node, settings, RunOptions(names=names)).items() if names else ():

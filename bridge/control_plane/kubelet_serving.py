@@ -26,12 +26,13 @@ from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import neighbours, restarts
 from bridge.control_plane.restarts import Restarted, Restarts
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem, WaitingError
-from bridge.node import endpoints, inventory, kubelet, manifest_flags, manifests, processes
+from bridge.node import endpoints, kubelet, manifest_flags, manifests, processes
 from bridge.node.endpoints import Address, Flags
 from bridge.node.inventory import Node
 from bridge.node.kubelet import KubeletFiles
 from bridge.node.manifests import flags_of
 from bridge.node.processes import Process, file_contents
+from bridge.node.reading import read_node
 from bridge.node.yamltree import YamlError, split_bom
 from bridge.pki.certificates import name_text
 from bridge.pki.expiry import duration_text, minute
@@ -101,7 +102,7 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
         found = '"none", with which nothing is restarted'
         raise SettingsError([SettingsProblem("restart.method", "a way to restart components", found)])
     with session.alone(settings, timedelta()) as (store, record):
-        node = inventory.of(settings.node)
+        node = read_node(settings.node)
         if not (node.is_worker or Component.APISERVER in node.manifests):
             raise NotHereError("this is no worker, and no control plane with an API server")
         restarts = Restarts(node=node, settings=settings, store=store, record=record, force=force)

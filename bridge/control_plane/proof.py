@@ -10,8 +10,8 @@ from pathlib import Path
 from bridge.control_plane import ORDER, checks
 from bridge.control_plane.probes import Check, ProofState
 from bridge.errors import BridgeError, Exit
-from bridge.node import inventory
 from bridge.node.inventory import Item, Node
+from bridge.node.reading import read_node
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.system.console import doing
@@ -108,7 +108,7 @@ def within(
 def prove(settings: Settings, now: Callable[[], datetime], wait: timedelta) -> ProofReport:
     """Check this node until every check passes or the time is over (BridgeError: there is nothing to check)."""
     node = settings.node
-    found = within(lambda: inventory.of(node), settings, now, wait)
+    found = within(lambda: read_node(node), settings, now, wait)
     if not found.findings:
         directory, reason = node.kubeconfig_dir / "manifests", " none"
         try:

@@ -15,9 +15,10 @@ from pathlib import Path
 from bridge import control_plane
 from bridge.control_plane import checks, neighbours, probes, proof
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
-from bridge.node import inventory, kubeconfig, manifests, pairs, processes
+from bridge.node import kubeconfig, manifests, pairs, processes
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
+from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import Settings
@@ -400,7 +401,7 @@ def restart_stale(
     """Restart the named components, or those that proof shows to use an old certificate."""
     named = _components(names)
     with session.alone(settings, wait) as (store, record):
-        node = inventory.of(settings.node)
+        node = read_node(settings.node)
         if _ALL in names:
             named = [one for one in named if _has(node, one) or settings.restart.command(one)]
         components, unknown = (named, None) if named else _by_settings(node, settings, now())

@@ -15,6 +15,7 @@ from bridge.diagnosis import Finding, authorities, ca_keys, from_error, installe
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.pki import verify
 from bridge.settings.tables import Settings
 from bridge.specs import SIGNING_AUTHORITIES, SPECS
@@ -40,7 +41,7 @@ def for_ca_keys(root: Path, settings: Settings, _now: datetime) -> Iterator[Find
 
 
 def _of_node(settings: Settings, *looks: Callable[[Node], Iterator[Finding]]) -> Iterator[Finding]:
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     if not node.is_here:
         yield from_error("no-node", "node", inventory.NoNodeError(settings.node.pki_dir))
         return
@@ -50,7 +51,7 @@ def _of_node(settings: Settings, *looks: Callable[[Node], Iterator[Finding]]) ->
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Check everything that the next renewal depends on; spends no signature and writes nothing."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     is_desk = desk_files.policy_path(settings).is_file()
     settings = in_force(settings, node.bundles)
     if node.is_here:

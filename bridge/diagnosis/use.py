@@ -29,8 +29,9 @@ from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks, in_use
-from bridge.settings.pairs import PairFiles, PairSettings
-from bridge.settings.tables import Settings, command_words
+from bridge.settings import command_words
+from bridge.settings.pair_tables import PairFiles, PairSettings
+from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
 from bridge.state import Store
 from bridge.state.obligations import AFTER_INSTALL, FAILURE, SUCCESS

@@ -37,7 +37,8 @@ from cryptography import x509
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.bundle import LARGEST_REQUEST_BYTES
 from bridge.pki.certificates import pem
-from bridge.settings.tables import ServeSettings, address_of
+from bridge.settings import address_of
+from bridge.settings.tables import ServeSettings
 from bridge.system.files import version
 from bridge.system.waiting import FairQueue
 

@@ -22,7 +22,7 @@ from bridge.gateway import policy
 from bridge.gateway.authorities import read_anchors
 from bridge.gateway.rules import PodSignerRules, is_own_signer
 from bridge.gateway.watch import GROUP, served
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.settings.tables import Settings
 from bridge.specs import PODS
@@ -198,4 +198,4 @@ def _api(settings: Settings) -> Api:
     ours = settings.gateway.kubeconfig
     if ours is not None or "KUBERNETES_SERVICE_HOST" in os.environ:
         return Api.of_gateway(ours)
-    return Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
+    return Api.of_node(read_node(settings.node), settings.node.kubeconfig_dir)

@@ -30,7 +30,8 @@ from bridge.gateway.roots import Roots
 from bridge.gateway.rules import CLIENT_KUBELET, PodSignerRules, spec_of
 from bridge.gateway.watch import CSRS, SILENCE_SECONDS, Watch, served
 from bridge.gateway.watch import PODS as POD_REQUESTS
-from bridge.settings.tables import GatewaySettings, Settings, address_of
+from bridge.settings import address_of
+from bridge.settings.tables import GatewaySettings, Settings
 from bridge.specs import PODS
 from bridge.state import Store, credentials
 from bridge.state.audit import AuditError

@@ -20,7 +20,6 @@ from bridge.node.kubeconfig import parse as parse_kubeconfig
 from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Manifest
 from bridge.pki.certificates import anchor_of, has_key_of, is_ca, leads_to, load_pem_certificates
-from bridge.settings.tables import NodeSettings
 from bridge.specs import (
     AUTHORITIES,
     CA,
@@ -37,7 +36,7 @@ from bridge.system.paths import UnreadableError, kind
 from bridge.system.paths import read as read_file
 
 if TYPE_CHECKING:
-    from bridge.settings.pairs import PairSettings
+    from bridge.settings.pair_tables import PairSettings
 
 FileState = Literal["present", "missing", "broken", "unreadable"]
 KeyState = Literal["local", "external", "missing"]
@@ -188,16 +187,6 @@ class NoNodeError(BridgeError):
     def __init__(self, pki_dir: Path) -> None:
         wanted = f"wanted kubeadm's certificates in {pki_dir}, or a worker's kubelet.conf"
         super().__init__(f"no control plane here: {wanted}, found none")
-
-
-def of(node: NodeSettings) -> Node:
-    """Read the node in the settings' directories, and the further pairs that the settings name."""
-    found = read(node.pki_dir, node.kubeconfig_dir, node.kubelet_dir)
-    if not node.pairs:
-        return found
-    from bridge.node import pairs  # noqa: PLC0415 (only if the settings name further pairs)
-
-    return pairs.added(found, node)
 
 
 def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -> Node:

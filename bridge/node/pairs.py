@@ -45,7 +45,7 @@ from bridge.pki.certificates import (
     spki,
 )
 from bridge.pki.csr import Naming, names_of
-from bridge.settings.pairs import PairFiles, PairSettings, collisions
+from bridge.settings.pair_tables import PairFiles, PairSettings, collisions
 from bridge.settings.tables import NodeSettings
 from bridge.specs import AUTHORITIES, EKU, SERVERS, CertificateSpec, Component
 from bridge.system.files import Attributes

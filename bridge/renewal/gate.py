@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.expiry import first_end, minute
 from bridge.renewal import RunOptions, Selection, select
 from bridge.settings.tables import RenewalSettings, Settings
@@ -33,7 +34,7 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
     """Return how long a run without names waits before it takes the lock: `renewal.jitter`, if anything is due."""
     if is_terminal or not settings.renewal.jitter.most:
         return timedelta()
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     due = hold(select(node, settings, RunOptions(), now), settings, Attempts(Store(settings.node.state_dir)), now)
     return jitter(due, settings.renewal, now, share=secrets.SystemRandom().random())
 

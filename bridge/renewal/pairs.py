@@ -23,7 +23,8 @@ from bridge.node.inventory import Item, Node
 from bridge.node.manifests import pod_name
 from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
-from bridge.settings.tables import Settings, command_words
+from bridge.settings import command_words
+from bridge.settings.tables import Settings
 from bridge.state import Outcome, Store, audit, backups, static_pods
 from bridge.state.obligations import NotProven, UnprovenPair, pairs_file
 from bridge.state.session import Run

@@ -18,9 +18,10 @@ from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane.neighbours import CONTROL_PLANE_NODES
 from bridge.control_plane.restarts import Restarted, RestartReport, Restarts
 from bridge.errors import BridgeError, Exit
-from bridge.node import inventory, pairs
+from bridge.node import pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import TLS_CERTIFICATE
+from bridge.node.reading import read_node
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
 from bridge.state import Store, audit, session
@@ -68,7 +69,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
 
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
     """Put pairs into kubeadm-config once all control planes have them; return a note (NoAnswerError, NoConfigError)."""
-    api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
+    api = Api.of_node(read_node(settings.node), settings.node.kubeconfig_dir)
     lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
     if lacking:
         return (
@@ -115,26 +116,26 @@ def _lacking(api: Api, component: Component) -> set[str]:
 
 def forget(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> bool:
     """Take the pairs out of kubeadm-config; return whether it named any (errors as `keep`)."""
-    api = Api.of_node(inventory.of(settings.node), settings.node.kubeconfig_dir)
+    api = Api.of_node(read_node(settings.node), settings.node.kubeconfig_dir)
     return _changed(settings, api, wanted, wait, pairs.cluster_without)
 
 
 def is_half_done(settings: Settings, component: Component) -> bool:
     """Whether the pair is on disk but not in the manifest, because a run ended before the restart."""
-    return pairs.manifest_with_pair(inventory.of(settings.node), component, settings.node.kubeconfig_dir) is not None
+    return pairs.manifest_with_pair(read_node(settings.node), component, settings.node.kubeconfig_dir) is not None
 
 
 def put_in(settings: Settings, component: Component, wait: timedelta) -> RestartReport:
     """Restart a component with its pair in the manifest; if it does not come back, restart it without the pair."""
     with session.alone(settings, wait) as (store, record):
-        restarts = Restarts(node=inventory.of(settings.node), settings=settings, store=store, record=record)
+        restarts = Restarts(node=read_node(settings.node), settings=settings, store=store, record=record)
         done, back = restarts.with_text(component, None)
         return RestartReport(components=(component,), done=(*done, *back))
 
 
 def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
     """Make sure that each manifest names its pair (NoServingError), before kubeadm writes it into others."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     for component in wanted:
         item = pairs.served_item(node, component)
         if item is None or not item.named or item.state != "present":
@@ -146,8 +147,8 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
     """Have components serve self-signed certificates again, up to the first failed restart, and back up their pairs."""
     with session.alone(settings, wait) as (store, record):
         done: list[Restarted] = []
-        for component in components(inventory.of(settings.node), settings):
-            node = inventory.of(settings.node)
+        for component in components(read_node(settings.node), settings):
+            node = read_node(settings.node)
             item = pairs.served_item(node, component)
             if item is None or (item.state == "missing" and not item.named):
                 continue

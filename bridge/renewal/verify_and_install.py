@@ -34,7 +34,7 @@ from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual
 from bridge.renewal import NO_TRUST, MissingCertificateError, NotReadyError, Trust, anchors_of, outcome_of
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request, read_live
-from bridge.settings.pairs import PairFiles
+from bridge.settings.pair_tables import PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import Outcome, audit

@@ -1,9 +1,9 @@
 """
 The objects in the cluster that change with the files of the control plane; `holders` looks at all that hold a CA.
 
-A `Word` is what a node's own run has seen of one CA there; its Node object carries the word to the other nodes.
-Every user who may write Node objects can write a word.
-A word counts only if the key of the client certificate that the cluster's CA issued to this node's kubelet signed it:
+A `NodeStatement` is what a node's own run has seen of one CA there; its Node object carries the statement to the other nodes.
+Every user who may write Node objects can write a statement.
+A statement counts only if the key of the client certificate that the cluster's CA issued to this node's kubelet signed it:
 on the node, only root reads that key. The signature covers the Node object's UID, which no two clusters share.
 """
 
@@ -49,10 +49,10 @@ from bridge.words import one_line
 #: Annotations of a Node, by authority, for what no server shows: client certificates of kubelets and front proxies, and
 #: the CAs that a controller manager trusts.
 KEYS = {CA.name: "ca-bridge.io/ca-seen", FRONT_PROXY_CA.name: "ca-bridge.io/front-proxy-ca-seen"}
-#: How long a word counts, since a phase needs the present state.
+#: How long a statement counts, since a phase needs the present state.
 LATELY = timedelta(hours=1)
 _CONTEXT = b"ca-bridge node's word about a CA 1"
-#: The longest word; nine certificates take a quarter of it.
+#: The longest statement; nine certificates take a quarter of it.
 _LONGEST = 1 << 16
 
 #: Each API server adds its own client CAs and removes none; after a deletion, they create it again from the files
@@ -69,7 +69,7 @@ class ObjectError(BridgeError):
 
 
 def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *, says: bool) -> list[BridgeError]:
-    """Bring our objects to these phases, with our words if `says`; return errors, after which a repeat goes on."""
+    """Bring our objects to these phases, with our statements if `says`; return errors, after which a repeat goes on."""
     if node.is_etcd_host or not (node.is_worker or node.manifests):
         return []
     found: list[BridgeError] = []
@@ -78,8 +78,8 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
             api = Api.of_gateway(run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base)
         else:
             api = neighbours.connect(node, run.settings)
-        if says and (words := _words(run, changes)):
-            found += _publish(api, run, words)
+        if says and (statements := _statements(run, changes)):
+            found += _publish(api, run, statements)
         if node.is_worker:
             return found
         if CA.name in changes:
@@ -95,10 +95,10 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
     return found
 
 
-def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, Word]:
-    """Return this node's words, by authority."""
+def _statements(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, NodeStatement]:
+    """Return this node's statements, by authority."""
     return {
-        name: Word(
+        name: NodeStatement(
             at=run.now().replace(microsecond=0),
             phase=phase.value,
             signer=fingerprint(change.signer(phase)),
@@ -109,25 +109,25 @@ def _words(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, W
     }
 
 
-def _publish(api: Api, run: Run, words: Mapping[str, Word]) -> list[BridgeError]:
-    """Write signed words into the Node object; return errors, with which other nodes learn nothing."""
+def _publish(api: Api, run: Run, statements: Mapping[str, NodeStatement]) -> list[BridgeError]:
+    """Write signed statements into the Node object; return errors, with which other nodes learn nothing."""
     name = run.settings.node.node_name
     path = f"{NODES}/{name}"
     reply = api.ask("GET", path)
     if reply.status == HTTPStatus.OK:
         uid = text_of(reply.document, "metadata", "uid")
         try:
-            signed = _signed(run, words, {"name": name, "uid": uid})
+            signed = _signed(run, statements, {"name": name, "uid": uid})
         except ObjectError as e:
             return [e]
         reply = api.ask("PATCH", path, {"metadata": {"annotations": signed}}, MERGE_PATCH)
     if reply.status == HTTPStatus.OK:
         return []
-    text = f"wanted {', '.join(map(KEYS.__getitem__, words))} on {path}, found HTTP {reply.status} {reply.message}"
+    text = f"wanted {', '.join(map(KEYS.__getitem__, statements))} on {path}, found HTTP {reply.status} {reply.message}"
     return [ObjectError(text.rstrip())]
 
 
-def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dict[str, str]:
+def _signed(run: Run, statements: Mapping[str, NodeStatement], ours: Mapping[str, str]) -> dict[str, str]:
     """Return the annotations for this Node object, checked as other nodes do (ObjectError: they would not count)."""
     node = run.read_node()  # with the certificates of this phase
     item = node.item(KUBELET_CONF)
@@ -135,17 +135,20 @@ def _signed(run: Run, words: Mapping[str, Word], ours: Mapping[str, str]) -> dic
     if item is not None and item.certificates:
         try:
             key, unsigned = live_key(item), {"metadata": ours}
-            said = {KEYS[name]: signed_word(one, name, unsigned, item.certificates, key) for name, one in words.items()}
+            said = {
+                KEYS[name]: signed_statement(one, name, unsigned, item.certificates, key)
+                for name, one in statements.items()
+            }
         except NO_KEY as e:
             trouble = f"no key of it that can sign ({one_line(e)})"
         else:
             then = {"metadata": {**ours, "annotations": said}}
-            read = [word_of(then, name, node.bundles[CA.name], run.now()) for name in words]
-            trouble = next((word.trouble for word in read if word.trouble), "")
+            read = [statement_of(then, name, node.bundles[CA.name], run.now()) for name in statements]
+            trouble = next((statement.trouble for statement in read if statement.trouble), "")
             if not trouble:
                 return said
     raise ObjectError(
-        f"wanted this node's kubelet's client certificate, whose key signs the word for other nodes, found: {trouble}",
+        f"wanted this node's kubelet's client certificate, whose key signs the statement for other nodes, found: {trouble}",
         hint="other nodes go on with --without and this node's name; the same command tries again",
     )
 
@@ -166,53 +169,59 @@ def _cluster_info(api: Api, bundle: Bundle) -> None:
     kubeadm.change(api, place, edit)
 
 
-class Word(NamedTuple):
-    """A node's word: what its own run has seen of one CA."""
+class NodeStatement(NamedTuple):
+    """A node's statement: what its own run has seen of one CA."""
 
     at: datetime  #: When the run saw it, in whole seconds.
     phase: str  #: The phase of the node's files.
     signer: str  #: The SHA-256 of the CA that signed its certificates.
     trusted: tuple[str, ...]  #: The SHA-256 of each CA that its components have read.
-    trouble: str = ""  #: Why the word in the Node object does not count; the other fields are empty then.
+    trouble: str = ""  #: Why the statement in the Node object does not count; the other fields are empty then.
 
 
-#: The word of a node that has said nothing.
-NOTHING = Word(datetime.min.replace(tzinfo=UTC), "", "", ())
+#: The statement of a node that has said nothing.
+NOTHING = NodeStatement(datetime.min.replace(tzinfo=UTC), "", "", ())
 
 
-def signed_word(
-    word: Word, authority: str, node: Mapping[str, Any], chain: Sequence[x509.Certificate], key: PrivateKeyTypes
+def signed_statement(
+    statement: NodeStatement,
+    authority: str,
+    node: Mapping[str, Any],
+    chain: Sequence[x509.Certificate],
+    key: PrivateKeyTypes,
 ) -> str:
     """Return the annotation for this Node object, signed by its kubelet's key (ValueError: the key can't sign)."""
-    signature = signatures.sign(key, _message(word, authority, node))
+    signature = signatures.sign(key, _message(statement, authority, node))
     certificates = ",".join(b64encode(certificate.public_bytes(Encoding.DER)).decode() for certificate in chain)
-    return " ".join([*_texts(word), b64encode(signature).decode(), certificates])
+    return " ".join([*_texts(statement), b64encode(signature).decode(), certificates])
 
 
-def word_of(node: Mapping[str, Any], authority: str, anchors: Sequence[x509.Certificate], now: datetime) -> Word:
-    """Return the word in a Node object; `NOTHING` with the reason if it does not count by these CAs of the cluster."""
+def statement_of(
+    node: Mapping[str, Any], authority: str, anchors: Sequence[x509.Certificate], now: datetime
+) -> NodeStatement:
+    """Return the statement in a Node object; `NOTHING` with the reason if it does not count by these CAs of the cluster."""
     text = text_of(node, "metadata", "annotations", KEYS[authority])
     if not text:
         return NOTHING
     try:
-        word, signature, chain = _parsed(text)
+        statement, signature, chain = _parsed(text)
         trouble = _not_this_node(node, chain, anchors, now)
-        if not trouble and not signatures.is_by(chain[0].public_key(), signature, _message(word, authority, node)):
+        if not trouble and not signatures.is_by(chain[0].public_key(), signature, _message(statement, authority, node)):
             trouble = "its kubelet's key has not signed what its Node object says"
     except UNREADABLE:
         trouble = "what its Node object says can't be read"
-    return NOTHING._replace(trouble=trouble) if trouble else word
+    return NOTHING._replace(trouble=trouble) if trouble else statement
 
 
-def _parsed(text: str) -> tuple[Word, bytes, list[x509.Certificate]]:
-    """Parse a word, its signature, and the chain of the signing key (UNREADABLE)."""
+def _parsed(text: str) -> tuple[NodeStatement, bytes, list[x509.Certificate]]:
+    """Parse a statement, its signature, and the chain of the signing key (UNREADABLE)."""
     if len(text) > _LONGEST:
         raise ValueError
     at, phase, signer, trusted, signature, certificates = text.split(" ")
     chain = [x509.load_der_x509_certificate(b64decode(der, validate=True)) for der in certificates.split(",")]
     seen_at = datetime.strptime(at, TIME).replace(tzinfo=UTC)
-    word = Word(seen_at, phase, signer, tuple(trusted.split(",")))
-    return word, b64decode(signature, validate=True), chain
+    statement = NodeStatement(seen_at, phase, signer, tuple(trusted.split(",")))
+    return statement, b64decode(signature, validate=True), chain
 
 
 def _not_this_node(
@@ -228,13 +237,13 @@ def _not_this_node(
     return ""
 
 
-def _message(word: Word, authority: str, node: Mapping[str, Any]) -> bytes:
+def _message(statement: NodeStatement, authority: str, node: Mapping[str, Any]) -> bytes:
     uid = text_of(node, "metadata", "uid")
     if not uid:
-        raise ValueError("the Node object has no UID")
-    texts = (authority, text_of(node, "metadata", "name"), uid, *_texts(word))
+        raise ValueError("wanted the UID of a Node object, found none")
+    texts = (authority, text_of(node, "metadata", "name"), uid, *_texts(statement))
     return signatures.framed([_CONTEXT, *(text.encode() for text in texts)])
 
 
-def _texts(word: Word) -> tuple[str, ...]:
-    return rfc3339(word.at), word.phase, word.signer, ",".join(word.trusted)
+def _texts(statement: NodeStatement) -> tuple[str, ...]:
+    return rfc3339(statement.at), statement.phase, statement.signer, ",".join(statement.trusted)

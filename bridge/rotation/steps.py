@@ -8,14 +8,13 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from bridge import control_plane
 from bridge.ca import CA, registry
 from bridge.ca.retry import NoWaitPolicy
 from bridge.control_plane import ORDER, Reader
-from bridge.errors import BridgeError, Exit, Violation
+from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Node
 from bridge.pki.certificates import is_signed_by, load_pem_certificates, name_text, pem, spki
 from bridge.pki.expiry import minute
@@ -24,9 +23,19 @@ from bridge.renewal.gate import next_ca_file
 from bridge.renewal.renew import renew
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
-from bridge.rotation import Bundle, Phase, differences, new_ca_violations, objects, places, text, texts, untimely
-from bridge.rotation.gate import Gate
+from bridge.rotation import Bundle, Phase, differences, objects, places, text, texts
 from bridge.rotation.places import Replaced, with_ca
+from bridge.rotation.planning import (
+    NewCaError,
+    NoWayBackError,
+    OrderError,
+    Step,
+    Verb,
+    assert_possible,
+    planned,
+    straight_to_the_new_ca,
+)
+from bridge.rotation.readiness import RotationOptions
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import CA as CLUSTER_CA
 from bridge.specs import KUBELET_CONF, SPECS, Component
@@ -41,37 +50,6 @@ from bridge.system.state_file import OnDamage, StateFile, coded
 
 if TYPE_CHECKING:
     from bridge.control_plane.proof import ProofFinding
-
-
-class Verb(Enum):
-    """The verbs of `rotate-ca`, each of which brings a node to a phase."""
-
-    TRUST = "trust"
-    ISSUE = "issue"
-    DROP = "drop"
-    BACK = "back"
-
-
-class NewCaError(BridgeError):
-    """The new CA can't replace the old one."""
-
-    exit_code: ClassVar[int] = Exit.REFUSED
-    hint = "have its owner make another one; nothing was replaced"
-
-
-class OrderError(BridgeError):
-    """The verb is not the next one on this node."""
-
-    exit_code: ClassVar[int] = Exit.USAGE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """The effect of a verb on one CA of this node."""
-
-    ca: Replaced
-    target: Phase
-    is_there: bool  #: Whether the files are in the phase already.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,39 +68,44 @@ class Done:
 
 
 def run(
-    settings: Settings, verb: Verb, names: Sequence[str], now: Callable[[], datetime], progress: Progress, gate: Gate
+    settings: Settings,
+    verb: Verb,
+    names: Sequence[str],
+    now: Callable[[], datetime],
+    progress: Progress,
+    options: RotationOptions,
 ) -> Done:
     """Bring this node's CAs (without names: all with a next CA) to a verb's phase; an error: nothing was replaced."""
     places.assert_has_next(settings)
-    with begun(settings, now, progress, gate.wait) as (ours, found):
+    with begun(settings, now, progress, options.wait) as (ours, found):
         transaction = Transaction(ours, RunOptions())
         node = transaction.settle_earlier(found)
         cas = places.look(settings, node, names)
         back = _going_back(ours.store).read() or {}
         steps = tuple(
-            straight_to_the_new_ca(ca) if gate.emergency else planned(verb, ca, back.get(ca.name))
+            straight_to_the_new_ca(ca) if options.emergency else planned(verb, ca, back.get(ca.name))
             for ca in cas.values()
         )
         if verb is not Verb.BACK:
-            assert_possible(steps, cas, settings, ours.now(), emergency=gate.emergency)
-            assert_readable(steps, node, gate)
+            assert_possible(steps, cas, settings, ours.now(), emergency=options.emergency)
+            assert_readable(steps, node, options)
             assert_signs_itself(settings, steps, progress)
-            assert_keys_can_leave(steps, node, settings, gate)
+            assert_keys_can_leave(steps, node, settings, options)
         to_do = [step for step in steps if not step.is_there]
         if not transaction.may_go_on or not to_do:
-            result = _without_keys(ours, steps, transaction.with_earlier(Result(outcomes=())), gate)
+            result = _without_keys(ours, steps, transaction.with_earlier(Result(outcomes=())), options)
             return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
-        gate.assert_open(ours, node, to_do)
-        if verb is Verb.ISSUE or (gate.emergency and any(_leaves_to_issue(step) for step in to_do)):
-            result = _issue(ours, transaction, node, to_do, gate)
+        options.assert_open(ours, node, to_do)
+        if verb is Verb.ISSUE or (options.emergency and any(_leaves_to_issue(step) for step in to_do)):
+            result = _Issue(ours, transaction, node, to_do, options).result()
         elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):
-            result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, gate))
+            result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, options))
         else:
             if verb is Verb.BACK:
                 _begin_back(ours, to_do)
-            trusting = transaction.going_on(ours, RunOptions(trust=Trust(stays=gate.emergency)))
+            trusting = transaction.going_on(ours, RunOptions(trust=Trust(stays=options.emergency)))
             result = transaction.with_earlier(_trust(ours, trusting, node, to_do))
-        result = _without_keys(ours, steps, result, gate)
+        result = _without_keys(ours, steps, result, options)
         is_over = result.backup_id is not None or verb is not Verb.BACK
         return _done(ours, node, names, steps, result, is_over=is_over)
 
@@ -192,81 +175,12 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
     return [found for found in findings if found.state == "stale" and found.what.endswith(ends)]
 
 
-# --- the step of a verb -----------------------------------------------------------------------------------------------
+# --- what must be true before a verb begins ---------------------------------------------------------------------------
 
 
-def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
-    """Plan the step of a verb, or of an interrupted `back` to `going_back` (OrderError: it is not the next step)."""
-    now, path = one.standing, one.change.path
-    if now.phase is None:
-        raise _of_no_phase(one)
-    if verb is Verb.BACK:
-        if one.change.old == one.change.new:
-            raise NoWayBackError(
-                f"{one.name}: no backup has the CA before {text(one.change.new)}",
-                hint=f"append its certificate to {one.state.path}, then this command again; nothing was replaced",
-            )
-        before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
-        target = going_back or before
-        return Step(ca=one, target=target, is_there=now.next is None and now.phase is target)
-    goal = {Verb.TRUST: Phase.TRUSTED, Verb.ISSUE: Phase.ISSUED, Verb.DROP: Phase.NEW}[verb]
-    target = goal if goal in path else path[-1]
-    here, wanted = path.index(now.phase), path.index(target)
-    if verb is Verb.TRUST and one.change.spares is target and now.phase is Phase.OLD and now.next is None:
-        return Step(ca=one, target=now.phase, is_there=True)
-    if here < wanted - 1 and (now.phase, target) not in one.change.steps:
-        before = path[wanted - 1]
-        raise OrderError(
-            f"{one.name}: wanted the phase “{before.value}” on this node before `{verb.value}`, found “{now.text}”",
-            hint="one phase comes after the other, each on every node: `ca-bridge rotate-ca plan` shows them",
-        )
-    if path.index(now.next or now.phase) > wanted:
-        raise OrderError(
-            f"{one.name}: wanted a node that is not further than “{target.value}”, found “{now.text}”",
-            hint="`ca-bridge rotate-ca back` goes back by one phase",
-        )
-    return Step(ca=one, target=target, is_there=here == wanted)
-
-
-def straight_to_the_new_ca(one: Replaced) -> Step:
-    """Plan the step of an emergency, from any phase (OrderError: it would not help)."""
-    now = one.standing
-    if now.phase is None:
-        raise _of_no_phase(one)
-    if one.change.keeps_key and one.change.old != one.change.new:
-        raise OrderError(
-            f"{one.name}: wanted a CA with another key, found {text(one.change.new)} with the old one's",
-            hint="a thief of the key has the next CA's, too; nothing was replaced",
-        )
-    return Step(ca=one, target=Phase.NEW, is_there=now.phase is Phase.NEW)
-
-
-def _of_no_phase(one: Replaced) -> OrderError:
-    return OrderError(
-        f"{one.name}: wanted the files of a phase, found {'; '.join(one.standing.differing)}",
-        hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
-    )
-
-
-VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
-
-
-def assert_possible(
-    steps: Sequence[Step], cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
-) -> None:
-    """Refuse a new CA that can't work (NewCaError); `drop` ignores its cross certificate, since it makes no leaves."""
-    for step in steps:
-        one = step.ca
-        if step.target is Phase.NEW and not emergency:
-            one = dataclasses.replace(one, change=dataclasses.replace(one.change, cross=None))
-        found = list(violations(one, cas, settings, now, emergency=emergency))
-        if found:
-            raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
-
-
-def assert_readable(steps: Sequence[Step], node: Node, gate: Gate) -> None:
+def assert_readable(steps: Sequence[Step], node: Node, options: RotationOptions) -> None:
     """Refuse an unreadable leaf that may be the old CA's (UnreadableCaError): no phase would replace it."""
-    names = {step.ca.name for step in steps if _leaves(step) and not step.is_there and not gate.emergency}
+    names = {step.ca.name for step in steps if _leaves(step) and not step.is_there and not options.emergency}
     lost = [
         i for i in node.items if i.spec.authority.name in names and i.state in ("broken", "unreadable") and not i.pair
     ]
@@ -335,10 +249,10 @@ def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: S
             )
 
 
-def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings, gate: Gate) -> None:
+def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings, options: RotationOptions) -> None:
     """Refuse a step that a CA key left by kubeadm on this node makes impossible (OrderError, SettingsError)."""
-    if gate.keys_to is not None:
-        places.assert_takes_keys(gate.keys_to, settings.node)
+    if options.keys_to is not None:
+        places.assert_takes_keys(options.keys_to, settings.node)
     for step in steps:
         one = step.ca
         if step.target is Phase.OLD or one.change.keeps_key:
@@ -349,7 +263,7 @@ def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings,
                 f"{', '.join(flags)}: it ends at a file with two CAs, or with another key's",
                 hint="`ca-bridge help gateway` says how the flags are emptied, and what signs instead; nothing was replaced",
             )
-        if one.state.key == "local" and gate.keys_to is None and _leaves(step):
+        if one.state.key == "local" and options.keys_to is None and _leaves(step):
             raise OrderError(
                 f"{one.name}: wanted its key away from this node, or --keys-to, found {places.key_place(settings.node, one)}",
                 hint="--keys-to DIRECTORY moves it there, with the new certificates in use: a disk that leaves the node; "
@@ -362,36 +276,19 @@ def _leaves(step: Step) -> bool:
     return step.target in (Phase.ISSUED, Phase.NEW) and not step.ca.change.keeps_key
 
 
-def _without_keys(run: Run, steps: Sequence[Step], result: Result, gate: Gate) -> Result:
+def _without_keys(run: Run, steps: Sequence[Step], result: Result, options: RotationOptions) -> Result:
     """Move the former CAs' keys away, and return the result with errors; keys stay if anything failed or waits."""
-    if gate.keys_to is None or result.exit_code != Exit.DONE:
+    if options.keys_to is None or result.exit_code != Exit.DONE:
         return result
     cas = [step.ca for step in steps if _leaves(step)]
     errors: list[BridgeError] = []
-    for note in places.take_keys_away(cas, run.settings.node, gate.keys_to):
+    for note in places.take_keys_away(cas, run.settings.node, options.keys_to):
         if isinstance(note, str):
             run.record.add(audit.TRUSTED, result=note)
             run.progress.note(note)
         else:
             errors.append(note)
     return dataclasses.replace(result, errors=(*result.errors, *errors))
-
-
-def violations(
-    one: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
-) -> Iterator[Violation]:
-    """Yield why the new CA can't replace the old one here, or not yet; in an emergency its age does not count."""
-    others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
-    leaves = {item.spec.name: item.certificates[0] for item in one.items}
-    if one.change.old != one.change.new:
-        yield from new_ca_violations(one.change, leaves, others, now)
-        if one.change.cross is not None and not registry.is_cross_long_enough(one.change.cross, settings.renewal, now):
-            want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
-            got = minute(one.change.cross.not_valid_after_utc)
-            yield Violation(subject="cross certificate's notAfter", want=want, got=got)
-        if one.standing.phase is Phase.OLD and not emergency:
-            is_adoption = one.state.key == "local" or settings.authorities[one.name].names_next_alone
-            yield from untimely(one.change, now, outlasts=not is_adoption)
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
@@ -453,44 +350,71 @@ def _record(run: Run, steps: Sequence[Step]) -> None:
 # --- issue ------------------------------------------------------------------------------------------------------------
 
 
-def _issue(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
-    """Renew all leaves by the new CA, and swap the order of the CAs in the same installation: all or nothing."""
-    ours = {step.ca.name: step for step in steps}
-    settings = for_next(run.settings, ours)
-    names = tuple(name for step in steps for name in _leaves_to_issue(step))
-    _assert_none_waits(run, ours, names)
-    bundles = {name: step.ca.change.bundle(step.target) for name, step in ours.items()}
-    embedded = {
-        item.certificate_path
-        for step in steps
-        for item in step.ca.items
-        if item.spec.name in names and item.embedded and str(item.certificate_path) in step.ca.confs
-    }
-    files = [f for step in steps for f in step.ca.trust_files(step.target) if f.path not in embedded]
+class _Issue:
+    """
+    All leaves by the new CA, and the CAs' new order, in one installation: all or nothing.
 
-    def accepted(proven: Sequence[Proven]) -> None:
+    The order: no request waits at the old CA; the audit log, then the list of next CAs, are on disk; the new CA is asked;
+    its answers are checked, then tried on all servers (`_accept`); only then anything is installed.
+    """
+
+    def __init__(
+        self, run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], options: RotationOptions
+    ) -> None:
+        self._steps = {step.ca.name: step for step in steps}
+        self._run = dataclasses.replace(run, settings=for_next(run.settings, self._steps))
+        self._node, self._options = node, options
+        self._names = tuple(name for step in steps for name in _leaves_to_issue(step))
+        trust = Trust(
+            bundles={name: step.ca.change.bundle(step.target) for name, step in self._steps.items()},
+            files=tuple(self._trust_files()),
+            edit=_edit(steps),
+            gate=self._accept,
+            stays=options.emergency,
+        )
+        self._renewal = RunOptions(names=self._names, all_or_nothing=True, trust=trust)
+        self._transaction = transaction.going_on(self._run, self._renewal)
+
+    def _trust_files(self) -> Iterator[Replacement]:
+        """The files that get the CAs of the phase, without kubeconfigs whose leaf is renewed: these get both at once."""
+        embedded = {
+            item.certificate_path
+            for step in self._steps.values()
+            for item in step.ca.items
+            if item.spec.name in self._names and item.embedded and str(item.certificate_path) in step.ca.confs
+        }
+        for step in self._steps.values():
+            yield from (file for file in step.ca.trust_files(step.target) if file.path not in embedded)
+
+    def result(self) -> Result:
+        """Ask the new CA, and install (an error: nothing was replaced)."""
+        run, node = self._run, self._node
+        _assert_none_waits(run, self._steps, self._names)
+        selection = select(node, run.settings, self._renewal, run.now(), requests=run.requests)
+        if selection.failed:
+            return self._transaction.with_earlier(Result(outcomes=selection.failed))
+        if left := sorted(set(self._names) - {item.spec.name for item in selection.items}):
+            raise OrderError(
+                f"wanted to issue all certificates, found that these stay: {', '.join(left)}; no CA was asked"
+            )
+        _record(run, list(self._steps.values()))
+        next_cas = next_ca_file(run.store)
+        next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *self._steps])))
+        result = renew(run, self._transaction, selection, node, self._renewal)
+        if result.backup_id is not None:
+            _forget_asked(run, self._steps)
+        return result
+
+    def _accept(self, proven: Sequence[Proven]) -> None:
+        """Refuse answers that the new CA itself did not sign, or that a server rejects; called before the installation."""
         # no earlier phase restarted the components that read a CA only at their start
-        if first := [step for step in steps if gate.emergency or step.ca.standing.phase is Phase.OLD]:
-            _owe_reading(run, going_on, node, first, ())
-        assert_signed_by_it(settings, ours, proven)
-        gate.assert_accepted(run, node, {one.name: (pem(*one.verified.chain), one.prepared.key_pem) for one in proven})
-
-    trust = Trust(bundles=bundles, files=tuple(files), edit=_edit(steps), gate=accepted, stays=gate.emergency)
-    options = RunOptions(names=names, all_or_nothing=True, trust=trust)
-    run = dataclasses.replace(run, settings=settings)
-    selection = select(node, settings, options, run.now(), requests=run.requests)
-    if selection.failed:
-        return transaction.with_earlier(Result(outcomes=selection.failed))
-    if left := sorted(set(names) - {item.spec.name for item in selection.items}):
-        raise OrderError(f"can't issue all certificates, since these stay: {', '.join(left)}; no CA was asked")
-    _record(run, steps)
-    next_cas = next_ca_file(run.store)
-    next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *ours])))
-    going_on = transaction.going_on(run, options)
-    result = renew(run, going_on, selection, node, options)
-    if result.backup_id is not None:
-        _forget_asked(run, ours)
-    return result
+        if first := [
+            step for step in self._steps.values() if self._options.emergency or step.ca.standing.phase is Phase.OLD
+        ]:
+            _owe_reading(self._run, self._transaction, self._node, first, ())
+        assert_signed_by_it(self._run.settings, self._steps, proven)
+        pairs = {one.name: (pem(*one.verified.chain), one.prepared.key_pem) for one in proven}
+        self._options.assert_accepted(self._run, self._node, pairs)
 
 
 def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:
@@ -552,13 +476,15 @@ def _leaves_to_issue(step: Step) -> list[str]:
     return [name for name in (item.spec.name for item in step.ca.items) if name in differing]
 
 
-def _issue_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], gate: Gate) -> Result:
+def _issue_back(
+    run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], options: RotationOptions
+) -> Result:
     """Put back the files that the new CA's certificates replaced, with the CA files, from the backup of `issue`."""
     wanted = {step.ca.name for step in steps}
     backup = _backup_of(run, steps)
     names = {*wanted, *(item.spec.name for item in node.items if item.spec.authority.name in wanted)}
     backup = dataclasses.replace(backup, files=tuple(f for f in backup.files if f.certificate in names))
-    gate.assert_accepted(run, node, dict(_pairs(backup, node)))
+    options.assert_accepted(run, node, dict(_pairs(backup, node)))
     _begin_back(run, steps)
     _record(run, steps)
     transaction.owe_use(backups.outcomes_of(backup, node))
@@ -596,13 +522,6 @@ def _pairs(backup: Backup, node: Node) -> Iterator[tuple[str, tuple[bytes, bytes
             if files:
                 certificates, key = backups.pair_of(files, item)
                 yield item.spec.name, (pem(*certificates), key)
-
-
-class NoWayBackError(BridgeError):
-    """The old CA's certificates are in no backup."""
-
-    exit_code: ClassVar[int] = Exit.FAILED
-    hint = "`ca-bridge backups` lists what there is; while both CAs are trusted nothing has to go back"
 
 
 def _has_leaves(backup: Backup, steps: Sequence[Step]) -> bool:

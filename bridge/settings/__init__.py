@@ -8,6 +8,7 @@ lines. `tables` has the dataclasses of the settings file; a CA's backend, a desk
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -27,6 +28,7 @@ T = TypeVar("T")
 Key = tuple[str, ...]
 
 _LONGEST_FOUND = 60
+_ADDRESS, _LAST_PORT = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})", 65535
 #: The longest text in which keys' lines are found, since a multi-line value is parsed again at each of its lines.
 _LONGEST_WITH_LINES = 100_000
 #: The last line of a multi-line value has one of them.
@@ -325,3 +327,19 @@ def found_text(value: object) -> str:
         return "a table"
     text = str(value).lower() if isinstance(value, bool) else repr(value)  # as TOML writes it
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
+
+
+def command_words(command: str) -> list[str]:
+    """Split a command into words; empty for a text that no shell accepts."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
+def address_of(text: str) -> tuple[str, int] | None:
+    """Host and port of a text such as `127.0.0.1:9880`; None: it is another text."""
+    match = re.fullmatch(_ADDRESS, text)
+    if match is None or int(match[2]) > _LAST_PORT:
+        return None
+    return match[1].strip("[]"), int(match[2])

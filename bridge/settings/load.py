@@ -7,17 +7,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings import Key, Reader, Source, found_text, opened
+from bridge.settings.pair_tables import PairFiles, PairSettings, collisions
 from bridge.settings.tables import AuthoritySettings, CertificateSettings, NodeSettings, Settings
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SIGNING_AUTHORITIES, SPECS, WANTED_PAIR_NAME, is_pair_name
 from bridge.system.paths import assert_ours, own_text
 from bridge.words import name_found
-
-if TYPE_CHECKING:
-    from bridge.settings.pairs import PairSettings
 
 DEFAULT_FILE = Path("/etc/ca-bridge/config.toml")
 
@@ -165,8 +163,6 @@ def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tupl
     others = {name: one for name, one in table.items() if name != KUBELET_SERVER}
     if not others:
         return ()
-    from bridge.settings.pairs import collisions  # noqa: PLC0415 (only if there are further pairs)
-
     found = []
     for name, one in others.items():
         key = ("certificate", name)
@@ -187,8 +183,6 @@ def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tupl
 
 
 def _pair(reader: Reader, table: object, key: Key) -> PairSettings | None:
-    from bridge.settings.pairs import PairFiles, PairSettings  # noqa: PLC0415 (as above)
-
     own = {k: v for k, v in table.items() if k != "copies"} if isinstance(table, dict) else table
     below = table.get("copies", {}) if isinstance(table, dict) else {}
     if not isinstance(below, dict):

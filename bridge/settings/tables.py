@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, timedelta, tzinfo
@@ -15,17 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import Before, duration_text
 from bridge.secret import GIVEN, Secret
-from bridge.settings import Source
+from bridge.settings import Source, address_of, command_words
+from bridge.settings.pair_tables import PairSettings
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import DEFAULT_CLUSTER, SUPER_ADMIN, Component, KeyAlgorithm
 from bridge.words import name_found
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-
-    from bridge.settings.pairs import PairSettings
-else:  # `bridge.settings.load` makes them, and loads that module where the settings name one
-    PairSettings = Any
 
 LOCALTIME = Path("/etc/localtime")
 _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
@@ -291,14 +287,6 @@ class HookSettings:
     failure: Commands = Commands()  #: Runs when a certificate was not renewed, or a component does not work with it.
 
 
-def command_words(command: str) -> list[str]:
-    """Split a command into words; empty for a text that no shell accepts."""
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return []
-
-
 #: A DNS label, as the API requires for names of leases.
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _WANTED_LABEL = "at most 63 small letters, digits and hyphens, a letter or digit first and last"
@@ -546,10 +534,8 @@ _LONGEST_NAME = 253
 #: Like `bridge.pki.kubeadm_names`, except for empty labels.
 _NODE_NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 _IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
-_LISTEN = r"(\[[0-9a-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})"
 #: Three renewals must fit into it, and another replica waits that long for a dead one.
 _SHORTEST_ELECTION, _LONGEST_ELECTION = timedelta(seconds=5), timedelta(minutes=5)
-_LAST_PORT = 65535
 _MOST_THREADS = 64
 
 
@@ -603,14 +589,6 @@ class GatewaySettings:
                 yield SettingsProblem(key, "at least 1", str(getattr(self, key)))
         if not 1 <= self.concurrency <= _MOST_THREADS:
             yield SettingsProblem("concurrency", f"1 to {_MOST_THREADS}", str(self.concurrency))
-
-
-def address_of(text: str) -> tuple[str, int] | None:
-    """Host and port of a text such as `127.0.0.1:9880`; None: it is another text."""
-    match = re.fullmatch(_LISTEN, text)
-    if match is None or int(match[2]) > _LAST_PORT:
-        return None
-    return match[1].strip("[]"), int(match[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

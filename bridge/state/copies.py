@@ -25,9 +25,10 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from bridge.errors import BridgeError, Exit
-from bridge.node import inventory, kubeconfig
+from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import EmbeddedUser, KubeconfigError
+from bridge.node.reading import read_node
 from bridge.pki.certificates import UNREADABLE, fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import load_key
 from bridge.settings.tables import Settings
@@ -100,7 +101,7 @@ def finish(settings: Settings, store: Store, record: audit.Record) -> list[Bridg
     except StateError as e:
         return [e]
     errors: list[BridgeError] = []
-    live, unread = _live(inventory.of(settings.node))
+    live, unread = _live(read_node(settings.node))
     for path in settings.copies.files.paths:
         try:
             for name in _in_time(path, _LONGEST.total_seconds(), partial(_refreshed, path, live, outdated)):

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.errors import BridgeError
-from bridge.node import inventory
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.pki.certificates import spki
 from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings, for_next
@@ -47,7 +47,7 @@ class Run:
         """Read the node's files now; of further pairs only `pair`, if it is given."""
         node = self.settings.node
         one = tuple(found for found in node.pairs if found.name == pair)
-        return inventory.of(replace(node, pairs=one) if pair else node)
+        return read_node(replace(node, pairs=one) if pair else node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ def claim(settings: Settings) -> None:
 
 def _has_node(settings: Settings) -> bool:
     """Whether both directories have files of a node: one path may be mistyped."""
-    node, pki_dir = inventory.of(settings.node), settings.node.pki_dir
+    node, pki_dir = read_node(settings.node), settings.node.pki_dir
     cas = [one.state for one in node.authorities if one.path.is_relative_to(pki_dir)]
     kubeconfigs = [item.state for item in node.items if item.spec.kubeconfig]  # an etcd host needs none
     return {"missing"} not in (set(cas), set(kubeconfigs))
@@ -126,7 +126,7 @@ def alone(
 
 def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery | str], None]) -> None:
     """Forget answers that a killed run installed, or they would be installed again after a rollback."""
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     try:
         requests = OpenRequests(store)
         for one in requests:

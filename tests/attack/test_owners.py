@@ -15,6 +15,7 @@ from bridge.desk.files import load_policy
 from bridge.diagnosis import machine
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.renewal import MissingCertificateError, RunOptions, prepare, renew
 from bridge.renewal.prepare import live_key
 from bridge.renewal.transaction import put_back_and_retire
@@ -236,7 +237,7 @@ def test_a_loop_of_links_is_no_internal_error(node: Pki, tmp_path: Path, file: s
     link.unlink()
     link.symlink_to(file)
     os.chown(link.parent, SOMEBODY, 0)
-    list(machine.look(inventory.of(settings.node), settings, datetime.now(UTC)))
+    list(machine.look(read_node(settings.node), settings, datetime.now(UTC)))
     with pytest.raises(BridgeError, match=f"{link}: wanted no link"):
         rolled_back(settings)
 

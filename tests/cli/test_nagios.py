@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bridge.cli import expiration
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
@@ -260,7 +260,7 @@ def test_a_replacement_that_is_half_done_or_forgotten_is_a_warning(tmp_path: Pat
     assert (status, "ca is in phase old → trusted since " in line) == (1, True)
     settings = overridden(parse(text), pki.pki_dir, pki.kubeconfig_dir, pki.root / "state")
     assert expiration.nagios_check(settings, now, None, None, None)[2] == 0
-    for file in places.look(settings, inventory.of(settings.node), ["ca"])["ca"].trust_files(Phase.TRUSTED):
+    for file in places.look(settings, read_node(settings.node), ["ca"])["ca"].trust_files(Phase.TRUSTED):
         file.path.write_bytes(file.data or b"")
     assert check(pki, text, now=now)[1] == 0
     os.utime(ca, times=(0, (now - 91 * DAY).timestamp()))

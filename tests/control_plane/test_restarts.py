@@ -36,6 +36,7 @@ from bridge.control_plane.restarts import (
 from bridge.errors import Exit, SettingsError
 from bridge.node import inventory, kubelet, processes
 from bridge.node.inventory import Node
+from bridge.node.reading import read_node
 from bridge.settings.load import parse
 from bridge.settings.tables import Components, NodeSettings, Settings, Version
 from bridge.specs import SPECS, Component
@@ -289,7 +290,7 @@ def test_each_is_trusted_to_reload_by_its_own_version(
             text = MANIFEST.format(name=component.value, tag=tag, flags="--v=2")
             (manifests / f"{component.value}.yaml").write_text(text)
     settings = NodeSettings(pki_dir=tmp_path / "pki", kubeconfig_dir=tmp_path, kubernetes_version=setting)
-    found = control_plane.reloading(inventory.of(settings), settings)
+    found = control_plane.reloading(read_node(settings), settings)
     assert found == {one for one, reloads in ((APISERVER, apiserver_reloads), (ETCD, etcd_reloads)) if reloads}
 
 

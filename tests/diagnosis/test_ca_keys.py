@@ -31,7 +31,8 @@ from cryptography.hazmat.primitives.serialization import (
 from bridge.diagnosis import Finding, ca_keys, examination
 from bridge.diagnosis.ca_keys import Held
 from bridge.diagnosis.examination import examine
-from bridge.node import endpoints, inventory
+from bridge.node import endpoints
+from bridge.node.reading import read_node
 from bridge.pki.certificates import spki
 from bridge.settings.load import load
 from bridge.system import paths
@@ -244,7 +245,7 @@ def test_a_directory_that_can_not_be_read_is_no_proof(pki: KubeadmPki, tmp_path:
     """A run by another user reports each directory that it could not read."""
     bridge = site(pki, tmp_path)
     settings = load(bridge.config)
-    node = inventory.of(settings.node)
+    node = read_node(settings.node)
     with tempfile.TemporaryDirectory() as place:  # pytest's own is closed to others
         Path(place).chmod(0o755)
         Path(place, "closed").mkdir(mode=0o700)
@@ -279,7 +280,7 @@ def test_a_key_far_below_is_found_or_what_is_left_out_is_counted(pki: KubeadmPki
             os.write(descriptor, key)
             os.close(descriptor)
     os.close(here)
-    looked = [*ca_keys.search(inventory.of(settings.node), settings, deep)]
+    looked = [*ca_keys.search(read_node(settings.node), settings, deep)]
     assert [one.about.count("/d") > 1500 for one in looked if one.check == "ca-key-copy"] == [True]
     assert [one.level for one in looked if one.about.endswith("closed")] == ["warning"]
     subprocess.run(["rm", "-rf", deep], check=True)

@@ -24,7 +24,8 @@ from bridge import diagnosis
 from bridge.bootstrap.keys import sa_public_pem
 from bridge.diagnosis import Finding, machine
 from bridge.diagnosis.examination import examine
-from bridge.node import inventory, kubeconfig, sample_pki
+from bridge.node import kubeconfig, sample_pki
+from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
 from bridge.settings.load import load
@@ -820,7 +821,7 @@ def test_a_users_link_in_a_home_is_not_followed(site: Site) -> None:
 def test_homes_that_do_not_answer_are_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each after its time, and the rest after the time of all; a home that answers is looked at."""
     (site.home / ".kube/config").write_bytes((site.kubernetes / "admin.conf").read_bytes())
-    node = inventory.of(load(site.bridge.config).node)
+    node = read_node(load(site.bridge.config).node)
     with dead_fs.mounted(site.home.parent / "dead") as dead:
 
         def looked(one: float, together: float, *homes: Path) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from bridge.node import kubeconfig
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import key_block, key_pem
 from bridge.rotation import objects
-from bridge.rotation.objects import KEYS, Word
+from bridge.rotation.objects import KEYS, NodeStatement
 from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
@@ -143,9 +143,9 @@ def lie_of_the_worker(site: Site) -> str:
     pair = site.worker.node.exec("cat", "/var/lib/kubelet/pki/kubelet-client-current.pem").stdout.encode()
     bundle = load_pem_certificates((site.control_plane.node.pki_dir / CA.certificate_file).read_bytes())
     old, new = map(fingerprint, bundle)
-    said = Word(utc_now().replace(microsecond=0), "trusted", old, (old, new))
+    said = NodeStatement(utc_now().replace(microsecond=0), "trusted", old, (old, new))
     key = load_pem_private_key(key_block(pair), None)
-    return objects.signed_word(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pair), key)
+    return objects.signed_statement(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pair), key)
 
 
 def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:

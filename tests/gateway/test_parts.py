@@ -55,8 +55,8 @@ from bridge.gateway.watch import (
     parse_pod,
 )
 from bridge.pki.certificates import pem
-from bridge.settings import load
-from bridge.settings.tables import AuditSettings, GatewaySettings, address_of
+from bridge.settings import address_of, load
+from bridge.settings.tables import AuditSettings, GatewaySettings
 from bridge.state import Store, audit
 from bridge.state.audit import AuditError
 from bridge.system import waiting

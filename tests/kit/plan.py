@@ -56,7 +56,7 @@ TOGETHER = frozenset(
         "gateway/test_pods.py",
         "gateway/test_setup_kubernetes.py",
         "gateway/test_trust.py",
-        "rotation/test_holders.py",
+        "rotation/test_trust_copies.py",
     }
 )
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge.cli.options import utc_now
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.rotation import places, steps
-from bridge.rotation.gate import Gate
-from bridge.rotation.steps import Done, Verb
+from bridge.rotation.planning import Verb
+from bridge.rotation.readiness import RotationOptions
+from bridge.rotation.steps import Done
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from tests.kit import next_cas
@@ -23,8 +24,8 @@ FORWARD = ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued"), (Verb.DROP, "new"))
 BACK = ((Verb.BACK, "issued"), (Verb.BACK, "trusted"), (Verb.BACK, "old"))
 
 
-class Open(Gate):
-    """No other node; tests on real nodes are about the gate."""
+class Open(RotationOptions):
+    """No other node; tests on real nodes ask them."""
 
     def assert_open(self, *_: object) -> None:
         """Nothing to ask."""
@@ -44,14 +45,14 @@ def with_next(pki: Pki, directory: Path, more: str = "", *, cross: bool = False)
     return dataclasses.replace(before, authorities=authorities)
 
 
-def run(settings: Settings, verb: Verb, names: Sequence[str] = (), gate: Gate | None = None) -> Done:
-    """One verb; other nodes are not asked unless a gate is given."""
-    return steps.run(settings, verb, names, utc_now, Quiet(), gate or Open())
+def run(settings: Settings, verb: Verb, names: Sequence[str] = (), options: RotationOptions | None = None) -> Done:
+    """One verb; other nodes are not asked unless options are given."""
+    return steps.run(settings, verb, names, utc_now, Quiet(), options or Open())
 
 
 def phases(settings: Settings) -> dict[str, str]:
     """The phases of each CA, by the files."""
-    found = places.look(settings, inventory.of(settings.node), ())
+    found = places.look(settings, read_node(settings.node), ())
     return {name: one.standing.text for name, one in found.items()}
 
 
@@ -68,7 +69,7 @@ def as_worker(settings: Settings, pki: Pki) -> None:
     for path in [*pki.kubeconfig_dir.iterdir(), *pki.pki_dir.iterdir()]:
         if path.name not in ("pki", "kubelet.conf", "ca.crt"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert inventory.of(settings.node).role == "worker"
+    assert read_node(settings.node).role == "worker"
 
 
 def contents(pki: Pki) -> dict[Path, bytes]:

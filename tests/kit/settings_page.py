@@ -18,7 +18,7 @@ from bridge.ca import registry
 from bridge.contract import GIVEN, BackendSettings, Secret
 from bridge.pki.expiry import duration_text
 from bridge.settings.load import parse
-from bridge.settings.pairs import PairFiles, PairSettings
+from bridge.settings.pair_tables import PairFiles, PairSettings
 from bridge.settings.tables import AuthoritySettings, CertificateSettings
 
 

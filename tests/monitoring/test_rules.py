@@ -18,7 +18,7 @@ import yaml
 from bridge.cli import renew as cli_renew
 from bridge.cli.options import Output
 from bridge.errors import BridgeError
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
@@ -212,7 +212,7 @@ def replaced(directory: Path) -> Iterator[Case]:
     assert node.night(0) == 0
     yield Case(text=node.text, later=HOUR / 4, alerts=())
     yield Case(text=node.text, later=3 * HOUR, alerts=["CaBridgeReplacementHalfDone"])
-    found = places.look(node.settings, inventory.of(node.settings.node), ["ca"])["ca"]
+    found = places.look(node.settings, read_node(node.settings.node), ["ca"])["ca"]
     for file in found.trust_files(Phase.TRUSTED):
         file.path.write_bytes(file.data or b"")
     assert node.night(0) == 0

@@ -13,13 +13,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.cli.options import utc_now
 from bridge.diagnosis import authorities
 from bridge.errors import Exit, SettingsError
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates, pem, spki
 from bridge.pki.csr import key_pem
 from bridge.renewal import RunOptions, renew
-from bridge.rotation import places, steps
-from bridge.rotation.gate import Gate
-from bridge.rotation.steps import Verb
+from bridge.rotation import places, planning, steps
+from bridge.rotation.planning import Verb
+from bridge.rotation.readiness import RotationOptions
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, Component
 from bridge.state import Store
@@ -64,7 +64,7 @@ def disk(tmp_path: Path) -> Path:
     return made
 
 
-def to(disk: Path) -> Gate:
+def to(disk: Path) -> RotationOptions:
     return Open(keys_to=disk)
 
 
@@ -88,7 +88,7 @@ def test_kubeadm_takes_the_node_in_each_phase_and_no_key_of_its_cas_is_left(tmp_
     cas = {spki(load_pem_certificates(pki.ca_pem(name)[0])[0].public_key()) for name in AUTHORITIES}
     assert cas <= publics(pki.root)
     for verb, phase in ((Verb.TRUST, "trusted"), (Verb.ISSUE, "issued"), (Verb.DROP, "new")):
-        done = run(settings, verb, gate=to(disk) if verb is Verb.ISSUE else None)
+        done = run(settings, verb, options=to(disk) if verb is Verb.ISSUE else None)
         assert done.exit_code == 0, done.result
         assert phases(settings) == dict.fromkeys(AUTHORITIES, phase)
         assert_pairs(pki)
@@ -106,23 +106,25 @@ def test_the_new_ca_does_not_sign_beside_the_old_ones_key(settings: Settings, pk
     """Refused with the way on; a key that came back later holds up the end, until it is taken away."""
     assert run(settings, Verb.TRUST).exit_code == 0
     before = contents(pki)
-    with pytest.raises(steps.OrderError, match=r"wanted its key away from this node, or --keys-to, found .*/ca\.key"):
+    with pytest.raises(
+        planning.OrderError, match=r"wanted its key away from this node, or --keys-to, found .*/ca\.key"
+    ):
         run(settings, Verb.ISSUE)
     assert contents(pki) == before
-    assert run(settings, Verb.ISSUE, gate=to(disk)).exit_code == 0
-    key = places.key_place(settings.node, places.look(settings, inventory.of(settings.node), ["ca"])["ca"])
+    assert run(settings, Verb.ISSUE, options=to(disk)).exit_code == 0
+    key = places.key_place(settings.node, places.look(settings, read_node(settings.node), ["ca"])["ca"])
     key.write_bytes((disk / "ca.key").read_bytes())
-    with pytest.raises(steps.OrderError, match="--keys-to"):
+    with pytest.raises(planning.OrderError, match="--keys-to"):
         run(settings, Verb.DROP)
-    assert run(settings, Verb.DROP, gate=to(disk)).exit_code == 0
+    assert run(settings, Verb.DROP, options=to(disk)).exit_code == 0
     assert not key.exists()
 
 
 def test_an_emergency_takes_the_keys_away_too(settings: Settings, pki: Pki, disk: Path) -> None:
     """Where else would kubeadm's have leaked from."""
-    with pytest.raises(steps.OrderError, match="--keys-to"):
-        run(settings, Verb.DROP, gate=Gate(emergency=True))
-    assert run(settings, Verb.DROP, gate=Gate(emergency=True, keys_to=disk)).exit_code == 0
+    with pytest.raises(planning.OrderError, match="--keys-to"):
+        run(settings, Verb.DROP, options=RotationOptions(emergency=True))
+    assert run(settings, Verb.DROP, options=RotationOptions(emergency=True, keys_to=disk)).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "new")
     assert not list(pki.pki_dir.rglob("ca.key"))
 
@@ -164,7 +166,7 @@ def test_doctor_compares_a_backend_with_the_ca_whose_it_is(settings: Settings, p
     def found(ours: Settings) -> set[tuple[str, str]]:
         return {
             (one.level, one.about)
-            for one in authorities.look(inventory.of(ours.node), ours, utc_now())
+            for one in authorities.look(read_node(ours.node), ours, utc_now())
             if one.check in ("backend", "what-the-ca-would-sign")
         }
 
@@ -187,11 +189,11 @@ def test_killed_with_the_keys_there_the_same_command_takes_them_away(settings: S
     child = os.fork()
     if child == 0:
         places.take_keys_away = lambda *_: kill()  # type: ignore[assignment]
-        run(settings, Verb.ISSUE, gate=to(disk))
+        run(settings, Verb.ISSUE, options=to(disk))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert (phases(settings), len(list(pki.pki_dir.rglob("*ca.key")))) == (dict.fromkeys(AUTHORITIES, "issued"), 3)
-    assert run(settings, Verb.ISSUE, gate=to(disk)).exit_code == 0
+    assert run(settings, Verb.ISSUE, options=to(disk)).exit_code == 0
     assert not list(pki.pki_dir.rglob("*ca.key"))
 
 
@@ -204,17 +206,17 @@ def test_a_controller_manager_that_signs_holds_up_the_first_phase(settings: Sett
     flags = f"--cluster-signing-cert-file={pki.pki_dir}/ca.crt, --cluster-signing-key-file={key}"
     place.write_text(pod.format(flags))
     before = contents(pki)
-    with pytest.raises(steps.OrderError, match=r"does not sign with .*ca\.crt, found --cluster-signing-cert-file"):
+    with pytest.raises(planning.OrderError, match=r"does not sign with .*ca\.crt, found --cluster-signing-cert-file"):
         run(settings, Verb.TRUST)
     assert contents(pki) == before
     assert run(settings, Verb.TRUST, ["etcd-ca"]).exit_code == 0
     place.write_text(pod.format("--cluster-signing-cert-file=, --cluster-signing-key-file="))
-    assert Component.CONTROLLER_MANAGER in inventory.of(settings.node).manifests
+    assert Component.CONTROLLER_MANAGER in read_node(settings.node).manifests
     steps.assert_keys_can_leave(
-        [steps.planned(Verb.TRUST, places.look(settings, inventory.of(settings.node), ["ca"])["ca"], None)],
-        inventory.of(settings.node),
+        [planning.planned(Verb.TRUST, places.look(settings, read_node(settings.node), ["ca"])["ca"], None)],
+        read_node(settings.node),
         settings,
-        Gate(),
+        RotationOptions(),
     )
 
 
@@ -247,7 +249,7 @@ def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, d
     """The exit code is 7, the message says so, and the key stays where it is."""
     (disk / "ca.key").write_bytes(b"another cluster's")
     assert run(settings, Verb.TRUST).exit_code == 0
-    done = run(settings, Verb.ISSUE, gate=to(disk))
+    done = run(settings, Verb.ISSUE, options=to(disk))
     assert done.exit_code == Exit.NOT_LIVE
     assert [isinstance(one, places.KeyLeftError) for one in done.result.errors] == [True]
     assert (pki.pki_dir / "ca.key").exists()

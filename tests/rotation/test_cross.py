@@ -19,14 +19,15 @@ from bridge import rotation
 from bridge.ca.registry import cross_behind
 from bridge.cli.options import utc_now
 from bridge.errors import SettingsError
-from bridge.node import inventory, kubeconfig
+from bridge.node import kubeconfig
+from bridge.node.reading import read_node
 from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.pki.user_rules import User
 from bridge.renewal import RunOptions, renew
-from bridge.rotation import Change, Phase, places, steps
-from bridge.rotation.steps import Verb
+from bridge.rotation import Change, Phase, places, planning
+from bridge.rotation.planning import Verb
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, EKU, Component
@@ -52,7 +53,7 @@ def settings(pki: Pki, tmp_path: Path) -> Settings:
 
 
 def change_of(settings: Settings, name: str = "ca") -> Change:
-    return places.look(settings, inventory.of(settings.node), [name])[name].change
+    return places.look(settings, read_node(settings.node), [name])[name].change
 
 
 @pytest.mark.kube
@@ -77,7 +78,7 @@ def test_kubeadm_takes_the_node_in_each_phase_without_the_first(tmp_path: Path) 
 
 def test_without_a_cross_certificate_the_first_phase_is_not_spared(pki: Pki, tmp_path: Path) -> None:
     """The twin: `issue` demands `trust` before it."""
-    with pytest.raises(steps.OrderError, match="wanted the phase “trusted” on this node before `issue`"):
+    with pytest.raises(planning.OrderError, match="wanted the phase “trusted” on this node before `issue`"):
         run(with_next(pki, tmp_path), Verb.ISSUE)
 
 
@@ -88,7 +89,7 @@ def test_each_new_certificate_has_it_also_at_night_and_at_the_end(settings: Sett
         assert run(settings, verb).exit_code == 0
         night = renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0]
         assert night.exit_code == 0, night
-        for item in inventory.of(settings.node).items:
+        for item in read_node(settings.node).items:
             assert item.certificates[-1] == wanted[item.spec.authority.name], item.spec.name
             assert len(item.certificates) == 2
     assert renew.run(settings, RunOptions(), utc_now, Quiet())[0].renewed == []
@@ -340,10 +341,10 @@ def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: 
     assert cross_behind(ours, "ca", change.new, soon) is None
     leaf = load_pem_certificates((pki.pki_dir / "apiserver.crt").read_bytes())
     assert expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, soon)
-    found = places.look(settings, inventory.of(settings.node), ["ca"])
-    texts = [str(one) for one in steps.violations(found["ca"], found, settings, soon)]
+    found = places.look(settings, read_node(settings.node), ["ca"])
+    texts = [str(one) for one in planning.violations(found["ca"], found, settings, soon)]
     assert any("cross certificate's notAfter: wanted later than renewal.before" in one for one in texts)
-    assert not list(steps.violations(found["ca"], found, settings, utc_now()))
+    assert not list(planning.violations(found["ca"], found, settings, utc_now()))
     assert contents(pki) == before
 
 
@@ -357,7 +358,7 @@ def test_a_file_that_is_no_cross_certificate_stops_everything_before_it_moves(se
         (b"no certificate", "found"),
     ):
         path.write_bytes(bad)
-        with pytest.raises(SettingsError if wanted else steps.NewCaError, match=wanted or "cross certificate's key"):
+        with pytest.raises(SettingsError if wanted else planning.NewCaError, match=wanted or "cross certificate's key"):
             run(settings, Verb.ISSUE)
     path.write_bytes(good)
     path.chmod(0o666)

@@ -12,13 +12,13 @@ import pytest
 
 from bridge.cli.options import utc_now
 from bridge.errors import Exit
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import leads_to, load_pem_certificates, pem
 from bridge.renewal import RunOptions, renew, verify_and_install
 from bridge.renewal.transaction import Transaction
-from bridge.rotation import objects, places, steps
-from bridge.rotation.gate import Gate, SplitError
-from bridge.rotation.steps import Verb
+from bridge.rotation import objects, places, planning
+from bridge.rotation.planning import Verb
+from bridge.rotation.readiness import RotationOptions, SplitError
 from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, Component
@@ -35,7 +35,7 @@ from tests.kit.tripwire import kill
 
 pytestmark = pytest.mark.usefixtures("no_process_here")
 
-AT_ONCE = Gate(emergency=True)
+AT_ONCE = RotationOptions(emergency=True)
 
 
 def saved(settings: Settings) -> int:
@@ -51,13 +51,13 @@ def test_one_installation_from_each_phase(tmp_path: Path, reached: Verb | None) 
     settings = with_next(pki, tmp_path)
     reach(settings, reached)
     before = saved(settings)
-    done = run(settings, Verb.DROP, gate=AT_ONCE)
+    done = run(settings, Verb.DROP, options=AT_ONCE)
     assert done.exit_code == 0, done.result
     assert (phases(settings), saved(settings)) == (dict.fromkeys(AUTHORITIES, "new"), before + 1)
     assert_pairs(pki)
     pki.run_kubeadm("certs", "check-expiration")
     pki.run_kubeadm("init", "phase", "kubeconfig", "all")
-    assert all(step.is_there for step in run(settings, Verb.DROP, gate=AT_ONCE).steps)
+    assert all(step.is_there for step in run(settings, Verb.DROP, options=AT_ONCE).steps)
     assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
 
 
@@ -73,7 +73,7 @@ def test_the_ca_file_of_a_further_pair_has_the_new_ca_alone(pki: Pki, tmp_path: 
         f'ca_file = "{place}/ca.crt"\nauthority = "ca"\ncommon_name = "r.example.com"\nsans = ["r.example.com"]\n',
     )
     assert renew.run(settings, RunOptions(names=("registry",)), utc_now, Quiet())[0].exit_code == 0
-    change = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change
+    change = places.look(settings, read_node(settings.node), ["ca"])["ca"].change
     reach(settings, reached)
     assert run(settings, Verb.DROP, ["ca"], AT_ONCE).exit_code == 0
     assert load_pem_certificates((place / "ca.crt").read_bytes()) == [change.new]
@@ -85,7 +85,7 @@ def test_cas_in_several_phases_arrive_together(settings: Settings, pki: Pki) -> 
     for verb, names in ((Verb.TRUST, ["ca", "etcd-ca"]), (Verb.ISSUE, ["ca"])):
         assert run(settings, verb, names).exit_code == 0
     assert phases(settings) == {"ca": "issued", "etcd-ca": "trusted", "front-proxy-ca": "old"}
-    assert run(settings, Verb.DROP, gate=AT_ONCE).exit_code == 0
+    assert run(settings, Verb.DROP, options=AT_ONCE).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "new")
     assert_pairs(pki)
 
@@ -107,10 +107,10 @@ def test_killed_anywhere_it_is_completed_by_the_same_command(
     child = os.fork()
     if child == 0:
         setattr(place, name, lambda *_, **__: kill())
-        run(settings, Verb.DROP, gate=AT_ONCE)
+        run(settings, Verb.DROP, options=AT_ONCE)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert run(settings, Verb.DROP, gate=AT_ONCE).exit_code == 0
+    assert run(settings, Verb.DROP, options=AT_ONCE).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "new")
     assert_pairs(pki)
 
@@ -130,8 +130,8 @@ def test_a_thief_of_the_key_would_have_the_next_ca_with_the_same_key(
     """The same key is refused, and no file changes."""
     before, old = contents(pki), Signer.load(*pki.ca_pem("ca"))
     renewed = Signer.make("kubernetes", key=old.key, begin=utc_now(), end=utc_now() + timedelta(days=9000))
-    with pytest.raises(steps.OrderError, match="wanted a CA with another key"):
-        run(replaced(settings, tmp_path, renewed), Verb.DROP, gate=AT_ONCE)
+    with pytest.raises(planning.OrderError, match="wanted a CA with another key"):
+        run(replaced(settings, tmp_path, renewed), Verb.DROP, options=AT_ONCE)
     assert contents(pki) == before
 
 
@@ -141,19 +141,19 @@ def test_a_ca_that_was_made_just_now_will_do(settings: Settings, tmp_path: Path)
         "young", key_id=True, begin=utc_now() - timedelta(seconds=5), end=utc_now() + timedelta(days=30)
     )
     other = replaced(settings, tmp_path, young)
-    with pytest.raises(steps.NewCaError, match=r"notBefore: wanted at the latest .*; notAfter: wanted later than"):
+    with pytest.raises(planning.NewCaError, match=r"notBefore: wanted at the latest .*; notAfter: wanted later than"):
         run(other, Verb.TRUST)
-    step = steps.straight_to_the_new_ca(places.look(other, inventory.of(other.node), ["ca"])["ca"])
-    steps.assert_possible([step], {"ca": step.ca}, other, utc_now(), emergency=True)
+    step = planning.straight_to_the_new_ca(places.look(other, read_node(other.node), ["ca"])["ca"])
+    planning.assert_possible([step], {"ca": step.ca}, other, utc_now(), emergency=True)
 
 
 def test_back_says_what_it_can_not_do(settings: Settings, pki: Pki) -> None:
     """The old CA can be trusted again; no phase before has kept its certificates."""
-    assert run(settings, Verb.DROP, gate=AT_ONCE).exit_code == 0
+    assert run(settings, Verb.DROP, options=AT_ONCE).exit_code == 0
     assert run(settings, Verb.BACK).exit_code == 0
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
     before = contents(pki)
-    with pytest.raises(steps.NoWayBackError, match="`drop --emergency` from the phase “old” makes none"):
+    with pytest.raises(planning.NoWayBackError, match="`drop --emergency` from the phase “old” makes none"):
         run(settings, Verb.BACK)
     assert contents(pki) == before
 
@@ -231,7 +231,7 @@ def test_members_of_etcd_are_not_parted(tmp_path: Path) -> None:
     before = files.read_bytes()
     with members.running(cluster):
         with pytest.raises(SplitError, match="found 3 members and the phase “old”"):
-            run(settings, Verb.DROP, gate=AT_ONCE)
+            run(settings, Verb.DROP, options=AT_ONCE)
         assert files.read_bytes() == before
-    done = run(settings, Verb.DROP, gate=AT_ONCE)
+    done = run(settings, Verb.DROP, options=AT_ONCE)
     assert (done.exit_code, done.phases) == (0, {"etcd-ca": "new"}), done.result

@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from bridge.errors import Exit
-from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
-from bridge.rotation import steps
-from bridge.rotation.steps import Done, Verb
+from bridge.rotation import planning
+from bridge.rotation.planning import Verb
+from bridge.rotation.steps import Done
 from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
@@ -112,7 +113,7 @@ def est_door(directory: Path, pki: Pki, settings: Settings) -> EstDoor:
     labels = [
         f'[est."{item.spec.authority.name}.{item.spec.name}"]\ncertificate = "{item.spec.name}"\ncluster = "kubernetes"\n'
         'clients = ["O=agents,CN={node}"]\nclients_ca = "{agents}"\n'
-        for item in inventory.of(settings.node).items
+        for item in read_node(settings.node).items
     ]
     return make_est_door(directory, pki, policy=POLICY + NAMES + "\n".join(labels))
 
@@ -187,7 +188,7 @@ def test_issue_waits_for_people_behind_cmp(site: Site, tmp_path: Path) -> None:
         assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
         assert_pairs(site.pki)
         asked = [line for name in AUTHORITIES for line in server.requests(f"{name}-2") if line["type"] == "4"]
-        assert len(asked) == len(inventory.of(settings.node).items)
+        assert len(asked) == len(read_node(settings.node).items)
 
 
 @pytest.mark.kube("estserver")
@@ -205,7 +206,7 @@ def test_a_server_of_est_gets_the_next_ca(site: Site, tmp_path: Path) -> None:
         site.bridge.add("authority.etcd-ca", {"backend": "corp", "label": "{usage}"})
         site.bridge.add("authority.etcd-ca.next", {"anchor": site.made["etcd-ca"].table["anchor"]})
         settings = site.settings
-        with pytest.raises(steps.NewCaError, match="wanted the certificate of the CA that signs"):
+        with pytest.raises(planning.NewCaError, match="wanted the certificate of the CA that signs"):
             run(settings, Verb.TRUST)
         assert contents(site.pki) == old
     new = pem(signer.certificate), key_pem(signer.key)

@@ -31,15 +31,16 @@ from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.diagnosis import Finding
 from bridge.diagnosis.examination import examine
 from bridge.errors import BridgeError, Exit, SettingsError
-from bridge.node import inventory, kubeconfig
+from bridge.node import kubeconfig
+from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.renewal import Changes, RunOptions, renew
 from bridge.renewal.gate import Attempts
 from bridge.renewal.transaction import put_back_and_retire
-from bridge.rotation import Phase, places, steps
-from bridge.rotation.gate import NotReadyEverywhereError, SplitError, has_asked
-from bridge.rotation.steps import Verb
+from bridge.rotation import Phase, places, planning, steps
+from bridge.rotation.planning import Verb
+from bridge.rotation.readiness import NotReadyEverywhereError, SplitError, has_asked
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component
 from bridge.state import Store, audit, backups, install
@@ -201,7 +202,8 @@ def test_new_certificates_that_a_gate_refuses_leave_nothing_to_restart(settings:
 
 
 @pytest.mark.parametrize(
-    ("error", "is_counted"), [(NotReadyEverywhereError("cp-2 is down"), False), (steps.NewCaError("another CA"), True)]
+    ("error", "is_counted"),
+    [(NotReadyEverywhereError("cp-2 is down"), False), (planning.NewCaError("another CA"), True)],
 )
 def test_another_node_that_is_not_ready_is_no_failure_of_the_ca(
     settings: Settings, error: BridgeError, is_counted: bool
@@ -214,7 +216,7 @@ def test_another_node_that_is_not_ready_is_no_failure_of_the_ca(
             raise error
 
     with pytest.raises(type(error)):
-        run(settings, Verb.ISSUE, gate=Refusing())
+        run(settings, Verb.ISSUE, options=Refusing())
     assert bool(Attempts(Store(settings.node.state_dir)).authorities) is is_counted
 
 
@@ -330,7 +332,7 @@ def test_a_verb_out_of_order_changes_nothing(
     """It says which comes first."""
     reach(settings, reached)
     before = contents(pki)
-    with pytest.raises(steps.OrderError, match=wanted):
+    with pytest.raises(planning.OrderError, match=wanted):
         run(settings, verb)
     assert contents(pki) == before
 
@@ -341,7 +343,7 @@ def test_a_new_ca_that_can_not_work_is_refused_before_anything_moves(settings: S
     before, anchors = contents(pki), {n: Path(settings.authorities[n].next["anchor"]) for n in AUTHORITIES}
     good = anchors["etcd-ca"].read_bytes()
     anchors["etcd-ca"].write_bytes(anchors["ca"].read_bytes())
-    with pytest.raises(steps.NewCaError, match="key: wanted another than"):
+    with pytest.raises(planning.NewCaError, match="key: wanted another than"):
         run(settings, Verb.TRUST)
     anchors["etcd-ca"].write_bytes(good + good)
     with pytest.raises(places.UnreadableCaError, match="wanted one certificate, of the CA that signs, found 2"):
@@ -369,12 +371,12 @@ def test_a_verb_without_a_next_ca_has_not_done_its_work(
 def test_a_new_ca_that_has_ended_holds_up_no_way_back(settings: Settings, verb: Verb, is_done: bool) -> None:
     """The node trusts the old CA alone again; each other verb refuses the new one."""
     reach(settings, Verb.TRUST)
-    new = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.new
+    new = places.look(settings, read_node(settings.node), ["ca"])["ca"].change.new
 
     def after() -> datetime:
         return new.not_valid_after_utc + timedelta(minutes=1)
 
-    with contextlib.nullcontext() if is_done else pytest.raises(steps.NewCaError, match="notAfter"):
+    with contextlib.nullcontext() if is_done else pytest.raises(planning.NewCaError, match="notAfter"):
         assert steps.run(settings, verb, ["ca"], after, Quiet(), Open()).exit_code == 0
     assert phases(settings)["ca"] == ("old" if is_done else "trusted")
 
@@ -383,14 +385,14 @@ def test_a_cross_certificate_that_has_ended_holds_up_no_drop(pki: Pki, tmp_path:
     """It ends with the old CA at the latest, which certifies no other one then; `issue` needs one that lasts."""
     settings = with_next(pki, tmp_path, cross=True)
     reach(settings, Verb.ISSUE)
-    cross = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.cross
+    cross = places.look(settings, read_node(settings.node), ["ca"])["ca"].change.cross
     assert cross is not None
     end = cross.not_valid_after_utc
 
     def after() -> datetime:
         return end + timedelta(minutes=1)
 
-    with pytest.raises(steps.NewCaError, match="cross certificate's notAfter"):
+    with pytest.raises(planning.NewCaError, match="cross certificate's notAfter"):
         steps.run(settings, Verb.ISSUE, ["ca"], after, Quiet(), Open())
     assert steps.run(settings, Verb.DROP, ["ca"], after, Quiet(), Open()).exit_code == 0
     assert phases(settings)["ca"] == "new"
@@ -402,7 +404,7 @@ def test_a_back_to_a_ca_that_no_backup_has_changes_nothing_and_says_the_way(sett
     reach(settings, Verb.DROP)
     shutil.rmtree(settings.node.state_dir / "backups")
     before = contents(pki)
-    with pytest.raises(steps.NoWayBackError, match="no backup has the CA before") as refused:
+    with pytest.raises(planning.NoWayBackError, match=r"wanted the CA before .* found it in no backup") as refused:
         run(settings, Verb.BACK, ["ca"])
     assert contents(pki) == before
     assert f"append its certificate to {pki.pki_dir}/ca.crt" in refused.value.hint
@@ -431,7 +433,7 @@ def test_cas_that_were_issued_one_by_one_go_back_one_by_one(settings: Settings) 
     reach(settings, Verb.TRUST)
     for name in ("ca", "etcd-ca"):
         assert run(settings, Verb.ISSUE, [name]).exit_code == 0
-    with pytest.raises(steps.NoWayBackError) as refused:
+    with pytest.raises(planning.NoWayBackError) as refused:
         run(settings, Verb.BACK, ["ca", "etcd-ca"])
     assert "one by one go back so: --ca ca" in refused.value.hint
     for name in ("ca", "etcd-ca"):
@@ -464,7 +466,7 @@ def test_a_back_that_a_gate_refuses_leaves_no_trace(settings: Settings) -> None:
             raise NotReadyEverywhereError("cp-2 is down")
 
     with pytest.raises(NotReadyEverywhereError):
-        run(settings, Verb.BACK, gate=Refusing())
+        run(settings, Verb.BACK, options=Refusing())
     assert not Store(settings.node.state_dir).going_back.exists()
 
 
@@ -536,7 +538,7 @@ def test_a_ca_above_the_one_that_signs_is_not_trusted_unless_the_settings_say_so
         return dataclasses.replace(settings, authorities={**settings.authorities, "ca": ours})
 
     with pytest.raises(
-        steps.NewCaError, match=r"wanted the certificate of the CA that signs \(CN=ca-2 .*found CN=corp root"
+        planning.NewCaError, match=r"wanted the certificate of the CA that signs \(CN=ca-2 .*found CN=corp root"
     ):
         run(named(), Verb.TRUST, ["ca"])
     assert contents(pki) == before
@@ -568,7 +570,7 @@ def test_answers_of_a_ca_below_the_anchor_are_refused_where_the_backend_could_no
     assert run(named(above="allowed"), Verb.TRUST, ["front-proxy-ca"]).exit_code == 0
     before = contents(pki)
     with pytest.raises(
-        steps.NewCaError, match=r"wanted a signature of CN=corp root .*found one of CN=corp issuing below"
+        planning.NewCaError, match=r"wanted a signature of CN=corp root .*found one of CN=corp issuing below"
     ):
         run(named(), Verb.ISSUE, ["front-proxy-ca"])
     assert contents(pki) == before
@@ -624,7 +626,7 @@ def test_a_rotation_by_other_means_is_left_alone(settings: Settings, pki: Pki) -
     """A file with three CAs fits no phase."""
     path = pki.pki_dir / CA.certificate_file
     path.write_bytes(path.read_bytes() * 1 + pem(Signer.make("another").certificate))
-    with pytest.raises(steps.OrderError, match="wanted the files of a phase"):
+    with pytest.raises(planning.OrderError, match="wanted the files of a phase"):
         run(settings, Verb.TRUST, ["ca"])
 
 
@@ -709,11 +711,11 @@ def test_a_kubelets_pair_behind_its_symlink_is_no_reason_against_a_rollback(sett
     """The backup of a change of trust has the kubelet's kubeconfig, and not the pair, which stays where it is."""
     current = finalize(pki)
     reach(settings, Verb.TRUST)
-    node, (trusted,) = inventory.of(settings.node), backups.read_all(Store(settings.node.state_dir))[0]
+    node, (trusted,) = read_node(settings.node), backups.read_all(Store(settings.node.state_dir))[0]
     assert "kubelet.conf" in trusted.names
     assert {one.subject for one in backups.problems_of(trusted, settings, node, utc_now())} == {backups.PHASE}
     current.resolve().write_bytes(b"")
-    problems = [str(one) for one in backups.problems_of(trusted, settings, inventory.of(settings.node), utc_now())]
+    problems = [str(one) for one in backups.problems_of(trusted, settings, read_node(settings.node), utc_now())]
     assert [one for one in problems if one.startswith("kubelet.conf: wanted a certificate and its private key")]
 
 
@@ -731,7 +733,7 @@ def test_a_worker_comes_back_from_each_phase(pki: Pki, tmp_path: Path, is_embedd
     for verb, phase in (*FORWARD, *BACK, *FORWARD, *BACK):
         done = run(settings, verb, ["ca"])  # no API server is there that could be seen to take it
         assert done.result.exit_code in (Exit.DONE, Exit.NOT_LIVE), done.result
-        assert places.look(settings, inventory.of(settings.node), ["ca"])["ca"].standing.text == phase
+        assert places.look(settings, read_node(settings.node), ["ca"])["ca"].standing.text == phase
         found.append(kept())
     assert (found[5][1], found[11][1]) == (before[1], before[1])
     assert found[5] == found[11]
@@ -807,12 +809,12 @@ def test_a_renewed_ca_with_the_same_key_takes_one_step(pki: Pki, tmp_path: Path)
     anchor.write_bytes(pem(renewed))
     ours = dataclasses.replace(before.authorities["ca"], next={"anchor": str(anchor)})
     settings = dataclasses.replace(before, authorities={**before.authorities, "ca": ours})
-    leaves = {i.spec.name: i.certificates for i in inventory.of(settings.node).items}
+    leaves = {i.spec.name: i.certificates for i in read_node(settings.node).items}
     done = run(settings, Verb.TRUST)
     assert done.exit_code == 0, done.result
     assert phases(settings) == {"ca": "new"}
     assert all(step.is_there for verb in (Verb.ISSUE, Verb.DROP) for step in run(settings, verb).steps)
-    assert {i.spec.name: i.certificates for i in inventory.of(settings.node).items} == leaves
+    assert {i.spec.name: i.certificates for i in read_node(settings.node).items} == leaves
     assert renew.run(settings, RunOptions(names=("apiserver",)), utc_now, Quiet())[0].exit_code == 0
     assert run(settings, Verb.BACK).exit_code == 0
     assert phases(settings) == {"ca": "old"}
@@ -931,7 +933,7 @@ def test_a_new_ca_at_a_gateway_signs_when_it_can(pki: Pki, tmp_path: Path) -> No
         )
     assert done.exit_code == 0, done.result
     assert phases(settings) == dict.fromkeys(AUTHORITIES, "issued")
-    assert len(desk.issued()) == len([i for i in inventory.of(settings.node).items if i.certificates])
+    assert len(desk.issued()) == len([i for i in read_node(settings.node).items if i.certificates])
 
 
 @pytest.mark.rotation("an upgrade between phases")
@@ -950,7 +952,7 @@ def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> Non
     for text, words in zip(seen, ("no phase has begun", "“trusted”", "“issued”", "has taken its place"), strict=True):
         assert words in text
     (pki.pki_dir / "ca.crt").write_bytes(
-        pem(*(places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change.bundle(Phase.ISSUED)))
+        pem(*(places.look(settings, read_node(settings.node), ["ca"])["ca"].change.bundle(Phase.ISSUED)))
     )
     assert [one.level for one in found() if one.about == "CA ca"] == ["warning"]
     (pki.pki_dir / "ca.crt").write_bytes(pem(Signer.make("another").certificate))
@@ -995,14 +997,14 @@ def test_copies_of_kubeconfigs_trust_the_cas_of_each_phase(pki: Pki, tmp_path: P
     entry = f"- cluster:\n    certificate-authority-data: {other}\n    server: https://192.0.2.9:6443\n  name: other\n"
     copy.write_text(text.replace("clusters:\n", f"clusters:\n{entry}"))
     settings = with_next(pki, tmp_path, f'[copies]\nfiles = ["{copy}"]')
-    change = places.look(settings, inventory.of(settings.node), ["ca"])["ca"].change
+    change = places.look(settings, read_node(settings.node), ["ca"])["ca"].change
     for verb, phase in ((Verb.TRUST, Phase.TRUSTED), (Verb.ISSUE, Phase.ISSUED), (Verb.DROP, Phase.NEW)):
         done = run(settings, verb)
         assert done.exit_code == 0, done.result
         data = copy.read_bytes()
         assert set(load_pem_certificates(kubeconfig.ca_data(data) or b"")) == set(change.bundle(phase))
         assert entry.encode() in data
-    live = inventory.of(settings.node).items
+    live = read_node(settings.node).items
     assert any(
         i.spec.name == "admin.conf" and kubeconfig.parse(data).certificate_data == pem(*i.certificates) for i in live
     )

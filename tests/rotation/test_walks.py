@@ -21,11 +21,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from bridge.errors import Exit
 from bridge.node import inventory
+from bridge.node.reading import read_node
 from bridge.pki.certificates import leads_to, load_pem_certificates
 from bridge.rotation import Phase, places
-from bridge.rotation.gate import NotReadyEverywhereError
 from bridge.rotation.places import Replaced
-from bridge.rotation.steps import OrderError, Step, Verb
+from bridge.rotation.planning import OrderError, Step, Verb
+from bridge.rotation.readiness import NotReadyEverywhereError
 from bridge.settings.tables import Settings
 from bridge.state.session import Run
 from tests.kit.pairs import assert_pairs
@@ -74,7 +75,7 @@ class Others(Open):
 
 def look(one: Settings) -> Replaced:
     """The CA of a node, by its files."""
-    return places.look(one, inventory.of(one.node), ["ca"])["ca"]
+    return places.look(one, read_node(one.node), ["ca"])["ca"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ class Walk(RuleBasedStateMachine):
             return
         bundles = [look(one).seen.bundle for one in self.nodes]
         for one in self.nodes:
-            for item in inventory.of(one.node).items:
+            for item in read_node(one.node).items:
                 assert not item.certificates or all(leads_to(item.certificates, each) for each in bundles)
 
     @invariant()

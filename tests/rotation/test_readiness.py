@@ -20,14 +20,22 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.cli.options import utc_now
 from bridge.cluster import Client
 from bridge.contract import SignRequest
-from bridge.node import inventory
 from bridge.node.endpoints import Server
+from bridge.node.reading import read_node
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import generate_key, key_pem
 from bridge.rotation import Change, Phase, places
-from bridge.rotation.gate import Gate, NotReadyEverywhereError, Spot, assert_said, late_words, refusal, words_of
-from bridge.rotation.objects import LATELY, NOTHING, Word
-from bridge.rotation.steps import Verb
+from bridge.rotation.objects import LATELY, NOTHING, NodeStatement
+from bridge.rotation.planning import Verb
+from bridge.rotation.readiness import (
+    NotReadyEverywhereError,
+    RotationOptions,
+    Spot,
+    assert_said,
+    late_statements,
+    refusal,
+    statements_of,
+)
 from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA, USER
 from bridge.state import Store
@@ -46,27 +54,27 @@ OLD, NEW = (Signer.make(name, key_id=True).certificate for name in ("kubernetes"
 CHANGE = Change(OLD, NEW)
 
 
-def said(change: Change, phase: Phase, ago: timedelta = SECOND) -> Word:
+def said(change: Change, phase: Phase, ago: timedelta = SECOND) -> NodeStatement:
     """What a node's run has seen in a phase, some time ago."""
     trusted = tuple(map(fingerprint, change.bundle(phase)))
-    return Word(NOW - ago, phase.value, fingerprint(change.signer(phase)), trusted)
+    return NodeStatement(NOW - ago, phase.value, fingerprint(change.signer(phase)), trusted)
 
 
 def test_a_word_counts_for_an_hour() -> None:
     """Older ones are named, and so are those from the future (a clock is wrong), and a node that has said nothing."""
     ages = {"now": LATELY, "late": LATELY + SECOND, "ahead": -LATELY - SECOND}
     words = {name: said(CHANGE, Phase.ISSUED, ago) for name, ago in ages.items()}
-    assert late_words({**words, "silent": NOTHING}, Phase.NEW, NOW) == ["late", "ahead", "silent"]
+    assert late_statements({**words, "silent": NOTHING}, Phase.NEW, NOW) == ["late", "ahead", "silent"]
 
 
 def test_a_phase_that_has_begun_goes_on() -> None:
     """A large cluster takes longer than an hour; going back from it begins another phase."""
     words = {"cp-1": said(CHANGE, Phase.NEW, 5 * LATELY), "cp-2": said(CHANGE, Phase.ISSUED, 2 * LATELY)}
-    assert late_words(words, Phase.NEW, NOW) == []
-    assert late_words(words, Phase.OLD, NOW) == ["cp-1", "cp-2"]
+    assert late_statements(words, Phase.NEW, NOW) == []
+    assert late_statements(words, Phase.OLD, NOW) == ["cp-1", "cp-2"]
 
 
-def refused(target: Phase, authority: str = CA.name, *, has_begun: bool = False, **words: Word) -> str:
+def refused(target: Phase, authority: str = CA.name, *, has_begun: bool = False, **words: NodeStatement) -> str:
     """Why a phase does not begin on cp1; empty: it does."""
     try:
         assert_said(authority, CHANGE, target, words, "cp1", NOW, has_begun=has_begun)
@@ -118,8 +126,8 @@ def test_a_worker_says_nothing_of_the_front_proxys_ca() -> None:
     """No server shows an API server's certificate for aggregated ones, and a worker has none."""
     labels = {"node-role.kubernetes.io/control-plane": ""}
     nodes: list[dict[str, Any]] = [{"metadata": {"name": "cp1", "labels": labels}}, {"metadata": {"name": "w1"}}]
-    assert words_of(nodes, FRONT_PROXY_CA.name, [OLD], NOW) == {"cp1": NOTHING}
-    assert words_of(nodes, CA.name, [OLD], NOW) == {"cp1": NOTHING, "w1": NOTHING}
+    assert statements_of(nodes, FRONT_PROXY_CA.name, [OLD], NOW) == {"cp1": NOTHING}
+    assert statements_of(nodes, CA.name, [OLD], NOW) == {"cp1": NOTHING, "w1": NOTHING}
 
 
 # --- servers that are shown ---------------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ def test_a_control_plane_looks_at_the_etcd_that_is_elsewhere(
         f"spec: {{containers: [{{name: a, image: 'a:v1.37.2', command: {command}}}]}}\n"
     )
     settings = with_next(pki, tmp_path)
-    monkeypatch.setattr("bridge.rotation.gate._nodes", lambda *_: iter(()))
+    monkeypatch.setattr("bridge.rotation.readiness._nodes", lambda *_: iter(()))
     monkeypatch.setattr(Client, "served", lambda _, place: shown[place.host])
     for verb in (Verb.TRUST, Verb.ISSUE):
         assert run(settings, verb, ["etcd-ca"]).exit_code == 0
@@ -157,9 +165,9 @@ def test_a_control_plane_looks_at_the_etcd_that_is_elsewhere(
     with pytest.raises(
         NotReadyEverywhereError, match=r"etcd of etcd-1 \(https://etcd-1:2379\): it has a certificate of another CA"
     ):
-        run(settings, Verb.DROP, ["etcd-ca"], Gate())
+        run(settings, Verb.DROP, ["etcd-ca"], RotationOptions())
     shown["etcd-1"] = load_pem_certificates((corp / "c.crt").read_bytes())[0]
-    assert run(settings, Verb.DROP, ["etcd-ca"], Gate()).exit_code == 0
+    assert run(settings, Verb.DROP, ["etcd-ca"], RotationOptions()).exit_code == 0
 
 
 @pytest.mark.usefixtures("no_process_here")
@@ -179,12 +187,14 @@ def test_a_server_whose_certificate_an_intermediate_signed_is_of_the_ca_above_it
     shown = load_pem_certificates(server.read_bytes())[:1]
     for verb in (Verb.TRUST, Verb.ISSUE):
         assert run(settings, verb, ["etcd-ca"]).exit_code == 0
-    monkeypatch.setattr("bridge.rotation.gate.spots_of", lambda *_: [Spot("cp-2", "etcd", Server("https://cp-2:2379"))])
+    monkeypatch.setattr(
+        "bridge.rotation.readiness.spots_of", lambda *_: [Spot("cp-2", "etcd", Server("https://cp-2:2379"))]
+    )
     monkeypatch.setattr(Client, "served", lambda *_: shown[0])
     with pytest.raises(NotReadyEverywhereError, match="it has a certificate of another CA"):
-        run(settings, Verb.DROP, ["etcd-ca"], Gate())
+        run(settings, Verb.DROP, ["etcd-ca"], RotationOptions())
     shown[:] = load_pem_certificates(server.read_bytes())[:1]
-    assert run(settings, Verb.DROP, ["etcd-ca"], Gate()).exit_code == 0
+    assert run(settings, Verb.DROP, ["etcd-ca"], RotationOptions()).exit_code == 0
 
 
 # --- a real etcd ------------------------------------------------------------------------------------------------------
@@ -231,7 +241,7 @@ def test_an_etcd_is_shown_the_new_certificates_before_they_are_installed(
     monkeypatch.setattr("bridge.node.processes.running", lambda *_: [])
     pki = handmade_pki(tmp_path / "node")
     settings = with_next(pki, tmp_path, cross=True)
-    change = places.look(settings, inventory.of(settings.node), ["etcd-ca"])["etcd-ca"].change
+    change = places.look(settings, read_node(settings.node), ["etcd-ca"])["etcd-ca"].change
     with (
         etcd(tmp_path / "old", pki, [change.old]) as old,
         etcd(tmp_path / "both", pki, [change.old, change.new]) as both,

@@ -1,4 +1,4 @@
-"""Whether other nodes are ready for a phase: by their servers, their word in Node objects, the cluster's objects."""
+"""Whether other nodes are ready for a phase: by their servers, their statement in Node objects, the cluster's objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -27,8 +27,9 @@ from bridge.pki.certificates import fingerprint, leads_to
 from bridge.pki.expiry import duration_text
 from bridge.renewal import NotReadyError
 from bridge.renewal.gate import next_ca_file
-from bridge.rotation import Change, Phase, holders, objects, text, texts
-from bridge.rotation.objects import KEYS, LATELY, Word
+from bridge.rotation import Change, Phase, objects, text, texts, trust_copies
+from bridge.rotation.objects import KEYS, LATELY, NodeStatement
+from bridge.rotation.planning import Step
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
 from bridge.state.session import Run
@@ -37,9 +38,6 @@ from bridge.system.http import ClientRefusedError, HttpsError
 from bridge.system.paths import UnreadableError
 from bridge.system.waiting import wait_until, workers
 from bridge.words import some
-
-if TYPE_CHECKING:
-    from bridge.rotation.steps import Step
 
 _AT_ONCE = 8
 
@@ -102,15 +100,17 @@ class Spot(NamedTuple):
 _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
-def late_words(words: Mapping[str, Word], target: Phase, now: datetime) -> list[str]:
-    """Return nodes without a recent word (pure); none once another node has begun the phase, since that proved it."""
-    if any(said.phase == target.value for said in words.values()):
+def late_statements(statements: Mapping[str, NodeStatement], target: Phase, now: datetime) -> list[str]:
+    """Return nodes without a recent statement (pure); none once another node has begun the phase, since that proved it."""
+    if any(said.phase == target.value for said in statements.values()):
         return []
-    return [name for name, said in words.items() if abs(now - said.at) > LATELY]  # in the future, too: a clock is wrong
+    return [
+        name for name, said in statements.items() if abs(now - said.at) > LATELY
+    ]  # in the future, too: a clock is wrong
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gate:
+class RotationOptions:
     """The operator's options: how long to wait for another run, and which nodes to leave out, or all."""
 
     without: frozenset[str] = frozenset()
@@ -149,9 +149,9 @@ class Gate:
             nodes = [each for each in kubelet_serving.nodes(api) if kubelet_serving.name_of(each) not in self.without]
             for step in (step for step in steps if step.target is not Phase.TRUSTED):
                 name, now = step.ca.name, run.now()
-                words = words_of(nodes, name, node.bundles[CA.name], now)
+                statements = statements_of(nodes, name, node.bundles[CA.name], now)
                 own, has_begun = run.settings.node.node_name, step.target is Phase.ISSUED and has_asked(run, name)
-                assert_said(name, step.ca.change, step.target, words, own, now, has_begun=has_begun)
+                assert_said(name, step.ca.change, step.target, statements, own, now, has_begun=has_begun)
             for step in steps:
                 if step.target is not Phase.OLD:
                     assert_followed(api, step.ca.name, step.ca.change, step.target)
@@ -191,7 +191,7 @@ class Gate:
 
 
 def has_asked(run: Run, authority: str) -> bool:
-    """Whether the next CA already has requests of this node; other nodes' words were recent when it got them."""
+    """Whether the next CA already has requests of this node; other nodes' statements were recent when it got them."""
     taken = {one.request.spec.authority.name for one in run.requests if one.was_taken}
     return authority in taken and authority in (next_ca_file(run.store).read() or ())
 
@@ -206,12 +206,12 @@ def _asks_the_cluster(step: Step) -> bool:
     return is_first_leaf or is_return or step.target in (Phase.OLD, Phase.NEW)
 
 
-def words_of(
+def statements_of(
     nodes: Iterable[Mapping[str, Any]], authority: str, anchors: Sequence[x509.Certificate], now: datetime
-) -> dict[str, Word]:
-    """Return the word in the Node object of each node that has certificates of this CA (pure)."""
+) -> dict[str, NodeStatement]:
+    """Return the statement in the Node object of each node that has certificates of this CA (pure)."""
     return {
-        kubelet_serving.name_of(node): objects.word_of(node, authority, anchors, now)
+        kubelet_serving.name_of(node): objects.statement_of(node, authority, anchors, now)
         for node in nodes
         if authority == CA.name or _CONTROL_PLANE in mapping(node, "metadata", "labels")
     }
@@ -221,28 +221,30 @@ def assert_said(
     authority: str,
     change: Change,
     target: Phase,
-    words: Mapping[str, Word],
+    statements: Mapping[str, NodeStatement],
     own: str,
     now: datetime,
     *,
     has_begun: bool = False,
 ) -> None:
     """Check that nodes said they are in the previous phase, recently unless `has_begun` (NotReadyEverywhereError)."""
-    signer, others = change.signer(target), {node: said for node, said in words.items() if node != own}
+    signer, others = change.signer(target), {node: said for node, said in statements.items() if node != own}
     if target is Phase.ISSUED:
         what = f"trust {text(change.new)}"
         behind = [node for node, said in others.items() if fingerprint(change.new) not in said.trusted]
     else:
         what = f"have certificates of {text(signer)}"
-        behind = [node for node, said in words.items() if said.signer != fingerprint(signer)]
+        behind = [node for node, said in statements.items() if said.signer != fingerprint(signer)]
     if behind:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes whose components {what}, found others that have not said so: "
-            + ", ".join(f"{node} ({words[node].trouble})" if words[node].trouble else node for node in behind),
+            + ", ".join(
+                f"{node} ({statements[node].trouble})" if statements[node].trouble else node for node in behind
+            ),
             hint=_again(target, behind),
         )
     # people at a CA may take longer than an hour; before an installation we try the certificates on each server
-    late = [] if has_begun else late_words(others, target, now)
+    late = [] if has_begun else late_statements(others, target, now)
     if late:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes that have said within {duration_text(LATELY)} that their components {what}, found "
@@ -265,7 +267,10 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
     wanted = {Phase.ISSUED: change.bundle(Phase.TRUSTED), Phase.TRUSTED: (change.old,)}.get(target, (change.new,))
     with doing("looking whether the cluster's objects have the CAs"):
         behind = wait_until(
-            lambda: holders.behind(api, authority, wanted), lambda found: not found, limit, pause_seconds=_LOOK_SECONDS
+            lambda: trust_copies.behind(api, authority, wanted),
+            lambda found: not found,
+            limit,
+            pause_seconds=_LOOK_SECONDS,
         )
     if behind:
         again = "`ca-bridge rotate-ca trust`" if target is Phase.ISSUED else "`ca-bridge rotate-ca issue`"

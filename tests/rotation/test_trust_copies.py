@@ -18,10 +18,10 @@ from bridge.cluster import of_gateway
 from bridge.cluster.api import Api
 from bridge.node.endpoints import Server
 from bridge.pki.certificates import pem
-from bridge.rotation import Change, Phase, Standing, holders
-from bridge.rotation.gate import Gate, NotReadyEverywhereError, assert_followed
-from bridge.rotation.holders import Held, holds
+from bridge.rotation import Change, Phase, Standing, trust_copies
 from bridge.rotation.objects import AUTHENTICATION
+from bridge.rotation.readiness import NotReadyEverywhereError, RotationOptions, assert_followed
+from bridge.rotation.trust_copies import Held, holds
 from bridge.specs import CA, ETCD_CA
 from bridge.system.waiting import wait_until
 from tests.kit import kube_api, programs
@@ -67,7 +67,7 @@ def api_of(server: ApiServer, user: str = "admin", *groups: str) -> Api:
 
 
 def seen(server: ApiServer, change: Change, phase: Phase = Phase.TRUSTED) -> list[Held]:
-    return holders.look(api_of(server), CA.name, change, phase)
+    return trust_copies.look(api_of(server), CA.name, change, phase)
 
 
 def add(server: ApiServer, name: str, data: Mapping[str, str], kind: str = "secrets", **more: Any) -> None:
@@ -149,7 +149,7 @@ def test_a_namespace_that_is_behind_is_named_before_issue(server: ApiServer, cha
             assert server.admin.patch(path, {"data": {key: both}}).ok
         assert_followed(api, CA.name, change, Phase.ISSUED, timedelta())
         assert_followed(api, CA.name, change, Phase.TRUSTED, timedelta())
-        assert holders.behind(api, CA.name, (change.new, OTHER)) == [
+        assert trust_copies.behind(api, CA.name, (change.new, OTHER)) == [
             "client-ca-file of extension-apiserver-authentication",
             "kube-root-ca.crt of argocd",
         ]
@@ -173,10 +173,10 @@ def test_a_namespace_without_the_old_ca_is_named_before_its_certificates_come_ba
         run: Any = None
         node: Any = SimpleNamespace(is_worker=False, is_etcd_host=False)
         step: Any = SimpleNamespace(ca=ca, target=Phase.TRUSTED)
-        Gate().assert_open(run, node, [step])
+        RotationOptions().assert_open(run, node, [step])
 
-    monkeypatch.setattr("bridge.rotation.gate._cluster", lambda *_: contextlib.nullcontext(api_of(server)))
-    monkeypatch.setattr("bridge.rotation.gate.wait_until", look_once)
+    monkeypatch.setattr("bridge.rotation.readiness._cluster", lambda *_: contextlib.nullcontext(api_of(server)))
+    monkeypatch.setattr("bridge.rotation.readiness.wait_until", look_once)
     add(server, "kube-root-ca.crt", {"ca.crt": pem(change.new).decode()}, "configmaps")
     with pytest.raises(NotReadyEverywhereError) as refused:
         goes_back(Phase.ISSUED)
@@ -306,7 +306,7 @@ def test_what_the_api_servers_hold_is_looked_at(server: ApiServer, change: Chang
 
     assert "wanted the CAs of this phase in client-ca-file" in said(Phase.TRUSTED)[0]
     assert said(Phase.OLD) == []
-    assert holders.look(api_of(server), ETCD_CA.name, change, Phase.NEW) == []
+    assert trust_copies.look(api_of(server), ETCD_CA.name, change, Phase.NEW) == []
     own = server.admin.get(f"{CORE}/kube-system/configmaps/extension-apiserver-authentication")["data"][
         "client-ca-file"
     ]
@@ -315,7 +315,7 @@ def test_what_the_api_servers_hold_is_looked_at(server: ApiServer, change: Chang
 
 def test_what_may_not_be_listed_is_named(server: ApiServer, change: Change) -> None:
     """Each kind by itself: the others are looked at all the same."""
-    said = [one.text for one in holders.look(api_of(server, "nobody", "none"), CA.name, change, Phase.TRUSTED)]
+    said = [one.text for one in trust_copies.look(api_of(server, "nobody", "none"), CA.name, change, Phase.TRUSTED)]
     for what in ("Secrets", "ConfigMaps", "kube-root-ca.crt", "APIServices", "ValidatingWebhookConfigurations"):
         assert [text for text in said if text.startswith(f"{what}: not looked at")] != [], said
 
@@ -324,7 +324,7 @@ def test_a_server_that_is_away_is_asked_once(server: ApiServer, change: Change) 
     """One sentence instead of one a kind."""
     found = of_gateway(server.kubeconfig("admin", "system:masters"))
     away = Api(found.clients, [Server("https://127.0.0.1:1")])
-    [one] = holders.look(away, CA.name, change, Phase.TRUSTED)
+    [one] = trust_copies.look(away, CA.name, change, Phase.TRUSTED)
     assert "the cluster's objects could not be looked at" in one.text
 
 

@@ -11,7 +11,7 @@ import pytest
 from bridge.cli.settings import in_force
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings.load import parse
-from bridge.settings.pairs import collisions
+from bridge.settings.pair_tables import collisions
 from bridge.specs import SPECS
 
 RIGHT = {

@@ -21,8 +21,8 @@ from bridge.cluster.api import Api
 from bridge.contract import SignRequest
 from bridge.node import inventory
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
-from bridge.rotation import Change, witnesses
-from bridge.rotation.witnesses import Counters, UnreadableLogError, Users, counters, refusals, requests, users
+from bridge.rotation import Change, old_ca_clients
+from bridge.rotation.old_ca_clients import Counters, UnreadableLogError, Users, counters, refusals, requests, users
 from bridge.specs import USER
 from bridge.state import Store
 from tests.kit import kube_api
@@ -127,13 +127,13 @@ def test_certificates_of_the_new_ca_are_known_by_the_node_and_by_the_operator(tm
     (issued / "02.pem").write_bytes(pem(Signer.make("other").certificate))
     (issued / "index.txt").write_bytes(b"\xff no certificate")
     change = Change(old.certificate, new.certificate)
-    assert witnesses.known(node, store, change, [issued]) == {fingerprint(leaf)}
-    assert witnesses.known(node, store, change, [issued / "01.pem"]) == {fingerprint(leaf)}
-    assert witnesses.known(node, store, change, []) == set()
+    assert old_ca_clients.known(node, store, change, [issued]) == {fingerprint(leaf)}
+    assert old_ca_clients.known(node, store, change, [issued / "01.pem"]) == {fingerprint(leaf)}
+    assert old_ca_clients.known(node, store, change, []) == set()
     apiserver = next(item for item in node.items if item.spec.name == "apiserver").certificates[0]
-    assert fingerprint(apiserver) in witnesses.known(node, store, Change(new.certificate, old.certificate), [])
-    with pytest.raises(UnreadableLogError, match="can't read its certificates"):
-        witnesses.known(node, store, change, [tmp_path / "none"])
+    assert fingerprint(apiserver) in old_ca_clients.known(node, store, Change(new.certificate, old.certificate), [])
+    with pytest.raises(UnreadableLogError, match="wanted certificates"):
+        old_ca_clients.known(node, store, change, [tmp_path / "none"])
 
 
 REFUSED: Mapping[str, str] = {

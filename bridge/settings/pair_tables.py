@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bridge.errors import SettingsProblem
 from bridge.secret import GIVEN
-from bridge.settings.tables import address_of, command_words
+from bridge.settings import address_of, command_words
 from bridge.specs import EKU, MASTERS, CertificateSpec, Component, KeyAlgorithm, pair_spec
 
 if TYPE_CHECKING:  # a night with nothing due needs none of these

@@ -16,8 +16,8 @@ from bridge.contract import SignRequest
 from bridge.pki.certificates import fingerprint
 from bridge.pki.csr import build, generate_key
 from bridge.rotation import Change, Phase, objects
-from bridge.rotation.gate import NotReadyEverywhereError, assert_said
-from bridge.rotation.objects import KEYS, LATELY, NOTHING, Word
+from bridge.rotation.objects import KEYS, LATELY, NOTHING, NodeStatement
+from bridge.rotation.readiness import NotReadyEverywhereError, assert_said
 from bridge.specs import CA, FRONT_PROXY_CA, KUBELET_CONF, SPECS
 from tests.kit.issuing import NOW, Signer
 
@@ -25,7 +25,7 @@ OLD, NEW, OTHER = (Signer.make(name, key_id=True) for name in ("kubernetes", "ku
 BELOW = Signer.make("kubernetes issuing", parent=OLD, key_id=True)
 CHANGE = Change(OLD.certificate, NEW.certificate)
 ANCHORS = CHANGE.bundle(Phase.TRUSTED)
-SAID = Word(NOW, Phase.TRUSTED.value, fingerprint(OLD.certificate), tuple(map(fingerprint, ANCHORS)))
+SAID = NodeStatement(NOW, Phase.TRUSTED.value, fingerprint(OLD.certificate), tuple(map(fingerprint, ANCHORS)))
 CLIENT, SERVER = "1.3.6.1.5.5.7.3.2", "1.3.6.1.5.5.7.3.1"
 
 
@@ -63,13 +63,13 @@ def saying(text: str, authority: str = CA.name, name: str = "w-1", uid: str = "7
     return node(name, uid, **{KEYS[authority]: text})
 
 
-def signed(by: Pair, said: Word = SAID, authority: str = CA.name, of: Mapping[str, Any] | None = None) -> str:
+def signed(by: Pair, said: NodeStatement = SAID, authority: str = CA.name, of: Mapping[str, Any] | None = None) -> str:
     """As the run on w-1 writes it, with this pair."""
-    return objects.signed_word(said, authority, of or node(), by.chain, by.key)
+    return objects.signed_statement(said, authority, of or node(), by.chain, by.key)
 
 
-def read(object_: Mapping[str, Any], authority: str = CA.name) -> Word:
-    return objects.word_of(object_, authority, ANCHORS, NOW)
+def read(object_: Mapping[str, Any], authority: str = CA.name) -> NodeStatement:
+    return objects.statement_of(object_, authority, ANCHORS, NOW)
 
 
 @pytest.mark.parametrize("ca", [OLD, NEW, BELOW])
@@ -115,7 +115,7 @@ def test_a_word_that_was_changed_or_cut_counts_for_nothing() -> None:
     """Each part of it is signed, and none is missing; the honest one, signed anew with the other time, counts."""
     by, later = pair(), SAID._replace(at=NOW + timedelta(hours=5))
     text, of_later = signed(by), signed(by, later)
-    parts, others = text.split(" "), signed(by, Word(later.at, Phase.NEW.value, "ab", ("cd",))).split(" ")
+    parts, others = text.split(" "), signed(by, NodeStatement(later.at, Phase.NEW.value, "ab", ("cd",))).split(" ")
     for place in range(4):
         forged = " ".join([*parts[:place], others[place], *parts[place + 1 :]])
         assert "has not signed" in read(saying(forged)).trouble
@@ -138,16 +138,6 @@ def test_a_word_that_was_changed_or_cut_counts_for_nothing() -> None:
 def test_any_text_is_read(text: str) -> None:
     """It ends no run, and says nothing."""
     assert "can't be read" in read(saying(text)).trouble
-
-
-def test_the_words_of_earlier_versions_are_none() -> None:
-    """They were not signed: all who may write to Node objects could have made them."""
-    former = {
-        "ca-bridge.io/signed-by": fingerprint(NEW.certificate),
-        "ca-bridge.io/signed-by-seen": "2026-11-24T12:00:00Z trusted",
-        "ca-bridge.io/trusts": ",".join(map(fingerprint, ANCHORS)),
-    }
-    assert read(node(**former)) == NOTHING
 
 
 def test_a_forged_word_leads_no_phase_on() -> None:

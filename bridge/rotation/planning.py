@@ -1,0 +1,141 @@
+"""The step of a verb on one CA, by the phase of this node's files, and whether the new CA can take the old one's place (pure)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import ClassVar
+
+from bridge.ca import registry
+from bridge.errors import BridgeError, Exit, Violation
+from bridge.pki.expiry import minute
+from bridge.rotation import Phase, new_ca_violations, text, untimely
+from bridge.rotation.places import Replaced
+from bridge.settings.tables import Settings
+
+
+class Verb(Enum):
+    """The verbs of `rotate-ca`, each of which brings a node to a phase."""
+
+    TRUST = "trust"
+    ISSUE = "issue"
+    DROP = "drop"
+    BACK = "back"
+
+
+class NewCaError(BridgeError):
+    """The new CA can't replace the old one."""
+
+    exit_code: ClassVar[int] = Exit.REFUSED
+    hint = "have its owner make another one; nothing was replaced"
+
+
+class OrderError(BridgeError):
+    """The verb is not the next one on this node."""
+
+    exit_code: ClassVar[int] = Exit.USAGE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The effect of a verb on one CA of this node."""
+
+    ca: Replaced
+    target: Phase
+    is_there: bool  #: Whether the files are in the phase already.
+
+
+class NoWayBackError(BridgeError):
+    """The old CA's certificates are in no backup."""
+
+    exit_code: ClassVar[int] = Exit.FAILED
+    hint = "`ca-bridge backups` lists what there is; while both CAs are trusted nothing has to go back"
+
+
+def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
+    """Plan the step of a verb, or of an interrupted `back` to `going_back` (OrderError: it is not the next step)."""
+    now, path = one.standing, one.change.path
+    if now.phase is None:
+        raise _of_no_phase(one)
+    if verb is Verb.BACK:
+        if one.change.old == one.change.new:
+            raise NoWayBackError(
+                f"{one.name}: wanted the CA before {text(one.change.new)}, found it in no backup",
+                hint=f"append its certificate to {one.state.path}, then this command again; nothing was replaced",
+            )
+        before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
+        target = going_back or before
+        return Step(ca=one, target=target, is_there=now.next is None and now.phase is target)
+    goal = {Verb.TRUST: Phase.TRUSTED, Verb.ISSUE: Phase.ISSUED, Verb.DROP: Phase.NEW}[verb]
+    target = goal if goal in path else path[-1]
+    here, wanted = path.index(now.phase), path.index(target)
+    if verb is Verb.TRUST and one.change.spares is target and now.phase is Phase.OLD and now.next is None:
+        return Step(ca=one, target=now.phase, is_there=True)
+    if here < wanted - 1 and (now.phase, target) not in one.change.steps:
+        before = path[wanted - 1]
+        raise OrderError(
+            f"{one.name}: wanted the phase “{before.value}” on this node before `{verb.value}`, found “{now.text}”",
+            hint="one phase comes after the other, each on every node: `ca-bridge rotate-ca plan` shows them",
+        )
+    if path.index(now.next or now.phase) > wanted:
+        raise OrderError(
+            f"{one.name}: wanted a node that is not further than “{target.value}”, found “{now.text}”",
+            hint="`ca-bridge rotate-ca back` goes back by one phase",
+        )
+    return Step(ca=one, target=target, is_there=here == wanted)
+
+
+def straight_to_the_new_ca(one: Replaced) -> Step:
+    """Plan the step of an emergency, from any phase (OrderError: it would not help)."""
+    now = one.standing
+    if now.phase is None:
+        raise _of_no_phase(one)
+    if one.change.keeps_key and one.change.old != one.change.new:
+        raise OrderError(
+            f"{one.name}: wanted a CA with another key, found {text(one.change.new)} with the old one's",
+            hint="a thief of the key has the next CA's, too; nothing was replaced",
+        )
+    return Step(ca=one, target=Phase.NEW, is_there=now.phase is Phase.NEW)
+
+
+def _of_no_phase(one: Replaced) -> OrderError:
+    return OrderError(
+        f"{one.name}: wanted the files of a phase, found {'; '.join(one.standing.differing)}",
+        hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
+    )
+
+
+VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
+
+
+def assert_possible(
+    steps: Sequence[Step], cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
+) -> None:
+    """Refuse a new CA that can't work (NewCaError); `drop` ignores its cross certificate, since it makes no leaves."""
+    for step in steps:
+        one = step.ca
+        if step.target is Phase.NEW and not emergency:
+            one = dataclasses.replace(one, change=dataclasses.replace(one.change, cross=None))
+        found = list(violations(one, cas, settings, now, emergency=emergency))
+        if found:
+            raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
+
+
+def violations(
+    one: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
+) -> Iterator[Violation]:
+    """Yield why the new CA can't replace the old one here, or not yet; in an emergency its age does not count."""
+    others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
+    leaves = {item.spec.name: item.certificates[0] for item in one.items}
+    if one.change.old != one.change.new:
+        yield from new_ca_violations(one.change, leaves, others, now)
+        if one.change.cross is not None and not registry.is_cross_long_enough(one.change.cross, settings.renewal, now):
+            want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
+            got = minute(one.change.cross.not_valid_after_utc)
+            yield Violation(subject="cross certificate's notAfter", want=want, got=got)
+        if one.standing.phase is Phase.OLD and not emergency:
+            is_adoption = one.state.key == "local" or settings.authorities[one.name].names_next_alone
+            yield from untimely(one.change, now, outlasts=not is_adoption)
