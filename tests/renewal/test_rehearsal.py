@@ -246,7 +246,7 @@ def test_a_door_is_not_rehearsed(node: Pki, tmp_path: Path) -> None:
     bridge.add("audit", {})
     run = bridge.run("renew", "--rehearse")
     assert run.returncode == Exit.USAGE
-    assert "door (gateway): nothing revokes what it signs" in " ".join(run.stderr.split())
+    assert "door (door): nothing revokes what it signs" in " ".join(run.stderr.split())
     assert "8 signed, verified and thrown away" in run.stdout
 
 
