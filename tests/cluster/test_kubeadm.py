@@ -83,7 +83,7 @@ def test_what_is_not_there_or_not_allowed(cluster: ClusterApi, api: Api) -> None
     """The error says so; nothing is made."""
     nowhere = ConfigMapKey("nowhere", "text")
     assert kubeadm.read(api, nowhere).text is None
-    with pytest.raises(NoConfigError, match=r"kube-system/nowhere .* found none \(HTTP 404\)"):
+    with pytest.raises(NoConfigError, match=r"kube-system/nowhere is missing, or has no text \(HTTP 404\)"):
         kubeadm.change(api, nowhere, str.upper)
     reader = {
         "rules": [{"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}],
