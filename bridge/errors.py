@@ -63,6 +63,10 @@ class SettingsProblem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
+        if self.key and self.found in {"none", "nothing"}:
+            return f"{place}{self.key} is missing: {self.wanted}"
+        if self.found == "none":
+            return f"{place}there is no such file, and {self.wanted} is needed"
         key = f"{self.key}: " if self.key else ""
         return f"{place}{key}wanted {self.wanted}, found {self.found}"
 

@@ -146,11 +146,11 @@ def write(settings: Settings, file: Path, count: Callable[[History | None], Hist
             runs.put(count(runs.read()))
             _put(file, steady(of_node(settings, now, known(settings, now))).encode())
     except OSError as e:
-        raise MetricsError(f"{file}: wanted to write the metrics, found: {e.strerror}") from e
+        raise MetricsError(f"{file}: can't write the metrics: {e.strerror}") from e
     except ForeignLinkError as e:
-        raise MetricsError(f"{file}: wanted to write the metrics; {e}") from e
+        raise MetricsError(f"{file}: can't write the metrics: {e}") from e
     except BridgeError as e:
-        raise MetricsError(f"{file}: wanted to write the metrics, found: {e}") from e
+        raise MetricsError(f"{file}: can't write the metrics: {e}") from e
 
 
 def of_node(settings: Settings, now: datetime, seen: Remembered | None) -> str:

@@ -41,7 +41,7 @@ class Secret:
         raw = os.environ.get(self.where, "") if self.kind == "env" else self._read_file()
         value = raw.strip()
         if not value:
-            raise SecretUnavailableError(f"wanted a secret in {self}, found nothing there")
+            raise SecretUnavailableError(f"there is no secret in {self}")
         return value
 
     def _path(self) -> Path:
@@ -51,7 +51,7 @@ class Secret:
         directory = os.environ.get("CREDENTIALS_DIRECTORY")
         if not directory:
             raise SecretUnavailableError(
-                f"wanted systemd {self}, found no $CREDENTIALS_DIRECTORY (LoadCredential= in the unit sets it)"
+                f"there is no $CREDENTIALS_DIRECTORY for systemd {self} (LoadCredential= in the unit sets it)"
             )
         return Path(directory, self.where)
 

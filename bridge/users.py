@@ -121,7 +121,7 @@ def write_request(user: User, directory: Path, algorithm: KeyAlgorithm) -> tuple
             e.errno or 0, ""
         )
         raise BridgeError(
-            f"{e.filename or directory}: wanted to write a key and a CSR, found: {e.strerror}",
+            f"{e.filename or directory}: can't write a key and a CSR: {e.strerror}",
             hint=f"{first}name another directory with -o",
         ) from None
     return key_path, csr_path
@@ -439,9 +439,9 @@ def _key_file(order: UserOrder, open_user: OpenUser) -> str:
 def _write(order: UserOrder, fresh: FreshKubeconfig, verified: verify.Verified, open_user: OpenUser) -> None:
     """Write the kubeconfig with mode 0600, with or without a key; while a CA is being replaced, it trusts both CAs."""
     text = fresh.text(pem(*verified.chain), open_user.key_pem, _key_file(order, open_user))
-    wanted, hint = f"{order.out}: wanted to write the kubeconfig", "run the same command again with a writable place"
+    failed, hint = f"{order.out}: can't write the kubeconfig", "run the same command again with a writable place"
     # hold the directory open, so that its owner can't exchange it
-    with reasons(BridgeError, wanted, hint=hint), opened(order.out) as place:
+    with reasons(BridgeError, failed, hint=hint), opened(order.out) as place:
         _older(place.path, order)
         # a killed run's temporary file holds a key
         remove_unfinished(place.path.parent, f".{glob.escape(place.name)}.????????")

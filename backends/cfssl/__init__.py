@@ -200,16 +200,14 @@ class CfsslBackend(OverHttp):
         except (x509.ExtensionNotFound, ValueError):
             known = None
         if known is None:
-            raise BackendRefusedError(
-                "cfssl: wanted an authority key identifier to revoke by, the certificate has none"
-            )
+            raise BackendRefusedError("cfssl: the certificate has no authority key identifier, by which cfssl revokes")
         serial, authority = str(certificate.serial_number), known.hex()
         body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
         reply = self._post("revoke", body)
         if reply.message == _NOT_FOUND:
             hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
             raise BackendRefusedError(
-                f"cfssl: wanted to revoke {certificate.serial_number:x}, found no such endpoint", hint=hint
+                f"cfssl: can't revoke {certificate.serial_number:x}: this server has no endpoint for it", hint=hint
             )
         self._result(reply, "")
 

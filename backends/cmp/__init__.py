@@ -392,7 +392,7 @@ def _sans(names: Names) -> str:
     if not is_plain or (names.common_name and not _PLAIN_NAME.fullmatch(names.common_name)):
         raise BackendRefusedError("cmp: wanted names of plain characters, found others")
     if not sans:
-        raise BackendRefusedError("cmp: wanted a name beside the CSR, found none")
+        raise BackendRefusedError("cmp: there is no name beside the CSR")
     return ",".join([*([] if names.common_name else ["critical"]), *sans])
 
 

@@ -218,7 +218,7 @@ class DoorBackend(OverHttp):
             raise _error(answer)
         request_digest, reference = digest(bundle), (json_object(answer.body) or {}).get("id")
         if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{request_digest}@{reference}") is None:
-            raise BackendRefusedError("door: wanted the id of a request, found something else", hint=_NOT_OURS)
+            raise BackendRefusedError("door: the door's answer has no id of a request", hint=_NOT_OURS)
         return Pending(reference=f"{request_digest}@{reference}", note=f"the door has request {request_digest[:16]}")
 
     def _enrolled(self, bundle: RequestBundle) -> dict[str, str]:
@@ -313,7 +313,7 @@ def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) 
     signer = one_line(answer.signer)
     if isinstance(one, Refusal):
         return BackendRefusedError(f"{signer} refused: {one.reason}")
-    return BackendRefusedError(f"{signer}: wanted a CA for {request.spec.authority.name}, found none at this door")
+    return BackendRefusedError(f"{signer}: this door has no CA for {request.spec.authority.name}")
 
 
 def _said(answer: Answer) -> str:

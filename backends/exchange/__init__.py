@@ -91,7 +91,7 @@ class ExchangeBackend:
             directory: Path = getattr(self._settings, key)
             if not directory.is_dir():
                 raise BackendUnavailableError(
-                    f"{directory}: wanted the {key}, found no directory", hint="mount or make it, or fix the settings"
+                    f"{directory}: there is no such directory (the {key})", hint="mount or make it, or fix the settings"
                 )
         return {}
 
@@ -124,7 +124,7 @@ class ExchangeBackend:
     def _write(self, bundle: RequestBundle) -> tuple[Path, RequestBundle]:
         path = self._settings.outbox / request_file_name(bundle)
         try:
-            with reasons(BackendUnavailableError, f"{path}: wanted to write the request bundle", hint="fix the outbox"):
+            with reasons(BackendUnavailableError, f"{path}: can't write the request bundle", hint="fix the outbox"):
                 write_atomically(path, dumps(bundle), REQUEST_MODE)
         except BundleError as e:
             raise BackendRefusedError(f"no bundle can be made of these requests: {e}") from e
@@ -170,12 +170,12 @@ class ExchangeBackend:
         self._inbox("", reference)
         found = [(path, version) for path, (version, seen) in self._read.items() if seen.digest == reference]
         for path, version in found:
-            wanted = f"{path}: wanted to remove the installed answer"
-            with reasons(BackendUnavailableError, wanted, hint="remove it by hand"):
+            failed = f"{path}: can't remove the installed answer"
+            with reasons(BackendUnavailableError, failed, hint="remove it by hand"):
                 _remove(path, version)
             del self._read[path]
         for path in [path for path, bundle in self._outbox("") if digest(bundle) == reference]:
-            with reasons(BackendUnavailableError, f"{path}: wanted to remove the request", hint="remove it by hand"):
+            with reasons(BackendUnavailableError, f"{path}: can't remove the request", hint="remove it by hand"):
                 path.unlink(missing_ok=True)
 
     def _outbox(self, node: str) -> Iterator[tuple[Path, RequestBundle]]:
@@ -231,8 +231,8 @@ class ExchangeBackend:
 
     @staticmethod
     def _files(directory: Path) -> list[Path]:
-        wanted = f"{directory}: wanted to look for bundles there"
-        with reasons(BackendUnavailableError, wanted, hint="mount or fix it"):
+        failed = f"{directory}: can't look for bundles there"
+        with reasons(BackendUnavailableError, failed, hint="mount or fix it"):
             return sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.name[0] != ".")
 
 

@@ -250,9 +250,9 @@ class ExecBackend:
         try:
             found = reached(partial(program_exposure, self._program, self._account.uid))
         except TimeoutError as e:
-            raise BackendUnavailableError(f"exec: {self._program}: wanted a program, found: {e.strerror}") from e
+            raise BackendUnavailableError(f"exec: {self._program}: can't be run: {e.strerror}") from e
         except OSError as e:
-            text = f"wanted a program, found: {e.strerror}"
+            text = f"can't be run: {e.strerror}"
             raise self._refused(text, "`command` begins with its path", LocalFileError) from e
         if found is not None:
             text = f"{found.path}: wanted {found.wanted}, found {found.found}"

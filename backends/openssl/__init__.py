@@ -198,7 +198,7 @@ class OpensslBackend:
             text = f"wanted the CA's certificate in {path}, found: {e.strerror}"
             raise LocalFileError(text, hint=CA_PLACE_HINT) from e
         except ValueError as e:
-            text = f"wanted the CA's certificate in {path}, found no PEM certificate there"
+            text = f"{path} holds no PEM certificate; it has to be the CA's"
             raise LocalFileError(text, hint=CA_PLACE_HINT) from e
 
     def _database(self) -> Database:
@@ -470,9 +470,9 @@ def _check_signer(path: Path, signer: x509.Certificate) -> None:
         hint = "is this machine's clock right? if it is, have the CA's owner renew that certificate first"
     constraints, usage = extension(signer, x509.BasicConstraints), extension(signer, x509.KeyUsage)
     if not constraints or not constraints.ca:
-        wrong.append("wanted CA:TRUE, found none")
+        wrong.append("it has no CA:TRUE")
     if usage and not usage.key_cert_sign:
-        wrong.append("wanted the key usage keyCertSign, found none")
+        wrong.append("it has no key usage keyCertSign")
     if wrong:
         raise BackendRefusedError(f"the CA's certificate {path}: {'; '.join(wrong)}", hint=hint)
 

@@ -70,7 +70,7 @@ def parse_index(data: bytes) -> dict[int, int]:
     """The serial numbers of an index, with their line numbers (from 1)."""
     if data and not data.endswith(b"\n"):
         # openssl would drop the row, even a complete one, and exit with 0
-        raise IndexDamagedError("wanted a newline at the end of the last line, found none")
+        raise IndexDamagedError("the last line has no newline at its end")
     lines: dict[int, int] = {}
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         row = _ROW.fullmatch(line)
@@ -127,7 +127,7 @@ class Database:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise LocalFileError(
-                f"wanted to lock {path}, found: {e.strerror}",
+                f"can't lock {path}: {e.strerror}",
                 hint="run as the CA's own user, which must be able to write in the database's folder",
             ) from e
         try:
@@ -153,11 +153,11 @@ class Database:
             return Snapshot(data, _serials(data, earlier), status)
         except FileNotFoundError as e:
             raise LocalFileError(
-                f"wanted the CA's database {self.index}, found no such file",
+                f"there is no file {self.index}, the CA's database",
                 hint="if this CA has signed nothing yet, an empty file is right",
             ) from e
         except OSError as e:
-            raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+            raise LocalFileError(f"can't read the CA's database {self.index}: {e.strerror}") from e
         except IndexDamagedError as e:
             raise BackendRefusedError(
                 f"the CA's database {self.index}: {e}",
@@ -171,7 +171,7 @@ class Database:
             with self._open() as file:
                 return frozenset(int(serial, 16) for serial in _REVOKED.findall(file.read()))
         except OSError as e:
-            raise LocalFileError(f"wanted to read the CA's database {self.index}, found: {e.strerror}") from e
+            raise LocalFileError(f"can't read the CA's database {self.index}: {e.strerror}") from e
 
     def _open(self) -> FileIO:
         """Open the index, or wait while another run's `openssl ca` is between its renames."""
@@ -198,7 +198,7 @@ class Database:
         for folder in (self.index.parent, self.new_certs_dir):
             if not folder.is_dir():
                 hint = f"mkdir -m 0700 {folder}, as the CA's own user; or set `dir` to the CA's folder"
-                raise LocalFileError(f"wanted the folder {folder}, found none", hint=hint)
+                raise LocalFileError(f"there is no folder {folder}", hint=hint)
             if (found := exposure(folder)) is not None:
                 raise LocalFileError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
@@ -264,7 +264,7 @@ class Database:
             yield from (None for _ in serials)
         except OSError as e:
             path = self.new_certs_dir / (e.filename or "")
-            raise LocalFileError(f"wanted to read {path}, found: {e.strerror}") from e
+            raise LocalFileError(f"can't read {path}: {e.strerror}") from e
 
     def issued_since(self, moment: datetime) -> Iterator[x509.Certificate]:
         """The certificates whose files are not older than `moment`."""
@@ -372,7 +372,7 @@ class Database:
         for path in (self.index, self._beside(".old"), self.index.parent):
             with suppress(FileNotFoundError):
                 return path.stat()
-        raise LocalFileError(f"wanted the folder {self.index.parent}, found none", hint=CA_PLACE_HINT)
+        raise LocalFileError(f"there is no folder {self.index.parent}", hint=CA_PLACE_HINT)
 
 
 def _owner_hint(folder: Path, found: Exposure) -> str:
@@ -397,7 +397,7 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
     found = parse_index(after)
     lost = [serial for serial in parse_index(before.data) if serial not in found]
     if lost:
-        raise IndexDamagedError(f"wanted all old rows, found {len(lost)} missing")
+        raise IndexDamagedError(f"{len(lost)} old rows are missing")
     return [serial for serial in found if serial not in before.serials]
 
 
@@ -445,7 +445,7 @@ def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as e:
-        raise LocalFileError(f"wanted to read {path}, found: {e.strerror}") from e
+        raise LocalFileError(f"can't read {path}: {e.strerror}") from e
 
 
 def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:

@@ -120,7 +120,7 @@ class KeyFile:
             )
         if _WRONG_PASSPHRASE.search(messages):
             return LocalFileError(
-                f"wanted a passphrase for {self}, which is encrypted, found none in the settings",
+                f"{self} is encrypted, and the settings name no passphrase for it",
                 hint="set passphrase_file, passphrase_env or passphrase_credential",
             )
         if _NO_KEY.search(messages):
@@ -198,7 +198,7 @@ class TokenKey:
         module = self.settings.module
         if not os.access(module, os.R_OK) or not module.is_file():
             raise BackendRefusedError(
-                f"wanted the token's PKCS#11 module {module}, found no file there that can be read",
+                f"there is no file {module} that can be read, the token's PKCS#11 module",
                 hint="`pkcs11.module` is the library of the HSM's vendor; for SoftHSM in Debian"
                 " /usr/lib/softhsm/libsofthsm2.so",
             )
@@ -224,7 +224,7 @@ class TokenKey:
         if _NO_METHOD.search(messages):
             package = {"engine": "libengine-pkcs11-openssl", "provider": "pkcs11-provider"}[method]
             return BackendRefusedError(
-                f"wanted openssl's {method} pkcs11, found none",
+                f"openssl has no {method} pkcs11",
                 hint=f"install it (Debian: {package}), or choose the other `pkcs11.method`, engine or provider",
             )
         if login := _LOGIN.search(messages):
@@ -419,7 +419,7 @@ class Openssl:
         program = shutil.which(self.program)
         if not program:
             raise LocalFileError(
-                f"wanted the program {self.program!r}, found none", hint="install openssl, or set `openssl` to its path"
+                f"there is no program {self.program!r}", hint="install openssl, or set `openssl` to its path"
             )
         output = bytearray()
         # no pipe: openssl writes a dozen times for each CSR, and would wake us as often

@@ -341,7 +341,7 @@ class VaultBackend(OverHttp):
             return None
         pem = texts(answer.or_raise().data.get("certificate"))
         if not pem:
-            raise BackendRefusedError(f"vault: {answer.where}: wanted a certificate, found none")
+            raise BackendRefusedError(f"vault: {answer.where}: the answer has no certificate")
         with contextlib.suppress(*UNREADABLE):  # one that can't be read is not ours
             [leaf] = load_pem_certificates("\n".join(pem).encode())
             return (key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None

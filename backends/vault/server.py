@@ -316,7 +316,9 @@ class Tokens:
         login = object_of(answer.body, "auth")
         token = login.get("client_token")
         if not isinstance(token, str) or not token:
-            raise BackendRefusedError(f"vault: {answer.where}: wanted a token, found none (a second factor asked for?)")
+            raise BackendRefusedError(
+                f"vault: {answer.where}: the answer has no token (does the server ask for a second factor?)"
+            )
         self.identity = identity_text(f"auth/{self._mount}", object_of(login, "metadata"), login)
         self._role_name = object_of(login, "metadata").get("role_name")
         if login.get("token_type") != "batch":  # a batch token can't be revoked

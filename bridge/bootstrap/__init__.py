@@ -175,7 +175,7 @@ def live(path: Path) -> bytes | None:
     try:
         return read(path)
     except UnreadableError as e:
-        raise BridgeError(f"{path}: wanted to read it, found: {e}") from None
+        raise BridgeError(f"{path}: can't read it: {e}") from None
 
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:
@@ -234,9 +234,7 @@ def gather_authorities(
         if not ours and authority.name in settings.authorities:  # the one that signs, which kubeadm uses as the root
             ours = signer_of(registry.configured(settings, [authority.name])[authority.name])
         if not ours:
-            raise AuthorityError(
-                f"{authority.name}: wanted the CA's certificate, found it in no file and from no backend"
-            )
+            raise AuthorityError(f"{authority.name}: no file and no backend has the CA's certificate")
         if (wrong := authority_trouble(ours, now)) is not None:
             raise AuthorityError(f"{authority.name}: {wrong}")
         found[authority.name] = ours
@@ -409,7 +407,7 @@ def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None
         )
     if further and not config.endpoint:
         raise KubeadmConfigError(
-            "controlPlaneEndpoint: wanted the control plane's stable address, found none",
+            "controlPlaneEndpoint is missing: the control plane's stable address",
             hint="kubeadm refuses a second control-plane node without it; a later change needs new certificates",
         )
     if config.external_etcd is not None and config.external_etcd.has_tls:

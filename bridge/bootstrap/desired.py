@@ -157,7 +157,7 @@ def of_join(settings: Settings, inputs: NodeInputs, role: Role | None) -> Desire
     config = for_node(cluster, node.name, node.addresses[0], node.socket, mine.bind_port)
     if node.role == "worker" and not config.endpoint:
         raise KubeadmConfigError(
-            "controlPlaneEndpoint: wanted the address by which a worker reaches the control plane, found none",
+            "controlPlaneEndpoint is missing: the address by which a worker reaches the control plane",
             hint="it is in the ClusterConfiguration of the first node",
         )
     places = Places.of(settings, config)
@@ -185,7 +185,7 @@ def _cluster(inputs: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
     sources += [own] if own.cluster else []
     if not sources:
         raise KubeadmConfigError(
-            "wanted the cluster's ClusterConfiguration, found none",
+            "the cluster's ClusterConfiguration is missing",
             hint="`ca-bridge bootstrap share` on a control-plane node gives it, or --kubeadm-config names its file",
         )
     if any(one.cluster != sources[0].cluster for one in sources):
@@ -203,7 +203,7 @@ def _joining(inputs: NodeInputs, own: KubeadmConfig, role: Role | None) -> NewNo
             raise OrderError("wanted either an order or the facts themselves, found both", hint="leave the flags out")
         return found
     if role is None:
-        raise OrderError("wanted --control-plane, --worker, or an order that says which, found none of them", hint="")
+        raise OrderError("one of these is missing: --control-plane, --worker, or an order that says which", hint="")
     facts = inputs.facts
     address = facts.address or own.address
     try:

@@ -134,7 +134,7 @@ def _read_pair(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
         raise KubeadmError(f"wanted {spec.base} of kubeadm, found: {e}") from None
     if not key or not server:
         missing = "server" if key else "key"
-        raise KubeadmError(f"wanted a key and a server in {spec.base} of kubeadm, found no {missing}")
+        raise KubeadmError(f"{spec.base} of kubeadm has no {missing}")
     return Made(csr_pem=_read(kubeconfigs / f"{spec.base}.csr"), key_pem=key, server=server)
 
 
@@ -211,7 +211,7 @@ def assert_sa_at_hand(desired: DesiredNode) -> None:
         return
     if desired.role == "control-plane" and desired.sa is None:
         raise ForeignSaError(
-            "wanted the service account key of another control-plane node, found none",
+            "the service account key is missing; another control-plane node has it",
             hint="--shared - with what `ca-bridge bootstrap share` prints there, or sa.key and sa.pub copied to "
             f"{desired.places.pki} (mode 0600) over a safe channel",
         )
@@ -229,7 +229,7 @@ def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x5
     """Return samples of a new node's certificates, without a CA's signature, by authority and name."""
     node = order.node
     if node is None:
-        raise OrderError("wanted an order for a node, found one without")
+        raise OrderError("the order names no node")
     found: dict[str, dict[str, x509.Certificate]] = {}
     servers = servers_of(order.cluster, Path(order.cluster.certificates_dir or "/etc/kubernetes/pki"))
     for spec in specs_of(node.role, order.cluster.external_etcd, servers):

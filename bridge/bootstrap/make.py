@@ -193,7 +193,7 @@ def _assert_free(files: Sequence[Replacement], places: Places) -> None:
         file.path for file in files if file.path not in places.serving and live(file.path) not in (None, file.data)
     ]
     if others:
-        raise LeftoversError(f"wanted to put copies back, found another file in the place of {some(others)}")
+        raise LeftoversError(f"can't put copies back: another file is in the place of {some(others)}")
 
 
 def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacement:
@@ -223,8 +223,8 @@ def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
         )
         for path, data in {**there, **desired.files}.items()
     )
-    wanted = f"{desired.inputs.keep}: wanted a directory for copies (--keep)"
-    with reasons(BridgeError, wanted, hint="name another one"):
+    failed = f"{desired.inputs.keep}: can't make a directory for copies (--keep)"
+    with reasons(BridgeError, failed, hint="name another one"):
         private_directory(desired.inputs.keep)
     kept_file(desired.inputs.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
 
@@ -514,7 +514,7 @@ def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:
     lacking = [one for one in specs if one.authority.name not in run.settings.authorities]
     if lacking:
         authorities = ", ".join(name for name in AUTHORITIES if name in {one.authority.name for one in lacking})
-        text = f"{some(one.name for one in lacking)}: wanted a CA or a desk for {authorities}, found none"
+        text = f"{some(one.name for one in lacking)}: there is no CA and no desk for {authorities}"
         hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
         raise BridgeError(text, hint=hint, exit_code=Exit.USAGE)
 

@@ -148,7 +148,7 @@ def _cluster(value: object) -> KubeadmConfig:
     except KubeadmConfigError as e:
         raise OrderError(f"cluster: {e}") from None
     if not found.cluster:
-        raise OrderError("cluster: wanted a ClusterConfiguration, found none")
+        raise OrderError("cluster: there is no ClusterConfiguration in it")
     return found
 
 
@@ -182,7 +182,7 @@ def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -
     if not kubeadm_names.is_node_name(name):
         raise OrderError(f"name: wanted a node's name in small letters, found {name[:80]!r}")
     if not addresses:
-        raise OrderError(f"{name}: wanted its IP address, found none")
+        raise OrderError(f"{name}: its IP address is missing")
     for one in addresses:
         try:
             ipaddress.ip_address(one)
@@ -229,7 +229,7 @@ def read_nodes(path: Path) -> list[NewNode]:
         if [one.role for one in found].count("init") > 1:
             raise OrderError(f"{where}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
     if not found:
-        raise OrderError(f"{path}: wanted a list of nodes, found none", hint=_LINE)
+        raise OrderError(f"{path}: there is no node in it", hint=_LINE)
     return found
 
 
@@ -253,7 +253,7 @@ def share(settings: Settings, config: Path | None, now: datetime, *, worker: boo
     key, public = live(places.sa_key), live(places.sa_public)
     if key is None or public is None or not is_sa_pair(key, public):
         raise OrderError(
-            f"{places.sa_key}: wanted the service account key and {places.sa_public.name}, found no such pair",
+            f"{places.sa_key}: there is no pair of the service account key and {places.sa_public.name}",
             hint="run it on a control-plane node; for a worker there is --worker",
         )
     return dumps(Order(cluster=shared(cluster), authorities=found, sa=(key, public)))
@@ -306,7 +306,7 @@ def write_orders(
     listed = read_nodes(nodes)
     cluster = read_configuration(config)[0]
     if not cluster.cluster:
-        raise KubeadmConfigError(f"{config}: wanted a ClusterConfiguration, found none")
+        raise KubeadmConfigError(f"{config}: there is no ClusterConfiguration in it")
     if left_out := [*_left_out(cluster)]:
         log.warning("%s: no order has its %s, since that is a node's own", config, ", ".join(left_out))
         hint = "without them a node gets kubeadm's defaults; a further one may have its own JoinConfiguration: --kubeadm-config"
@@ -319,7 +319,7 @@ def write_orders(
     made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}
     for path, order in made.values():
         if not _is_older(path, order):
-            raise OrderError(f"{path}: wanted no file, found another order", hint="name an empty directory")
+            raise OrderError(f"{path}: another order is there already", hint="name an empty directory")
     with held_directory(directory) as held:
         for path, order in made.values():
             signature = signatures.sign(key, message(order)) if key is not None else None

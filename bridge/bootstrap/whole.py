@@ -97,7 +97,7 @@ class NodeLook:
             path = self.places.authority(authority)
             data = self.read(path)
             if data is None:
-                yield f"{path}: wanted the CA's certificate (kubeadm would make a CA of its own), found none"
+                yield f"{path}: the CA's certificate is missing (kubeadm would make a CA of its own)"
                 continue
             try:
                 certificates = tuple(load_pem_certificates(data))
@@ -121,7 +121,7 @@ class NodeLook:
         try:
             anchors[CA.name] = tuple(load_pem_certificates(kubeconfig.parse(data).ca_data or b""))
         except (KubeconfigError, ValueError):
-            yield f"{self.places.kubeconfigs / KUBELET_CONF}: wanted the CA's certificate in it, found none"
+            yield f"{self.places.kubeconfigs / KUBELET_CONF}: it has no certificate of the CA"
 
     # --- certificates -------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class NodeLook:
         """Yield what is missing or wrong with one certificate, in the form of `problems`."""
         missing = [path for path in self.files_of(spec) if self.read(path) is None]
         for path in missing:
-            yield f"{path}: wanted a file, found none"
+            yield f"{path}: there is no such file"
         if missing or not anchors:
             return
         path, *_ = self.files_of(spec)
@@ -159,7 +159,7 @@ class NodeLook:
         if not parsed.ca_data or load_pem_certificates(parsed.ca_data)[0] != anchor:
             yield f"{path}: wanted the certificate of ca.crt in it, found another one or none"
         if not parsed.server:
-            yield f"{path}: wanted the API server's address in it, found none"
+            yield f"{path}: it has no address of the API server"
         if spec.name != KUBELET_CONF:
             return
         # embedded data would need its own renewal, and fail once it has expired
@@ -224,7 +224,7 @@ class NodeLook:
         key, public = self.read(self.places.sa_key), self.read(self.places.sa_public)
         for path, data in ((self.places.sa_key, key), (self.places.sa_public, public)):
             if data is None:
-                yield f"{path}: wanted the service account key (kubeadm does not look for it), found none"
+                yield f"{path}: the service account key is missing (kubeadm does not look for it)"
         if key is not None and public is not None and not is_sa_pair(key, public):
             yield f"{self.places.sa_public}: wanted the public key of sa.key, found another one"
 
@@ -234,7 +234,7 @@ def check(
 ) -> list[str]:
     """Return everything missing or wrong on a node before kubeadm runs, and change nothing."""
     found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
-    wanted = "wanted kubeadm's configuration, by which names are judged, found none"
+    wanted = "kubeadm's configuration is missing, by which names are judged"
     found += [f"{file}: {wanted}" for file in files if live(file) is None]
     look = look_at(settings, places, role, config, live, now)
     return [*found, *map(str, _open_keys(look)), *look.problems()]
@@ -322,6 +322,6 @@ def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
     for path, data in desired.files.items():
         if live(path) not in (None, data):
             raise LeftoversError(
-                f"{path}: wanted no file, found another configuration",
+                f"{path}: another configuration is there already",
                 hint="move it away, or give it as --kubeadm-config",
             )

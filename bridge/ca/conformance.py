@@ -113,7 +113,7 @@ class Trial:
     def _collected(self, request: SignRequest, waiting: Pending) -> Issued:
         backend, references = self.backend, [waiting.reference]
         if not isinstance(backend, contract.Collects):
-            raise NotConformingError('wanted a backend that can be asked later, as it answers "later"; found none')
+            raise NotConformingError('the backend answers "later", and cannot be asked later')
         answer = wait_until(
             lambda: backend.collect(request, references[-1]),
             lambda answer: isinstance(answer, Issued),

@@ -165,7 +165,7 @@ def pending_cancel(
             log.warning("%s: %s may have the request, and sign it", one.name, one.backend)
     hint = "`ca-bridge pending list` shows those that are"
     for name in missing:
-        print_error(BridgeError("wanted a request that is open, found none", hint=hint), name)
+        print_error(BridgeError("there is no open request", hint=hint), name)
     return Exit.FAILED if missing else Exit.DONE
 
 

@@ -233,7 +233,7 @@ class _Terminal:
                 return False, f"{self._in.readline().strip() or 'no reason was given'} ({audit.person()})"
             if not answer or answer.strip().lower() in {"later", "l"}:
                 return None, audit.person()
-            self._say("wanted yes, no or later\n")
+            self._say("the answer is yes, no or later\n")
 
     def _say(self, text: str) -> None:
         self._out.write(text)

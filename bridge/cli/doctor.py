@@ -80,7 +80,7 @@ def _rights_first(causes: Sequence[Cause]) -> list[Cause]:
     if not closed:
         return list(causes)
     names = ", ".join(dict.fromkeys(about for cause in closed for about in cause.about))
-    text = f"wanted root, found another user, who may not look at: {names}"
+    text = f"only root may look at: {names}"
     first = Cause(level="error", check="rights", about=("this user",), text=text, hint=ROOT_HINT)
     return [first, *(cause for cause in causes if cause.hint != ROOT_HINT)]
 

@@ -83,7 +83,7 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
     """Return the shipped manifests, filled in for this cluster as far as settings, policy and inventory exist."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted((shipped / "kubernetes").glob("*.yaml"))}
     if not texts:
-        raise BridgeError("wanted the manifests that are installed with the program, found none", hint="reinstall it")
+        raise BridgeError("the program's manifests are not installed", hint="reinstall it")
     if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
         policy = Nodes(settings.gateway).files(0.0)[0]
         signers = policy.signers
@@ -242,7 +242,7 @@ def _with_files(text: str, files: Mapping[str, Path]) -> str:
     """Replace the example of a Secret by the command that makes it, so that no secret is printed."""
     head, mark, _ = text.partition("---\n# What must stay secret")
     if not mark:
-        text = "wanted the example of a Secret in the shipped manifests, found none"
+        text = "the shipped manifests have no example of a Secret"
         raise BridgeError(text, hint="reinstall the program")
     for path in filter(Path.is_dir, files.values()):
         log.warning("%s is a directory, which no Secret can hold: run the gateway as a systemd unit for this CA", path)

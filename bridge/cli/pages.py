@@ -162,7 +162,7 @@ def help_(
     """
     found = topics()
     if not found:
-        raise BridgeError("wanted the pages that are installed with the program, found none", hint="install it again")
+        raise BridgeError("the program's pages are not installed", hint="install it again")
     if not topic:
         widest = max(map(len, found))
         say("\n".join(f"{name:{widest}}  {title_of(page)}" for name, page in found.items()))

@@ -67,7 +67,7 @@ def settings_init(
         hint = f"edit it, or write another one: `{another}`"
         raise BridgeError(f"{path}: wanted no file, found one", hint=hint) from None
     except OSError as e:
-        raise BridgeError(f"{path}: wanted to write it, found: {e.strerror}") from None
+        raise BridgeError(f"{path}: can't write it: {e.strerror}") from None
     say(f"wrote {path}")
 
 
@@ -190,7 +190,7 @@ def example() -> Path:
     """Return the installed example of the program's own tables; the examples of CAs are in directories beside it."""
     found = shipped("config.toml")
     if found is None:
-        text = "wanted the example settings that are installed with the program, found none"
+        text = "the program's example settings are not installed"
         raise BridgeError(text, hint="reinstall it")
     return found
 
@@ -339,7 +339,7 @@ def _expectation(node: Node, settings: Settings, authority: str, backend: Backen
         anchors, name = tuple(backend.issuers()[-1:]), "the CA's own word"
     if not anchors:
         raise BridgeError(
-            f"wanted the certificate of {authority} to compare with, found none on this node, and the backend tells none",
+            f"there is no certificate of {authority} to compare with, on this node or from the backend",
             hint="--pki-dir tells where ca.crt, etcd/ca.crt and front-proxy-ca.crt are",
         )
     return verify.Expectation(

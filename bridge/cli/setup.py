@@ -134,7 +134,7 @@ def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
     for file in files:
         path = directory / file.name
         with (
-            reasons(BridgeError, f"{path}: wanted to write it", hint="name an empty directory"),
+            reasons(BridgeError, f"{path}: can't write it", hint="name an empty directory"),
             held_directory(directory) as held,
             (held / file.name).open("x", encoding="utf-8") as opened,
         ):
@@ -250,7 +250,7 @@ def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:
         if is_role and authority not in (None, only.name):
             hint = f"this node is {role}, whose certificates are all of {only.name}"
     of = f" of {authority}" if authority else ""
-    return BridgeError(f"wanted live certificates{of} to make it from, found none", hint=hint)
+    return BridgeError(f"there are no live certificates{of} to make it from", hint=hint)
 
 
 def _servers(settings: Settings) -> dict[str, x509.Certificate]:

@@ -205,8 +205,8 @@ def of_gateway(config: Path | None) -> Access:
 def _of_pod() -> tuple[Client, Server]:
     host = os.environ.get("KUBERNETES_SERVICE_HOST")
     if not host:
-        raise ValueError("wanted a kubeconfig (gateway.kubeconfig), or a pod with a service account, found neither")
-    trust, token = _bytes(SERVICE_ACCOUNT / "ca.crt", "a CA certificate"), _token(SERVICE_ACCOUNT / "token")
+        raise ValueError("there is no kubeconfig (gateway.kubeconfig), and this is no pod with a service account")
+    trust, token = _bytes(SERVICE_ACCOUNT / "ca.crt", "CA certificate"), _token(SERVICE_ACCOUNT / "token")
     client = Client(name="service account", certificate_pem=None, key_pem=None, trust_pem=trust, token=token)
     return client, Server(url_of(host, int(os.environ.get("KUBERNETES_SERVICE_PORT", "443"))))
 
@@ -220,28 +220,28 @@ def of_kubeconfig(path: Path, data: bytes, usual_trust: Path | None = None) -> t
 
     def part(embedded: bytes | None, file: str | None, what: str) -> bytes:
         if not embedded and not file:
-            raise ValueError(f"wanted {what}, found none")
+            raise ValueError(f"it has no {what}")
         return embedded or _bytes(path.parent / (file or ""), what)
 
     trust_file = parsed.ca_file or (str(usual_trust) if usual_trust is not None else None)
-    trust, token, certificate, key = part(parsed.ca_data, trust_file, "a CA certificate"), None, None, None
+    trust, token, certificate, key = part(parsed.ca_data, trust_file, "CA certificate"), None, None, None
     if parsed.token_file:
         token = _token(path.parent / parsed.token_file)
     else:
-        certificate = part(parsed.certificate_data, parsed.certificate_file, "a client certificate")
-        key = part(kubeconfig.key_data(data), parsed.key_file, "a client key")
+        certificate = part(parsed.certificate_data, parsed.certificate_file, "client certificate")
+        key = part(kubeconfig.key_data(data), parsed.key_file, "client key")
     client = Client(name=path.name, certificate_pem=certificate, key_pem=key, trust_pem=trust, token=token)
     return client, Server(parsed.server.rstrip("/"), parsed.tls_server_name)
 
 
 def _token(path: Path) -> str:
-    return _bytes(path, "a token").decode("ascii").strip()
+    return _bytes(path, "token").decode("ascii").strip()
 
 
 def _bytes(path: Path, what: str) -> bytes:
     found = paths.read(path)
     if not found:
-        raise ValueError(f"wanted {what} in {path}, found none")
+        raise ValueError(f"there is no {what} in {path}")
     return found
 
 

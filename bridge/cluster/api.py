@@ -336,7 +336,7 @@ class Api:
                 if stream.status == HTTPStatus.UNAUTHORIZED:
                     self._read_anew(clients)
                 reply = Reply(status=stream.status, body=stream.rest())
-                raise NoAnswerError(f"{server.place}: wanted to watch, found HTTP {reply.status} {reply.message}")
+                raise NoAnswerError(f"{server.place}: can't watch: HTTP {reply.status} {reply.message}")
             stream.go_on(silence_seconds)
             yield Lines(stream, longest, str(server.place))
         except HttpsError as e:

@@ -75,7 +75,7 @@ def read_cluster(api: Api) -> Cluster:
 
 
 def _none(place: ConfigMapKey, found: Found) -> NoConfigError:
-    return NoConfigError(f"wanted {place} with {place.key} in it, found none (HTTP {found.status})")
+    return NoConfigError(f"there is no {place} with {place.key} in it (HTTP {found.status})")
 
 
 def _parsed(text: str) -> Cluster:
@@ -106,9 +106,9 @@ def change(api: Api, place: ConfigMapKey, edit: Callable[[str], str]) -> bool:
         if reply.status == HTTPStatus.OK:
             return True
         if reply.status != HTTPStatus.CONFLICT:
-            text = f"wanted to change {place}, found HTTP {reply.status} {reply.message}".rstrip()
+            text = f"can't change {place}: HTTP {reply.status} {reply.message}".rstrip()
             raise NoConfigError(text, hint="`kubectl auth can-i update configmaps -n kube-system` says who may")
-    raise NoAnswerError(f"wanted to change {place}, found that others changed it each time")
+    raise NoAnswerError(f"can't change {place}: others changed it each time")
 
 
 def change_cluster(api: Api, edit: Callable[[Cluster], Cluster]) -> bool:

@@ -143,7 +143,7 @@ def _absent(look: Look) -> Iterator[Check]:
         if names and component not in look.node.manifests:
             path = manifests.path_of(component, look.settings.node.kubeconfig_dir)
             trouble = next((t for t in look.node.troubles if t.startswith(f"{component.value}: ")), "")
-            detail = trouble.partition(": ")[2] or f"wanted its manifest {path}, found none"
+            detail = trouble.partition(": ")[2] or f"there is no manifest {path}"
             yield Check(component, names[0], "runs", functools.partial(Verdict, "no-answer", detail))
 
 

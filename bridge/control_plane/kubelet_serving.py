@@ -104,7 +104,7 @@ def switch(settings: Settings, *, on: bool, force: bool, wait: timedelta, tell: 
     with session.alone(settings, timedelta()) as (store, record):
         node = read_node(settings.node)
         if not (node.is_worker or Component.APISERVER in node.manifests):
-            raise NotHereError("wanted a worker, or a control plane with an API server, found neither")
+            raise NotHereError("this is no worker, and no control plane with an API server")
         restarts = Restarts(node=node, settings=settings, store=store, record=record, force=force)
         switching = _Switch(settings=settings, node=node, restarts=restarts, wait=wait, tell=tell)
         (switching.on if on else switching.off)()
@@ -244,7 +244,7 @@ class _Switch:
         path = self.settings.node.kubelet_dir / "config.yaml"
         data, running = _contents(path), processes.reader_of(Component.KUBELET, path)
         if running is None:
-            raise NotHereError(f"wanted a kubelet with {path} among its arguments, found none")
+            raise NotHereError(f"no kubelet has {path} among its arguments")
         self._assert_decides(running, path, asks=asks)
         trial = functools.partial(refusal, processes.program_of(running), running.arguments[1:])
         wanted = _edited(path, data, asks=asks)
@@ -424,7 +424,7 @@ def nodes(api: Api) -> Iterator[Mapping[str, Any]]:
 def _look(node: Mapping[str, Any], trust_pem: bytes, flags: Flags) -> Served:
     name, place = name_of(node), place_of(node, flags)
     if place is None:
-        return Served(node=name, trouble="wanted its address in its Node object, found none")
+        return Served(node=name, trouble="its Node object has no address")
     try:
         leaf = replace(ANONYMOUS, trust_pem=trust_pem).served(place)
     except HttpsError as e:

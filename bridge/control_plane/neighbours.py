@@ -534,13 +534,13 @@ class EtcdClaim:
         if self._id:
             found = self._call("/v3/lease/keepalive", {"ID": self._id}).get("result")
             if not isinstance(found, dict):  # a stream's error comes with status 200; the lease may live
-                text = f"wanted to keep the lease {self.name}, found that etcd does not say whether it lives"
+                text = f"can't keep the lease {self.name}: etcd does not say whether it lives"
                 raise NoAnswerError(text)
             if found.get("TTL") not in (None, "0", 0):
                 return
         self._id = str(self._call("/v3/lease/grant", {"TTL": self._seconds}).get("ID") or "")
         if not self._id:
-            raise NoAnswerError(f"wanted a lease of etcd for {self.name}, found none in its answer")
+            raise NoAnswerError(f"etcd's answer has no lease for {self.name}")
 
     def _put_if(self, condition: Mapping[str, str]) -> str:
         """Write the key if the condition holds; return an empty string if it was written, else the holder."""

@@ -193,7 +193,7 @@ class Restarts:
     def _restart(self, component: Component) -> None:
         settings = self.settings
         if settings.restart.method == "none":
-            raise ValueError("wanted a method to restart components with")
+            raise ValueError("the settings name no method to restart components with (restart.method)")
         if component is not Component.KUBELET and settings.restart.method == "static-pods":
             pod = self._pod(component)
             _remember(component, self.store)
@@ -214,7 +214,7 @@ class Restarts:
             take_copy(settings.node.kubeconfig_dir, control_plane.KUBELET_COPY, self.store)
         name, timeout = component.value, settings.restart.timeout
         if failure := command_failure(name, command, {"CA_BRIDGE_COMPONENT": name}, timeout):
-            raise RestartError(f"{name}: wanted to have it restarted, {failure}", hint="see [restart.commands]")
+            raise RestartError(f"{name}: its restart failed: {failure}", hint="see [restart.commands]")
         if component not in _present(self.node):
             return  # without a manifest here only the command's exit code shows success
         if found := self._wait_until_healthy([component]):
@@ -322,12 +322,12 @@ def obstacle(component: Component, node: Node, settings: Settings) -> Impossible
             return None
         path = manifests.path_of(component, settings.node.kubeconfig_dir)
         hint = "a component that is no static pod has its command in [restart.commands]"
-        return ImpossibleError(f"{component.value}: wanted its manifest {path}, found none that can be read", hint=hint)
+        return ImpossibleError(f"{component.value}: there is no manifest {path} that can be read", hint=hint)
     if words := _command(component, settings):
         unsafe = unsafe_program(words)
         return None if unsafe is None else ImpossibleError(f"{component.value}: {unsafe}", hint=unsafe.hint)
     advice = control_plane.how_to_restart(component, settings.node)
-    text = f"{component.value}: wanted its command in [restart.commands], found none"
+    text = f"{component.value}: [restart.commands] has no command for it"
     return ImpossibleError(text, hint=f"name one, or by hand: {advice}")
 
 
@@ -436,7 +436,7 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
     hint = "`ca-bridge prove` shows each check; `ca-bridge restart COMPONENT` restarts without a check"
     if not node.manifests and not node.is_worker:
         place = settings.node.kubeconfig_dir / "manifests"
-        text = f"nothing is known of what runs here: wanted static-pod manifests in {place}, found none"
+        text = f"nothing is known of what runs here: there are no static-pod manifests in {place}"
         return [], BridgeError(text, hint=hint)
     if wanted.which != "needed":
         every = control_plane.ORDER if node.is_worker else manifests.COMPONENTS
@@ -445,5 +445,5 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
     pairs = {item.spec.name for item in node.items if item.pair is not None and item.spec.component is None}
     unseen = [one for one in found.findings if one.state in ("unknown", "no-answer") and one.certificate not in pairs]
     names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
-    text = f"wanted to see on which certificates all components run, found no answer from {', '.join(names)}"
+    text = f"no answer from {', '.join(names)}, so it is unknown on which certificates all components run"
     return found.stale, BridgeError(text, hint=hint, exit_code=found.exit_code) if unseen else None

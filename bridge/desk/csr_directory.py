@@ -56,12 +56,12 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
     files: dict[str, Path] = {}
     unseen: list[OSError] = []
     paths = find(directory, unseen.append)
-    requests, problems = [], [f"{e.filename}: wanted to look for CSRs, found: {e.strerror}" for e in unseen]
+    requests, problems = [], [f"{e.filename}: can't look for CSRs: {e.strerror}" for e in unseen]
     for path in paths:
         relative = path.relative_to(directory)
         spec = spec_of(relative)
         if spec is None:
-            problems.append(f"{path}: wanted one of kubeadm's names, such as apiserver{_SUFFIX}")
+            problems.append(f"{path}: this is none of kubeadm's names, such as apiserver{_SUFFIX}")
         elif spec.name in files:
             problems.append(f"{path}: wanted one CSR for {spec.name}, found {files[spec.name]} too")
         else:
@@ -72,7 +72,7 @@ def load(directory: Path, *, node: str, cluster: str, validity: timedelta, creat
                 problems.append(f"{path}: {e}")
     if problems or not requests:
         raise CsrDirectoryError(
-            "\n".join(problems) or f"{directory}: wanted CSRs, found none",
+            "\n".join(problems) or f"{directory}: there are no CSRs in it",
             hint="move away what is not to be signed, and make the rest readable for the desk" if problems else "",
         )
     ders = b"".join(sha256(request.csr.public_bytes(Encoding.DER)).digest() for request in requests)
@@ -127,7 +127,7 @@ def _write(target: Path, relative: Path, data: bytes, mode: int) -> None:
         with opened(path) as place:
             write_atomically(place.path, data, mode)
     except ForeignLinkError as e:
-        raise CsrDirectoryError(f"{path}: wanted to write the answer; {e}", hint=_ELSEWHERE) from None
+        raise CsrDirectoryError(f"{path}: can't write the answer: {e}", hint=_ELSEWHERE) from None
 
 
 def _kubeconfig(path: Path) -> bytes | None:

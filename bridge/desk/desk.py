@@ -414,7 +414,7 @@ class Desk:
         if directory is None:
             if not issuers:
                 raise BridgeError(
-                    f"{configured.label}: wanted the CA's certificate, found no way to ask for it",
+                    f"{configured.label}: this backend can't be asked for the CA's certificate",
                     hint="the policy's desk.ca_dir can have it",
                 )
             return issuers[:1]

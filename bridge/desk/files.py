@@ -81,7 +81,7 @@ class Options:
             wanted = f"one of {', '.join(known)}"
             raise SettingsError([SettingsProblem("--without-proof", wanted, ", ".join(unknown))])
         if not self.source.exists():
-            raise BridgeError(f"{self.source}: wanted a bundle, or a directory of bundles or CSRs, found nothing")
+            raise BridgeError(f"{self.source}: there is no such file or directory")
 
 
 _FROM_NODE = "have it from a node: ca.crt in its PKI directory"
@@ -215,7 +215,7 @@ def books_open(
     except (PermissionError, BridgeError) as e:
         if isinstance(e, BridgeError) and e.hint != ROOT_HINT:
             raise
-        text = f"{store.directory}: wanted a state directory of the desk's user {os.geteuid()}, found none"
+        text = f"{store.directory}: there is no state directory of the desk's user {os.geteuid()}"
         hint = f"as root: install -d -m 0700 -o {os.geteuid()} {store.directory}, after a look at who else uses it"
         raise BridgeError(text, hint=hint) from None
     with lock(store.lock, holder, wait):
@@ -310,7 +310,7 @@ class Session:
             csrs = self._csrs(desk)
             return lambda _: iter([csrs]), 1
         if out is None or out.resolve() == source.resolve():
-            raise BridgeError(f"{source}: wanted another directory for the answers", hint="name it with -o")
+            raise BridgeError(f"{source}: the answers need another directory", hint="name it with -o")
         for directory in (source, out):
             _assert_mounted(directory)
         assert_writable(out)
@@ -447,18 +447,18 @@ def _assert_mounted(directory: Path) -> None:
         if place not in mounted:  # looking at a mount whose server is gone never ends
             place = real_path(place)
         if place not in mounted and real_path(directory).is_relative_to(place):
-            raise BridgeError(f"{directory}: wanted it mounted, as {FSTAB} has {place}, found that it is not")
+            raise BridgeError(f"{directory}: it is not mounted, although {FSTAB} has {place}")
 
 
 def assert_writable(outbox: Path) -> None:
     """Refuse a directory that answers can't be written to, before anything is signed."""
     if not outbox.is_dir():
         hint = "make or mount it, or name another place with -o"
-        raise BridgeError(f"{outbox}: wanted a directory for the answers, found none", hint=hint)
+        raise BridgeError(f"{outbox}: there is no such directory for the answers", hint=hint)
     if os.statvfs(outbox).f_flag & os.ST_RDONLY:
-        raise BridgeError(f"{outbox}: wanted to write answers there, found: {os.strerror(errno.EROFS)}")
+        raise BridgeError(f"{outbox}: can't write answers there: {os.strerror(errno.EROFS)}")
     if not os.access(outbox, os.W_OK | os.X_OK, effective_ids=True):
-        text = f"{outbox}: wanted to write answers there, found a directory of user {outbox.stat().st_uid}"
+        text = f"{outbox}: can't write answers there: it is a directory of user {outbox.stat().st_uid}"
         raise BridgeError(text, hint=f"as root: chown {os.geteuid()} {outbox}")
 
 
@@ -472,7 +472,10 @@ def _to_be_mounted() -> set[Path]:
 
 
 def _whose(source: Path) -> BridgeError:
-    return BridgeError(f"{source}: wanted to know whose CSRs these are", hint="name them with --node and --cluster")
+    return BridgeError(
+        f"{source}: CSRs do not say whose they are, and --node and --cluster are missing",
+        hint="name them with --node and --cluster",
+    )
 
 
 def _earlier(path: Path, request_digest: str) -> dict[str, Issued]:

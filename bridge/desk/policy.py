@@ -490,7 +490,7 @@ def _key_problems(key: str, keys: Sequence[str]) -> Iterator[str]:
 def _user_problems(request: BundledRequest, policy: Policy, *, waived: bool) -> Iterator[str]:
     """Problems by the table `[users]`; `waived`: a person at the desk vouches that this user made the request."""
     if policy.users is None:
-        yield "user: wanted a table [users] in the policy, which says who may be, found none"
+        yield "user: the policy has no table [users], which says who may be a user"
         return
     if request.replaces is not None or request.proof is not None:
         yield "proof: wanted none, since nothing proves who a user is, found one"

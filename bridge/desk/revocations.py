@@ -76,7 +76,7 @@ def assert_may(
     if problems := node_problems(successor.node, successor.cluster, policy):
         raise NotRevokedError("; ".join(problems))
     if not (signers := cas.get(successor.authority)):
-        raise BackendUnavailableError(f"wanted the CA of {successor.authority}, found that it was not reached yet")
+        raise BackendUnavailableError(f"the CA of {successor.authority} was not reached yet")
     _assert_replaced(revocation, successor, known, [*signers, *policy.former.get(successor.authority, ())])
     return successor
 

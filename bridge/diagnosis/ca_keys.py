@@ -153,7 +153,7 @@ def search(node: Node, settings: Settings, root: Path) -> Iterator[Finding]:
     """Search all files below a directory, and the cluster, for the CAs' keys: the proof that these have left."""
     root = root.resolve()  # else a link could lead to /proc by another name
     if not root.is_dir():
-        yield Finding.error("ca-key-search", str(root), "wanted a directory to look for CA keys in, found none")
+        yield Finding.error("ca-key-search", str(root), "there is no such directory to look for CA keys in")
         return
     searched = _Search(node)
     yield from searched.below(root, "error")
@@ -168,7 +168,7 @@ def _signer(node: Node) -> Iterator[Finding]:
     for flag, path in endpoints.signing_files(manifest.flags).items() if manifest is not None else ():
         if not path.exists():
             ends = "kube-controller-manager ends when it begins to sign"
-            text = f"wanted the file of {flag} ({path}), found none: {ends}"
+            text = f"the file of {flag} ({path}) is missing: {ends}"
             yield Finding.error("controller-manager-key", about, text, _EMPTY)
         elif flag.endswith("-key-file"):
             public = Held.by_file(path.resolve()).public

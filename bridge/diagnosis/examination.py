@@ -75,7 +75,7 @@ def _whole(part: Iterator[Finding]) -> Iterator[Finding]:
         yield from part
     except OSError as e:
         place = str(e.filename or "this machine")
-        yield Finding.error("unreadable", place, f"wanted to look at it, found: {e.strerror}")
+        yield Finding.error("unreadable", place, f"can't look at it: {e.strerror}")
     except BridgeError as e:
         yield from_error("unreadable", "state directory", e)
 
@@ -98,7 +98,7 @@ def look_at_desk(settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from machine.jobs_of_cron()
     yield from machine.desk_directories()
     if not settings.authorities:
-        text = "wanted an [authority.NAME] for each CA that signs here, found none"
+        text = "the settings have no [authority.NAME] for a CA that signs here"
         yield Finding.error("settings", "settings", text)
     questions = {name: _question(name, policy, settings, now) for name in settings.authorities}
     yield from authorities.ask_all(settings, dict.fromkeys(questions), questions, now)

@@ -63,9 +63,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             continue
         yield from _item(item, settings, now)
         if not item.named and item.state == "present":
-            text = (
-                f"wanted its manifest to name {item.certificate_path}, found no --tls-cert-file: nothing serves with it"
-            )
+            text = f"its manifest has no --tls-cert-file: nothing serves with {item.certificate_path}"
             hint = "ca-bridge serving-certs on puts it in, and off takes it away"
             yield Finding.warning("serving-certificate", item.spec.name, text, hint)
         if item.state == "present":
@@ -151,7 +149,7 @@ def _item(item: Item, settings: Settings, now: datetime) -> Iterator[Finding]:
         own = "its component serves one that it made itself, which no client can verify; ca-bridge serving-certs on"
         yield Finding.ok("certificate", name, own if item.spec.by_flag else "not on this node, which is normal for it")
     else:
-        text = item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
+        text = item.trouble or f"there is no certificate in {item.certificate_path}"
         first = f"mv {item.certificate_path} /root, and " if item.state == "broken" else ""
         is_made = item.state in ("missing", "broken") and (item.listed or name == KUBELET_CONF or item.spec.by_flag)
         hint = f"{_RESTORE}; or {first}`ca-bridge renew {name}` makes it anew" if is_made else _RESTORE
@@ -258,7 +256,7 @@ def key_of(item: Item) -> Iterator[Finding]:
         yield Finding.error("key-unreadable", name, f"{path}: {e}", _RESTORE)
         return
     if pem is None:
-        text = f"wanted its key in {path}, found nothing"
+        text = f"its key is missing in {path}"
         yield Finding.error("key-missing", name, text, "renew it: that makes a new key")
         return
     found = key_finding(item.certificates[0], pem)
@@ -353,7 +351,7 @@ def authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Find
     """Check the CAs of a file."""
     about = f"CA {state.authority.name}"
     if state.state != "present":
-        text = state.trouble or f"wanted a CA certificate in {state.path}, found nothing"
+        text = state.trouble or f"there is no CA certificate in {state.path}"
         yield Finding.error("ca-missing", about, text, _RESTORE)
         return
     end = ca_end(state.certificates[0], about, now, f", key {state.key}")

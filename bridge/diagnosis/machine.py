@@ -80,7 +80,7 @@ def _frozen(node: Node) -> Iterator[Finding]:
     for path, name in paths.items():
         if files.is_frozen(path):
             found = "immutable or append-only: no renewal can be installed"
-            text = f"wanted to be able to replace {path}, found it {found}"
+            text = f"can't replace {path}: it is {found}"
             hint = f"chattr -i -a {path}, after a look at who set it"
             yield Finding.error("immutable", name, text, hint, str(path))
 
@@ -216,7 +216,7 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
         try:
             certificate = within(_HOME_SECONDS, partial(_client_certificate, path))
         except TimeoutError:
-            text = f"wanted to look within {_HOME_SECONDS:g} s whether it is a copy of admin.conf, found no end of it"
+            text = f"it can't be read to its end within {_HOME_SECONDS:g} s: it may be a copy of admin.conf"
             yield Finding.warning("admin-copy-unseen", str(path), text, _UNSEEN_HINT)
             continue
         if certificate is not None:
@@ -244,10 +244,10 @@ def _listed_copies(node: Node, settings: Settings) -> Iterator[Finding]:
             reason = one_line(str(copy.error).removeprefix(f"{copy.path}: "))
             yield Finding.error("copy", about, reason, "mend it, or take it out of copies.files")
         elif not copy.is_there:
-            text, hint = "wanted a copy of a kubeconfig, found nothing", "put it there, or take it out of copies.files"
+            text, hint = "there is no such copy of a kubeconfig", "put it there, or take it out of copies.files"
             yield Finding.warning("copy", about, text, hint)
         elif not copy.names:
-            text = "wanted the client certificate of one of the node's kubeconfigs, found none as it is now"
+            text = "wanted the client certificate of one of the node's kubeconfigs, found none of them"
             hint = "copy it there again: a renewal refreshes what holds the certificate that it replaces"
             yield Finding.warning("copy", about, text, hint)
         else:

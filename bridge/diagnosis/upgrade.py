@@ -131,7 +131,7 @@ def _wrong(item: Item, state: AuthorityState, now: datetime) -> str:
     if item.state != "present":
         return f"wanted it in {item.certificate_path}, found it {item.state}"
     if item.key_path is not None and not item.key_path.exists():
-        return f"wanted its key in {item.key_path}, found none"
+        return f"its key is missing in {item.key_path}"
     leaf, *rest = item.certificates
     begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     if not begin <= now <= end:
@@ -228,7 +228,7 @@ def _config(api: Api) -> Iterator[Finding]:
     """Yield findings about parts of kubeadm-config that kubeadm 1.37 no longer reads."""
     root = _document(api, kubeadm.CLUSTER)
     if root is None:
-        text = "wanted kubeadm-config in the cluster, found none: kubeadm upgrade aborts"
+        text = "the cluster has no kubeadm-config: kubeadm upgrade aborts"
         hint = "kubeadm init phase upload-config kubeadm --config FILE"
         yield Finding.error("upgrade-no-config", "kubeadm-config", text, hint)
         return
@@ -320,7 +320,7 @@ def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Findin
 def _of_map(api: Api) -> Finding:
     text, name = kubeadm.read(api, kubeadm.KUBELETS).text, kubeadm.KUBELETS.name
     if text is None:
-        return Finding.warning("kubelet-config", name, "wanted it in the cluster, found none: kubeadm upgrade aborts")
+        return Finding.warning("kubelet-config", name, "the cluster does not have it: kubeadm upgrade aborts")
     if kubelet.asks(text):
         return Finding.ok("kubelet-config", name, "has serverTLSBootstrap: new nodes and upgrades have it so")
     found = "has no serverTLSBootstrap: kubelets make serving certificates themselves"

@@ -141,7 +141,7 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
         if error is not None:
             yield from_error("restart-command", key, error)
         elif words and shutil.which(words[0]) is None:
-            yield Finding.error("restart-command", key, f"wanted a program {words[0]!r}, found none that can be run")
+            yield Finding.error("restart-command", key, f"there is no program {words[0]!r} that can be run")
 
 
 def _hooks(settings: Settings) -> Iterator[Finding]:
@@ -151,7 +151,7 @@ def _hooks(settings: Settings) -> Iterator[Finding]:
             if (unsafe := unsafe_program(words)) is not None:
                 yield Finding.error("hook", about, str(unsafe), unsafe.hint)
                 continue
-            text = found or f"wanted a program {words[0]!r}, found none that can be run"
+            text = found or f"there is no program {words[0]!r} that can be run"
             yield Finding(level="ok" if found else "warning", check="hook", about=about, text=text)
     if Store(settings.node.state_dir).hooks.exists():
         text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
@@ -218,7 +218,7 @@ def _missing_names(node: Node, name: str, hosts: Iterable[str], whose: str, chec
     certificate = node.live(name)
     missing = [] if certificate is None else list(dict.fromkeys(h for h in hosts if not is_named(certificate, h)))
     if missing:
-        text = f"wanted the addresses {whose} among its SANs, found no {', '.join(map(one_line, missing))}"
+        text = f"its SANs lack addresses {whose}: {', '.join(map(one_line, missing))}"
         options = " ".join(f"--add-san {name}={one_line(host)}" for host in missing)
         yield Finding.warning(check, name, text, f"a renewal copies the SANs as they are: ca-bridge renew {options}")
 
@@ -352,7 +352,7 @@ def look_at_pairs(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
 def _pair(
     item: Item, pair: PairSettings, authorities: Sequence[AuthorityState], settings: Settings, now: datetime
 ) -> Iterator[Finding]:
-    name, text = pair.name, item.trouble or f"wanted a certificate in {item.certificate_path}, found nothing"
+    name, text = pair.name, item.trouble or f"there is no certificate in {item.certificate_path}"
     if item.obstacle is not None:
         yield from_error("not-replaceable", name, item.obstacle)
     if item.state == "missing":
@@ -397,11 +397,11 @@ def _reload(pair: PairSettings) -> Iterator[Finding]:
     """Check that the reload command or static pod exists, before a certificate is spent on it."""
     words, manifest = command_words(pair.reload), pair.static_pod
     if manifest is not None and not pod_name(manifest):
-        text = f"wanted the manifest of a static pod in {manifest}, found none"
+        text = f"there is no manifest of a static pod in {manifest}"
         yield Finding.error("pair-reload", pair.name, text)
     if not words:
         return
     if (unsafe := unsafe_program(words)) is not None:
         yield Finding.error("pair-reload", pair.name, str(unsafe), unsafe.hint)
     elif shutil.which(words[0]) is None:
-        yield Finding.error("pair-reload", pair.name, f"wanted a program {words[0]!r}, found none that can be run")
+        yield Finding.error("pair-reload", pair.name, f"there is no program {words[0]!r} that can be run")

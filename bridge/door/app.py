@@ -51,7 +51,7 @@ _LOOK_SECONDS = 0.25
 #: Retry-After of a rejected request.
 _PAUSE_SECONDS = 30
 #: For clients, who may be anyone; only the log has the database's own error, with its address, user and files.
-_DATABASE = DatabaseError("the database: wanted an answer, found none; the door's log says why")
+_DATABASE = DatabaseError("the database does not answer; the door's log says why")
 #: One thread in this many may wait for an answer.
 _PART_AWAITING = 4
 #: One place in this many is for requests that can't be judged before their CA is reached, and their longest bundle: a
@@ -231,11 +231,11 @@ class Door:
             if (match := pattern.fullmatch(path)) is not None:
                 assert_method(environ, "GET")
                 return get(*match.groups())
-        return Reply.error(HTTPStatus.NOT_FOUND, "wanted a page of the door, found another path")
+        return Reply.error(HTTPStatus.NOT_FOUND, "this door has no such page")
 
     def _issuers(self, authority: str) -> Reply:
         if not (found := self.signing.chains.get(authority, ())):
-            text = f"wanted the CA of {authority}, found that it was not reached yet"
+            text = f"the CA of {authority} was not reached yet"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
         return Reply(status=HTTPStatus.OK, body=pem(*found), kind=_CHAIN)
 
@@ -243,7 +243,7 @@ class Door:
 
     def _post(self, environ: Environ) -> Reply:
         if self.ending.is_set():
-            text = "wanted a running door, found one that is shutting down"
+            text = "this door is shutting down"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
         data = json_body(environ)
         try:
@@ -319,13 +319,13 @@ class Door:
     def _answer(self, request_id: str) -> Reply:
         kept = self.memory.find(request_id)
         if kept is None:
-            return Reply.error(HTTPStatus.NOT_FOUND, "wanted the id of a request, found another text")
+            return Reply.error(HTTPStatus.NOT_FOUND, "there is no request {one_line(request_id, 16)}")
         if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node polls again
             kept = self.awaited.over(kept, timedelta(seconds=_SOON_SECONDS))
         if kept.answer is not None:
             return Reply(status=HTTPStatus.OK, body=kept.answer)
         if kept.state == "answered":
-            return Reply.error(HTTPStatus.GONE, "wanted an answer that is kept, found one that is too old (serve.keep)")
+            return Reply.error(HTTPStatus.GONE, "the answer is too old, and no longer kept (serve.keep)")
         document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(self._pause_seconds(kept)))
 
@@ -352,7 +352,7 @@ class Door:
     def _certificate(self, name: str, csr: str) -> Reply:
         chain = self.memory.issued_among([csr]).get((csr, name))
         if chain is None:
-            return Reply.error(HTTPStatus.NOT_FOUND, "wanted a CSR that was signed here, found another one")
+            return Reply.error(HTTPStatus.NOT_FOUND, "nothing was signed here for this CSR")
         return Reply(status=HTTPStatus.OK, body=chain, kind=_CHAIN)
 
 
@@ -365,7 +365,7 @@ def assert_method(environ: Environ, *allowed: str) -> None:
     """Reject a request with another method."""
     if environ["REQUEST_METHOD"] not in allowed:
         methods = ", ".join(allowed)
-        raise away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {methods}", allow=methods)
+        raise away(HTTPStatus.METHOD_NOT_ALLOWED, f"this page takes {methods} alone", allow=methods)
 
 
 def kind_of(environ: Environ) -> str:

@@ -117,7 +117,7 @@ class Approvals:
         """Return the approver who sent a request (NotDecidedError: the client may not decide)."""
         der, trust = environ.get(PEER), self.signing.trust()
         if der is None:
-            raise NotDecidedError("wanted a person's certificate in the handshake, found none")
+            raise NotDecidedError("there was no person's certificate in the TLS handshake")
         try:
             leaf = x509.load_der_x509_certificate(der)
         except UNREADABLE as e:
@@ -147,7 +147,7 @@ class Approvals:
         """Return the request with this digest, in any state (UnknownError)."""
         kept = self.memory.find(digest, "digest")
         if kept is None:
-            raise UnknownError("wanted the digest of a request, found another text")
+            raise UnknownError("there is no request {digest[:16]}")
         return self._case(kept)
 
     def _case(self, kept: Kept) -> Case:
@@ -184,9 +184,9 @@ class Approvals:
         """
         case, trust = self.case(digest), self.signing.trust()
         if case.kept.state != "undecided":
-            raise TooLateError(f"wanted a request that waits for people, found one that is {case.kept.state}")
+            raise TooLateError(f"this request no longer waits for people: it is {case.kept.state}")
         if verdict == "refused" and not reason.strip():
-            raise NotDecidedError("wanted a reason for the node, found none", hint="say why, in one line")
+            raise NotDecidedError("a refusal needs a reason for the node", hint="say why, in one line")
         decision = Decision(
             approver=person.name, verdict=verdict, reason=reason.strip(), decided=trust.now.replace(microsecond=0),
             certificate=person.certificate, evidence="door" if signature is None else "signature",
@@ -224,7 +224,9 @@ class Approvals:
         """Answer a request below /v1/approvals."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
-            return Reply.error(HTTPStatus.NOT_FOUND, "wanted /v1/approvals, or a request's digest below it")
+            return Reply.error(
+                HTTPStatus.NOT_FOUND, "there is no such page, but /v1/approvals, and a request's digest below it"
+            )
         method, request_digest = environ["REQUEST_METHOD"], match[1]
         assert_method(environ, "GET", *([] if request_digest is None else ["POST"]))
         try:
@@ -348,12 +350,12 @@ class Pages:
         if match is not None and match[1] is not None and method == "POST":
             return self._post(person, match[1], environ)
         if method != "GET":
-            error = BridgeError("wanted GET")
+            error = BridgeError("this page takes GET alone")
             return self._html("error.html", HTTPStatus.METHOD_NOT_ALLOWED, error=error, title="Not done")
         if path in lists:
             return lists[path](person, query(environ))
         if match is None:
-            error = BridgeError("wanted a page, found another address")
+            error = BridgeError("there is no such page")
             return self._html("error.html", HTTPStatus.NOT_FOUND, error=error, title="No such page")
         if match[1] is None:
             return self._html("list.html", person=person, cases=self._approvals.waiting(), title="Waiting requests")
@@ -375,7 +377,7 @@ class Pages:
             raise ForgedFormError("wanted a form of this page, found one of another site")
         verdict = form.get("verdict", "")
         if verdict not in ("approved", "refused"):
-            raise NotDecidedError("wanted approve or refuse, found neither", hint=ForgedFormError.hint)
+            raise NotDecidedError("the form says neither approve nor refuse", hint=ForgedFormError.hint)
         self._approvals.decide(person, digest, cast("Verdict", verdict), form.get("reason", ""), None)
         return Reply(
             status=HTTPStatus.SEE_OTHER,

@@ -108,10 +108,10 @@ class Doors:
     def assert_ours(self) -> None:
         """Refuse to ask a CA if this door is shutting down, or another may have taken its requests (NotOursError)."""
         if self.is_ending:
-            raise NotOursError("wanted a running door, found one that is shutting down", hint="")
+            raise NotOursError("this door is shutting down", hint="")
         silent = time.monotonic() - self._heard
         if silent > STALE_SECONDS:
-            text = f"wanted a heartbeat of this door in the database, found none for {silent:.0f} seconds"
+            text = f"the database has had no heartbeat of this door for {silent:.0f} seconds"
             raise NotOursError(text)
 
     def names(self) -> dict[str, str]:
@@ -300,11 +300,11 @@ def back_up(settings: Settings, to: Path) -> None:
     _assert_file(settings)
     source = database_file(Store(settings.node.state_dir))
     if not source.exists():
-        raise UpkeepError(f"{source}: wanted the door's database, found none")
+        raise UpkeepError(f"{source}: there is no database of a door")
     if to.exists() and (to.samefile(source) or not to.is_file()):
         found = "the database itself" if to.samefile(source) else "something else"
         raise UpkeepError(f"{to}: wanted a file for the copy, or a path where nothing is, found {found}")
-    with reasons(UpkeepError, f"{to}: wanted a place for a copy"), paths.opened(to) as place:
+    with reasons(UpkeepError, f"{to}: can't make a copy there"), paths.opened(to) as place:
         _copy(source, place.path, to)
 
 
@@ -361,7 +361,7 @@ def again(settings: Settings, digest: str) -> None:
         raise UpkeepError(f"wanted at least {_LEAST_DIGITS} digits of a request's digest, found {len(digest)}")
     with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
         if not doors.again(digest):
-            raise UpkeepError(f"wanted a request {digest} that was left to people, found none")
+            raise UpkeepError(f"there is no request {digest} that was left to people")
         record.add(audit.AGAIN, result=f"request {digest[:16]}: a person says that no CA has signed it")
 
 
@@ -375,7 +375,7 @@ def _assert_file(settings: Settings) -> None:
 
 def _copy(source: Path, to: Path, name: Path) -> None:
     """Copy a door's database with SQLite's own backup, which includes its WAL; errors call the copy `name`."""
-    with reasons(UpkeepError, f"{name}: wanted a place for a copy"):
+    with reasons(UpkeepError, f"{name}: can't make a copy there"):
         descriptor, temporary = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")  # 0600
         os.close(descriptor)
     try:

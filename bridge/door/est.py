@@ -72,11 +72,11 @@ class Est:
         """Answer a request below `ROOT`."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
-            raise _away(HTTPStatus.NOT_FOUND, "wanted an EST operation of this door, found another path")
+            raise _away(HTTPStatus.NOT_FOUND, "this door has no such EST operation")
         label, operation = self._label(match[1] or DEFAULT), match[2]
         method = "GET" if operation in ("cacerts", "csrattrs") else "POST"
         if environ["REQUEST_METHOD"] != method:
-            raise _away(HTTPStatus.METHOD_NOT_ALLOWED, f"wanted {method}", allow=method)
+            raise _away(HTTPStatus.METHOD_NOT_ALLOWED, f"this operation takes {method} alone", allow=method)
         if operation == "cacerts":
             return _encoded(certs_only(self._chain(label)), _CERTIFICATES)
         if operation == "csrattrs":
@@ -88,20 +88,20 @@ class Est:
         rules = policy.est.get(name)
         spec = policy.spec_of(rules.certificate or name) if rules is not None else None
         if rules is None or spec is None:
-            raise _away(HTTPStatus.NOT_FOUND, "wanted a label of this door, found another one")
+            raise _away(HTTPStatus.NOT_FOUND, "this door has no such label")
         return _Label(name=name, rules=rules, spec=spec)
 
     def _chain(self, label: _Label) -> tuple[x509.Certificate, ...]:
         authority = label.spec.authority.name
         if not (found := self._door.signing.chains.get(authority, ())):
-            raise _later(f"wanted the certificates of {authority}, found that its CA was not reached yet")
+            raise _later(f"the CA of {authority} was not reached yet")
         return found
 
     # --- enrolments ---------------------------------------------------------------------------------------------------
 
     def _enrol(self, environ: Environ, label: _Label, *, renews: bool) -> Reply:
         if self._door.ending.is_set():
-            raise _later("wanted a running door, found one that is shutting down")
+            raise _later("this door is shutting down")
         self._chain(label)
         used, shown = None, environ.get(PEER)
         if not renews and label.rules.secrets and (shown is None or "HTTP_AUTHORIZATION" in environ):
@@ -112,7 +112,7 @@ class Est:
             asker, node = self._client(shown, label, renews=renews)
         else:
             wanted = "the certificate that is replaced" if renews else "a client certificate"
-            raise _away(HTTPStatus.FORBIDDEN, f"wanted {wanted} in TLS, found none")
+            raise _away(HTTPStatus.FORBIDDEN, f"{wanted} is missing in the TLS handshake")
         csr = _csr(environ)
         again = _repeat_digest(asker, used, csr)
         kept = self._door.memory.find(again, "again")
@@ -132,7 +132,7 @@ class Est:
         found = enrolments.find(self._door.memory, secret_hash) if secret_hash is not None else None
         if found is None or found.node != user:
             wanted = "a node's name and the secret that `ca-bridge enroll` printed for it"
-            raise _away(HTTPStatus.UNAUTHORIZED, f"wanted {wanted}, found neither", www_authenticate=challenge)
+            raise _away(HTTPStatus.UNAUTHORIZED, f"{wanted} are missing, or wrong", www_authenticate=challenge)
         return found
 
     def _client(self, shown: bytes, label: _Label, *, renews: bool) -> tuple[Asker, str]:
@@ -190,7 +190,7 @@ class Est:
         self._door.brought(environ, request_id)
         self._door.arrived.set()
         if (kept := self._door.memory.find(request_id)) is None:
-            raise _later("wanted the request that was received, found that it was removed")
+            raise _later("the request was received, and then removed")
         return kept
 
     def _reason(self, one: ReadBundle, asker: Asker, used: Enrolment | None) -> str:

@@ -367,7 +367,7 @@ def serving(ours: ServeSettings, application: Any, anchors: Anchors, chunked_bel
     try:
         server.prepare()
     except OSError as e:
-        text = f"serve.listen: wanted to listen at {ours.listen}, found: {e.strerror or e}"
+        text = f"serve.listen: can't listen at {ours.listen}: {e.strerror or e}"
         raise BridgeError(text, hint="another port, or another address of this machine") from None
     over = threading.Event()
 

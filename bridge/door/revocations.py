@@ -44,7 +44,7 @@ class Revocations:
     def __call__(self, environ: Environ) -> Reply:
         """Answer a request."""
         if environ["PATH_INFO"] != ROOT:
-            return Reply.error(HTTPStatus.NOT_FOUND, f"wanted {ROOT}")
+            return Reply.error(HTTPStatus.NOT_FOUND, f"there is no such page, but {ROOT}")
         assert_method(environ, "POST")
         if len(data := json_body(environ)) > _MOST_BYTES:
             text = f"wanted at most {_MOST_BYTES} bytes, found {len(data)}"

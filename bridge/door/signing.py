@@ -93,7 +93,7 @@ class BusyError(BridgeError):
     hint = "send the same request again"
 
     def __init__(self) -> None:
-        super().__init__(f"wanted to read the bundle within {_WORKER_SECONDS:g} s, found too much to do")
+        super().__init__(f"the bundle can't be read within {_WORKER_SECONDS:g} s: it is too much to do")
 
 
 class Signing:

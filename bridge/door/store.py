@@ -504,7 +504,7 @@ def open_memory(settings: Settings, *, may_make: bool = False) -> Memory:
     if not url and not file.exists():
         if not may_make:
             hint = "run this at the door's host, with the door's settings; `ca-bridge serve` and `enroll` make the database"
-            text = f"{file}: wanted the door's database, found none"
+            text = f"{file}: there is no database of a door"
             raise DatabaseError(text, hint=hint, exit_code=Exit.USAGE)
         file.touch(SECRET_MODE)  # SQLite's own mode would let all users read it
     return Memory(url or sqlite_url(file), settings.serve.database_password)

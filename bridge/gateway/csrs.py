@@ -229,7 +229,7 @@ class Writer:
         """Leave the job, longer each time, if the object is unchanged: the API server or a policy refused the write."""
         found = self._context.api.ask("GET", job.one.path)
         if text_of(found.document, "metadata", "resourceVersion") == job.one.version:
-            refusal = f"wanted to write its {subresource}, found HTTP {reply.status} {reply.message}"
+            refusal = f"can't write its {subresource}: HTTP {reply.status} {reply.message}"
             log.error("%s (does an admission policy or webhook of the cluster reject it?)", refusal)
             raise LeftError("left", refusal)
 
@@ -239,7 +239,7 @@ class Writer:
         if reply.status == HTTPStatus.NOT_FOUND:
             raise GoneError("the object is gone")
         if reply.status != HTTPStatus.OK:
-            reason = f"wanted to {what}, found HTTP {reply.status} {reply.message}"
+            reason = f"can't {what}: HTTP {reply.status} {reply.message}"
             log.error("%s (does the gateway have the rights that `ca-bridge help gateway` names?)", reason)
             raise LeftError("left", reason, AFTER_REFUSAL_SECONDS)
 

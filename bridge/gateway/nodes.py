@@ -298,7 +298,7 @@ class NodeStates:
             return NodeState(exists=True, ready=not with_readiness or is_ready(reply.document))
         if reply.status == HTTPStatus.NOT_FOUND:
             return NodeState(exists=False)
-        raise NoAnswerError(f"wanted to look at node {name}, found HTTP {reply.status} {reply.message}")
+        raise NoAnswerError(f"can't look at node {name}: HTTP {reply.status} {reply.message}")
 
 
 def is_ready(node: Mapping[str, Any]) -> bool:

@@ -182,8 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serving(address: tuple[str, int], pages: dict[str, Page]) -> Iterator[int]:
     """Serve the pages while the block runs, and yield the port, which the system chooses if it is 0."""
-    wanted = f"gateway.listen: wanted to listen at {address[0]}:{address[1]}"
-    with reasons(BridgeError, wanted, hint="another port, or serve_status = false"):
+    failed = f"gateway.listen: can't listen at {address[0]}:{address[1]}"
+    with reasons(BridgeError, failed, hint="another port, or serve_status = false"):
         server = _Server(address, _Handler)
     server.pages = {path: CachedResult(page) for path, page in pages.items()}
     thread = threading.Thread(target=server.serve_forever, args=(0.2,), name="status", daemon=True)

@@ -95,8 +95,8 @@ class Service:
         """Check the API server (NoAnswerError, ApiRefusesError) and the CAs (BackendError); sign nothing, yield problems."""
         assert_rights(self.api, rights_needed(self.kubernetes_signers, self.settings.gateway, self.pod_signers))
         if isinstance(self.holder, Leader) and (found := self.holder.lease.trial()):
-            wanted = f"wanted to make the lease {self.holder.lease.name}, which is not there yet"
-            raise ApiRefusesError(f"{self.api.server}: {wanted}, found {found}")
+            failed = f"can't make the lease {self.holder.lease.name}, which is not there yet"
+            raise ApiRefusesError(f"{self.api.server}: {failed}: {found}")
         for resource in (POD_REQUESTS, roots.BUNDLES) if self.pod_signers else ():
             served(self.api, resource)
         for authority in self.authorities.values():
@@ -421,7 +421,7 @@ def assert_rights(api: Api, rights: Iterator[Right]) -> None:
     """Ask the API server about each right (SelfSubjectAccessReview), without using any."""
     missing = [str(right) for right in rights if not _is_given(api, right)]
     if missing:
-        raise ApiRefusesError(f"{api.server}: wanted the right to {', to '.join(missing)}, found that it is missing")
+        raise ApiRefusesError(f"{api.server}: the right is missing to {', to '.join(missing)}")
 
 
 def _is_given(api: Api, right: Right) -> bool:
@@ -437,5 +437,5 @@ def _is_allowed(api: Api, right: Right) -> bool:
     status = reply.document.get("status")
     if reply.status != HTTPStatus.CREATED or not isinstance(status, dict):
         found = f"HTTP {reply.status} {reply.message}"
-        raise ApiRefusesError(f"{api.server}: wanted to ask which rights we have, found {found}")
+        raise ApiRefusesError(f"{api.server}: can't ask which rights we have: {found}")
     return status.get("allowed") is True

@@ -111,7 +111,7 @@ def wanted_file(flags: Flags, flag: str) -> Path:
     """The path in a flag, like `file`; ValueError: there is no such flag."""
     found = file(flags, flag)
     if found is None:
-        raise ValueError(f"wanted {flag}, found none")
+        raise ValueError(f"the flag {flag} is missing")
     return found
 
 

@@ -313,7 +313,7 @@ def _no_directory(pki_dir: Path) -> tuple[str, ...]:
         found = pki_dir.is_dir()
     except OSError:  # the error of each file in it says why
         found = True
-    return () if found else (f"{pki_dir}: wanted the directory of kubeadm's certificates, found none",)
+    return () if found else (f"{pki_dir}: there is no such directory of kubeadm's certificates",)
 
 
 def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[str]]:
@@ -477,7 +477,7 @@ def _component_server(
         path = Path("/", manifest.flags[TLS_CERTIFICATE])
         key_path = Path("/", manifest.flags.get(TLS_KEY, ""))
         if TLS_KEY not in manifest.flags:
-            trouble = f"wanted {TLS_KEY} beside {TLS_CERTIFICATE} in the manifest, found none"
+            trouble = f"the manifest has {TLS_CERTIFICATE}, and no {TLS_KEY}"
     if _real(path) in {_real(one) for item in others for one in (item.certificate_path, item.key_path) if one}:
         return []
     files = _certificates_in(path) if trouble is None else _Found(state="broken", trouble=trouble)
@@ -489,7 +489,7 @@ def _embedded(path: Path, parsed: Kubeconfig) -> _Found:
     """The certificate that a kubeconfig embeds, with its key."""
     where = f"for user {parsed.user!r} of {path}"
     if parsed.certificate_data is None and not parsed.certificate_file:
-        return _Found(state="broken", trouble=f"wanted a client certificate {where}, found none")
+        return _Found(state="broken", trouble=f"there is no client certificate {where}")
     if parsed.certificate_data is None or not parsed.key_present:
         certificate = "certificate data" if parsed.certificate_data else "a certificate file"
         key = "key data" if parsed.key_present else "a key file" if parsed.key_file else "no key"
@@ -510,7 +510,7 @@ def _referring_item(
     certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
     found = _certificates_in(certificate_path)
     if found.state == "missing":
-        trouble = f"wanted the certificate {certificate_path} that {path} refers to, found nothing"
+        trouble = f"there is no certificate {certificate_path}, to which {path} refers"
         found = _Found(state="broken", trouble=trouble + (_older(certificate_path) if spec == _KUBELET else ""))
     managed = spec != _KUBELET or authority.key == "external"
     return _item(spec, authority, found, certificate_path, key_path, managed=managed, listed=spec.listed)

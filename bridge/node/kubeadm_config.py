@@ -292,7 +292,7 @@ def _by_kind(data: bytes) -> list[Mapping[str, Any]]:
             raise YamlError(f"wanted {kind or 'a document without a kind'} once, found it twice")
         kinds[kind] = one.plain()
     if not any(map(_is_kubeadms, kinds.values())):
-        raise YamlError(f"wanted a document of apiVersion {_API}…, found none")
+        raise YamlError(f"there is no document of apiVersion {_API}…")
     return list(kinds.values())
 
 

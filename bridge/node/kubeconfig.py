@@ -151,7 +151,7 @@ def _ca_value(root: YamlNode) -> YamlNode:
     cluster = _cluster(root)
     found = cluster.get(_CA)
     if found is None or not cluster.text_of(_CA):
-        raise YamlError(f"wanted embedded {_CA} to replace, found none")
+        raise YamlError(f"there is no embedded {_CA} to replace")
     _assert_editable(cluster, found)
     return found
 
@@ -244,7 +244,7 @@ def _named(root: YamlNode, listing: str, name: str, key: str) -> tuple[YamlNode,
         raise YamlError(f"wanted one entry named {name!r} in {listing}, found {len(entries) or 'none'}")
     found = entries[0].get(key)
     if found is None:
-        raise YamlError(f"line {entries[0].place.line}: wanted {key} in this entry of {listing}, found none")
+        raise YamlError(f"line {entries[0].place.line}: this entry of {listing} has no {key}")
     return sequence, entries[0], found
 
 
@@ -350,7 +350,7 @@ def _editable(path: Sequence[YamlNode]) -> dict[str, YamlNode]:
     found = {key: node for key, node in values.items() if node is not None and user.text_of(key)}
     missing = [key for key in values if key not in found]
     if missing:
-        raise YamlError(f"wanted an embedded {' and '.join(missing)} to replace, found none")
+        raise YamlError(f"there is no embedded {' and '.join(missing)} to replace")
     _assert_editable(*path, *found.values())
     return found
 

@@ -94,7 +94,7 @@ def _words(text: str, component: Component) -> list[YamlNode]:
     root = container(document(text), component.value)
     words = [word for key in ("command", "args") if (listed := root.get(key)) for word in listed.items()]
     if not words:
-        raise YamlError(f"wanted the command of {component.value}, found none")
+        raise YamlError(f"there is no command of {component.value}")
     return words
 
 
@@ -131,7 +131,7 @@ def _is_mounted(text: str, component: Component, path: str) -> bool:
 def _with_entry(text: str, entries: Sequence[YamlNode], lines: Sequence[str]) -> str:
     """Append an entry to a list."""
     if not entries:
-        raise YamlError("wanted volumes in the manifest, as kubeadm writes them, found none")
+        raise YamlError("the manifest has no volumes, as kubeadm writes them")
     indent = re.match(r" *(?=- )", text[text.rfind("\n", 0, entries[-1].place.start) + 1 :])
     _, end = _block(text, entries[-1])
     if indent is None:

@@ -79,7 +79,7 @@ def pod(root: YamlNode) -> YamlNode:
     """The pod's `spec`."""
     spec = root.get("spec")
     if spec is None:
-        raise YamlError("wanted a pod with a container, found none")
+        raise YamlError("there is no pod with a container")
     return spec
 
 
@@ -88,7 +88,7 @@ def container(root: YamlNode, name: str) -> YamlNode:
     listed = pod(root).get("containers")
     containers = [] if listed is None else listed.items()
     if not containers:
-        raise YamlError("wanted a pod with a container, found none")
+        raise YamlError("there is no pod with a container")
     return next((one for one in containers if one.text_of("name") == name), containers[0])
 
 

@@ -189,14 +189,14 @@ def _obstacle(pair: PairSettings) -> BridgeError | None:
     try:
         return next(filter(None, map(_obstacle_at, pair.places)), None)
     except OSError as e:
-        return PairPlaceError(f"{e.filename}: wanted to look at it, found: {e.strerror}")
+        return PairPlaceError(f"{e.filename}: can't look at it: {e.strerror}")
 
 
 def _obstacle_at(files: PairFiles) -> BridgeError | None:
     """Why root must not, or can't, write a pair's files at this place."""
     for _, path in files.paths():
         if not path.parent.is_dir():
-            return PairPlaceError(f"wanted a directory for {path}, found none", hint=f"mkdir -p {path.parent}")
+            return PairPlaceError(f"there is no directory for {path}", hint=f"mkdir -p {path.parent}")
         found = foreign_link(path) or exposure(real_path(path).parent)
         if found is not None:
             wanted = f"wanted {path} in a directory that only root can change, found {found}"
@@ -204,7 +204,7 @@ def _obstacle_at(files: PairFiles) -> BridgeError | None:
     try:
         account(files.owner)
     except LookupError:
-        return PairPlaceError(f"wanted the user or group {files.owner}, found none", hint="correct owner, or make it")
+        return PairPlaceError(f"there is no user or group {files.owner}", hint="correct owner, or make it")
     return None
 
 
@@ -351,7 +351,7 @@ def _edited(
         unmount = "" if mount is not None else _VOLUME
         return None if data is None else manifest_flags.edited(data, component, flags, mount, unmount)
     except (UnreadableError, YamlError) as e:
-        raise ValueError(f"{path}: wanted to change its flags, found: {e}") from None
+        raise ValueError(f"{path}: can't change its flags: {e}") from None
 
 
 # --- kubeadm's ClusterConfiguration ----------------------------------------------------------------------------------

@@ -165,7 +165,9 @@ def compare_age(
         return Age(None, f"wanted {component.value} with {named} among its arguments, found process {pids} without it")
     started = ours[0].started if ours else _container_made(component)
     if started is None:
-        return Age(None, f"wanted a process {component.value}, found none (root alone sees all), and crictl knows none")
+        return Age(
+            None, f"there is no process {component.value} to be seen (root alone sees all), and crictl knows none"
+        )
     exact = abs(started - changed) < timedelta(seconds=1)
     times = f"started at {moment_text(started, exact=exact)}, {path} changed at {moment_text(changed, exact=exact)}"
     if any(_sees_another(process, path, data) for process in ours):
@@ -200,7 +202,7 @@ def file_contents(path: Path) -> bytes:
     except UnreadableError as e:
         raise UnreadableError(f"{path}: {e}") from e
     if data is None:
-        raise ValueError(f"{path}: wanted a file, found none")
+        raise ValueError(f"{path}: there is no such file")
     return data
 
 

@@ -210,7 +210,7 @@ def documents(text: str, most: int = MAX_DOCUMENTS) -> list[YamlNode]:
             if isinstance(event, yaml.CollectionStartEvent):
                 stack.append(node)
     if not root.children:
-        raise YamlError("wanted a YAML document, found nothing")
+        raise YamlError("there is no YAML document")
     return root.children
 
 
@@ -225,7 +225,7 @@ def _node(event: yaml.NodeEvent, anchors: dict[str, YamlNode]) -> YamlNode:
     elif event.anchor in anchors:
         return YamlNode("alias", place, target=anchors[event.anchor])
     else:
-        raise YamlError(f"line {place.line}: wanted an alias of an anchor above it, found no such anchor")
+        raise YamlError(f"line {place.line}: this alias has no anchor above it")
     if event.anchor:
         anchors[event.anchor] = node
     return node

@@ -147,7 +147,7 @@ def naming_of(certificate: x509.Certificate | x509.CertificateSigningRequest) ->
     except UNREADABLE as e:
         raise CannotCarryError(f"SAN: wanted names of a type that a CSR can be made with, found: {e}") from None
     if san is None and not subject:
-        raise CannotCarryError("subject: wanted a subject or a SAN, found neither in the live certificate")
+        raise CannotCarryError("subject: the live certificate has neither a subject nor a SAN")
     return Naming(subject=subject, sans=tuple(san or ()))
 
 

@@ -90,7 +90,7 @@ def groups(spec: CertificateSpec, release: Release | None) -> tuple[str, ...]:
     if len(spec.groups) == 1:
         return tuple(sorted(spec.groups[0]))
     if release is None:
-        raise NoFactError(f"wanted Kubernetes' version, which decides the groups (O) of {spec.name}, found none")
+        raise NoFactError(f"Kubernetes' version is unknown, which decides the groups (O) of {spec.name}")
     if (release.major, release.minor) < (1, _FIRST_WITH_ADMINS):
         return (MASTERS,)
     if spec.name == "admin.conf":
@@ -139,7 +139,7 @@ def _in_order(texts: Sequence[str]) -> tuple[x509.GeneralName, ...]:
 
 def _known(value: str, what: str) -> str:
     if not value:
-        raise NoFactError(f"wanted {what}, found none")
+        raise NoFactError(f"{what} is unknown")
     return value
 
 

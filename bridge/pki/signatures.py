@@ -94,9 +94,9 @@ def sign_proof(
 def proof_problem(request: BundledRequest, bundle: RequestBundle) -> str | None:
     """Why the continuity proof fails; None: the bundle's maker has the key of `replaces`, whose CN is the new one's."""
     if request.replaces is None:
-        return "wanted the certificate that is replaced, found none"
+        return "the certificate that is replaced is missing"
     if request.proof is None:
-        return "wanted a continuity proof, found none"
+        return "there is no continuity proof"
     who = (bundle.batch, bundle.node, bundle.cluster, request.name)
     message = _proof_message(request.csr, who, request.validity, bundle.created)
     try:
@@ -138,7 +138,7 @@ def _proof_message(
 def usages_problem(request: BundledRequest) -> str | None:
     """Why the replaced certificate does not prove a right to these usages; without EKUs it proves every usage."""
     if request.replaces is None:
-        return "wanted the certificate that is replaced, found none"
+        return "the certificate that is replaced is missing"
     try:
         found = extended_key_usages(request.replaces)
     except UNREADABLE as e:
@@ -152,7 +152,7 @@ def usages_problem(request: BundledRequest) -> str | None:
 def origin_problem(request: BundledRequest, cas: Sequence[x509.Certificate]) -> str | None:
     """Why no CA of the authority signed the replaced certificate, expired or not; None: one did."""
     if request.replaces is None:
-        return "wanted the certificate that is replaced, found none"
+        return "the certificate that is replaced is missing"
     if any(is_signed_by(request.replaces, ca) for ca in cas):
         return None
     names = dict.fromkeys(name_text(ca.subject) for ca in cas)

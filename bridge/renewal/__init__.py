@@ -228,7 +228,7 @@ class _Choice:
         by_hand = name in self.options.names
         if item is None:
             error = MissingCertificateError(
-                f"wanted a certificate to renew, found none: {_why_not_here(SPECS[name], self.node)}"
+                f"there is no certificate to renew: {_why_not_here(SPECS[name], self.node)}"
             )
             return Outcome(name=name, authority=SPECS[name].authority.name, error=error)
         if isinstance(desired, BridgeError):
@@ -271,7 +271,7 @@ class _Choice:
         if not is_wanted and item.spec.optional and not by_hand:
             return f"{item.spec.name} is not on this node, which is normal for it"
         if not is_wanted:
-            text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
+            text = f"there is no certificate to renew in {item.certificate_path}"
             return outcome_of(item, MissingCertificateError(text, hint=_restore(item.spec)))
         try:
             anchors_of(item)
@@ -298,7 +298,7 @@ class _Choice:
     def _against(self, item: Item) -> BridgeError | None:
         """Return why the item can't be renewed; a certificate with an open request was judged when that was made."""
         if not item.managed:
-            text = f"wanted to read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names, found that it can't be"
+            text = f"can't read the CA file {item.anchor_path} that kube-apiserver's --etcd-cafile names"
             hint = "without it no certificate of that CA can be verified; put it back"
             return MissingCertificateError(text, hint=hint)
         if item.obstacle is not None and not self.options.csrs_only:

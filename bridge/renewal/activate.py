@@ -433,7 +433,7 @@ def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
     missing = {one.backup_of for one in unproven.certificates} - found.keys()
     if missing:
-        raise BridgeError(f"wanted the backup of run {', '.join(sorted(missing))}, found none")
+        raise BridgeError(f"there is no backup of run {', '.join(sorted(missing))}")
     sources = list({one.backup_of: found[one.backup_of] for one in unproven.certificates}.values())
     files = [f for one in unproven.certificates for f in found[one.backup_of].files if f.certificate == one.name]
     files += [f for one in sources for f in one.files if f.certificate in more]

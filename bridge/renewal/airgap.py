@@ -103,7 +103,7 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
             write_atomically(place.path, data, BUNDLE_MODE)
     except OSError as e:
         raise BridgeError(
-            f"{path}: wanted to write the bundle, found: {e.strerror}",
+            f"{path}: can't write the bundle: {e.strerror}",
             hint="export again, to another place: the keys and CSRs are kept",
         ) from e
     return requests, prepared
@@ -254,7 +254,7 @@ def _files_in(directory: Path) -> list[Path]:
     try:
         return sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
     except OSError as e:
-        raise BridgeError(f"{directory}: wanted to look for answers there, found: {e.strerror}") from None
+        raise BridgeError(f"{directory}: can't look for answers there: {e.strerror}") from None
 
 
 def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
@@ -456,7 +456,7 @@ def _prepared(item: Item, settings: Settings, contents: Found) -> Prepared:
     request = SignRequest(spec=item.spec, csr_pem=pem, validity=settings.renewal.validity, replaces=replaced)
     if not contents.take_loose(request):
         raise WaitingError(
-            f"wanted a certificate for its key in {path.parent}, found none there",
+            f"there is no certificate for its key in {path.parent}",
             hint="have its CSR signed, put the certificate there under any name, then run this again",
         )
     return Prepared(item=item, request=request, key_pem=csr.key_pem(key), was=was)
@@ -491,7 +491,7 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> Found:
         log.warning("%s", error)
     if not found.keys:
         raise DirectoryError(
-            f"{directory}: wanted private keys named as kubeadm names them (apiserver.key, etcd/server.key), found none",
+            f"{directory}: there are no private keys named as kubeadm names them (apiserver.key, etcd/server.key)",
             hint="`ca-bridge renew --csr-only --csr-dir DIR` writes them; `ca-bridge import` takes certificates alone",
         )
     return found
@@ -499,7 +499,7 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> Found:
 
 def _files(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise DirectoryError(f"{directory}: wanted a directory with keys and certificates, found none")
+        raise DirectoryError(f"{directory}: there is no such directory with keys and certificates")
     found = [path for path in sorted(directory.rglob("*")) if not path.name.startswith(".") and not path.is_dir()]
     if len(found) > _MOST_FILES:
         raise DirectoryError(f"{directory}: wanted at most {_MOST_FILES} files, found {len(found)}")

@@ -114,11 +114,11 @@ class _Decision:
             return self._server(item)
         if not spec.listed and spec.name != KUBELET_CONF:
             raise CannotMakeError(
-                f"wanted {path}, found nothing; the kubelet's is made with the node, not by a renewal",
+                f"there is no {path}; the kubelet's is made with the node, not by a renewal",
                 hint="`ca-bridge bootstrap` makes a node's files; or put a good copy back",
             )
         if not path.parent.is_dir():
-            raise CannotMakeError(f"wanted to make {path}, found no directory {path.parent}")
+            raise CannotMakeError(f"can't make {path}: there is no directory {path.parent}")
         try:
             facts, found = self._facts()
             naming = self._with_sans(item, kubeadm_names.naming(spec, facts))
@@ -127,7 +127,7 @@ class _Decision:
                 raise NoFactError(f"{spec.name} is known from Kubernetes {since} on, found {facts.release}")  # noqa: TRY301
             fresh = self._kubeconfig(item, facts) if spec.kubeconfig else None
         except NoFactError as e:
-            raise CannotMakeError(f"wanted to make {path} anew, found no way to say its names: {e}") from None
+            raise CannotMakeError(f"can't make {path} anew, since its names are unknown: {e}") from None
         notes = [
             f"{spec.name} is not on this node; it is made anew from {self.source}: {naming.text}",
             f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
@@ -147,9 +147,7 @@ class _Decision:
         try:
             naming = self._with_sans(item, kubeadm_names.naming(item.spec, facts))
         except NoFactError as e:
-            raise CannotMakeError(
-                f"wanted to make {item.certificate_path}, found no way to say its names: {e}"
-            ) from None
+            raise CannotMakeError(f"can't make {item.certificate_path}, since its names are unknown: {e}") from None
         live = self.node.live("apiserver")
         note = f"{item.spec.name} is made for this node: {naming.text}"
         return Desired(naming=naming, notes=(note,), key=csr.known_algorithm(live.public_key()) if live else None)
@@ -188,7 +186,7 @@ class _Decision:
         local = url_of(facts.address, port) if facts.address else ""
         server = local if item.spec.name in _LOCAL else config.endpoint_url or local
         if not server:
-            raise NoFactError("wanted the API server's address, found none")
+            raise NoFactError("the API server's address is unknown")
         user = item.spec.common_names[0].replace("{node}", facts.node)
         ca_pem = pem(*self.settings.embedded(item.spec.authority.name, anchors_of(item)))
         return FreshKubeconfig(server=server, cluster=config.cluster_name, user=user, ca_pem=ca_pem)
@@ -277,7 +275,7 @@ class _Decision:
         except NoAnswerError as e:
             raise NoSourceError(f"wanted {self.source}, found {e}") from None
         if found.text is None:
-            raise NoSourceError(f"wanted {self.source}, found none there (HTTP {found.status})")
+            raise NoSourceError(f"there is no {self.source} (HTTP {found.status})")
         try:
             return kubeadm_config.parse(found.text.encode(), self.source)
         except KubeadmConfigError as e:
@@ -295,7 +293,7 @@ class _Decision:
             if not strictly:
                 return [f"{rights}, which could not be checked: {e}"]
             raise BridgeError(
-                f"{rights}; wanted to see it, found {e}",
+                f"{rights}; can't see it: {e}",
                 hint="run it while the API server answers; until then leave the subject as it is",
                 exit_code=Exit.REFUSED,
             ) from None

@@ -194,7 +194,7 @@ def _restart(run: Run, manifest: Path) -> str | None:
     """Restart a static pod; the container runtime shows when it has ended."""
     name = pod_name(manifest)
     if not name:
-        return f"wanted the manifest of a static pod in {manifest}, found none"
+        return f"there is no manifest of a static pod in {manifest}"
     look = functools.partial(processes.instances_of_pod, name)
     try:
         look()
@@ -202,7 +202,7 @@ def _restart(run: Run, manifest: Path) -> str | None:
                   settle=processes.SANDBOX_SETTLES)  # fmt: skip
         static_pods.restart(pod, run.store, run.settings.restart.timeout)
     except (OSError, ValueError) as e:
-        return f"wanted to see the static pod {name} end, found: {e}"
+        return f"can't see the static pod {name} end: {e}"
     except static_pods.StoppedError:
         raise
     except BridgeError as e:

@@ -290,13 +290,13 @@ def _was_current(item: Item) -> dict[Path, str | None]:
     try:
         return {} if item.current is None else {item.current: fingerprint(item.current)}
     except OSError as e:
-        raise MissingCertificateError(f"{item.current}: wanted to read it, found: {e.strerror}") from e
+        raise MissingCertificateError(f"{item.current}: can't read it: {e.strerror}") from e
 
 
 def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
     """Return the live certificate (MissingCertificateError: there is none)."""
     if live is None:
-        text = f"wanted a certificate to renew in {item.certificate_path}, found nothing"
+        text = f"there is no certificate to renew in {item.certificate_path}"
         raise MissingCertificateError(text, hint=RESTORE)
     return live
 
@@ -310,7 +310,7 @@ def read_live(path: Path) -> bytes | None:
         return None  # a renewal needs no old key
     except (OSError, ForeignLinkError, UnreadableError) as e:
         found = e.strerror if isinstance(e, OSError) else e
-        raise MissingCertificateError(f"{path}: wanted to read it, found: {found}") from e
+        raise MissingCertificateError(f"{path}: can't read it: {found}") from e
 
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
@@ -330,7 +330,7 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
         for path in written:
             path.unlink()
         found = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-        text = f"wanted to write keys and CSRs to {directory}, found {found}"
+        text = f"can't write keys and CSRs to {directory}: {found}"
         raise BridgeError(text, hint="choose an empty --csr-dir") from e
 
 
@@ -365,7 +365,7 @@ def own_names(node: NodeSettings) -> tuple[str, ...]:
     if not addresses:
         names = f'["{node.node_name}", "192.0.2.10"]'
         raise NotReadyError(
-            f"{KUBELET_SERVER}: wanted an address of this node, found none in its own configuration ({_ADDRESSES})",
+            f"{KUBELET_SERVER}: this node's own configuration has no address of it ({_ADDRESSES})",
             hint=f"list each name and address by which clients reach it: [certificate.{KUBELET_SERVER}] sans = {names}",
         )
     return tuple(dict.fromkeys([node.node_name, *([kubelet.hostname] if kubelet.hostname else []), *addresses]))

@@ -46,7 +46,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
     found = [component for component in SERVERS if component in node.manifests]
     if not found:
         names = " or ".join(component.value for component in SERVERS)
-        raise NoServingError(f"wanted a manifest of {names}, found none", hint="run it on a control-plane node")
+        raise NoServingError(f"there is no manifest of {names}", hint="run it on a control-plane node")
     for component in found:
         item = pairs.served_item(node, component)
         ours = settings.node.pki_dir / f"{SERVERS[component].base}.crt"
@@ -105,7 +105,7 @@ def _lacking(api: Api, component: Component) -> set[str]:
     """Return the control-plane nodes where the component's mirror pod has no flag for a pair (NoAnswerError)."""
     nodes = {text_of(one, "metadata", "name") for one in items(api.get(CONTROL_PLANE_NODES), "items")}
     if not nodes:
-        raise NoAnswerError(f"wanted the control-plane nodes of {CONTROL_PLANE_NODES}, found none")
+        raise NoAnswerError(f"there are no {CONTROL_PLANE_NODES} to be seen")
     having = {
         text_of(pod, "spec", "nodeName")
         for pod in items(api.get(f"{_PODS}{component.value}"), "items")
@@ -139,7 +139,7 @@ def assert_named(settings: Settings, wanted: Sequence[Component]) -> None:
     for component in wanted:
         item = pairs.served_item(node, component)
         if item is None or not item.named or item.state != "present":
-            text = f"{component.value}: wanted a manifest that names its pair, found none"
+            text = f"{component.value}: no manifest names its pair"
             raise NoServingError(text, hint="`ca-bridge prove` shows what it serves; then run it again")
 
 

@@ -202,7 +202,7 @@ def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacemen
     try:
         attributes = Attributes.of(current) if current.exists() else None
     except OSError as e:
-        raise MissingCertificateError(f"{e.filename}: wanted to read it, found: {e.strerror}") from e
+        raise MissingCertificateError(f"{e.filename}: can't read it: {e.strerror}") from e
     pair = kubelet.OURS + chain + one.key_pem
     yield _replacing(one, dated, KEY_MASK, pair, attributes=attributes)
     yield _replacing(one, current, KEY_MASK, None, is_link=True, leads_to=str(dated))

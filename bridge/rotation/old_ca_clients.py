@@ -167,7 +167,7 @@ def _installed(store: Store, change: Change) -> Iterator[str]:
 
 def _certificates(path: Path) -> Iterator[x509.Certificate]:
     """Yield all certificates in a PEM file, or in the files of a directory."""
-    with reasons(UnreadableLogError, f"{path}: wanted certificates"):
+    with reasons(UnreadableLogError, f"{path}: can't read its certificates"):
         files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     for file in files:
         try:

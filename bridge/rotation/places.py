@@ -105,7 +105,7 @@ def assert_has_next(settings: Settings) -> None:
     """Check that the settings name a next CA (BridgeError)."""
     if not any(ours.next for ours in settings.authorities.values()):
         raise BridgeError(
-            "wanted an authority with a next CA, found none in the settings",
+            "the settings have no authority with a next CA",
             hint='[authority.ca.next] with anchor = "FILE" names it; `ca-bridge help replace-the-ca` has the rest',
         )
 
@@ -139,7 +139,7 @@ def new_ca(settings: Settings, name: str) -> x509.Certificate:
 
 def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     if state.state != "present":
-        raise UnreadableCaError(state.trouble or f"{state.path}: wanted a CA certificate, found none")
+        raise UnreadableCaError(state.trouble or f"{state.path}: there is no CA certificate in it")
     name, new = state.authority.name, new_ca(settings, state.authority.name)
     certified = settings.authorities[name].next.get("cross")
     confs = dict(_confs(settings, node)) if state.authority == CA else {}
@@ -161,7 +161,7 @@ def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
             try:
                 yield str(path), read(path) or b""
             except UnreadableError as e:
-                raise UnreadableCaError(f"{path}: wanted to read it, found: {e}") from None
+                raise UnreadableCaError(f"{path}: can't read it: {e}") from None
 
 
 def _ca_data(place: str, data: bytes) -> Bundle:

@@ -332,7 +332,7 @@ def _nodes(run: Run, node: Node) -> Iterator[Spot]:
         for item in kubelet_serving.nodes(api):
             name, place = kubelet_serving.name_of(item), kubelet_serving.place_of(item, flags)
             if place is None:
-                raise NotReadyEverywhereError(f"node {name}: wanted its address in its Node object, found none")
+                raise NotReadyEverywhereError(f"node {name}: its Node object has no address")
             yield Spot(name, "kubelet", Server(f"https://{place}"))
         header = flags.get("--requestheader-username-headers", _USER_HEADER).partition(",")[0]
         for name, url in neighbours.api_servers(api, node):

@@ -398,7 +398,7 @@ class _Issue:
             return self._transaction.with_earlier(Result(outcomes=selection.failed))
         if left := sorted(set(self._names) - {item.spec.name for item in selection.items}):
             raise OrderError(
-                f"wanted to issue all certificates, found that these stay: {', '.join(left)}; no CA was asked"
+                f"can't issue all certificates, since these stay: {', '.join(left)}; no CA was asked"
             )
         _record(run, list(self._steps.values()))
         next_cas = next_ca_file(run.store)
@@ -546,7 +546,7 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
             return backup
     found = ", ".join(wanted)
     raise NoWayBackError(
-        f"{found}: wanted a backup of the phase “{steps[0].target.value}” with the old CA's certificates, found none; "
+        f"{found}: there is no backup of the phase “{steps[0].target.value}” with the old CA's certificates; "
         "`drop --emergency` from the phase “old” makes none, and old ones are deleted once the table `next` is gone",
         hint=f"{NoWayBackError.hint}; CAs that were issued one by one go back so: --ca {next(iter(wanted))}",
     )

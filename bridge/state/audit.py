@@ -355,7 +355,7 @@ def _delete(old: Sequence[Path]) -> None:
         try:
             path.unlink()
         except OSError as e:  # the next rotation tries again
-            log.warning("%s: wanted to delete this old part of the audit log, found: %s", path, e.strerror)
+            log.warning("%s: can't delete this old part of the audit log: %s", path, e.strerror)
 
 
 def _chained(events: Sequence[Mapping[str, Any]], last: Link, doer: Mapping[str, str]) -> tuple[list[bytes], Link]:
@@ -430,7 +430,7 @@ def _continued(store: Store, last: Link) -> tuple[Link, list[str]]:
     """The link after which the chain continues: the newest line ever written, so that removed lines stay visible."""
     head = head_if_any(store)
     if head is None:
-        return last, [f"wanted the newest line's number in {store.audit_head.name}, found none"]
+        return last, [f"{store.audit_head.name} has no number of the newest line"]
     if head.sequence < last.sequence:
         return last, []
     if head != last and store.audit.exists():
@@ -483,11 +483,11 @@ class Damage:
 
 _SENTENCES = {
     "changed": "{lines} was changed, or the link to it after it",
-    "missing": "{lines}: wanted here, found missing",
+    "missing": "{lines}: missing here",
     "out of order": "{lines} was inserted, repeated or moved",
     "broken": "{lines} of this file is no line of the audit log (after a crash the next run sets a last one aside)",
     "cut": "{lines}: written once, found missing at the end",
-    "no head": "wanted the newest line's number, found none",
+    "no head": "there is no number of the newest line",
 }
 
 

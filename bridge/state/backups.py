@@ -122,7 +122,7 @@ def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
     try:
         directories = store.backup_directories()
     except OSError as e:
-        return [], [BackupError(f"{store.backups}: wanted to look for backups, found: {e.strerror}")]
+        return [], [BackupError(f"{store.backups}: can't look for backups: {e.strerror}")]
     for directory in directories:
         try:
             backup = _read(directory)

@@ -167,7 +167,7 @@ def _in_time(path: Path, seconds: float, work: Callable[[], T]) -> T:
         return within(seconds, work)
     except TimeoutError:
         limit = int(_LONGEST.total_seconds())
-        raise CopyError(f"{path}: wanted to read it within {limit} s, found no end of it") from None
+        raise CopyError(f"{path}: it could not be read to its end within {limit} s") from None
 
 
 def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
@@ -196,7 +196,7 @@ def _refreshed(path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Seq
                 _replace(found, kubeconfig.with_users(found.data, pairs))
             return list(dict.fromkeys(users.values()))
     except FileNotFoundError:
-        log.warning("%s: wanted a copy of a kubeconfig (copies.files), found nothing there", path)
+        log.warning("%s: there is no such copy of a kubeconfig (copies.files)", path)
         return []
 
 
@@ -208,9 +208,7 @@ def _outdated(
     old = {one: name for name, found in outdated.items() if name in now for one in found if one != now[name]}
     held = [(user.number, found) for user, found in _held(data, {*old, *now.values()})]
     if not held:
-        log.warning(
-            "%s: wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone", path
-        )
+        log.warning("%s: it has no certificate of the node's kubeconfigs with its key; it is left alone", path)
     return {number: old[found] for number, found in held if found in old}
 
 
@@ -296,4 +294,4 @@ def _judged(path: Path) -> Iterator[_Found]:
     except (UnreadableError, ForeignLinkError) as e:
         raise CopyError(f"{path}: wanted a copy of a kubeconfig that only its owner can change, found: {e}") from None
     except OSError as e:
-        raise CopyError(f"{path}: wanted to refresh this copy, found: {e.strerror}") from e
+        raise CopyError(f"{path}: can't refresh this copy: {e.strerror}") from e

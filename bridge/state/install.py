@@ -237,7 +237,7 @@ def _target(replacement: Replacement, run_id: str) -> Target:
         raise InstallError(f"nothing was replaced: {path}: wanted a file, found something else")
     for frozen in filter(is_frozen, (real.parent,) if real.is_symlink() else (real, real.parent)):
         raise InstallError(
-            f"nothing was replaced: {frozen}: wanted to replace it, found it immutable or append-only",
+            f"nothing was replaced: {frozen}: can't replace it: it is immutable or append-only",
             hint=f"chattr -i -a {frozen}, after a look at who set it",
         )
     return Target(replacement=replacement, path=real, staged=_staged(real, run_id), attributes=attributes)
@@ -334,7 +334,7 @@ def _forward(journal: Mapping[str, Any]) -> None:
         elif _holds(staged, target["sha256"]):
             staged.rename(path)
         elif not _holds(path, target["sha256"]):
-            raise InstallError(f"{path}: wanted its new content here or in {staged}, found neither")
+            raise InstallError(f"{path}: its new content is neither here nor in {staged}")
     for directory in {Path(target["path"]).parent for target in journal["targets"]}:
         sync_directory(directory)
 
@@ -356,10 +356,10 @@ def _back(store: Store, journal: dict[str, Any]) -> None:
     directory = store.backups / journal["backup"]
     manifest = manifest_file(directory).read()
     if manifest is None:
-        raise InstallError(f"{directory / MANIFEST}: wanted the backup's manifest, found none")
+        raise InstallError(f"{directory / MANIFEST}: the backup's manifest is missing")
     files = {entry["path"]: entry for entry in manifest["files"]}
     if unknown := {target["path"] for target in journal["targets"]} - files.keys():
-        raise InstallError(f"{directory}: wanted a backup of {', '.join(sorted(unknown))}, found none")
+        raise InstallError(f"{directory}: it has no backup of {', '.join(sorted(unknown))}")
     for target in journal["targets"]:
         path, staged, entry = Path(target["path"]), Path(target["staged"]), files[target["path"]]
         _assert_no_directory(path)

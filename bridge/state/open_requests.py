@@ -208,7 +208,7 @@ class RequestLog(Generic[T]):
     def _append(self) -> None:
         lines = {key: self._line(key) for key in self._changed}
         path = self._file.path
-        with reasons(StateError, f"{path}: wanted to write down {self._kind.what}"):
+        with reasons(StateError, f"{path}: can't write down {self._kind.what}"):
             if path.exists() and path.stat().st_size > self._end:
                 os.truncate(path, self._end)
             append(path, b"".join(lines.values()))
@@ -216,7 +216,7 @@ class RequestLog(Generic[T]):
 
     def _rewrite(self) -> None:
         path = self._file.path
-        with reasons(StateError, f"{path}: wanted to write down {self._kind.what}"):
+        with reasons(StateError, f"{path}: can't write down {self._kind.what}"):
             written = path.read_bytes() if self._kind.lies_on_disk else b""
             lines = {
                 key: written[one.offset : one.offset + one.length] if isinstance(one, _Place) else self._line(key)

@@ -185,8 +185,8 @@ def recover(store: Store) -> str | None:
 def journal_of(name: str, manifest: Path, content: bytes | None) -> dict[str, Any]:
     """A journal with the whole manifest to restore (None: unchanged), even if the moved file is lost."""
     if content is not None and manifest.is_symlink():
-        raise RestartError(f"{manifest}: wanted to change the manifest of {name}, found a symlink")
-    with reasons(RestartError, f"{manifest}: wanted the manifest of {name}"):
+        raise RestartError(f"{manifest}: can't change the manifest of {name}: it is a symlink")
+    with reasons(RestartError, f"{manifest}: can't change the manifest of {name}"):
         old, attributes = manifest.read_bytes(), Attributes.of(manifest)
     return {
         "component": name,

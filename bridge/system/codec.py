@@ -153,7 +153,7 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
     for field, key, own in known:
         place = f"{where}.{key}".lstrip(".")
         if key not in document:
-            raise CodecError(f"{place}: wanted a value, found none")
+            raise CodecError(f"{place}: the value is missing")
         if field.name.endswith(_PEM) and document[key] is not None:
             found[field.name] = from_json(str, document[key], place).encode()
         else:

@@ -47,12 +47,12 @@ def version(status: os.stat_result) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def reasons(kind: Callable[..., BridgeError], wanted: str, **more: Any) -> Iterator[None]:
-    """Turn an OSError into a BridgeError that says what was `wanted`, such as `PATH: wanted to write it`, and found."""
+def reasons(kind: Callable[..., BridgeError], failed: str, **more: Any) -> Iterator[None]:
+    """Turn an OSError into a BridgeError that says what `failed`, such as `PATH: can't write it`, and why."""
     try:
         yield
     except OSError as e:
-        raise kind(f"{wanted}, found: {e.strerror}", **more) from e
+        raise kind(f"{failed}: {e.strerror}", **more) from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,7 +151,7 @@ def write(jobs: Sequence[Job], directory: Path | None) -> list[Path]:
                 write_atomically(held / path.name, job.text.encode(), _MODE)
         except OSError as e:
             hint = "run as root (sudo), or name a directory with -o" if isinstance(e, PermissionError) else None
-            raise JobError(f"{path}: wanted to write it, found: {e.strerror}", hint=hint) from e
+            raise JobError(f"{path}: can't write it: {e.strerror}", hint=hint) from e
     return places
 
 
@@ -185,7 +185,7 @@ def assert_user(user: str) -> None:
     """Raise a JobError if a job's user does not exist, since nothing would run."""
     if _uid(user) is None:
         raise JobError(
-            f"wanted the job's user {user}, found none: nothing would run as an unknown user",
+            f"there is no user {user}, as whom the job has to run",
             hint=f"make the user (`useradd --system {user}`), or name another one: --user",
         )
 
@@ -195,7 +195,7 @@ def assert_cron_takes(user: str) -> None:
     assert_user(user)
     if not cron_runs():
         raise JobError(
-            "wanted a cron that runs, found none: nothing would read the file",
+            "no cron runs: nothing would read the file",
             hint="install and start one (Debian: `apt-get install cron`), or take `ca-bridge setup systemd --enable`; "
             f"`-o {CRON_DIRECTORY}` writes the file all the same",
         )
@@ -210,7 +210,7 @@ def assert_systemd_takes(user: str) -> None:
     assert_user(user)
     if not _SYSTEMD_RUNS.is_dir():
         raise JobError(
-            "wanted a systemd that runs, found none: nothing would read the units",
+            "no systemd runs: nothing would read the units",
             hint=f"`ca-bridge setup cron --enable` needs none; `-o {UNIT_DIRECTORY}` writes the units all the same",
         )
 
@@ -232,7 +232,7 @@ def make_directory(path: Path, user: str, mode: int) -> None:
         assert_may_write(path, user, "of the job's user")
         return
     account = pwd.getpwnam(user)
-    with reasons(JobError, f"{path}: wanted to make it", hint=_install(path, user)):
+    with reasons(JobError, f"{path}: can't make it", hint=_install(path, user)):
         make_directories(path.parent)
         path.mkdir(mode=DIRECTORY_MODE)
         # by descriptor, so that a link in its place is not followed
@@ -251,7 +251,7 @@ def assert_may_write(path: Path, user: str, which: str) -> None:
     found = trouble_with(path, user)
     if found == _NO_DIRECTORY:
         hint = f"mount it, or make it: {_install(path, user)}"
-        raise JobError(f"{path}: wanted the directory {which}, found none", hint=hint)
+        raise JobError(f"{path}: there is no such directory {which}", hint=hint)
     if found:
         raise JobError(f"{path}: wanted a directory {which}, found {found}", hint=f"chown {user} {path}")
 

@@ -82,7 +82,7 @@ def held_by(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     except OSError as e:
-        raise BridgeError(f"{path}: wanted to see who holds the lock, found: {e.strerror}") from e
+        raise BridgeError(f"{path}: can't see who holds the lock: {e.strerror}") from e
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

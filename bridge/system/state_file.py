@@ -107,8 +107,8 @@ class StateFile(Generic[T]):
 
     def content(self) -> bytes | None:
         """Its bytes; None: the file is missing."""
-        wanted = f"{self.path}: wanted to read {self.what}"
-        with reasons(StateUnreadableError, wanted, exit_code=self.exit_code), contextlib.suppress(FileNotFoundError):
+        failed = f"{self.path}: can't read {self.what}"
+        with reasons(StateUnreadableError, failed, exit_code=self.exit_code), contextlib.suppress(FileNotFoundError):
             return self.path.read_bytes()
         return None
 
@@ -120,12 +120,12 @@ class StateFile(Generic[T]):
 
     def replace(self, document: Mapping[str, Any]) -> None:
         """Write a document, safe on disk when this returns."""
-        with reasons(StateError, f"{self.path}: wanted to write down {self.what}"):
+        with reasons(StateError, f"{self.path}: can't write down {self.what}"):
             write_atomically(self.path, sealed(document))
 
     def remove(self) -> None:
         """Remove the file durably, if it exists."""
-        with reasons(StateError, f"{self.path}: wanted to remove it"):
+        with reasons(StateError, f"{self.path}: can't remove it"):
             self.path.unlink(missing_ok=True)
             sync_directory(self.path.parent)
 
@@ -133,7 +133,7 @@ class StateFile(Generic[T]):
         """Rename the file within its directory, and return the new path; nothing is lost."""
         data = self.content() or b""
         kept = self.path.with_name(f"{self.path.name}.damaged-{digest(data)[:8]}")
-        with reasons(StateError, f"{self.path}: wanted to rename it to {kept.name}"):
+        with reasons(StateError, f"{self.path}: can't rename it to {kept.name}"):
             self.path.rename(kept)
             sync_directory(kept.parent)
         return kept

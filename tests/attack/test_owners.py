@@ -195,7 +195,7 @@ def test_what_is_no_file_in_a_keys_place_stops_its_own_renewal_alone(
     before = other.read_bytes()
     put(key)
     [error] = renewed(node, tmp_path, SERVER, "apiserver")
-    assert f"{key}: wanted to read it, found: {found}" in str(error)
+    assert f"{key}: can't read it: {found}" in str(error)
     assert other.read_bytes() != before
     item = inventory.read(node.pki_dir, node.kubeconfig_dir).item(SERVER)
     assert item is not None
@@ -282,7 +282,7 @@ def test_a_link_that_comes_after_the_look_for_links_is_not_followed(
     key.symlink_to(tmp_path / "key")
     monkeypatch.setattr(prepare, "foreign_link", lambda _: None)
     [error] = renewed(node, tmp_path, SERVER)
-    assert f"{key}: wanted to read it, found: {key}: wanted no link" in str(error)
+    assert f"{key}: can't read it: {key}: wanted no link" in str(error)
 
 
 def test_a_secret_that_others_can_read_is_a_warning(

@@ -377,7 +377,9 @@ def test_a_directory_that_is_not_there(tmp_path: Path, missing: str) -> None:
     backend, request = opened(tmp_path), asked()
     (tmp_path / missing).rmdir()
     for call in (lambda: backend.sign(request), lambda: backend.collect(request, "0" * 64), lambda: backend.check([])):
-        with pytest.raises(BackendUnavailableError, match=f"{missing}: wanted the {missing}, found no directory") as e:
+        with pytest.raises(
+            BackendUnavailableError, match=f"{missing}: there is no such directory \\(the {missing}\\)"
+        ) as e:
             call()
         assert e.value.exit_code == 6
         assert "mount" in e.value.hint

@@ -580,9 +580,7 @@ def test_a_link_to_a_program_that_others_can_change_is_not_run(tmp_path: Path) -
 
 def test_what_is_no_program_is_named(tmp_path: Path) -> None:
     """A file that is missing, not executable, without its first line, a directory, or a circle of links is named."""
-    refused(
-        tmp_path / "nowhere", "wanted a program, found: No such file or directory", "`command` begins with its path"
-    )
+    refused(tmp_path / "nowhere", "can't be run: No such file or directory", "`command` begins with its path")
     script = program(tmp_path / "plain", "exit 3")
     script.chmod(0o644)
     refused(script, "could not be started: Permission denied", "is it executable")
@@ -915,7 +913,7 @@ def test_doctor_finds_what_is_wrong_with_a_program(one: Bridge) -> None:
     script.chmod(0o777)
     assert f"{script}: wanted a file that only its owner can write to, found mode 0777" in reported()
     script.unlink()
-    assert "wanted a program, found: No such file or directory" in reported()
+    assert "can't be run: No such file or directory" in reported()
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

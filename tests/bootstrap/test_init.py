@@ -314,7 +314,7 @@ def no_pem(node: NewNode) -> None:
 TRAPS: dict[str, tuple[Callable[[NewNode], None], str]] = {
     "sa.key": (drop("pki/sa.key"), "sa.key: wanted the service account key"),
     "sa.pub": (drop("pki/sa.pub"), "sa.pub: wanted the service account key"),
-    "etcd/server.key": (drop("pki/etcd/server.key"), "etcd/server.key: wanted a file, found none"),
+    "etcd/server.key": (drop("pki/etcd/server.key"), "etcd/server.key: there is no such file"),
     "ca.crt": (drop("pki/ca.crt"), "ca.crt: wanted the CA's certificate (kubeadm would make a CA of its own)"),
     "front-proxy-ca.crt": (drop("pki/front-proxy-ca.crt"), "front-proxy-ca.crt: wanted the CA's certificate"),
     "etcd/ca.crt": (drop("pki/etcd/ca.crt"), "etcd/ca.crt: wanted the CA's certificate"),
@@ -593,7 +593,7 @@ def test_copies_survive_a_reset(node: NewNode) -> None:
         back.stderr
     )
     assert "certificate.sa" not in back.stderr
-    assert "kept: wanted a directory for copies (--keep), found: File exists" in refused.stderr
+    assert "kept: can't make a directory for copies (--keep): File exists" in refused.stderr
     assert "name another one" in refused.stderr
     assert first.returncode == 0, first.stderr
     assert again.returncode == 0, again.stderr
@@ -769,7 +769,7 @@ def test_nothing_is_given_up_before_a_desk_or_a_ca_is_known(tmp_path: Path) -> N
     assert (anew.returncode, (node.state / "requests.json").read_bytes()) == (2, before)
     assert node.bridge.run("pending", "cancel", "super-admin.conf").returncode == 0
     lacks = node.init("--answer", answer)
-    assert (lacks.returncode, "super-admin.conf: wanted a CA or a desk for ca" in lacks.stderr) == (2, True)
+    assert (lacks.returncode, "super-admin.conf: there is no CA and no desk for ca" in lacks.stderr) == (2, True)
     asks = node.init("--answer", answer, "--request", two)
     assert asks.returncode == 4, asks.stderr
     assert [request.name for request in loads_request(two.read_bytes()).requests] == ["super-admin.conf"]

@@ -250,5 +250,5 @@ def test_an_answer_that_comes_later_is_waited_for() -> None:
     hasty = trial(Later())
     with pytest.raises(WaitingError, match="bob has it"):
         hasty.signed(hasty.request(SPECS["apiserver"]))
-    with pytest.raises(NotConformingError, match="can be asked later"):
+    with pytest.raises(NotConformingError, match="cannot be asked later"):
         trial(NeverAskedAgain()).signed(hasty.request(SPECS["apiserver"]))

@@ -196,7 +196,7 @@ def test_a_settings_file_is_not_reported_as_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("bridge.settings.load.DEFAULT_FILE", tmp_path / "config.toml")
     result = CliRunner().invoke(app, ["settings", "check"])
     assert result.exit_code == 2
-    assert "wanted a settings file, found none" in result.stderr
+    assert "there is no such file, and a settings file is needed" in result.stderr
 
 
 def test_the_settings_directory_is_not_called_a_missing_file(config: Path) -> None:

@@ -65,7 +65,7 @@ def test_restart_claims_no_more_than_it_can_see(tmp_path: Path) -> None:
     bridge = Bridge(pki=handmade_pki(tmp_path / "node"), directory=tmp_path / "bridge")
     run = bridge.run("restart")
     assert (run.returncode, run.stdout) == (1, "")
-    assert "wanted static-pod manifests" in run.stderr
+    assert "there are no static-pod manifests" in run.stderr
     manifests = bridge.pki.kubeconfig_dir / "manifests"
     manifests.mkdir()
     flags = ["--bind-address=127.0.0.1", "--secure-port=1", f"--kubeconfig={bridge.pki.kubeconfig_dir}/scheduler.conf"]

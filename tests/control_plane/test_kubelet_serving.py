@@ -408,10 +408,10 @@ def test_a_kubelet_without_its_configuration_is_no_bug(tmp_path: Path) -> None:
             kubelet_serving.switch(settings, on=True, force=False, wait=timedelta(), tell=lambda _: None)
         return str(e.value)
 
-    assert found() == f"{config}: wanted a file, found none"
+    assert found() == f"{config}: there is no such file"
     config.parent.mkdir()
     config.write_text(CONFIG)
-    assert found() == f"wanted a kubelet with {config} among its arguments, found none"
+    assert found() == f"no kubelet has {config} among its arguments"
 
 
 def write(path: Path, more: str) -> None:

@@ -236,7 +236,7 @@ def test_a_file_that_is_not_there_is_unknown(site: Site) -> None:
     """Without the file the state is unknown, and the report says so."""
     (site.pki / "apiserver.crt").unlink()
     found = site.finding("apiserver", "serves")
-    assert (found.state, found.detail) == ("unknown", f"{site.pki}/apiserver.crt: wanted a file, found none")
+    assert (found.state, found.detail) == ("unknown", f"{site.pki}/apiserver.crt: there is no such file")
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_nothing_is_signed_for_an_answer_that_has_no_directory(desk_: Desk, pair
     run = desk_.run(*words)
 
     assert run.returncode == Exit.FAILED
-    assert f"{tmp_path}/stick: wanted a directory for the answers, found none" in run.stderr
+    assert f"{tmp_path}/stick: there is no such directory for the answers" in run.stderr
     assert "hint: " in run.stderr
     assert desk_.issued() == []
     (tmp_path / "stick").mkdir()
@@ -179,8 +179,8 @@ def test_a_refusal_goes_back_with_its_reason(desk_: Desk, pairs: Pairs, tmp_path
     assert run.returncode == Exit.REFUSED
     answer = loads_answer((tmp_path / "a.json").read_bytes())
     assert isinstance(answer.answers["apiserver"], Issued)
-    assert answer.answers["scheduler.conf"] == Refusal(reason="proof: wanted a continuity proof, found none")
-    assert "scheduler.conf: refused: proof: wanted a continuity proof, found none" in run.stderr
+    assert answer.answers["scheduler.conf"] == Refusal(reason="proof: there is no continuity proof")
+    assert "scheduler.conf: refused: proof: there is no continuity proof" in run.stderr
     assert "`ca-bridge sign --without-proof NAME`" in run.stderr
     assert [event["event"] for event in events(desk_)] == [desk.SIGNED, "refused"]
 
@@ -231,7 +231,7 @@ def test_a_desk_without_a_policy_signs_nothing(desk_: Desk, pairs: Pairs, tmp_pa
 
     assert (wrong.returncode, without.returncode) == (Exit.USAGE, Exit.USAGE)
     assert f"{desk_.policy}:2: allow.clusters: wanted a list of texts" in wrong.stderr
-    assert "wanted a policy file, found none" in without.stderr
+    assert "there is no such file, and a policy file is needed" in without.stderr
     begin = re.search(r"install -m 0644 (\S+) (\S+)", without.stderr)
     assert begin is not None
     assert (Path(begin[1]).is_file(), begin[2]) == (True, str(desk_.policy))
@@ -1405,14 +1405,14 @@ def test_an_inbox_that_is_not_mounted_is_reported(tmp_path: Path, monkeypatch: p
     (tmp_path / "fstab").write_text(f"# comment\n\nUUID=1 / ext4\nUUID=2 {tmp_path}/other ext4 defaults\n")
     files._assert_mounted(inbox)
     (tmp_path / "fstab").write_text(f"UUID=1 {tmp_path}/media vfat noauto\n")
-    with pytest.raises(BridgeError, match="wanted it mounted"):
+    with pytest.raises(BridgeError, match="it is not mounted"):
         files._assert_mounted(inbox)
     (tmp_path / "fstab").write_text(f"/data {tmp_path}/media/in\\040box none bind\n")
     monkeypatch.setattr(paths, "MOUNTS", tmp_path / "mounts")
     line = "36 35 98:0 /data {} rw master:1 - ext4 /dev/sda1 rw\n"
     for place, is_mounted in (("media/in\\040box", True), ("media", False)):
         (tmp_path / "mounts").write_text(line.format(tmp_path / place))
-        with contextlib.nullcontext() if is_mounted else pytest.raises(BridgeError, match="wanted it mounted"):
+        with contextlib.nullcontext() if is_mounted else pytest.raises(BridgeError, match="it is not mounted"):
             files._assert_mounted(inbox)
     # by a link; and a mount whose server is gone is not looked at
     (tmp_path / "link").symlink_to(inbox)
@@ -1425,7 +1425,7 @@ def test_an_inbox_that_is_not_mounted_is_reported(tmp_path: Path, monkeypatch: p
         return look(path, **more)
 
     monkeypatch.setattr(os, "lstat", hangs)
-    with pytest.raises(BridgeError, match="wanted it mounted"):
+    with pytest.raises(BridgeError, match="it is not mounted"):
         files._assert_mounted(inbox)
     (tmp_path / "mounts").write_text(line.format(tmp_path / "hung") + line.format(tmp_path / "media/in\\040box"))
     files._assert_mounted(inbox)
@@ -1611,7 +1611,7 @@ def test_a_directory_that_can_not_be_listed_is_refused_as_a_whole(
     (tmp_path / "pki/etcd").mkdir(parents=True)
     (tmp_path / "pki/apiserver.csr").write_bytes(new_csr(pairs["apiserver"][0]).public_bytes(Encoding.PEM))
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(csr_directory.CsrDirectoryError, match="pki/etcd: wanted to look for CSRs, found: Permission"):
+    with pytest.raises(csr_directory.CsrDirectoryError, match="pki/etcd: can't look for CSRs: Permission"):
         csr_directory.load(tmp_path, node="cp-1", cluster="k", validity=VALIDITY, created=datetime.now(UTC))
 
 

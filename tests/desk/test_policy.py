@@ -254,7 +254,7 @@ def test_a_proof_by_no_certificate_is_none(bundle: RequestBundle, judged: Judge)
     """A request that replaces no certificate has no proof: it is refused, unless a person allows it."""
     alone = changed(bundle, "scheduler.conf", replaces=None)
 
-    assert "wanted the certificate that is replaced, found none" in judged(alone, "scheduler.conf")
+    assert "the certificate that is replaced is missing" in judged(alone, "scheduler.conf")
     assert judged(alone, "scheduler.conf", without_proof=frozenset({"scheduler.conf"})) == ""
 
 
@@ -617,7 +617,7 @@ def test_a_request_that_was_changed_with_its_digest_is_refused(
         "validity": ({"validity": timedelta(days=366)}, "validity: wanted at most"),
         "csr": ({"csr": new_csr(pairs[name][0])}, "another signature"),
         "replaces": ({"replaces": old}, "another signature"),
-        "no replaces": ({"replaces": None}, "wanted the certificate that is replaced"),
+        "no replaces": ({"replaces": None}, "the certificate that is replaced is missing"),
         "proof": ({"proof": b"x"}, "another signature"),
         "no proof": ({"proof": None}, "wanted a continuity proof"),
     }

@@ -62,7 +62,7 @@ def test_what_the_policy_allows_is_signed_on_a_persons_word() -> None:
     assert judged(bundle) == ""
     assert "sign --without-proof user" in judged(bundle, waived=frozenset())
     assert judged(bundle, optional + USERS, frozenset()) == ""
-    assert "a table [users]" in judged(bundle, ALLOW)
+    assert "no table [users]" in judged(bundle, ALLOW)
     assert judge(bundle.requests[0], bundle, parse(ALLOW + USERS), [], NOW, WAIVED).proven is False
 
 

@@ -233,7 +233,7 @@ def assert_answered(desk_: Desk, made: dict[str, RequestBundle]) -> None:
         for request in bundle.requests:
             answer = answers[batch].answers[request.name]
             if request.proof is None:
-                assert answer == Refusal(reason="proof: wanted a continuity proof, found none")
+                assert answer == Refusal(reason="proof: there is no continuity proof")
             else:
                 assert isinstance(answer, Issued)
                 assert answer.leaf.public_key() == sign_request(request, bundle).csr.public_key()

@@ -87,5 +87,5 @@ def test_a_browser_without_a_certificate_sees_an_explanation(tmp_path: Path) -> 
         browser.open(f"{team.door.url}/approvals")
         text = browser.value("document.body.innerText")
 
-    assert "wanted a person's certificate in the handshake, found none" in text
+    assert "there was no person's certificate in the TLS handshake" in text
     assert "You are" not in text

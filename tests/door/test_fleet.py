@@ -130,7 +130,7 @@ def test_the_command_shows_them_at_80_columns(tmp_path: Path, monkeypatch: pytes
     for reader in (("fleet",), ("enrolments", "list"), ("serve-database", "status")):
         refused = desk.run(*reader)
         assert (refused.returncode, (desk.state / "door.db").exists()) == (Exit.USAGE, False), refused.stdout
-        assert f"{desk.state}/door.db: wanted the door's database, found none" in " ".join(refused.stderr.split())
+        assert f"{desk.state}/door.db: there is no database of a door" in " ".join(refused.stderr.split())
         assert "`ca-bridge serve` and `enroll` make the database" in " ".join(refused.stderr.split())
     with contextlib.closing(open_memory(load(desk.config), may_make=True)):
         assert (desk.state / "door.db").stat().st_mode & 0o777 == 0o600

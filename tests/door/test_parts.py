@@ -353,7 +353,7 @@ def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle, cap
 
     assert full[0] == "503 Service Unavailable"
     assert full[1]["Retry-After"] == "30"
-    assert full[2]["error"] == "the database: wanted an answer, found none; the door's log says why"
+    assert full[2]["error"] == "the database does not answer; the door's log says why"
     assert "is full" in caplog.text
 
 

@@ -299,9 +299,9 @@ REQUEST_FIELDS: dict[str, tuple[Change, str]] = {
     "validitySeconds, shorter": (_first(validity=timedelta(days=200)), PROOF),
     "csr": (_other_csr, PROOF),
     "replaces": (_other_replaced, PROOF),
-    "replaces: nothing": (_first(replaces=None), "wanted the certificate that is replaced, found none"),
+    "replaces: nothing": (_first(replaces=None), "the certificate that is replaced is missing"),
     "proof": (_first(proof=b"\0" * 256), PROOF),
-    "proof: none": (_first(proof=None), "wanted a continuity proof, found none"),
+    "proof: none": (_first(proof=None), "there is no continuity proof"),
 }
 
 

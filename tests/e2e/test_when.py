@@ -240,7 +240,7 @@ def test_doctor_sees_windows_hooks_and_failed_runs(bridge: Bridge) -> None:
     before = " ".join(bridge.run("doctor").stdout.split())
     assert re.search(r"ok +renewal.window +Sat 02:00-06:00 \(Europe/Berlin\)", before)
     assert re.search(r"ok +hook success +\S+/false", before)
-    assert re.search(r"warning +hook success +wanted a program '/nowhere/tell'", before)
+    assert re.search(r"warning +hook success +there is no program '/nowhere/tell'", before)
     assert "earlier run" not in before
     key = bridge.directory / "desk/etcd-ca/ca.key"
     aside = key.rename(key.with_suffix(".away"))

@@ -860,7 +860,7 @@ def test_check_says_what_is_missing(cluster: ClusterApi, tmp_path: Path) -> None
     assert checked(place)[0] == 6
     place.gateway["kubeconfig"] = str(cluster.kubeconfig("no-rights"))
     code, text = checked(place)
-    assert (code, "found that it is missing" in text) == (5, True), text
+    assert (code, "the right is missing" in text) == (5, True), text
     flat = " ".join(text.split())
     for right in ("patch certificatesigningrequests/approval", "sign signers kubernetes.io/kubelet-serving",
                   "update leases ca-bridge-gateway in namespace kube-system"):  # fmt: skip

@@ -87,7 +87,7 @@ def test_a_night_with_nothing_due_takes_no_lock(tmp_path: Path) -> None:
     run = bridge.run("renew")
     assert run.returncode == 1
     assert run.stdout.startswith("nothing is due: ")
-    assert "wanted to write the metrics, found: No such file or directory" in run.stderr
+    assert "can't write the metrics: No such file or directory" in run.stderr
 
 
 def test_due_is_where_renew_would_begin(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_file_that_can_not_be_written_is_no_success(tmp_path: Path) -> None:
     file_of(bridge).parent.rmdir()
     run = bridge.run("renew")
     assert run.returncode == 1
-    assert f"{file_of(bridge)}: wanted to write the metrics, found: No such file or directory" in run.stderr
+    assert f"{file_of(bridge)}: can't write the metrics: No such file or directory" in run.stderr
     assert "renewed; the old files are in" in run.stdout
     doctor = bridge.run("doctor")
     assert (doctor.returncode, "wanted a directory for the metrics file" in doctor.stdout) == (1, True)

@@ -189,7 +189,7 @@ def test_a_file_from_the_future_tells_nothing(file: Path, monkeypatch: pytest.Mo
 def test_no_file(file: Path, tmp_path: Path) -> None:
     """A file that is not there, and one that is none, are errors."""
     file.unlink()
-    with pytest.raises(ValueError, match="wanted a file, found none"):
+    with pytest.raises(ValueError, match="there is no such file"):
         processes.compare_age(Component.SCHEDULER, file)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)

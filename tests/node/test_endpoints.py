@@ -77,5 +77,5 @@ def test_files() -> None:
     """Containers start in /; a flag that has to be there is named when it is not."""
     assert endpoints.file({"--cert-file": "etc/a.crt"}, "--cert-file") == Path("/etc/a.crt")
     assert endpoints.file({"--cert-file": ""}, "--cert-file") is None
-    with pytest.raises(ValueError, match="wanted --key-file, found none"):
+    with pytest.raises(ValueError, match="the flag --key-file is missing"):
         endpoints.wanted_file({}, "--key-file")

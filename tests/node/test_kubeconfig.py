@@ -110,7 +110,7 @@ def test_reads_file_references() -> None:
         certificate_file="/var/lib/current.pem",
         key_present=False,
         key_file="/var/lib/current.pem",
-        not_editable="wanted an embedded client-certificate-data and client-key-data to replace, found none",
+        not_editable="there is no embedded client-certificate-data and client-key-data to replace",
     )
     assert parse(text.encode()) == wanted
     assert key_data(text.encode()) is None

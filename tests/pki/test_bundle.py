@@ -748,8 +748,8 @@ def test_no_proof_and_nothing_to_prove_with_are_named(request_bundle: RequestBun
     without = changed(request_bundle, "apiserver", proof=None)
     alone = changed(request_bundle, "apiserver", replaces=None)
 
-    assert proof_problem(without.requests[0], without) == "wanted a continuity proof, found none"
-    assert proof_problem(alone.requests[0], alone) == "wanted the certificate that is replaced, found none"
+    assert proof_problem(without.requests[0], without) == "there is no continuity proof"
+    assert proof_problem(alone.requests[0], alone) == "the certificate that is replaced is missing"
 
 
 def test_parts_can_not_be_moved_from_one_to_the_next() -> None:

@@ -118,7 +118,7 @@ def test_groups_by_release(name: str, release: str, groups: tuple[str, ...]) -> 
 @pytest.mark.parametrize(
     ("name", "release", "reads"),
     [
-        ("admin.conf", None, "wanted Kubernetes' version, which decides the groups (O) of admin.conf, found none"),
+        ("admin.conf", None, "Kubernetes' version is unknown, which decides the groups (O) of admin.conf"),
         (
             "apiserver-kubelet-client",
             "1.34",
@@ -185,7 +185,7 @@ def test_what_is_not_known_is_named(name: str, lacking: str, what: str) -> None:
     facts: dict[str, Any] = {lacking: ""}
     with pytest.raises(NoFactError) as e:
         kubeadm_names.naming(SPECS[name], replace(FACTS, **facts))
-    assert str(e.value) == f"wanted {what}, found none"
+    assert str(e.value) == f"{what} is unknown"
     without = kubeadm_names.naming(SPECS["apiserver"], replace(FACTS, endpoint_host=""))
     assert "api.example.com" not in kubeadm_names.text_of(without.sans)
 

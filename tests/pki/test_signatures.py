@@ -81,7 +81,7 @@ def test_each_problem_is_reported_in_full(bundle: RequestBundle) -> None:
         signatures.usages_problem(bare),
         signatures.origin_problem(bare, []),
     ):
-        assert problem == "wanted the certificate that is replaced, found none"
+        assert problem == "the certificate that is replaced is missing"
     assert signatures.proof_problem(replace(request, proof=b"x" * 64), bundle) == (
         "wanted a continuity proof by the replaced certificate's key over this CSR, found another signature"
     )

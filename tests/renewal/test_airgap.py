@@ -302,7 +302,7 @@ def test_a_request_says_when_it_can_prove_nothing(node: Node, desk: Desk) -> Non
     assert "WITHOUT PROOF" in run.stdout
     shown = node.run("inspect", node.carried / "bundle.json")
     assert shown.returncode == 5
-    assert "wanted a continuity proof, found none" in shown.stdout
+    assert "there is no continuity proof" in shown.stdout
 
     answer = node.carried / "answer.json"
     assert desk.run("sign", node.carried / "bundle.json", "-o", answer).returncode == 5
@@ -978,7 +978,7 @@ def test_cancelled_keys_are_gone(node: Node) -> None:
 
     missing = node.run("pending", "cancel", "apiserver")
     assert missing.returncode == 1
-    assert "apiserver: wanted a request that is open, found none" in missing.stderr
+    assert "apiserver: there is no open request" in missing.stderr
     assert node.run("pending", "cancel", "apiservr").returncode == 2
     assert node.run("pending", "cancel", "all").returncode == 0
     assert not (node.state / "requests.json").exists()

@@ -116,7 +116,7 @@ def test_every_command_is_content_with_an_etcd_host(make: Make, tmp_path: Path) 
     assert bridge.run("export", str(tmp_path / "b.json"), "etcd-server").returncode == 0
     asked = bridge.run("renew", "apiserver", "kubelet-server")
     assert asked.returncode == 1
-    assert "apiserver: wanted a certificate to renew, found none: this node is an etcd host" in asked.stderr
+    assert "apiserver: there is no certificate to renew: this node is an etcd host" in asked.stderr
 
 
 def test_all_that_it_has_is_renewed_and_comes_back(make: Make) -> None:
@@ -215,7 +215,7 @@ def test_files_that_are_not_there(beside: Bridge) -> None:
     write_api_server(beside, gone, gone.with_suffix(".key"))
     run = beside.run("renew", "all")
     assert run.returncode == 1
-    assert f"apiserver-etcd-client: wanted a certificate to renew in {gone}, found nothing" in run.stderr
+    assert f"apiserver-etcd-client: there is no certificate to renew in {gone}" in run.stderr
     assert "front-proxy-client" in run.stdout
 
 

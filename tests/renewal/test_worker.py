@@ -160,8 +160,8 @@ def test_every_command_is_content_with_a_worker(make: Make, tmp_path: Path) -> N
     assert worker.bridge.run("export", str(tmp_path / "b.json"), "kubelet.conf").returncode == 0
     asked = worker.bridge.run("renew", "apiserver", "kubelet-server")
     assert asked.returncode == 1
-    assert "apiserver: wanted a certificate to renew, found none: this node is a worker" in asked.stderr
-    assert "kubelet-server: wanted a certificate to renew, found none: the kubelet makes its first one" in asked.stderr
+    assert "apiserver: there is no certificate to renew: this node is a worker" in asked.stderr
+    assert "kubelet-server: there is no certificate to renew: the kubelet makes its first one" in asked.stderr
 
 
 def test_without_kubelet_rotation_it_is_due_as_every_other_is(make: Make) -> None:
@@ -438,7 +438,7 @@ def test_over_the_air_gap(bare: Worker, tmp_path: Path) -> None:
 
     own = bare.served()
     said, code = carried()
-    assert "proof: wanted the certificate that is replaced, found none" in said
+    assert "proof: the certificate that is replaced is missing" in said
     words = "the policy's [certificate.kubelet-server] sans, or desk.inventory, says what else"
     assert f"SAN: wanted {NODE} ({words}), found IP:{ADDRESS}" in said
     assert (code, bare.served() == own) == (5, True)

@@ -129,7 +129,7 @@ def test_a_default_file_that_leads_nowhere_is_missed(tmp_path: Path, monkeypatch
     monkeypatch.setattr("bridge.settings.load.DEFAULT_FILE", file)
     assert load(None).source.file is None
     file.symlink_to(tmp_path / "disk/config.toml")
-    with pytest.raises(SettingsError, match="wanted a settings file, found none"):
+    with pytest.raises(SettingsError, match="there is no such file, and a settings file is needed"):
         load(None)
 
 

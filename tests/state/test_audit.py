@@ -699,7 +699,7 @@ def test_cfssl_knows_us_by_our_client_certificate(tmp_path: Path) -> None:
 def test_the_damage_is_a_sentence() -> None:
     """The sentence has file, line and number."""
     damage = Damage(kind="missing", first=3, last=5, place="audit.jsonl:3")
-    assert str(damage) == "audit.jsonl:3: lines 3 to 5: wanted here, found missing"
+    assert str(damage) == "audit.jsonl:3: lines 3 to 5: missing here"
 
 
 # --- old files that are deleted ---------------------------------------------------------------------------------------

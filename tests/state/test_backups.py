@@ -156,9 +156,7 @@ def test_what_is_strange_among_the_backups_keeps_no_renewal_from_its_report(run:
     assert good in result.stdout
     assert "keep-2025" not in result.output
     assert "notes.txt" not in result.output
-    assert (
-        f"{store.backups / bad / MANIFEST}: wanted to read a backup's manifest, found: Is a directory" in result.stderr
-    )
+    assert f"{store.backups / bad / MANIFEST}: can't read a backup's manifest: Is a directory" in result.stderr
 
 
 def test_a_directory_of_backups_that_cannot_be_read_is_named(
@@ -172,7 +170,7 @@ def test_a_directory_of_backups_that_cannot_be_read_is_named(
     monkeypatch.setattr(Store, "backup_directories", fail)
     result = run("backups")
     assert result.exit_code == 1
-    assert f"{store.backups}: wanted to look for backups, found: Input/output error" in result.stderr
+    assert f"{store.backups}: can't look for backups: Input/output error" in result.stderr
     for backup_id in (None, "20260101T000000Z-0123abcd"):
         with pytest.raises(backups.BackupError, match="Input/output error"):
             backups.find(store, backup_id)

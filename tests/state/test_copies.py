@@ -378,7 +378,7 @@ def test_a_copy_that_is_read_for_ever_holds_up_nothing(
         *errors, code = renewed(settings, ADMIN)
     over.set()
     assert (order, code) == (["restart and proof", "copy", "copy"], str(Exit.NOT_LIVE))
-    assert [error for error in errors if f"{dead}: wanted to read it within 5 s" in error] == errors
+    assert [error for error in errors if f"{dead}: it could not be read to its end within 5 s" in error] == errors
     assert is_fresh(good, node)
 
 
@@ -450,7 +450,7 @@ def test_a_certificate_alone_earns_no_key(
     with caplog.at_level("WARNING", logger="ca-bridge"):
         assert renewed(settings_with(node, tmp_path, copy, given(node, home / "fine")), "all") == ["0"]
     assert copy.read_bytes() == before
-    reported = "wanted a certificate of the node's kubeconfigs and its key, found none; it is left alone"
+    reported = "it has no certificate of the node's kubeconfigs with its key; it is left alone"
     assert [line for line in caplog.messages if "left alone" in line] == [f"{copy}: {reported}"]
 
 
@@ -484,7 +484,7 @@ def test_a_copy_that_is_away_is_a_warning(
     """A missing copy holds no old certificate."""
     with caplog.at_level("WARNING", logger="ca-bridge"):
         assert renewed(settings_with(node, tmp_path, home / "config", home / "no/such"), "all") == ["0"]
-    assert caplog.text.count("wanted a copy of a kubeconfig (copies.files), found nothing there") == 2
+    assert caplog.text.count("there is no such copy of a kubeconfig (copies.files)") == 2
 
 
 def test_what_the_owner_writes_meanwhile_stays(
@@ -636,7 +636,7 @@ def test_a_look_ends_in_time(node: Pki, tmp_path: Path, monkeypatch: pytest.Monk
     with dead_fs.mounted(tmp_path / "home") as home:
         settings = settings_with(node, tmp_path, home / "config", good)
         hung, fresh = copies.look(settings, inventory.read(node.pki_dir, node.kubeconfig_dir))
-    assert "no end of it" in str(hung.error)
+    assert "could not be read to its end" in str(hung.error)
     assert (fresh.names, fresh.error) == ((ADMIN,), None)
 
 

@@ -281,7 +281,7 @@ def test_a_staged_file_that_is_gone_undoes_all(pki: Path, store: Store, monkeypa
         patch.setattr(Path, "rename", rename_and_remove)
         with pytest.raises(InstallError) as e:
             run(pki, store)
-    found = f"{pki / 'admin.conf'}: wanted its new content here or in {gone}, found neither"
+    found = f"{pki / 'admin.conf'}: its new content is neither here nor in {gone}"
     assert str(e.value) == f"all was put back: {found}"
     assert contents(pki) == FILES
     assert recover(store) is None
@@ -603,7 +603,7 @@ def test_recovery_that_can_go_nowhere_keeps_the_journal(
     assert e.value.hint == f"the old files are in {backup}, the journal is {store.journal}"
     assert store.journal.exists()
     (backup / "manifest.json").unlink()
-    with pytest.raises(InstallError, match=f"{backup / 'manifest.json'}: wanted the backup's manifest, found none"):
+    with pytest.raises(InstallError, match=f"{backup / 'manifest.json'}: the backup's manifest is missing"):
         recover(store)
 
 
@@ -660,7 +660,7 @@ def test_a_backup_of_other_files_is_not_put_back(pki: Path, store: Store, monkey
     assert manifest is not None
     manifest_file(backup).replace(manifest | {"files": manifest["files"][:1]})
     lacking = f"{pki / 'admin.conf'}, {pki / 'server.crt'}"
-    with pytest.raises(InstallError, match=f"{backup}: wanted a backup of {lacking}, found none"):
+    with pytest.raises(InstallError, match=f"{backup}: it has no backup of {lacking}"):
         recover(store)
     assert store.journal.exists()
 

@@ -78,10 +78,10 @@ def test_what_is_written_is_what_is_read(whole: Whole) -> None:
         ("answer", [], "answer: wanted Issued, found list"),
         ("parts", [{"data": "secret", "on": True}], "parts[0].data: wanted bytes, found str"),
         ("parts", [{"data": "AA==", "on": 1}], "parts[0].on: wanted bool, found int"),
-        ("parts", [{"data": "AA=="}], "parts[0].on: wanted a value, found none"),
+        ("parts", [{"data": "AA=="}], "parts[0].on: the value is missing"),
         ("parts", "secret", "parts: wanted tuple, found str"),
         ("times", {"secret": 1}, "wanted Component, found str"),
-        ("late", {}, "late.data: wanted a value, found none"),
+        ("late", {}, "late.data: the value is missing"),
         ("secret", 1, "wanted a Whole, found 1 unknown keys"),
     ],
 )

@@ -367,7 +367,7 @@ def test_a_request_is_never_made_over_an_older_key(tmp_path: Path) -> None:
     [
         (
             ".",
-            "bob.key: wanted to write a key and a CSR, found: File exists",
+            "bob.key: can't write a key and a CSR: File exists",
             "move the older ones away, or name another",
         ),
         ("none", "found: No such file or directory", "make the directory, or name another directory with -o"),
@@ -688,7 +688,7 @@ def test_another_kind_of_key_is_another_request(pki: Pki, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("users", "waived", "text"),
     [
-        ("", True, "a table [users]"),
+        ("", True, "no table [users]"),
         ('[users]\ngroups = ["ops"]\n', True, "(users.groups)"),
         ('[users]\ngroups = ["*"]\nmax_validity = "4h"\n', True, "(users.max_validity)"),
         ('[users]\ngroups = ["*"]\n', False, "--without-proof user"),
