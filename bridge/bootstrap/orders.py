@@ -8,17 +8,15 @@ through a pipe. No field can hold a CA's or a node's key.
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
 import json
 import sys
-from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Final, Literal
 
 from cryptography import x509
 
@@ -39,16 +37,17 @@ from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_
 from bridge.node.pairs import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
 from bridge.pki.budget import MOST_BYTES, OverBudgetError, json_of
+from bridge.pki.bundle import BundleError
+from bridge.pki.bundle_format import each_once
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
-from bridge.system.codec import named, to_json
+from bridge.system.codec import CodecError, from_json, left_out, named, to_json
 from bridge.system.console import log
 from bridge.system.files import held_directory, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read, read_present, read_public_key
 
-_SCHEMA, _VERSION = "ca-bridge/new-node", 1
-_KEYS = frozenset({"schema", "version", "cluster", "authorities", "node", "serviceAccount", "signature"})
+_SCHEMA: Final = "ca-bridge/new-node"
 
 
 class OrderError(BridgeError):
@@ -79,17 +78,36 @@ class Order:
     signature: bytes | None = None  #: Over `message`; None: it is not signed.
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ServiceAccount:
+    key_pem: bytes = field(repr=False)
+    public_pem: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderDocument:
+    """An order as JSON."""
+
+    schema: Literal["ca-bridge/new-node"] = _SCHEMA
+    version: Literal[1] = 1
+    cluster: str
+    authorities: Mapping[str, str]
+    node: NewNode | None = field(default=None, metadata=left_out())
+    service_account: _ServiceAccount | None = field(
+        default=None, metadata={**named("serviceAccount"), **left_out()}, repr=False
+    )
+    signature: bytes | None = field(default=None, metadata=left_out())
+
+
 def dumps(order: Order) -> bytes:
     """Return an order as the content of its file."""
-    document = _document(order)
-    if order.signature is not None:
-        document["signature"] = b64encode(order.signature).decode()
-    return json.dumps(document, indent=1).encode() + b"\n"
+    return json.dumps(to_json(_document(order)), indent=1).encode() + b"\n"
 
 
 def digest(order: Order) -> str:
     """Return the SHA-256 (hex) of an order, without its signature."""
-    return sha256(json.dumps(_document(order), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    document = to_json(replace(_document(order), signature=None))
+    return sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def message(order: Order) -> bytes:
@@ -97,54 +115,45 @@ def message(order: Order) -> bytes:
     return b"ca-bridge order 1\n" + digest(order).encode()
 
 
-def _document(order: Order) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "schema": _SCHEMA,
-        "version": _VERSION,
-        "cluster": order.cluster.text(),
-        "authorities": {name: pem(*certificates).decode() for name, certificates in order.authorities.items()},
-    }
-    if order.node is not None:
-        document["node"] = to_json(order.node)
-    if order.sa is not None:
-        document["serviceAccount"] = {"key": order.sa[0].decode(), "public": order.sa[1].decode()}
-    return document
+def _document(order: Order) -> OrderDocument:
+    return OrderDocument(
+        cluster=order.cluster.text(),
+        authorities={name: pem(*certificates).decode() for name, certificates in order.authorities.items()},
+        node=order.node,
+        service_account=None if order.sa is None else _ServiceAccount(key_pem=order.sa[0], public_pem=order.sa[1]),
+        signature=order.signature,
+    )
 
 
 def loads(data: bytes) -> Order:
     """Parse an order, and check every field; no error shows a key."""
     try:
-        document = json_of(data, pairs=_once)
+        values = json_of(data, pairs=each_once)
     except OverBudgetError as e:
         raise OrderError(f"wanted an order: {e}") from None
-    except ValueError:
-        document = None  # not raised here, since a traceback could lead to the text, which may hold a key
-    if not isinstance(document, dict) or document.get("schema") != _SCHEMA or document.get("version") != _VERSION:
-        raise OrderError(f"wanted a JSON document of schema {_SCHEMA}, version {_VERSION}, found something else")
-    if unknown := document.keys() - _KEYS:
-        raise OrderError(f"wanted the fields {', '.join(sorted(_KEYS))}, found {len(unknown)} more")
+    except (ValueError, BundleError):
+        values = None  # not raised here, since a traceback could lead to the text, which may hold a key
+    if not isinstance(values, dict) or values.get("schema") != _SCHEMA:
+        raise OrderError("wanted an order in JSON, found something else")
+    try:
+        document = from_json(OrderDocument, values)
+    except CodecError as e:
+        raise OrderError(f"wanted an order of version 1: {e}") from None
+    node = document.node
+    if node is not None and not node.socket.isprintable():
+        raise OrderError("node: wanted a socket of printable characters, found others")
     return Order(
-        cluster=_cluster(document.get("cluster")),
-        authorities=_authorities(document.get("authorities")),
-        node=_node(document["node"]) if "node" in document else None,
-        sa=_sa(document["serviceAccount"]) if "serviceAccount" in document else None,
-        signature=_signature(document["signature"]) if "signature" in document else None,
+        cluster=_cluster(document.cluster),
+        authorities={name: _authority(name, text) for name, text in document.authorities.items()},
+        node=None if node is None else new_node(node.role, node.name, node.addresses, node.socket),
+        sa=None if document.service_account is None else _sa(document.service_account),
+        signature=document.signature,
     )
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a repeated key in a JSON object, since two readers may take different values of it."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError
-    return values
-
-
-def _cluster(value: object) -> KubeadmConfig:
-    if not isinstance(value, str):
-        raise OrderError("cluster: wanted kubeadm's configuration as text, found something else")
+def _cluster(text: str) -> KubeadmConfig:
     try:
-        found = parse_documents(value.encode())
+        found = parse_documents(text.encode())
     except KubeadmConfigError as e:
         raise OrderError(f"cluster: {e}") from None
     if not found.cluster:
@@ -152,27 +161,13 @@ def _cluster(value: object) -> KubeadmConfig:
     return found
 
 
-def _authorities(value: object) -> dict[str, tuple[x509.Certificate, ...]]:
-    if not isinstance(value, dict) or not value.keys() <= AUTHORITIES.keys():
+def _authority(name: str, text: str) -> tuple[x509.Certificate, ...]:
+    if name not in AUTHORITIES or "PRIVATE KEY" in text:
         raise OrderError(f"authorities: wanted certificates of {', '.join(AUTHORITIES)}, found something else")
-    found = {}
-    for name, text in value.items():
-        if not isinstance(text, str) or "PRIVATE KEY" in text:
-            raise OrderError(f"authorities.{name}: wanted certificates in PEM and nothing else, found something else")
-        try:
-            found[name] = tuple(load_pem_certificates(text.encode()))
-        except ValueError as e:
-            raise OrderError(f"authorities.{name}: wanted certificates in PEM, found {e}") from None
-    return found
-
-
-def _node(value: object) -> NewNode:
-    if not isinstance(value, dict) or value.keys() != {"role", "name", "addresses", "criSocket"}:
-        raise OrderError("node: wanted role, name, addresses and criSocket, found something else")
-    addresses, socket = value["addresses"], value["criSocket"]
-    if not isinstance(addresses, list) or not isinstance(socket, str) or not socket.isprintable():
-        raise OrderError("node: wanted a list of addresses and a socket, found something else")
-    return new_node(str(value["role"]), str(value["name"]), [str(one) for one in addresses], socket)
+    try:
+        return tuple(load_pem_certificates(text.encode()))
+    except ValueError as e:
+        raise OrderError(f"authorities.{name}: wanted certificates in PEM, found {e}") from None
 
 
 def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -> NewNode:
@@ -191,19 +186,10 @@ def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -
     return NewNode(role=role, name=name, addresses=tuple(addresses), socket=socket)
 
 
-def _sa(value: object) -> tuple[bytes, bytes]:
-    texts = (value.get("key"), value.get("public")) if isinstance(value, dict) else (None, None)
-    pair = tuple(text.encode() for text in texts if isinstance(text, str))
-    if len(pair) != len(texts) or not is_sa_pair(pair[0], pair[1]):
+def _sa(account: _ServiceAccount) -> tuple[bytes, bytes]:
+    if not is_sa_pair(account.key_pem, account.public_pem):
         raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
-    return pair[0], pair[1]
-
-
-def _signature(value: object) -> bytes:
-    try:
-        return b64decode(value, validate=True) if isinstance(value, str) else b""
-    except ValueError:
-        return b""
+    return account.key_pem, account.public_pem
 
 
 _LINE = "a line is `ROLE NAME ADDRESS …`, with each name and address once"
@@ -323,7 +309,7 @@ def write_orders(
     with held_directory(directory) as held:
         for path, order in made.values():
             signature = signatures.sign(key, message(order)) if key is not None else None
-            write_atomically(held / path.name, dumps(dataclasses.replace(order, signature=signature)), _PUBLIC)
+            write_atomically(held / path.name, dumps(replace(order, signature=signature)), _PUBLIC)
     return made
 
 

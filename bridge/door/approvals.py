@@ -17,7 +17,6 @@ import hmac
 import json
 import logging
 import re
-from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -44,6 +43,7 @@ from bridge.pki.certificates import UNREADABLE, fingerprint, pem, serial_hex
 from bridge.pki.csr import key_line, sans_line, subject_line
 from bridge.pki.expiry import duration_text, minute, rfc3339
 from bridge.pki.verify import client_problem
+from bridge.system.codec import from_json
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -242,7 +242,8 @@ class Approvals:
     def _post(self, environ: Environ, person: Person, request_digest: str) -> Case:
         if kind_of(environ) != "application/json":
             raise NotDecidedError("wanted Content-Type: application/json, found another one", hint="")
-        return self.decide(person, request_digest, *_read_decision(body_of(environ)))
+        sent = _read_decision(body_of(environ))
+        return self.decide(person, request_digest, sent.verdict, sent.reason, sent.signature)
 
     def _listed(self, case: Case) -> dict[str, Any]:
         return {
@@ -271,22 +272,22 @@ class Approvals:
         }
 
 
-def _read_decision(data: bytes) -> tuple[Verdict, str, bytes]:
-    """Return the verdict, reason and signature of a JSON decision (NotDecidedError: it is not one)."""
-    wanted = "wanted JSON with verdict, reason and signature"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedDecision:
+    """A decision as an approver's own program sends it."""
+
+    verdict: Verdict
+    reason: str
+    signature: bytes
+
+
+def _read_decision(data: bytes) -> SignedDecision:
+    """Return a decision from its JSON (NotDecidedError: it is not one)."""
     try:
-        document = json_of(data)
+        return from_json(SignedDecision, json_of(data))
     except (ValueError, OverBudgetError) as e:
-        raise NotDecidedError(f"{wanted}, found: {one_line(e)}") from None
-    if not isinstance(document, dict) or set(document) != {"verdict", "reason", "signature"}:
-        raise NotDecidedError(f"{wanted}, found another document")
-    verdict, reason, signature = (document[key] for key in ("verdict", "reason", "signature"))
-    if verdict not in ("approved", "refused") or not isinstance(reason, str) or not isinstance(signature, str):
-        raise NotDecidedError(f"{wanted}, found other values")
-    try:
-        return verdict, reason, b64decode(signature, validate=True)
-    except ValueError:
-        raise NotDecidedError(f"{wanted}, found a signature that is not base64") from None
+        text = f"wanted JSON with verdict, reason and signature, found: {one_line(e)}"
+        raise NotDecidedError(text) from None
 
 
 # --- for browsers -----------------------------------------------------------------------------------------------------

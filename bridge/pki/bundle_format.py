@@ -338,7 +338,7 @@ _OTHER_HINT = "another program wrote this file: name what `ca-bridge export`, th
 def parse(data: bytes) -> dict[str, Any]:
     """Parse the bytes as one JSON object."""
     try:
-        document = json_of(data, pairs=_unique)
+        document = json_of(data, pairs=each_once)
     except OverBudgetError as e:
         raise BundleError("", e.wanted, e.found) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -362,7 +362,7 @@ def excerpt(value: object) -> str:
     return text if len(text) <= _LONGEST_FOUND else f"{text[:_LONGEST_FOUND]}…"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object without duplicate keys, since two readers may use different values of a repeated key."""
     if len(pairs) > _MOST_KEYS:
         raise BundleError("", f"objects of at most {_MOST_KEYS} keys", f"{len(pairs)}")

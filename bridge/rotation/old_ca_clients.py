@@ -173,7 +173,7 @@ def _certificates(path: Path) -> Iterator[x509.Certificate]:
         try:
             data = read_present(file)
         except UnreadableError as e:
-            raise UnreadableLogError(f"{file}: wanted certificates, found: {e}") from None
+            raise UnreadableLogError(f"{file}: can't read its certificates: {e}") from None
         with contextlib.suppress(ValueError):  # a CA's directory also has other files
             yield from load_pem_certificates(data)
 

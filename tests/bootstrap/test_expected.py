@@ -51,7 +51,7 @@ def test_a_worker_needs_one_ca(name: str) -> None:
 
 def test_an_order_without_a_node_says_nothing() -> None:
     """An order without a node is an error, since it names no node's certificates."""
-    with pytest.raises(OrderError, match="found one without"):
+    with pytest.raises(OrderError, match="the order names no node"):
         keys.expected_certificates(Order(cluster=shared(parse(CONFIG.encode())), authorities={}), datetime.now(UTC))
 
 

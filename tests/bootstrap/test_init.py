@@ -312,14 +312,14 @@ def no_pem(node: NewNode) -> None:
 
 
 TRAPS: dict[str, tuple[Callable[[NewNode], None], str]] = {
-    "sa.key": (drop("pki/sa.key"), "sa.key: wanted the service account key"),
-    "sa.pub": (drop("pki/sa.pub"), "sa.pub: wanted the service account key"),
+    "sa.key": (drop("pki/sa.key"), "sa.key: the service account key is missing"),
+    "sa.pub": (drop("pki/sa.pub"), "sa.pub: the service account key is missing"),
     "etcd/server.key": (drop("pki/etcd/server.key"), "etcd/server.key: there is no such file"),
-    "ca.crt": (drop("pki/ca.crt"), "ca.crt: wanted the CA's certificate (kubeadm would make a CA of its own)"),
-    "front-proxy-ca.crt": (drop("pki/front-proxy-ca.crt"), "front-proxy-ca.crt: wanted the CA's certificate"),
-    "etcd/ca.crt": (drop("pki/etcd/ca.crt"), "etcd/ca.crt: wanted the CA's certificate"),
-    "kubelet.conf": (drop("kubelet.conf"), "kubelet.conf: wanted a file"),
-    "the kubelet's .pem": (no_pem, "kubelet-client-current.pem: wanted a file"),
+    "ca.crt": (drop("pki/ca.crt"), "ca.crt: the CA's certificate is missing (kubeadm would make a CA of its own)"),
+    "front-proxy-ca.crt": (drop("pki/front-proxy-ca.crt"), "front-proxy-ca.crt: the CA's certificate is missing"),
+    "etcd/ca.crt": (drop("pki/etcd/ca.crt"), "etcd/ca.crt: the CA's certificate is missing"),
+    "kubelet.conf": (drop("kubelet.conf"), "kubelet.conf: there is no such file"),
+    "the kubelet's .pem": (no_pem, "kubelet-client-current.pem: there is no such file"),
     "a foreign key": (foreign_key, "etcd/server.key: wanted the key of its certificate"),
     "a foreign sa.key": (foreign_sa, "sa.pub: wanted the public key of sa.key"),
     "kubelet.conf with data": (old_style_kubelet, "kubelet.conf: wanted "),
@@ -364,7 +364,7 @@ NOT_AS_SAID: dict[str, Callable[[NewNode], object]] = {
     "wanted DNS:kubernetes.default.svc.corp.example among": other_configuration(
         "controlPlaneEndpoint", "networking: {dnsDomain: corp.example}\ncontrolPlaneEndpoint"
     ),
-    "kubeadm.yaml: wanted kubeadm's configuration": lambda node: node.places.kubeadm_config.unlink(),
+    "kubeadm.yaml: kubeadm's configuration is missing": lambda node: node.places.kubeadm_config.unlink(),
     "member: wanted a node without a cluster": etcd_data,
 }
 

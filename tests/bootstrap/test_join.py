@@ -248,11 +248,11 @@ def test_what_hurts_a_cluster_is_found_before_it_joins(other: NewNode, shared: b
 
     assert (made.returncode, good.returncode) == (0, 0), made.stderr + good.stderr
     assert [one.returncode for one in (address, name, unknown, endpoint, kubelet)] == [5] * 5
-    assert "kubeadm.yaml: wanted kubeadm's configuration" in unknown.stderr
+    assert "kubeadm.yaml: kubeadm's configuration is missing" in unknown.stderr
     assert "DNS:api.example.org" in endpoint.stderr
     assert "wanted IP:192.0.2.99 among the SANs" in address.stderr
     assert "wanted CN system:node:cp-3" in name.stderr
-    assert "kubelet.conf: wanted a file" in kubelet.stderr
+    assert "kubelet.conf: there is no such file" in kubelet.stderr
 
 
 def test_an_expired_kubelet_certificate_is_found(other: NewNode, shared: bytes) -> None:
@@ -316,7 +316,7 @@ def test_without_a_service_account_key_no_ca_is_asked(first: NewNode, other: New
     run = other.run("join", "--control-plane", "--shared", "-", *SECOND, "--ca-dir", first.places.pki, given=given)
 
     assert run.returncode == 2
-    assert "wanted the service account key" in run.stderr
+    assert "the service account key is missing" in run.stderr
     assert other.files() == {}
     assert all("V\t" not in (other.directory / "signers" / name / "index.txt").read_text() for name in AUTHORITIES)
 

@@ -146,4 +146,4 @@ def test_an_installation_without_pages_says_so(monkeypatch: pytest.MonkeyPatch) 
     result = CliRunner().invoke(app, ["help"])
 
     assert result.exit_code == 1
-    assert "found none" in result.stderr
+    assert "are not installed" in result.stderr

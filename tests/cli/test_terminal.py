@@ -217,4 +217,4 @@ def test_sentences_and_rows_of_csrs_fit_80_columns(config: Path, tmp_path: Path)
     finally:
         shutil.rmtree(csrs)
     assert installed.exit_code == 4
-    assert installed.text.count("wanted a certificate") == 1
+    assert installed.text.count("there is no certificate for its key") == 1

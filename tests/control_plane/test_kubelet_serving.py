@@ -378,7 +378,7 @@ def test_a_kill_at_any_step(site: Site) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda site: site.kubelets["cp1"].stop(), "wanted a kubelet with"),
+        (lambda site: site.kubelets["cp1"].stop(), "no kubelet has"),
         (lambda site: write(site.kubelets["cp1"].config, "tlsCertFile: /a\ntlsPrivateKeyFile: /b\n"), "without tlsCertFile"),
         (lambda site: site.kubelets["cp1"].config.write_text("{kind: x}\n"), "one key a line"),
         (lambda site: site.kubelets["cp1"].config.write_text("- x\n"), "wanted a mapping"),

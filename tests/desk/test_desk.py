@@ -1745,7 +1745,7 @@ def test_the_example_crontab_is_quiet(desk_: Desk, pairs: Pairs) -> None:
     assert mailed() == ""
     assert len(answers_of(desk_)) == 1
     put(desk_, changed(make_bundle(some(pairs, "apiserver")), "apiserver", proof=None))
-    assert "found none" in mailed()
+    assert "there is no continuity proof" in mailed()
 
 
 def test_progress_tells_the_rate_and_what_is_left() -> None:

@@ -244,8 +244,8 @@ def test_without_a_proof_nothing_is_signed_unless_a_person_says_so(bundle: Reque
     """A person waives a proof by name; a policy may waive it for all."""
     without = changed(bundle, "scheduler.conf", proof=None)
 
-    assert "found none" in judged(without, "scheduler.conf")
-    assert "found none" in judged(without, "scheduler.conf", without_proof=frozenset({"apiserver"}))
+    assert "there is no continuity proof" in judged(without, "scheduler.conf")
+    assert "there is no continuity proof" in judged(without, "scheduler.conf", without_proof=frozenset({"apiserver"}))
     assert judged(without, "scheduler.conf", without_proof=frozenset({"scheduler.conf"})) == ""
     assert judged(without, "scheduler.conf", MASTERS + 'proof = "optional"\n') == ""
 
@@ -619,7 +619,7 @@ def test_a_request_that_was_changed_with_its_digest_is_refused(
         "replaces": ({"replaces": old}, "another signature"),
         "no replaces": ({"replaces": None}, "the certificate that is replaced is missing"),
         "proof": ({"proof": b"x"}, "another signature"),
-        "no proof": ({"proof": None}, "wanted a continuity proof"),
+        "no proof": ({"proof": None}, "there is no continuity proof"),
     }
     for what, (values, named) in cases.items():
         assert named in judged(changed(bundle, name, **values), name), what

@@ -777,7 +777,7 @@ def test_an_exchange_does_not_count_as_the_right_ca(site: Site) -> None:
         site.bridge.add(f"authority.{authority}", {"backend": "door"})
     missing = site.bridge.run("doctor")
     assert missing.returncode == 1
-    assert missing.stdout.count("found no directory") == 1
+    assert missing.stdout.count("there is no such directory") == 1
     for path in boxes.values():
         path.mkdir()
     run = site.bridge.run("doctor")

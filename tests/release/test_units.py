@@ -138,7 +138,7 @@ def test_the_timer_catches_up_and_renews_with_a_credential(installed: Tree, tmp_
         machine.run("touch /usr/touched /etc/touched /var/touched /root/touched")
         bare = machine.run("ca-bridge renew all", check=False)
         assert bare.returncode != 0
-        assert "found no $CREDENTIALS_DIRECTORY" in bare.stderr
+        assert "there is no $CREDENTIALS_DIRECTORY" in bare.stderr
 
 
 @pytest.mark.parametrize("installed", ["bookworm"], indirect=True)

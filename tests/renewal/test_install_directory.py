@@ -221,7 +221,7 @@ def test_keys_that_others_can_read_are_refused(node: Pki, settings: Settings, di
     shutil.copy(key, directory / "pki/apiserver.key")
     with pytest.raises(DirectoryError, match="one key for apiserver"):
         install(settings, directory)
-    with pytest.raises(DirectoryError, match="found none"):
+    with pytest.raises(DirectoryError, match="there is no such directory"):
         install(settings, node.root / "nowhere")
     (node.root / "empty").mkdir()
     with pytest.raises(DirectoryError, match="named as kubeadm names them"):

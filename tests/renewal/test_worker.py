@@ -236,7 +236,7 @@ def test_nothing_beside_it_is_proposed(make: Make) -> None:
     current.resolve().rename(worker.pki_dir / "kubelet-client-x;reboot.pem")
     run = worker.bridge.run("renew")
     assert run.returncode == 1
-    assert "found nothing" in run.stderr
+    assert "there is no certificate" in run.stderr
     assert "ln -sfn" not in run.stderr
 
 

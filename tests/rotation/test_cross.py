@@ -365,7 +365,7 @@ def test_a_file_that_is_no_cross_certificate_stops_everything_before_it_moves(se
     with pytest.raises(SettingsError, match="a file that only its owner can write to"):
         run(settings, Verb.ISSUE)
     path.unlink()
-    with pytest.raises(SettingsError, match=r"found none"):
+    with pytest.raises(SettingsError, match="there is no such file"):
         run(settings, Verb.ISSUE)
     assert contents(pki) == before
     next_cas.cross(pki.ca_pem("ca"), pem(change_of(with_next_of(settings)).new), path.parent)

@@ -604,7 +604,7 @@ def test_a_new_ca_that_others_can_change_is_not_trusted(settings: Settings, pki:
     with pytest.raises(SettingsError, match="wanted a file that only its owner can write to"):
         run(settings, Verb.TRUST)
     anchor.unlink()
-    with pytest.raises(SettingsError, match="wanted the certificate of ca's next CA, found none"):
+    with pytest.raises(SettingsError, match="there is no such file, and the certificate of ca's next CA is needed"):
         run(settings, Verb.TRUST)
     assert contents(pki) == before
 

@@ -255,7 +255,7 @@ def test_a_symlink_is_not_given_another_text(site: Site) -> None:
     site.assert_whole(content=CONTENT + b"# new\n")
     site.manifest.rename(site.root / "elsewhere")
     site.manifest.symlink_to(site.root / "elsewhere")
-    with pytest.raises(RestartError, match="found a symlink"):
+    with pytest.raises(RestartError, match="it is a symlink"):
         restart(dataclasses.replace(site.pod, content=CONTENT), site.store, TIMEOUT)
 
 

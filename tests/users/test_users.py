@@ -370,8 +370,8 @@ def test_a_request_is_never_made_over_an_older_key(tmp_path: Path) -> None:
             "bob.key: can't write a key and a CSR: File exists",
             "move the older ones away, or name another",
         ),
-        ("none", "found: No such file or directory", "make the directory, or name another directory with -o"),
-        ("bob.key", "found: Not a directory", ": name another directory with -o"),
+        ("none", ": No such file or directory", "make the directory, or name another directory with -o"),
+        ("bob.key", ": Not a directory", ": name another directory with -o"),
     ],
 )
 def test_a_request_that_can_not_be_written_says_what_to_do(tmp_path: Path, place: str, says: str, hint: str) -> None:
