@@ -82,8 +82,10 @@ def settings_check(common: Common) -> None:
     """Check the whole settings file, backends' tables included; asks no CA."""
     settings, problems = common.examined()
     if settings.source.file is None:
-        problem = SettingsProblem("", "a settings file", "none: the defaults are in force", DEFAULT_FILE)
-        raise SettingsError([problem], hint="`ca-bridge settings init KIND` writes a commented file")
+        problem = SettingsProblem("", "a settings file", "none", DEFAULT_FILE)
+        raise SettingsError(
+            [problem], hint="the defaults are in force; `ca-bridge settings init KIND` writes a commented file"
+        )
     for one in (settings, for_rehearsal(settings), for_next(settings, settings.authorities)):
         try:
             registry.configured(one, () if problems else one.authorities)

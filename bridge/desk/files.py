@@ -310,7 +310,7 @@ class Session:
             csrs = self._csrs(desk)
             return lambda _: iter([csrs]), 1
         if out is None or out.resolve() == source.resolve():
-            raise BridgeError(f"{source}: the answers need another directory", hint="name it with -o")
+            raise BridgeError(f"{source}: the inbox is no directory for the answers", hint="name it with -o")
         for directory in (source, out):
             _assert_mounted(directory)
         assert_writable(out)

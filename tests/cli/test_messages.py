@@ -262,7 +262,7 @@ def test_doctor_of_another_user_says_so_first(bridge: Bridge) -> None:
             path.chmod(0o755)
     with another_user():
         result, reported = runner.invoke(app, arguments), runner.invoke(app, [*arguments, "-o", "json"])
-    assert result.output.split()[:4] == ["error", "this", "user", "wanted"]
+    assert result.output.split()[:4] == ["error", "this", "user", "only"]
     assert result.output.count(ROOT_HINT) == 1
     assert "rights" not in {one["check"] for one in json.loads(reported.output)["findings"]}
 

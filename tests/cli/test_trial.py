@@ -167,7 +167,7 @@ def test_there_has_to_be_something_to_compare_with(tmp_path: Path) -> None:
     here = Pki(root=tmp_path / "here", external=True)
     run = bridge_with(here, tmp_path, program(tmp_path / "mute", "exit 6")).run("backend", "test", "front-proxy-ca")
     assert run.returncode == 1
-    assert "wanted the certificate of front-proxy-ca to compare with" in run.stderr
+    assert "there is no certificate of front-proxy-ca to compare with" in run.stderr
     assert "--pki-dir" in run.stderr
 
 
@@ -176,7 +176,7 @@ def test_there_has_to_be_something_to_compare_with(tmp_path: Path) -> None:
     [
         (["root-ca"], "wanted one of ca, etcd-ca, front-proxy-ca, found 'root-ca'"),
         (["front-proxy-ca", "apiserver"], "NAME: wanted one of front-proxy-client, found 'apiserver'"),
-        (["etcd-ca"], "authority.etcd-ca: wanted a table with the CA's backend"),
+        (["etcd-ca"], "authority.etcd-ca is missing: a table with the CA's backend"),
     ],
 )
 def test_names_that_are_none_are_reported(pki: Pki, tmp_path: Path, arguments: list[str], found: str) -> None:

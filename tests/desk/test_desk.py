@@ -1591,7 +1591,7 @@ def test_a_directory_with_other_csrs_is_refused_as_a_whole(tmp_path: Path, desk_
     run = desk_.run("sign", csrs, "--node", "cp-1", "--cluster", "kubernetes")
 
     assert run.returncode == Exit.FAILED
-    for words in ("wanted one CSR for apiserver", "unknown.csr: wanted one of kubeadm's names", "admin.conf.csr: wanted",
+    for words in ("wanted one CSR for apiserver", "unknown.csr: this is none of kubeadm's names", "admin.conf.csr: wanted",
                   "etcd-peer.csr: wanted one PEM block"):  # fmt: skip
         assert words in run.stderr
     assert desk_.issued() == []

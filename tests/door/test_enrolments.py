@@ -303,12 +303,12 @@ def test_one_certificate_without_a_proof_stops_no_other(
     assert isinstance(found["scheduler.conf"], Issued)
     refused = found["admin.conf"]
     assert isinstance(refused, BackendRefusedError)
-    assert "proof: wanted" in str(refused)
+    assert "proof: the certificate that is replaced is missing" in str(refused)
     if left == "used":
         assert "found one that is used since" in "".join(door.said)
         return
     [warned] = caplog.messages
-    assert "for admin.conf: wanted" in warned
+    assert "for admin.conf: the certificate that is replaced is missing" in warned
     assert "enroll NODE" in warned
 
 
