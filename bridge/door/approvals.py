@@ -147,7 +147,7 @@ class Approvals:
         """Return the request with this digest, in any state (UnknownError)."""
         kept = self.memory.find(digest, "digest")
         if kept is None:
-            raise UnknownError("there is no request {digest[:16]}")
+            raise UnknownError(f"there is no request {digest[:16]}")
         return self._case(kept)
 
     def _case(self, kept: Kept) -> Case:

@@ -25,7 +25,7 @@ from bridge.specs import EKU, SPECS, USER, CertificateSpec, is_pair_name, pair_s
 
 T = TypeVar("T")
 
-_KEY, _PEM = "key", "_pem"
+_KEY, _LEFT_OUT, _PEM = "key", "left out", "_pem"
 
 
 class CodecError(ValueError):
@@ -35,6 +35,11 @@ class CodecError(ValueError):
 def named(key: str) -> Mapping[str, str]:
     """Metadata of a field whose JSON key differs from its name."""
     return {_KEY: key}
+
+
+def left_out() -> Mapping[str, bool]:
+    """Metadata of a field whose key is omitted when it is None."""
+    return {_LEFT_OUT: True}
 
 
 def _time(text: str) -> datetime:
@@ -95,6 +100,8 @@ def to_json(value: Any) -> Any:
     found = {}
     for field, key, _ in _fields(value.__class__):
         one = getattr(value, field.name)
+        if one is None and _LEFT_OUT in field.metadata:
+            continue
         found[key] = one.decode() if one is not None and field.name.endswith(_PEM) else to_json(one)
     return found
 
@@ -152,6 +159,8 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
         raise CodecError(f"{where or 'document'}: wanted a {kind.__name__}, found {len(more)} unknown keys")
     for field, key, own in known:
         place = f"{where}.{key}".lstrip(".")
+        if key not in document and _LEFT_OUT in field.metadata:
+            continue
         if key not in document:
             raise CodecError(f"{place}: the value is missing")
         if field.name.endswith(_PEM) and document[key] is not None:
