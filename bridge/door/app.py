@@ -319,7 +319,7 @@ class Door:
     def _answer(self, request_id: str) -> Reply:
         kept = self.memory.find(request_id)
         if kept is None:
-            return Reply.error(HTTPStatus.NOT_FOUND, "there is no request {one_line(request_id, 16)}")
+            return Reply.error(HTTPStatus.NOT_FOUND, f"there is no request {one_line(request_id, 16)}")
         if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node polls again
             kept = self.awaited.over(kept, timedelta(seconds=_SOON_SECONDS))
         if kept.answer is not None:
