@@ -240,7 +240,7 @@ def _not_this_node(
 def _message(statement: NodeStatement, authority: str, node: Mapping[str, Any]) -> bytes:
     uid = text_of(node, "metadata", "uid")
     if not uid:
-        raise ValueError("wanted the UID of a Node object, found none")
+        raise ValueError("the Node object has no UID")
     texts = (authority, text_of(node, "metadata", "name"), uid, *_texts(statement))
     return signatures.framed([_CONTEXT, *(text.encode() for text in texts)])
 

@@ -63,7 +63,7 @@ def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
     if verb is Verb.BACK:
         if one.change.old == one.change.new:
             raise NoWayBackError(
-                f"{one.name}: wanted the CA before {text(one.change.new)}, found it in no backup",
+                f"{one.name}: no backup has the CA before {text(one.change.new)}",
                 hint=f"append its certificate to {one.state.path}, then this command again; nothing was replaced",
             )
         before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase

@@ -394,9 +394,7 @@ class _Issue:
         if selection.failed:
             return self._transaction.with_earlier(Result(outcomes=selection.failed))
         if left := sorted(set(self._names) - {item.spec.name for item in selection.items}):
-            raise OrderError(
-                f"wanted to issue all certificates, found that these stay: {', '.join(left)}; no CA was asked"
-            )
+            raise OrderError(f"can't issue all certificates, since these stay: {', '.join(left)}; no CA was asked")
         _record(run, list(self._steps.values()))
         next_cas = next_ca_file(run.store)
         next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *self._steps])))

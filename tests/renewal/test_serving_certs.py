@@ -367,7 +367,7 @@ def test_a_pair_of_another_certificate_is_that_ones_alone(site: Site, base: str)
 def test_half_a_pair_is_an_error(site: Site) -> None:
     """A certificate's flag without the key's."""
     site.edit(SCHEDULER, tls_cert_file="/etc/kubernetes/pki/scheduler/server.crt")
-    assert f"wanted {TLS_KEY} beside {TLS_CERTIFICATE}" in (site.item("scheduler-server").trouble or "")
+    assert f"the manifest has {TLS_CERTIFICATE}, and no {TLS_KEY}" in (site.item("scheduler-server").trouble or "")
     assert site.run("renew").returncode == 1
 
 

@@ -132,7 +132,7 @@ def test_certificates_of_the_new_ca_are_known_by_the_node_and_by_the_operator(tm
     assert old_ca_clients.known(node, store, change, []) == set()
     apiserver = next(item for item in node.items if item.spec.name == "apiserver").certificates[0]
     assert fingerprint(apiserver) in old_ca_clients.known(node, store, Change(new.certificate, old.certificate), [])
-    with pytest.raises(UnreadableLogError, match="wanted certificates"):
+    with pytest.raises(UnreadableLogError, match="can't read its certificates"):
         old_ca_clients.known(node, store, change, [tmp_path / "none"])
 
 
