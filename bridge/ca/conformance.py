@@ -96,7 +96,7 @@ class Trial:
 
     def _collected(self, request: SignRequest, waiting: Pending) -> Issued:
         backend, references = self.backend, [waiting.reference]
-        if not isinstance(backend, contract.Collects):
+        if not backend.can("collect"):
             raise NotConformingError('the backend answers "later", and cannot be asked later')
         answer = wait_until(
             lambda: backend.collect(request, references[-1]),
