@@ -75,7 +75,7 @@ def read_cluster(api: Api) -> Cluster:
 
 
 def _none(place: ConfigMapKey, found: Found) -> NoConfigError:
-    return NoConfigError(f"there is no {place} with {place.key} in it (HTTP {found.status})")
+    return NoConfigError(f"{place} is missing, or has no {place.key} (HTTP {found.status})")
 
 
 def _parsed(text: str) -> Cluster:

@@ -98,7 +98,7 @@ def test_what_is_not_there_or_not_allowed(cluster: ClusterApi, api: Api) -> None
     )
     reads = cluster.client("reads")
     wait_for("the right to read", lambda: reads.ask("GET", KUBELETS.path).ok)
-    with pytest.raises(NoConfigError, match="can't change .* HTTP 403"):
+    with pytest.raises(NoConfigError, match=r"can't change .* HTTP 403"):
         kubeadm.change(client(cluster.kubeconfig("reads")), KUBELETS, str.upper)
     assert kubeadm.read(api, KUBELETS).text == "kind: x\n# kept\n"
 
