@@ -308,7 +308,7 @@ def test_one_certificate_without_a_proof_stops_no_other(
         assert "found one that is used since" in "".join(door.said)
         return
     [warned] = caplog.messages
-    assert "for admin.conf: the certificate that is replaced is missing" in warned
+    assert "for admin.conf: wanted" in warned
     assert "enroll NODE" in warned
 
 
