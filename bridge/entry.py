@@ -160,7 +160,8 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     if plain is None:
         return None
     names = plain.names
-    from bridge.renewal import RunOptions, nothing_due, select  # noqa: PLC0415
+    from bridge.renewal import nothing_due  # noqa: PLC0415
+    from bridge.renewal.selection import RunOptions, select  # noqa: PLC0415
     from bridge.state import Store, is_checked  # noqa: PLC0415
 
     try:

@@ -16,7 +16,6 @@ from bridge.node.expiry_report import ExpiryReport, Row, report
 from bridge.node.inventory import Item, Node
 from bridge.node.reading import read_node
 from bridge.pki.expiry import due_from, first_end
-from bridge.renewal import in_use
 from bridge.renewal.gate import Failures, attempts_file
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.specs import AUTHORITIES, Component
@@ -164,16 +163,24 @@ def known(settings: Settings, now: datetime) -> Remembered:
     """Read the state directory; this needs no lock, since each file is replaced whole (StateError: damage)."""
     store = Store(settings.node.state_dir)
     requests = OpenRequests(store).by_name()
-    may_be_late = any(path.exists() for path in (store.unproven, store.postponed, store.pairs))
-    late = in_use.late(settings, read_node(settings.node), now) if may_be_late else ()
     return Remembered(
         failures=attempts_file(store).read() or {},
         pending=tuple(one for one in requests.values() if one.is_waiting),
         history=history_file(store).read(),
-        late=tuple(dict.fromkeys((one.certificate, one.component.value if one.component else "") for one in late)),
+        late=_not_in_use(settings, store, now),
         own=credentials.metrics(credentials.seen(settings) or (), settings.renewal.before),
         phases=tuple(_phases(settings)) if any(one.next for one in settings.authorities.values()) else (),
     )
+
+
+def _not_in_use(settings: Settings, store: Store, now: datetime) -> tuple[tuple[str, str], ...]:
+    """Return the certificates that were installed and are not in use, each with its component's name."""
+    if not any(path.exists() for path in (store.unproven, store.postponed, store.pairs)):
+        return ()
+    from bridge.renewal import pairs  # noqa: PLC0415 (40 ms, each night)
+
+    late = pairs.late(settings, read_node(settings.node), now)
+    return tuple(dict.fromkeys((one.certificate, one.component.value if one.component else "") for one in late))
 
 
 def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:

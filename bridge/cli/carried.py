@@ -39,7 +39,8 @@ from bridge.pki import bundle_format
 from bridge.pki.certificates import csr_fingerprint
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import DAY, residual, rfc3339, seconds_left
-from bridge.renewal import RunOptions, Selection, airgap, nothing_due
+from bridge.renewal import Selection, airgap, nothing_due
+from bridge.renewal.selection import RunOptions
 from bridge.state import Store
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.system.console import log, print_error, printable

@@ -25,7 +25,8 @@ from bridge.control_plane import kubelet_serving, proof, restarts
 from bridge.errors import Exit
 from bridge.node import pairs
 from bridge.node.reading import read_node
-from bridge.renewal import RunOptions, serving
+from bridge.renewal import serving
+from bridge.renewal.selection import RunOptions
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
 from bridge.system.console import is_verbose, print_error, printable

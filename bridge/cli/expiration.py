@@ -201,9 +201,9 @@ def nagios_check(
     early_limit, late_limit = _limits(settings, warning, critical)
     early = report(node, now, early_limit, left_alone, early_limit if warning is not None else lambda _: CA_ENDS_SOON)
     late = report(node, now, late_limit, left_alone)
-    from bridge.renewal import in_use  # noqa: PLC0415 (only for Nagios)
+    from bridge.renewal import pairs  # noqa: PLC0415 (only for Nagios)
 
-    unused = [] if failures is None else in_use.late(settings, node, now)
+    unused = [] if failures is None else pairs.late(settings, node, now)
     errors = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
     errors += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
     replaced = None if failures is None else _replaced(settings, node)

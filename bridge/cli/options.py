@@ -30,7 +30,7 @@ from bridge.system.console import LogFormat
 if TYPE_CHECKING:
     from cryptography import x509
 
-    from bridge.renewal import RunOptions
+    from bridge.renewal.selection import RunOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ class ChangeOptions:
 
     def read(self, names: Sequence[str] | None, **more: Any) -> RunOptions:
         """Return the options of a run; without names, the run is about the certificates whose SANs change."""
-        from bridge.renewal import Changes, RunOptions  # noqa: PLC0415 (only for commands that renew)
+        from bridge.renewal.selection import Changes, RunOptions  # noqa: PLC0415 (only for commands that renew)
 
         changes = Changes(
             add=_sans("--add-san", self.add_san),

@@ -34,13 +34,14 @@ from bridge.node.inventory import Item, Node
 from bridge.node.reading import read_node
 from bridge.pki.certificates import name_text, serial_hex
 from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
-from bridge.renewal import RunOptions, Selection, nothing_due, select
+from bridge.renewal import Selection, nothing_due
 from bridge.renewal import renew as renewal
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.renew import Rehearsal
+from bridge.renewal.selection import RunOptions, select
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import Outcome, Store, copies
@@ -108,14 +109,14 @@ def install_command(
     proven and installed as by `renew`, and must have the identity of the one that it replaces. Exits with 4 while a
     key has no certificate.
     """
-    from bridge.renewal import airgap  # noqa: PLC0415 (20 ms, and `renew` does not need it)
+    from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, and `renew` does not need it)
 
     settings, directory = common.settings(), directory.absolute()
     options = RunOptions(
         any_identity=tuple(any_identity or ()), all_or_nothing=all_or_nothing, restarts=not no_restart, wait=wait
     )
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
-        result, node, selection = airgap.install_directory(settings, directory, options, utc_now, progress)
+        result, node, selection = install_directory.install(settings, directory, options, utc_now, progress)
     report(result, node, selection, settings, utc_now(), output, restarts=options.restarts)
     if result.renewed:
         text = "%s: its keys and certificates are installed, and no longer needed there: remove the keys"

@@ -23,9 +23,9 @@ from bridge.node.inventory import Item
 from bridge.node.kubelet import KubeletFiles
 from bridge.node.reading import read_node
 from bridge.pki.kubeadm_names import named, parse_nodes, renamed
-from bridge.renewal import RunOptions
 from bridge.renewal.changes import decide
 from bridge.renewal.prepare import serving_names
+from bridge.renewal.selection import RunOptions
 from bridge.settings.tables import NodeSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs

@@ -18,7 +18,7 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import csr, expiry, verify
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import named
-from bridge.renewal import Trust, verify_and_install
+from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
 from bridge.rotation import Phase, places, text
 from bridge.settings.tables import Settings
@@ -59,7 +59,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding.note("by-hand", "CAs", words)
         return
     later = not_yet_signing(settings, node.bundles)
-    demands, _ = verify_and_install.expectations(node, settings, items, now, Trust(bundles=later))
+    demands, _ = verify_and_install.expectations(node, settings, items, now, later)
     for name in later.keys() & demands.keys():
         demands[name] = dataclasses.replace(demands[name], anchor_name=settings.authorities[name].next["anchor"])
     questions = {name: _question([i for i in items if i.spec.authority.name == name], demands[name], settings)

@@ -27,8 +27,8 @@ from bridge.pki import expiry, verify
 from bridge.pki.certificates import UNREADABLE, anchor_of, leads_to, load_pem_certificates, name_text, san_entries
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import CA_ENDS_SOON
-from bridge.renewal import ForeignIdentityError, foreign_identity
 from bridge.renewal.prepare import Allowed
+from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SUPER_ADMIN, Component
 from bridge.system.files import user_name

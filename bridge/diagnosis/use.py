@@ -28,7 +28,8 @@ from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
 from bridge.pki.kubeadm_names import NamingFacts, NoFactError
-from bridge.renewal import hooks, in_use
+from bridge.renewal import hooks
+from bridge.renewal.pairs import how, late
 from bridge.settings import command_words
 from bridge.settings.pair_tables import PairFiles, PairSettings
 from bridge.settings.tables import Settings
@@ -122,7 +123,7 @@ def _authorities(node: Node) -> Iterator[Finding]:
 
 def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Yield findings about installed certificates whose components have not restarted yet."""
-    for one in in_use.late(settings, node, now):
+    for one in late(settings, node, now):
         if one.component is not None:
             text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
             hint = control_plane.how_to_restart(one.component, settings.node)
@@ -340,10 +341,8 @@ def look_at_pairs(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
     for item in node.items:
         if item.pair is not None:
             yield from _pair(item, item.pair, node.authorities, settings, now)
-    for one in in_use.late(settings, node, now):
+    for one in late(settings, node, now):
         if one.component is None:
-            from bridge.renewal.pairs import how  # noqa: PLC0415 (loads the restarts' code; `renew` imports this file)
-
             text = f"its program was not seen to use the installed pair: {one.what}: {one.state}: {one.detail}"
             hints = [how(item) for item in node.items if item.spec.name == one.certificate]
             yield Finding.warning("not-in-use", one.certificate, text, *hints)

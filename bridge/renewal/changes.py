@@ -25,7 +25,8 @@ from bridge.pki import csr, kubeadm_names
 from bridge.pki.certificates import O_OID, attributes, pem, san_entry
 from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import ADMINS, NamingFacts, NoFactError, Release
-from bridge.renewal import ALL, Changes, Desired, DesiredByName, RunOptions, anchors_of, assert_known
+from bridge.renewal import ALL, Desired, DesiredByName, anchors_of, assert_known
+from bridge.renewal.selection import Changes, RunOptions
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, MASTERS, SERVERS, SPECS, CertificateSpec, Component
 from bridge.system.paths import UnreadableError, read

@@ -11,7 +11,8 @@ from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.node import inventory
 from bridge.node.reading import read_node
 from bridge.pki.expiry import first_end, minute
-from bridge.renewal import RunOptions, Selection, select
+from bridge.renewal import Selection
+from bridge.renewal.selection import RunOptions, select
 from bridge.settings.tables import RenewalSettings, Settings
 from bridge.settings.windows import Decision, may_act
 from bridge.state import Store

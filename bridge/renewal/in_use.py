@@ -13,8 +13,8 @@ from bridge.node import processes
 from bridge.node.inventory import Node
 from bridge.settings.tables import Components, Settings
 from bridge.specs import CertificateSpec, Component
-from bridge.state import Outcome, Store
-from bridge.state.obligations import NotProven, postponed_file, unproven_file
+from bridge.state import Outcome
+from bridge.state.obligations import NotProven, postponed_file
 from bridge.state.session import Run
 from bridge.system.state_file import StateError, StateFile
 
@@ -125,20 +125,3 @@ def sentence(findings: Sequence[ProofFinding]) -> str:
     parts = [f"{f.certificate}: {f.what}: {f.state}: {f.detail}" for f in findings[:_MOST_SHOWN]]
     more = len(findings) - _MOST_SHOWN
     return "; ".join([*parts, *([f"and {more} more"] if more > 0 else [])])
-
-
-def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
-    """Find installed certificates not in use, for monitors and `doctor`; none if the state directory is unreadable."""
-    store = Store(settings.node.state_dir)
-    found: list[ProofFinding] = []
-    for file in (unproven_file(store), postponed_file(store)):
-        try:
-            unproven = file.look()
-        except StateError:  # a run reports it
-            continue
-        found += not_in_use(look(unproven, node, settings, now)) if unproven is not None else []
-    if store.pairs.exists():
-        from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where a further pair is unproven)
-
-        found += pairs.late(settings, node, now)
-    return list(dict.fromkeys(found))

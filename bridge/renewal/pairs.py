@@ -8,6 +8,7 @@ Each pair is recorded before its installation: after a kill the next run has the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
@@ -21,12 +22,13 @@ from bridge.errors import BridgeError
 from bridge.node import processes
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import pod_name
+from bridge.renewal import in_use
 from bridge.renewal.activate import RolledBackError, UnprovenError, backup_of
 from bridge.renewal.in_use import NotLiveError
 from bridge.settings import command_words
 from bridge.settings.tables import Settings
 from bridge.state import Outcome, Store, audit, backups, static_pods
-from bridge.state.obligations import NotProven, UnprovenPair, pairs_file
+from bridge.state.obligations import NotProven, UnprovenPair, pairs_file, postponed_file, unproven_file
 from bridge.state.session import Run
 from bridge.state.static_pods import Pod
 from bridge.system.console import doing, log
@@ -261,13 +263,21 @@ def advice(node: Node, names: Sequence[str]) -> list[str]:
     return [how(item) for name, item in own(node).items() if name in names and _reloads(item)]
 
 
-def late(settings: Settings, node: Node, now: datetime) -> Iterator[ProofFinding]:
-    """Yield a finding for each installed pair that is not seen in use, for monitors and `doctor`."""
-    try:
-        earlier = pairs_file(Store(settings.node.state_dir)).look() or ()
-    except StateError:  # a run reports it
-        return
-    for one in earlier:
+def late(settings: Settings, node: Node, now: datetime) -> list[ProofFinding]:
+    """Find installed certificates not in use, for monitors and `doctor`; none if the state directory is unreadable."""
+    store = Store(settings.node.state_dir)
+    found: list[ProofFinding] = []
+    for file in (unproven_file(store), postponed_file(store)):
+        with contextlib.suppress(StateError):  # a run reports it
+            unproven = file.look()
+            found += in_use.not_in_use(in_use.look(unproven, node, settings, now)) if unproven is not None else []
+    with contextlib.suppress(StateError):
+        found += _late_pairs(pairs_file(store).look() or (), node, now)
+    return list(dict.fromkeys(found))
+
+
+def _late_pairs(unproven: Sequence[UnprovenPair], node: Node, now: datetime) -> Iterator[ProofFinding]:
+    for one in unproven:
         item = own(node).get(one.name)
         if item is None or not one.unproven.live_on(node).certificates:
             continue

@@ -24,12 +24,13 @@ from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
 from bridge.pki.certificates import is_for, serial_hex
 from bridge.pki.expiry import due_from, duration_text, first_end
-from bridge.renewal import ALL, NotReadyError, RunOptions, Selection, anchors_in, gate, outcome_of, select
+from bridge.renewal import ALL, NotReadyError, Selection, anchors_in, gate, outcome_of
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, Expected, Reached, issue_all, reaching
 from bridge.renewal.prepare import Prepared, prepare, preparing, with_room
 from bridge.renewal.revocation import RevocationError
+from bridge.renewal.selection import RunOptions, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, hold_back, record_failed, remember, verify_all
 from bridge.settings.tables import Settings, for_rehearsal
@@ -127,7 +128,7 @@ def _prepare_and_issue(
     run: Run, selection: Selection, stuck: Sequence[Outcome], node: Node, options: RunOptions
 ) -> tuple[list[Answered], list[Outcome], list[Prepared]]:
     """Make keys while reaching the CAs, then ask; return answers, failures, and requests held by `all_or_nothing`."""
-    expected, unproved = expectations(node, run.settings, selection.items, run.now(), options.trust)
+    expected, unproved = expectations(node, run.settings, selection.items, run.now(), options.trust.bundles)
     without = {outcome.name for outcome in stuck}
     items = [i for i in selection.items if i.spec.authority.name in expected and i.spec.name not in without]
     kept = _kept(run, items, selection, expected)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from bridge.ca import owe_putting_away, put_away
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import NotReadyError, RunOptions, Selection, in_use, outcome_of, revocation, verify_and_install
+from bridge.renewal import NotReadyError, Selection, in_use, outcome_of, revocation, verify_and_install
 from bridge.renewal.gate import Attempts, attempts_file, next_ca_file
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import HeldBackError, Proven, Result
 from bridge.settings.tables import Settings
 from bridge.state import Outcome, Store, audit, backups, copies, obligations
@@ -112,12 +113,14 @@ class Transaction:
             return Result(outcomes=tuple(failed))
         done = [one.outcome for one in proven]
         verify_and_install.await_validity([one.verified.leaf for one in proven])
+        trust = self._options.trust
         self._run.record.write()  # the audit log comes before the installation
         with self.owing():
-            self._options.trust.gate(proven)
+            trust.gate(proven)
             try:
                 self._owe(selection, done)
-                backup_id = verify_and_install.install_all(self._run, proven, self._options.trust)
+                files = [*trust.files, *(trust.edit(file) for one in proven for file in one.files)]
+                backup_id = verify_and_install.install_all(self._run, proven, files)
             except BridgeError as e:
                 verify_and_install.record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
                 raise

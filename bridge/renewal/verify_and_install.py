@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki import verify
 from bridge.pki.certificates import UNREADABLE, leads_to, load_pem_certificates, pem
 from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual, seconds_left
-from bridge.renewal import NO_TRUST, MissingCertificateError, NotReadyError, Trust, anchors_of, outcome_of
+from bridge.renewal import MissingCertificateError, NotReadyError, anchors_of, outcome_of
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request, read_live
 from bridge.settings.pair_tables import PairFiles
@@ -44,6 +44,9 @@ from bridge.system.files import Attributes
 from bridge.system.paths import UnreadableError, read
 from bridge.system.state_file import StateError
 from bridge.words import one_line
+
+#: The certificates of CA files, by authority.
+Bundles = Mapping[str, tuple[x509.Certificate, ...]]
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
@@ -85,9 +88,13 @@ class Result:
 
 
 def expectations(
-    node: Node, settings: Settings, items: Sequence[Item], now: datetime, trust: Trust = NO_TRUST
+    node: Node, settings: Settings, items: Sequence[Item], now: datetime, bundles: Bundles | None = None
 ) -> tuple[dict[str, verify.Expectation], list[Outcome]]:
-    """Return expectations by authority, and failures where the CA file can't be read, or the CA is half replaced."""
+    """
+    Return expectations by authority, and failures where the CA file can't be read, or the CA is half replaced; `bundles`
+    are the next contents of CA files that the installation replaces, too.
+    """
+    bundles = bundles or {}
     wanted = settings.node.kubernetes_version
     version = node.kubernetes_version if wanted is None else (wanted.major, wanted.minor)
     half = _half_rotated(node, settings.node.kubeconfig_dir)
@@ -95,12 +102,12 @@ def expectations(
     failed = []
     for item in items:
         name = item.spec.authority.name
-        if half is not None and name == CA.name and name not in trust.bundles:
+        if half is not None and name == CA.name and name not in bundles:
             failed.append(outcome_of(item, half))
             continue
         try:
             demands[name] = verify.Expectation(
-                anchors=(anchors := trust.bundles.get(name) or anchors_of(item)),
+                anchors=(anchors := bundles.get(name) or anchors_of(item)),
                 anchor_name=str(item.anchor_path),
                 now=now,
                 min_validity=settings.renewal.min_validity,
@@ -349,9 +356,8 @@ def await_validity(leaves: Sequence[x509.Certificate]) -> None:
     time.sleep(max(0.0, min(begin - time.time(), verify.CLOCK_SKEW.total_seconds())))
 
 
-def install_all(run: Run, proven: Sequence[Proven], trust: Trust = NO_TRUST) -> str:
-    """Install in one step, and drop the requests; return the backup's ID."""
-    files = [*trust.files, *(trust.edit(file) for one in proven for file in one.files)]
+def install_all(run: Run, proven: Sequence[Proven], files: Sequence[Replacement]) -> str:
+    """Install these files in one step, and drop the requests; return the backup's ID."""
     replaced = ((one.name, one.prepared.request.replaces, one.verified.leaf) for one in proven)
     backup_id = install(run.store, files, run.record.run_id, audit.about(replaced))
     for one in proven:

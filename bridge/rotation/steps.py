@@ -18,9 +18,10 @@ from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Node
 from bridge.pki.certificates import is_signed_by, load_pem_certificates, name_text, pem, spki
 from bridge.pki.expiry import minute
-from bridge.renewal import RunOptions, Trust, in_use, select
+from bridge.renewal import in_use
 from bridge.renewal.gate import next_ca_file
 from bridge.renewal.renew import renew
+from bridge.renewal.selection import RunOptions, Trust, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
 from bridge.rotation import Bundle, Phase, differences, objects, places, text, texts

@@ -16,8 +16,9 @@ from bridge.diagnosis import machine
 from bridge.errors import BridgeError, Exit, SettingsError
 from bridge.node import inventory
 from bridge.node.reading import read_node
-from bridge.renewal import MissingCertificateError, RunOptions, prepare, renew
+from bridge.renewal import MissingCertificateError, prepare, renew
 from bridge.renewal.prepare import live_key
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings import load
 from bridge.settings.tables import Settings

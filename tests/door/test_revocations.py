@@ -22,7 +22,8 @@ from bridge.pki import csr, node_proofs
 from bridge.pki.bundle_format import dumps, loads_answer
 from bridge.pki.certificates import pem, serial_hex
 from bridge.pki.csr import PrivateKey
-from bridge.renewal import RunOptions, renew
+from bridge.renewal import renew
+from bridge.renewal.selection import RunOptions
 from bridge.settings.load import parse
 from bridge.specs import SPECS
 from bridge.state import Store, audit

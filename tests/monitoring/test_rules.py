@@ -22,7 +22,7 @@ from bridge.node.reading import read_node
 from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import pem
 from bridge.pki.csr import generate_key
-from bridge.renewal import RunOptions
+from bridge.renewal.selection import RunOptions
 from bridge.rotation import Phase, places
 from bridge.settings.tables import Settings
 from tests.kit import exec_programs, metrics, next_cas, programs, promtool

@@ -26,7 +26,8 @@ from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import Restarted, Restarts
 from bridge.errors import BridgeError, Exit
-from bridge.renewal import RunOptions, renew
+from bridge.renewal import renew
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Components, Settings
 from bridge.specs import Component

@@ -14,8 +14,9 @@ from bridge.diagnosis.examination import examine
 from bridge.errors import Exit, SettingsError
 from bridge.node import kubelet
 from bridge.pki.certificates import load_pem_certificates, san_entries
-from bridge.renewal import RunOptions, renew, verify_and_install
+from bridge.renewal import renew, verify_and_install
 from bridge.renewal.prepare import NotAllowedError
+from bridge.renewal.selection import RunOptions
 from bridge.settings.load import load
 from bridge.settings.tables import Settings
 from bridge.specs import SUPER_ADMIN

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.errors import Exit
 from bridge.pki.certificates import pem
 from bridge.pki.csr import key_pem
-from bridge.renewal import ForeignIdentityError, NotReadyError, RunOptions, renew
+from bridge.renewal import NotReadyError, renew
+from bridge.renewal.selection import ForeignIdentityError, RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from tests.kit.issuing import Signer

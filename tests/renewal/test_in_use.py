@@ -21,7 +21,8 @@ from bridge.diagnosis import examination
 from bridge.errors import Exit
 from bridge.node import processes
 from bridge.node.reading import read_node
-from bridge.renewal import RunOptions, in_use, renew
+from bridge.renewal import pairs, renew
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import parse
@@ -241,7 +242,7 @@ def test_a_look_takes_no_damaged_file_away(site: Site, debt: str) -> None:
     path: Path = getattr(store, debt)
     path.write_text("{")
     for look in range(2):
-        assert in_use.late(site.settings, read_node(site.settings.node), now()) == []
+        assert pairs.late(site.settings, read_node(site.settings.node), now()) == []
         assert path.exists() is not bool(look)
         errors = renew.run(site.settings, RunOptions(), now, Quiet())[0].errors
         assert ["is in" in error.hint and path.name in str(error) for error in errors] == [True] * (not look)

@@ -18,8 +18,9 @@ from bridge.desk.csr_directory import find, spec_of
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
 from bridge.pki.certificates import load_pem_certificates
-from bridge.renewal import RunOptions, airgap, verify_and_install
-from bridge.renewal.airgap import DirectoryError
+from bridge.renewal import airgap, install_directory, verify_and_install
+from bridge.renewal.install_directory import DirectoryError
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS
@@ -78,7 +79,7 @@ def sign_all(node: Pki, directory: Path, names: Collection[str] = tuple(PKI_SPEC
 
 
 def install(settings: Settings, directory: Path, *, all_or_nothing: bool = False) -> Result:
-    return airgap.install_directory(settings, directory, RunOptions(all_or_nothing=all_or_nothing), now, Quiet())[0]
+    return install_directory.install(settings, directory, RunOptions(all_or_nothing=all_or_nothing), now, Quiet())[0]
 
 
 def contents(node: Pki) -> dict[str, bytes]:
@@ -118,7 +119,7 @@ def test_what_is_in_place_is_not_installed_again(node: Pki, settings: Settings, 
     assert len(install(settings, directory).renewed) == 12
     before, backups = contents(node), list(Store(settings.node.state_dir).backups.iterdir())
     quiet = Quiet()
-    result = airgap.install_directory(settings, directory, RunOptions(), now, quiet)[0]
+    result = install_directory.install(settings, directory, RunOptions(), now, quiet)[0]
     assert (result.exit_code, result.outcomes, contents(node)) == (0, (), before)
     assert [note.partition(": ")[2] for note in quiet.notes] == [
         "left out, since this key and certificate are in place already"

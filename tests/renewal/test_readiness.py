@@ -11,7 +11,8 @@ import pytest
 
 from bridge.errors import Exit
 from bridge.node import inventory
-from bridge.renewal import NotReadyError, RunOptions, prepare, renew
+from bridge.renewal import NotReadyError, prepare, renew
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import RestartSettings, Settings
 from tests.kit.pki import Pki, handmade_pki

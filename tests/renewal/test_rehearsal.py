@@ -24,10 +24,11 @@ from bridge.ca.retry import NoWaitPolicy
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory
-from bridge.renewal import RunOptions, renew
+from bridge.renewal import renew
 from bridge.renewal.issuance import Answered
 from bridge.renewal.prepare import Prepared, prepare
 from bridge.renewal.renew import Rehearsal
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import expectations
 from bridge.settings.load import load, parse
 from bridge.settings.tables import Settings, for_next, for_rehearsal

@@ -24,7 +24,8 @@ from bridge.node.sample_pki import ca_certificate
 from bridge.pki.certificates import load_pem_certificates, pem, san_counts
 from bridge.pki.csr import CannotCarryError, generate_key, key_pem
 from bridge.pki.expiry import Before
-from bridge.renewal import ForeignIdentityError, RunOptions, issuance, nothing_due, renew, select, verify_and_install
+from bridge.renewal import issuance, nothing_due, renew, verify_and_install
+from bridge.renewal.selection import ForeignIdentityError, RunOptions, select
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit

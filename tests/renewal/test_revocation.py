@@ -15,7 +15,8 @@ from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.entry import nothing_to_do
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError, Exit
 from bridge.node import inventory
-from bridge.renewal import RunOptions, renew, verify_and_install
+from bridge.renewal import renew, verify_and_install
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.load import load

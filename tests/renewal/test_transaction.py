@@ -23,10 +23,11 @@ from bridge.errors import (
 )
 from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
-from bridge.renewal import RunOptions, Selection, outcome_of, select
+from bridge.renewal import Selection, outcome_of
 from bridge.renewal.activate import Activation, RolledBackError
 from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
+from bridge.renewal.selection import RunOptions, select
 from bridge.renewal.transaction import Transaction, by_authority, with_activation
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse

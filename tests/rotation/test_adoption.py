@@ -16,7 +16,8 @@ from bridge.errors import Exit, SettingsError
 from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates, pem, spki
 from bridge.pki.csr import key_pem
-from bridge.renewal import RunOptions, renew
+from bridge.renewal import renew
+from bridge.renewal.selection import RunOptions
 from bridge.rotation import places, planning, steps
 from bridge.rotation.planning import Verb
 from bridge.rotation.readiness import RotationOptions

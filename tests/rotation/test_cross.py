@@ -25,7 +25,8 @@ from bridge.pki import expiry
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
 from bridge.pki.user_rules import User
-from bridge.renewal import RunOptions, renew
+from bridge.renewal import renew
+from bridge.renewal.selection import RunOptions
 from bridge.rotation import Change, Phase, places, planning
 from bridge.rotation.planning import Verb
 from bridge.settings.load import parse

@@ -14,7 +14,8 @@ from bridge.cli.options import utc_now
 from bridge.errors import Exit
 from bridge.node.reading import read_node
 from bridge.pki.certificates import leads_to, load_pem_certificates, pem
-from bridge.renewal import RunOptions, renew, verify_and_install
+from bridge.renewal import renew, verify_and_install
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.transaction import Transaction
 from bridge.rotation import objects, places, planning
 from bridge.rotation.planning import Verb

@@ -35,8 +35,9 @@ from bridge.node import kubeconfig
 from bridge.node.reading import read_node
 from bridge.pki.certificates import load_pem_certificates, pem
 from bridge.pki.csr import key_pem
-from bridge.renewal import Changes, RunOptions, renew
+from bridge.renewal import renew
 from bridge.renewal.gate import Attempts
+from bridge.renewal.selection import Changes, RunOptions
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.rotation import Phase, places, planning, steps
 from bridge.rotation.planning import Verb

@@ -22,7 +22,8 @@ import yaml
 from bridge import entry
 from bridge.errors import Exit
 from bridge.node import inventory, kubeconfig
-from bridge.renewal import RunOptions, activate, renew
+from bridge.renewal import activate, renew
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import Settings
