@@ -247,7 +247,11 @@ class OpensslBackend(Backend):
 
 
 def _sweep(parent: Path, locked: Database) -> None:
-    """Remove folders of killed runs: only the holder of a database's lock, or a short check, may have one for it."""
+    """
+    Remove folders of killed runs.
+
+    A folder belongs to the process that holds the database's lock; a check without the lock keeps one for minutes.
+    """
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another user's
             status, is_for_us = path.lstat(), path.joinpath("database").readlink() == locked.index.parent

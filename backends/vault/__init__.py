@@ -126,7 +126,7 @@ class VaultSettings(BackendSettings):
     plain_http: bool = False  #: Allow `http://` to another machine: anyone on the network path can read our token.
     #: For mode `sign`. A pattern: `{name}` is the certificate, `{usage}` its usage class (server, client, peer),
     #: `{node}` the node. If not set, `kubeadm-{name}`, or `kubeadm-{node}-{name}` for certificates with the node's
-    #: own names.
+    #: own names. Set `"kubeadm-{name}"` at a desk, a door or the gateway, which sign for other nodes.
     role: str | None = None
     roles: dict[str, str] = field(default_factory=dict)  #: Other roles, by certificate or usage class.
     #: `"sign-verbatim"` uses no role: a token for it can get any leaf certificate from the CA.

@@ -262,7 +262,7 @@ def kept_file(directory: Path, node: str) -> StateFile[Kept]:
         directory / f"{node}.kept.json",
         "copies of a node's files",
         OnDamage.REFUSE,
-        key="keptV1",
+        key="kept",
         afterwards="without it all is signed again",
     )
     return dataclasses.replace(file, by_command=False)

@@ -204,13 +204,11 @@ def nagios_check(
     from bridge.renewal import pairs  # noqa: PLC0415 (only for Nagios)
 
     unused = [] if failures is None else pairs.late(settings, node, now)
-    errors = [*_critical(late), *_unlisted(late), *(f"{one.name} expired" for one in own if one.has_ended(now))]
-    errors += [f"{one.name} unreadable" for one in own if one.ends is None and not lacks_rights(one.trouble)]
+    lost, near = _of_credentials(own, settings, now)
+    errors = [*_critical(late), *_unlisted(late), *lost]
     replaced = None if failures is None else _replaced(settings, node)
     slow = [f"{one.name} is in phase {one.standing.text} since {minute(one.since)}"
             for one in replaced or () if one.is_late(now)]  # fmt: skip
-    near = [f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}"
-            for one in own if one.is_near(settings.renewal.before, now) and not one.has_ended(now)]  # fmt: skip
     warnings = [*_warning(early, late, failures, unused), *slow, *near]
     status = 2 if errors or early.troubles else 1 if warnings else 0
     what = ", ".join([*errors, *warnings]) or _good(early)
@@ -218,6 +216,17 @@ def nagios_check(
     later = {row.name: row for row in late.rows}  # another limit may give another order
     data = " ".join(_performance(one, later[one.name]) for one in early.rows if one.chain)
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
+
+
+def _of_credentials(own: Sequence[Credential], settings: Settings, now: datetime) -> tuple[list[str], list[str]]:
+    """Our own credentials that are expired or unreadable, and those that end soon."""
+    ended = [one for one in own if one.has_ended(now)]
+    unreadable = [one for one in own if one.ends is None and not lacks_rights(one.trouble)]
+    near = [one for one in own if one.is_near(settings.renewal.before, now) and one not in ended]
+    return (
+        [*(f"{one.name} expired" for one in ended), *(f"{one.name} unreadable" for one in unreadable)],
+        [f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}" for one in near],
+    )
 
 
 def _unknown(why: str) -> str:

@@ -191,7 +191,7 @@ def _problems(decision: Decision, matter: Matter, trust: Trust) -> Iterator[str]
         return
     if who != decision.approver:
         yield f"wanted a certificate of {one_line(decision.approver)}, found one of {who}"
-    if _is_own(leaf, who, matter):
+    if _is_same_person(leaf, who, matter):
         yield "wanted another person than the requester, found the same one"
     if len(decision.reason) > LONGEST_REASON or not decision.reason.isprintable():
         yield f"wanted a reason of one line and at most {LONGEST_REASON} characters, found another text"
@@ -204,8 +204,8 @@ def _problems(decision: Decision, matter: Matter, trust: Trust) -> Iterator[str]
         yield "wanted a decision that this door took, found another one's"
 
 
-def _is_own(leaf: x509.Certificate, who: str, matter: Matter) -> bool:
-    """The approver must differ from the requester: by name, by the certificate shown with the request, and by key."""
+def _is_same_person(leaf: x509.Certificate, who: str, matter: Matter) -> bool:
+    """Whether approver and requester are the same person: by name, certificate or key."""
     bundle = matter.bundle
     keys = {spki(one.csr.public_key()) for one in bundle.requests}
     keys |= {spki(one.replaces.public_key()) for one in bundle.requests if one.replaces is not None}

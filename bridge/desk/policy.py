@@ -534,23 +534,36 @@ def _subject_problems(
     rest = sorted(item for item in found if item != (O_OID, MASTERS))
     if rules.subjects is not None:
         if not any(rest == subject_pattern(text, node) for text in rules.subjects):
-            yield f"subject: wanted {one_of([text.replace('{node}', node) for text in rules.subjects])}, found {one_line(subject_text(rest))}"
+            allowed = [text.replace("{node}", node) for text in rules.subjects]
+            yield f"subject: wanted {one_of(allowed)}, found {one_line(subject_text(rest))}"
         return
-    cn, groups = kubeadms_subject(name)
-    wanted = cn.replace("{node}", node)
-    names = [value for oid, value in found if oid == CN_OID]
-    if names != [wanted]:
-        where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
-        yield f"CN: wanted {wanted}, found {_some(names) or 'none'}{where}"
-    if rules.groups is not None:
-        groups = rules.groups
-    elif old is not None:
-        groups = tuple(value for oid, value in old if oid == O_OID)
+    yield from _cn_problem(name, [value for oid, value in rest if oid == CN_OID], node)
+    yield from _group_problems([value for oid, value in rest if oid == O_OID], _groups(name, rules, old))
+    wanted = "CN and O and what the replaced certificate has" if old else "CN and O"
     for oid, value in rest:
-        if oid == O_OID and value not in groups:
+        if oid not in (CN_OID, O_OID) and (oid, value) not in (old or ()):
+            yield f"subject: wanted {wanted}, found {oid}={one_line(value, _LONGEST_SHOWN)}"
+
+
+def _cn_problem(name: str, found: Sequence[str], node: str) -> Iterator[str]:
+    cn, _ = kubeadms_subject(name)
+    wanted = cn.replace("{node}", node)
+    if found != [wanted]:
+        where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
+        yield f"CN: wanted {wanted}, found {_some(found) or 'none'}{where}"
+
+
+def _groups(name: str, rules: CertificateRules, old: Sequence[tuple[str, str]] | None) -> Sequence[str]:
+    """The groups that are allowed: the policy's, or else the replaced certificate's, or else kubeadm's."""
+    if rules.groups is not None:
+        return rules.groups
+    return kubeadms_subject(name)[1] if old is None else [value for oid, value in old if oid == O_OID]
+
+
+def _group_problems(found: Iterable[str], groups: Sequence[str]) -> Iterator[str]:
+    for value in found:
+        if value not in groups:
             yield f"group: wanted {one_of(groups)}, found {one_line(value, _LONGEST_SHOWN)}"
-        elif oid not in (CN_OID, O_OID) and (oid, value) not in (old or ()):
-            yield f"subject: wanted CN and O{' and what the replaced certificate has' if old else ''}, found {oid}={one_line(value, _LONGEST_SHOWN)}"
 
 
 def kubeadms_subject(name: str) -> tuple[str, tuple[str, ...]]:
@@ -579,17 +592,23 @@ def _san_problems(
     if rules.sans is None and replaced is not None:
         wanted, others = "those of the replaced certificate", found.keys() - old.keys()
     else:
-        texts = [text.replace("{node}", node) for text in (_SANS.get(name, ()) if rules.sans is None else rules.sans)]
-        wanted, others = one_of(texts), {san for san in found if not any(_matches(*san, text) for text in texts)}
-        if rules.sans is None:
-            by_inventory = ", or desk.inventory," if name in _BY_INVENTORY else ""
-            wanted += f" (the policy's [certificate.{name}] sans{by_inventory} says what else)"
+        wanted, others = _beyond_rules(name, found, rules.sans, node)
     if others:
         yield f"SAN: wanted {wanted}, found {_some(f'{kind}:{value}' for kind, value in sorted(others))}"
     repeated = {san: times for san, times in found.items() if times > max(old[san], 1)}
     if repeated:
         texts = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(repeated.items())]
         yield f"SAN: wanted each once, found {_some(texts)}"
+
+
+def _beyond_rules(name: str, found: Iterable[San], sans: Sequence[str] | None, node: str) -> tuple[str, set[San]]:
+    """What the policy, or else kubeadm, allows, as text; and the names that it does not allow."""
+    texts = [text.replace("{node}", node) for text in (_SANS.get(name, ()) if sans is None else sans)]
+    wanted, others = one_of(texts), {san for san in found if not any(_matches(*san, text) for text in texts)}
+    if sans is None:
+        by_inventory = ", or desk.inventory," if name in _BY_INVENTORY else ""
+        wanted += f" (the policy's [certificate.{name}] sans{by_inventory} says what else)"
+    return wanted, others
 
 
 # --- names in a policy --------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ log = logging.getLogger("ca-bridge")
 #: Retry-After of a new request, and of an older one.
 _SOON_SECONDS, _LATER_SECONDS = 1, 30
 _SOON_FOR = timedelta(seconds=30)
-#: About how many requests the door answers in a second: a node that polls too early takes time from signing, and one
-#: that polls late waits for nothing (docs/evidence/numbers.md).
+#: About how many requests the door answers in a second: polling too early takes time from signing; polling late delays
+#: the node (docs/evidence/numbers.md).
 _PACE = 60
 #: How often to look in the database, where another door may answer without notice.
 _LOOK_SECONDS = 0.25

@@ -481,7 +481,7 @@ def assert_elsewhere(
             if here := set(read_ca_file(path)).intersection(certificates("ca")):
                 serial = serial_hex(next(iter(here)))
                 raise OwnClusterError(
-                    f"wanted a place outside of the cluster, found its CA (serial {serial}) in {path}"
+                    f"this door runs inside the cluster it signs for: that cluster's CA (serial {serial}) is in {path}"
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from cryptography import x509
 
@@ -110,30 +111,47 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
     within = None if item.foreign or is_left_alone else within
     late_share = ROTATION_IS_LATE if item.rotates else 1
     limit = _limit(item.ending, within, late_share)
-    chain, path = item.ending, item.certificate_path
-    if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
-        chain, path = (*item.copy, *item.ending), item.current
+    chain, path = _shown(item)
     soon = _limit(chain, lambda _: timedelta(days=30), late_share)  # as the default `renewal.before`
-    is_lacking = item.key_trouble or item.unlike or (item.state == "missing" and not item.spec.optional)
+    left, chain_left = _seconds_left(chain, now)
     return Row(
         name=item.spec.name,
         path=str(path),
         state="broken" if item.key_trouble else item.state,
         trouble=item.trouble or item.key_trouble or item.unlike,
         chain=chain,
-        seconds_left=seconds_left(chain[0].not_valid_after_utc, now) if chain else None,
-        chain_seconds_left=seconds_left(first_end(chain), now) if chain else None,
+        seconds_left=left,
+        chain_seconds_left=chain_left,
         authority="none" if item.foreign else item.spec.authority.name,
         external=item.authority_external and not item.foreign,
         foreign=item.foreign,
         left_alone=is_left_alone,
-        due=_is_due(chain, now, limit) or (within is not None and bool(is_lacking)),
+        due=_is_due(chain, now, limit) or (within is not None and _is_lacking(item)),
         early=not item.foreign and is_early(chain, now),
         first=item.spec.name == KUBELET_CONF and _is_due(chain, now, limit or soon),
         limit=limit,
         optional=item.spec.optional,
         outlasts_ca=_outlasts_ca(item),
     )
+
+
+def _shown(item: Item) -> tuple[Sequence[x509.Certificate], Path]:
+    """The chain that ends first, and its file: the kubelet keeps a copy of its pair, which may be the older one."""
+    if item.copy and item.current is not None and first_end(item.copy) < first_end(item.certificates):
+        return (*item.copy, *item.ending), item.current
+    return item.ending, item.certificate_path
+
+
+def _is_lacking(item: Item) -> bool:
+    """Whether a renewal is needed whatever the end: the key or the names are wrong, or there is no certificate."""
+    return bool(item.key_trouble or item.unlike or (item.state == "missing" and not item.spec.optional))
+
+
+def _seconds_left(chain: Sequence[x509.Certificate], now: datetime) -> tuple[int | None, int | None]:
+    """Time left of the first certificate, and of the one that ends first."""
+    if not chain:
+        return None, None
+    return seconds_left(chain[0].not_valid_after_utc, now), seconds_left(first_end(chain), now)
 
 
 def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -> Row:
@@ -154,7 +172,7 @@ def _ca_row(
     state: AuthorityState, name: str, chain: Sequence[x509.Certificate], now: datetime, within: Limit | None
 ) -> Row:
     limit = _limit(chain, within, late_share=1)
-    left = seconds_left(chain[0].not_valid_after_utc, now) if chain else None
+    left, _ = _seconds_left(chain, now)
     return Row(
         name=name,
         path=str(state.path),

@@ -163,7 +163,7 @@ def test_copies_write_this_nodes_files_alone(first: NewNode, other: NewNode, cha
     other.wipe()
     path, evil = keep / "w-1.kept.json", other.root / "etc/cron.d/evil"
     document = json.loads(path.read_text())
-    files = document["keptV1"]["files"]
+    files = document["kept"]["files"]
     evil.parent.mkdir(parents=True)
     match change:
         case "one file more":

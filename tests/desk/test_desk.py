@@ -879,7 +879,11 @@ def test_a_desk_with_openbao_refuses_a_revoked_proof(
         token = tmp_path / "token"
         token.touch(mode=0o600)
         token.write_text(bao.token("desk"))
-        with_backend(desk_, pki, {"type": "vault", "url": bao.url, "mount": "ca", "auth.token_file": f"{token}"})
+        with_backend(
+            desk_,
+            pki,
+            {"type": "vault", "url": bao.url, "mount": "ca", "role": "kubeadm-{name}", "auth.token_file": f"{token}"},
+        )
         first, second = (make_bundle(some(pairs, name, "scheduler.conf")) for name in ("apiserver", "admin.conf"))
         [stolen] = [one.replaces for one in second.requests if one.name == "admin.conf"]
         assert stolen is not None
@@ -910,7 +914,11 @@ def test_a_desk_with_openbao_names_the_right_that_would_tell_what_was_signed(
         token = tmp_path / "token"
         token.touch(mode=0o600)
         token.write_text(bao.token("desk", *(["lists"] if may_list else [])))
-        with_backend(desk_, pki, {"type": "vault", "url": bao.url, "mount": "ca", "auth.token_file": f"{token}"})
+        with_backend(
+            desk_,
+            pki,
+            {"type": "vault", "url": bao.url, "mount": "ca", "role": "kubeadm-{name}", "auth.token_file": f"{token}"},
+        )
         first, second = (make_bundle(some(pairs, "apiserver")) for _ in range(2))
         put(desk_, first)
         assert desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode == 0
@@ -935,7 +943,11 @@ def test_a_csr_in_several_bundles_is_signed_once(desk_: Desk, pki: Pki, pairs: P
         token = tmp_path / "token"
         token.touch(mode=0o600)
         token.write_text(bao.root_token)
-        with_backend(desk_, pki, {"type": "vault", "url": bao.url, "mount": "ca", "auth.token_file": f"{token}"})
+        with_backend(
+            desk_,
+            pki,
+            {"type": "vault", "url": bao.url, "mount": "ca", "role": "kubeadm-{name}", "auth.token_file": f"{token}"},
+        )
         whole = make_bundle(some(pairs, "apiserver", "admin.conf"))
         bundles = [whole, *(replace(whole, requests=(one,)) for one in whole.requests)]
         for bundle in bundles:

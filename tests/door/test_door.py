@@ -333,7 +333,7 @@ def test_a_killed_door_finds_what_openbao_has_signed(desk: Desk, pki: Pki, pairs
         bao.add_kubeadm_roles("ca", {name: old for name, (old, _) in pairs.items()}, VALIDITY)
         token.touch(mode=0o600)
         token.write_text(bao.root_token)
-        table = f'type = "vault"\nurl = "{bao.url}"\nmount = "ca"\ntimeout = "3m"\nauth = {{ token_file = "{token}" }}'
+        table = f'type = "vault"\nurl = "{bao.url}"\nmount = "ca"\nrole = "kubeadm-{{name}}"\ntimeout = "3m"\nauth = {{ token_file = "{token}" }}'
         desk.config.write_text(
             f'[node]\nstate_dir = "{desk.state}"\n[backend.x]\n{table}\n[authority.ca]\nbackend = "x"\n'
         )

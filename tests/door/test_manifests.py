@@ -141,6 +141,6 @@ def test_a_pod_of_the_cluster_that_it_serves_is_refused(tmp_path: Path) -> None:
     ca.write_bytes(others.ca_pem("ca")[0])
     assert_elsewhere(settings, certificates.__getitem__, ca)
     ca.write_bytes(ours.ca_pem("ca")[0])
-    with pytest.raises(OwnClusterError, match="wanted a place outside of the cluster") as refused:
+    with pytest.raises(OwnClusterError, match="this door runs inside the cluster it signs for") as refused:
         assert_elsewhere(settings, certificates.__getitem__, ca)
     assert refused.value.exit_code == Exit.REFUSED

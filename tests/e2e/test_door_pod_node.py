@@ -194,7 +194,7 @@ def test_a_door_of_its_own_cluster_ends(site: Site) -> None:
     site.apply((SHIPPED / "20-door.yaml").read_text())
     site.until("the door's refusal", '"exitCode": 5')
     logs = (("logs", POD, "--previous"), ("logs", POD))
-    said = "wanted a place outside of the cluster"
+    said = "this door runs inside the cluster it signs for"
     wait_for("its words", lambda: any(said in site.kubectl(*look, check=False) for look in logs))
 
 

@@ -162,7 +162,7 @@ class Place:
         token = written(self.directory / f"{mount}.token", bao.root_token, 0o600)
         self.tables.append(
             f'[backend.ca]\ntype = "vault"\nurl = "{bao.url}"\ntimeout = "1m"\n'
-            f'[backend.ca.auth]\ntoken_file = "{token}"\n[authority.ca]\nbackend = "ca"\nmount = "{mount}"\n'
+            f'[backend.ca.auth]\ntoken_file = "{token}"\n[authority.ca]\nbackend = "ca"\nmount = "{mount}"\nrole = "kubeadm-{{name}}"\n'
         )
         return self
 

@@ -92,7 +92,7 @@ def with_vault(place: Place, bao: OpenBao, ca: Signer, mount: str = "pods", **ro
     trust(place, ca)
     token = gateways.written(place.directory / f"{mount}.token", bao.root_token, 0o600)
     place.tables.append(
-        f'[backend.pods]\ntype = "vault"\nurl = "{bao.url}"\ntimeout = "1m"\nmount = "{mount}"\n'
+        f'[backend.pods]\ntype = "vault"\nurl = "{bao.url}"\ntimeout = "1m"\nmount = "{mount}"\nrole = "kubeadm-{{name}}"\n'
         f'[backend.pods.auth]\ntoken_file = "{token}"\n[authority.pods]\nbackend = "pods"\n'
     )
     return place

@@ -172,7 +172,7 @@ def vault_door(directory: Path, made: fleet.Fleet, bao: openbao.OpenBao) -> Serv
     for name, ca in made.cas.items():
         bao.add_ca(name, ca.certificate_pem, ca.key_pem)
         bao.add_roles(name, _roles(made))
-        tables += [f"[authority.{name}]", 'backend = "bao"', f'mount = "{name}"']
+        tables += [f"[authority.{name}]", 'backend = "bao"', f'mount = "{name}"', 'role = "kubeadm-{name}"']
     return _door(directory, tables, _SQLITE)
 
 

@@ -560,7 +560,9 @@ def test_the_door_runs_in_its_cage(installed: Tree, tmp_path: Path) -> None:
         first = put_pair(machine, tls.server_cert, tls.server_key)
         machine.run(f"systemctl start {unit}.service")
         machine.wait(f"systemctl show {unit} -p ExecMainStatus | grep -qx ExecMainStatus=5", _PATIENCE)
-        machine.wait(f"journalctl -o cat -u {unit} | grep -q 'wanted a place outside of the cluster'", _PATIENCE)
+        machine.wait(
+            f"journalctl -o cat -u {unit} | grep -q 'this door runs inside the cluster it signs for'", _PATIENCE
+        )
         machine.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; mv /etc/kubernetes /srv/node")
 
         machine.run(f"systemctl start {unit}.service")
