@@ -165,8 +165,7 @@ class VaultBackend(OverHttp):
         self._tokens = Tokens.of(self, settings)
         self._server = self._tokens.server
         self._http = self._server.http
-        self._roles: dict[str, str] = {}  #: Role by certificate, as `check` found it.
-        self._unstored: dict[str, bool] = {}  #: Whether that role has `no_store`, by certificate.
+        self._unstored: dict[str, bool] = {}  #: Whether its role has `no_store`, by certificate; `check` fills it.
         #: Stored certificates by number since that time, as `recall` has read them; None: older, or unreadable.
         self._read_since: datetime | None = None
         self._read: dict[str, tuple[_Kind, x509.Certificate] | None] = {}
@@ -211,7 +210,7 @@ class VaultBackend(OverHttp):
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Log in, check the token's rights on the paths, and check the roles that the token may read."""
-        paths = [self._sign_path(role) for spec in specs for role in self._candidates(spec)]
+        paths = [self._sign_path(self._role(spec)) for spec in specs]
         answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
         rights = {} if answer.forbidden else answer.or_raise().data
         found = {spec.name: self._violations(spec, rights) for spec in specs}
@@ -382,16 +381,8 @@ class VaultBackend(OverHttp):
             raise BackendRefusedError(f"{answer.error()}; a new login failed: {e}", hint=e.hint) from e
         return answer if other == token else self._server.send(method, path, body, token=other)
 
-    def _candidates(self, spec: CertificateSpec) -> list[str]:
-        """Roles that may sign the certificate: the node's own, or those for all nodes, which a desk, a door and a gateway use."""
-        settings = self._settings
-        found = [role_selector(settings.role, settings.roles, settings.node)(spec)]
-        if settings.role is None:
-            found.append(Selector(DEFAULT_ROLE, settings.roles)(spec))
-        return list(dict.fromkeys(found))
-
     def _role(self, spec: CertificateSpec) -> str:
-        return self._roles.get(spec.name) or self._candidates(spec)[0]
+        return role_selector(self._settings.role, self._settings.roles, self._settings.node)(spec)
 
     def _sign_path(self, role: str) -> str:
         settings = self._settings
@@ -405,22 +396,17 @@ class VaultBackend(OverHttp):
         return self._settings.mode == "sign"
 
     def _violations(self, spec: CertificateSpec, rights: Mapping[str, object]) -> list[Violation]:
-        """The violations of the first role that exists and may be used; if none does, those of the first choice."""
-        found: list[list[Violation]] = []
-        for role in self._candidates(spec):
-            path = self._sign_path(role)
-            got = texts(rights.get(path, "update"))
-            may = {"update", "root"} & set(got)
-            missing = [] if may else [Violation(subject="policy", want=f"update on {path}", got=", ".join(got))]
-            looked = None if missing or self._settings.mode != "sign" else self._read_role(role)
-            if looked == {}:
-                missing = [Violation(subject="role", want=role, got="no role of this name")]
-            if not missing:
-                self._roles[spec.name] = role
-                self._unstored[spec.name] = looked is not None and looked.get("no_store") is True
-                return list(role_violations(looked, spec)) if looked is not None else []
-            found.append(missing)
-        return found[0]
+        """A missing right, a missing role, or what the role gets wrong."""
+        role = self._role(spec)
+        path = self._sign_path(role)
+        got = texts(rights.get(path, "update"))
+        if not {"update", "root"}.intersection(got):
+            return [Violation(subject="policy", want=f"update on {path}", got=", ".join(got))]
+        looked = self._read_role(role) if self._settings.mode == "sign" else None
+        if looked == {}:
+            return [Violation(subject="role", want=role, got="no role of this name")]
+        self._unstored[spec.name] = looked is not None and looked.get("no_store") is True
+        return list(role_violations(looked, spec)) if looked is not None else []
 
     def _read_role(self, name: str) -> Mapping[str, object] | None:
         """The role; empty: no such role; None: no right to read it."""

@@ -122,7 +122,7 @@ def add_vault(bridge: Bridge, bao: OpenBao, authority: str, prefix: str, *, mode
         "secret_id_file": bridge.secret(f"{mount}.secret-id", secret_id),
     }
     bridge.add(f"backend.{mount}.auth", auth)
-    bridge.add(f"authority.{authority}", {"backend": mount, "mount": mount})
+    bridge.add(f"authority.{authority}", {"backend": mount, "mount": mount, "role": "kubeadm-{name}"})
 
 
 @contextlib.contextmanager

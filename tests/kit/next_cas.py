@@ -85,7 +85,10 @@ def add_vault(bridge: Bridge, bao: OpenBao, authority: str, prefix: str, ca: Nex
     roles = bao.add_kubeadm_roles(mount, ours, VALIDITY)
     bao.add_policy(mount, vault_setup.policy(mount, roles, mode="sign"))
     role_id, secret_id = bao.add_approle(mount, mount, token_ttl="5m")
-    bridge.add(f"backend.{mount}", {"type": "vault", "url": bao.url, "timeout": "2m", "retry_for": "5s"})
+    bridge.add(
+        f"backend.{mount}",
+        {"type": "vault", "url": bao.url, "timeout": "2m", "retry_for": "5s", "role": "kubeadm-{name}"},
+    )
     auth = {
         "role_id_file": bridge.secret(f"{mount}.role-id", role_id),
         "secret_id_file": bridge.secret(f"{mount}.secret-id", secret_id),
