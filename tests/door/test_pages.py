@@ -119,7 +119,7 @@ def test_a_person_refuses_in_a_browser(team: Team, bundle: RequestBundle) -> Non
     answer = loads_answer(reached(team, place, "answered").body).answers["apiserver"]
 
     assert without.status == 403
-    assert b"wanted a reason" in without.body
+    assert b"a refusal needs a reason" in without.body
     assert sent.status == 303
     assert answer == Refusal(reason="not approved: <b>no</b> such change (bob)")
 
