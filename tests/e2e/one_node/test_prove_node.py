@@ -335,6 +335,9 @@ def test_two_nodes_on_one_machine_are_two(node: Node, ca_keys: Path) -> None:
         remove = ("etcdctl", *etcdctl_options(), "member", "remove", member_id(node, OTHER_NAME))
         # etcd removes no member until all have been connected for some seconds
         wait_for("a member that may go", lambda: node.exec(*remove, check=False).returncode == 0)
+    node.kubectl("delete", "node", OTHER_NAME)
+    servers = ("get", "endpointslices", "-l", "kubernetes.io/service-name=kubernetes", "-o", "json")
+    wait_for("the end of its API server's address", lambda: OTHER_IP not in node.kubectl(*servers).stdout)
 
 
 def etcdctl_options() -> list[str]:
