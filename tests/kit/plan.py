@@ -52,7 +52,7 @@ SLOW = frozenset(
         "backends/test_openssl_hsm.py",
         "ca/test_documented_backend.py",
         "cli/test_app.py",
-        "cli/test_terminal.py",
+        "cli/test_printing.py",
         "cli/test_trial.py",
         "control_plane/test_etcd_claim.py",
         "control_plane/test_kubelet_serving.py",

@@ -38,8 +38,8 @@ TESTS = {
     "bridge/pki/der.py": _CHECKS,
     "bridge/pki/certificates.py": _CHECKS,
     "bridge/pki/csr.py": (
-        *(*_CHECKS, "tests/pki/test_csr_fields.py", "tests/pki/test_display.py"),
-        "tests/gateway/test_signer_policy.py",
+        *(*_CHECKS, "tests/pki/test_csr.py", "tests/pki/test_csr.py"),
+        "tests/gateway/test_policy.py",
     ),
     "bridge/pki/bundle.py": _BUNDLE,
     "bridge/pki/signatures.py": ("tests/pki/test_signatures.py", *_BUNDLE),
@@ -47,7 +47,7 @@ TESTS = {
     "bridge/pki/node_proofs.py": ("tests/pki/test_node_proofs.py",),
     "bridge/pki/budget.py": ("tests/pki/test_budget.py",),
     "bridge/pki/expiry.py": ("tests/pki/test_expiry.py",),
-    "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py", "tests/pki/test_identity.py"),
+    "bridge/pki/kubeadm_names.py": ("tests/pki/test_kubeadm_names.py", "tests/pki/test_kubeadm_names.py"),
     "bridge/pki/user_rules.py": ("tests/pki/test_user_rules.py",),
     "bridge/state/install.py": ("tests/state/test_install.py", "tests/state/test_install_links.py"),
 }
