@@ -23,7 +23,7 @@ from tests.kit.issuing import Signer
 def authority_of(directory: Path, root: Signer, *shown: x509.Certificate) -> AuthorityOfSigners:
     """The CA of a cluster that trusts `root`; it shows these certificates when it is asked for its own."""
     (directory / "ca.crt").write_bytes(pem(root.certificate))
-    backend = SimpleNamespace(issuers=lambda: list(shown))
+    backend = SimpleNamespace(issuers=lambda: list(shown), asks_validity=True)
     ca: Any = SimpleNamespace(authority="ca", label="ca", open=lambda: backend, settings=BackendSettings())
     return AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{directory}"\n'), [])
 
@@ -59,9 +59,9 @@ def test_of_two_roots_for_pods_the_one_that_signs_counts(tmp_path: Path) -> None
     )
     (tmp_path / "pods.crt").write_bytes(pem(ended.certificate, new.certificate, old.certificate))
     for backend, wanted in (
-        (SimpleNamespace(), old),
-        (SimpleNamespace(issuers=lambda: [new.certificate]), new),
-        (SimpleNamespace(issuers=lambda: [old.certificate]), old),
+        (SimpleNamespace(asks_validity=True), old),
+        (SimpleNamespace(issuers=lambda: [new.certificate], asks_validity=True), new),
+        (SimpleNamespace(issuers=lambda: [old.certificate], asks_validity=True), old),
     ):
         ca: Any = SimpleNamespace(authority="pods", label="pods", open=lambda: backend, settings=BackendSettings())  # noqa: B023
         authority = AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{tmp_path}"\n'), [])
