@@ -538,16 +538,14 @@ SCENARIOS = {
 
 def is_named_rightly(room: str, name: str) -> bool:
     """A test file in a room has the name of one of its modules, or of the room, or is a scenario."""
-    is_module = (ROOT / "bridge" / room / f"{name}.py").is_file()
+    is_module = (TESTS.parent / "bridge" / room / f"{name}.py").is_file()
     return is_module or name == room or any(f"{room}/{name}" in names for names in SCENARIOS.values())
 
 
 def test_files_have_the_names_of_modules() -> None:
     """So that what a change may break is found by its name; no scenario is listed for nothing."""
-    rooms = {path.parent.name for path in (ROOT / "bridge").glob("*/__init__.py")}
-    files = {
-        (room, path.stem.removeprefix("test_")) for room in rooms for path in (ROOT / "tests" / room).glob("test_*.py")
-    }
+    rooms = {path.parent.name for path in (TESTS.parent / "bridge").glob("*/__init__.py")}
+    files = {(room, path.stem.removeprefix("test_")) for room in rooms for path in (TESTS / room).glob("test_*.py")}
     assert [f"tests/{room}/test_{name}.py" for room, name in sorted(files) if not is_named_rightly(room, name)] == []
     assert {one for names in SCENARIOS.values() for one in names} <= {"/".join(file) for file in files}
 

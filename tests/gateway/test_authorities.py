@@ -20,10 +20,16 @@ from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
 
 
+def backend_that_shows(*issuers: x509.Certificate) -> Any:
+    """A backend that shows its CA's certificates, if there are any, and can do nothing else."""
+    abilities = {"issuers"} if issuers else set()
+    return SimpleNamespace(issuers=lambda: list(issuers), asks_validity=True, can=abilities.__contains__)
+
+
 def authority_of(directory: Path, root: Signer, *shown: x509.Certificate) -> AuthorityOfSigners:
     """The CA of a cluster that trusts `root`; it shows these certificates when it is asked for its own."""
     (directory / "ca.crt").write_bytes(pem(root.certificate))
-    backend = SimpleNamespace(issuers=lambda: list(shown), asks_validity=True)
+    backend = backend_that_shows(*shown)
     ca: Any = SimpleNamespace(authority="ca", label="ca", open=lambda: backend, settings=BackendSettings())
     return AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{directory}"\n'), [])
 
@@ -59,9 +65,9 @@ def test_of_two_roots_for_pods_the_one_that_signs_counts(tmp_path: Path) -> None
     )
     (tmp_path / "pods.crt").write_bytes(pem(ended.certificate, new.certificate, old.certificate))
     for backend, wanted in (
-        (SimpleNamespace(asks_validity=True), old),
-        (SimpleNamespace(issuers=lambda: [new.certificate], asks_validity=True), new),
-        (SimpleNamespace(issuers=lambda: [old.certificate], asks_validity=True), old),
+        (backend_that_shows(), old),
+        (backend_that_shows(new.certificate), new),
+        (backend_that_shows(old.certificate), old),
     ):
         ca: Any = SimpleNamespace(authority="pods", label="pods", open=lambda: backend, settings=BackendSettings())  # noqa: B023
         authority = AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{tmp_path}"\n'), [])
