@@ -4,6 +4,8 @@ Marks for tests that need real programs, and the rule that a run may forbid skip
 `@pytest.mark.kube` needs kubeadm, `@pytest.mark.kube("cfssl", "kubeadm-1.20")` the programs that it names,
 `@pytest.mark.node` all that `tests/kit/node.sh` needs. Without them the test is skipped, and says what brings them.
 With `CA_BRIDGE_NO_SKIP=1` in the environment a skip is a failure, whatever its cause.
+`@pytest.mark.nightly` is for what takes minutes and is also proven step by step: `--nightly` runs these, and nothing else does.
+`--fast` leaves out all that needs root, the kit or much time, without a skip (`scripts/test`).
 The fixture `tried` counts cases (see `tests.counts`).
 """
 
@@ -29,6 +31,13 @@ from tests import counts
 from tests.kit import fence, plan, programs
 
 NO_SKIP = "CA_BRIDGE_NO_SKIP"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Which of all tests: without any of the two all but those of the night."""
+    group = parser.getgroup("speeds")
+    group.addoption("--fast", action="store_true", help="tests that need neither root nor the kit, and little time")
+    group.addoption("--nightly", action="store_true", help="the tests with the mark nightly alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,16 +90,54 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """
     A test that starts a node is in a file that says so, by which the workers are chosen (below).
 
-    These come first, since they take longer than all others beside them.
+    These come first, since they take longer than all others beside them. What the run's speed leaves out is gone from here.
     """
     for item in items:
         if item.get_closest_marker("node") and not plan.starts_nodes(item.path.name):
             raise pytest.UsageError(f"{item.nodeid}: wanted tests marked node in a file named test_…node….py")
     items.sort(key=lambda item: not plan.starts_nodes(item.path.name))
+    left_out = [item for item in items if not _is_chosen(item, config)]
+    config.stash[_LEFT_OUT] = len(left_out)
+    if left_out:
+        items[:] = [item for item in items if _is_chosen(item, config)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+#: How many tests the run's speed has left out.
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def _is_chosen(item: pytest.Item, config: pytest.Config) -> bool:
+    if config.option.nightly or item.get_closest_marker("nightly"):
+        return bool(config.option.nightly and item.get_closest_marker("nightly"))
+    return not config.option.fast or _is_fast(item)
+
+
+def _is_fast(item: pytest.Item) -> bool:
+    """It needs nothing that a newcomer's machine may lack, and its file little time."""
+    if any(item.get_closest_marker(name) for name in ("kube", "node", "slow")):
+        return False
+    if any(mark.args and mark.args[0] is True for mark in item.iter_markers("skipif")):
+        return False
+    return plan.is_fast(item.nodeid.partition("::")[0])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker reports how many it has left out."""
+    output: dict[str, int] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All workers have left out the same."""
+    output: dict[str, int] = getattr(node, "workeroutput", {})
+    node.config.stash[_LEFT_OUT] = output.get("left out", 0)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -100,13 +147,17 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     if reporter is None or getattr(reporter, "has_said_how_many", False):
         return
     reporter.has_said_how_many = True
-    reporter.write_line(f"\n{len(ids):,} tests: {_DURATION if len(ids) > _MANY else 'a part of all'}")
-    for line in _left_out():
+    reporter.write_line(f"\n{len(ids):,} tests: {_DURATION if _is_all(node.config, len(ids)) else 'a part of all'}")
+    for line in () if node.config.option.fast else _left_out():
         reporter.write_line(f"left out: {line}")
 
 
+def _is_all(config: Any, count: int) -> bool:
+    return count > _MANY and not config.option.fast
+
+
 #: Measured on two cores that do nothing else, with the kit's programs and as root.
-_DURATION, _MANY = "about 35 minutes on two cores", 5000
+_DURATION, _MANY = "about 25 minutes on two cores", 5000
 
 
 def _left_out() -> Iterator[str]:
@@ -239,10 +290,17 @@ def failure_is_counted(tried: counts.Tried) -> None:
     tried("failures with the message and hint that an operator reads", 1)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line a kind of cases."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line a kind of cases; a fast run says what it has left out."""
     kinds = counts.of(terminalreporter.getreports("passed"))
     if kinds:
         terminalreporter.section("cases that held")
     for what, count in sorted(kinds.items()):
         terminalreporter.write_line(f"{count:6} {what}")
+    if config.option.fast:
+        terminalreporter.section("left out")
+        count = config.stash.get(_LEFT_OUT, 0)
+        terminalreporter.write_line(
+            f"{count:,} tests, which need root, real programs and servers, or many seconds each."
+        )
+        terminalreporter.write_line(f"As root on Linux: {programs.COMMAND}, then: scripts/test --all ({_DURATION})")

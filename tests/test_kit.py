@@ -150,16 +150,58 @@ def test_nodes_are_started_by_a_few_workers_file_by_file(tmp_path: Path) -> None
 def test_workers_get_as_much_to_do_and_no_two_the_same_address() -> None:
     """The plan's times share the work evenly, and files that may run at the same time name different addresses."""
     files = [path.relative_to(ROOT) for path in ROOT.glob("tests/**/test_*.py") if plan.starts_nodes(path.name)]
-    assert not [end for end in (*plan.SECONDS, *plan.TOGETHER) if not (ROOT / "tests" / end).exists()]
+    assert not [end for end in (*plan.SECONDS, *plan.TOGETHER, *plan.SLOW) if not (ROOT / "tests" / end).exists()]
     groups = plan.groups(map(str, files))
     busy = [sum(plan.seconds(path) for path, one in groups.items() if one == number) for number in set(groups.values())]
     assert max(busy) < 1.2 * min(busy)
-    owners: dict[str, set[Path]] = {}
-    for path in files:
+    owners: dict[str, set[str]] = {}
+    for path in (*files, *(path.relative_to(ROOT) for path in ROOT.glob("tests/e2e/*/conftest.py"))):
         for address in re.findall(r"198\.18\.77\.\d+", (ROOT / path).read_text()):
-            owners.setdefault(address, set()).add(path)
+            owners.setdefault(address, set()).add(plan.unit(str(path)))
     assert len(owners) > 10
     assert not {address: paths for address, paths in owners.items() if len(paths) > 1}
+
+
+SPEEDS = """
+import pytest
+def test_plain(): pass
+@pytest.mark.slow
+def test_slow(): pass
+@pytest.mark.kube
+def test_kube(): pass
+@pytest.mark.skipif(True, reason="needs root")
+def test_root(): pass
+@pytest.mark.skipif(False, reason="needs root")
+def test_rooted(): pass
+@pytest.mark.nightly
+def test_night(): pass
+"""
+
+
+def test_a_run_has_one_of_three_speeds(tmp_path: Path) -> None:
+    """The fast one skips nothing and says what it leaves out; what is nightly runs at no other time."""
+
+    def names(*options: str, file: str = "test_it.py") -> list[str]:
+        run = _pytest(tmp_path, SPEEDS, *options, "--collect-only", no_skip=True, files=[file])
+        return re.findall(r"::test_(\w+)$", run.stdout, re.MULTILINE)
+
+    assert names() == ["plain", "slow", "kube", "root", "rooted"]
+    assert names("--fast") == ["plain", "rooted"]
+    assert names("--fast", file=f"tests/{min(plan.SLOW)}") == []
+    assert names("--nightly") == ["night"]
+    for several in ((), ("-p", "xdist", "--numprocesses=2")):
+        run = _pytest(tmp_path, SPEEDS, "--fast", *several, no_skip=True)
+        assert run.returncode == pytest.ExitCode.OK, run.stdout
+        assert "4 tests, which need root" in run.stdout
+        assert "scripts/test --all" in run.stdout
+
+
+def test_nodes_of_a_directory_are_one_worker_s() -> None:
+    """Files below a directory of their own share its nodes; all others have their own."""
+    shared = [f"tests/e2e/three_nodes/test_{name}_node.py" for name in ("a", "b", "c")]
+    groups = plan.groups([*shared, *(f"tests/e2e/test_{number}_node.py" for number in range(9))])
+    assert len({groups[path] for path in shared}) == 1
+    assert set(groups.values()) == set(range(plan.NODE_WORKERS))
 
 
 def test_a_file_that_starts_nodes_says_so(tmp_path: Path) -> None:

@@ -493,6 +493,71 @@ def test_the_wall_between_test_files_can_fail() -> None:
     assert not list(wall_of_tests("from tests.kit.renewing import Quiet\nfrom tests.counts import Tried", "tests.x"))
 
 
+#: Tests of a room that are about no one file of it, by what they are about.
+SCENARIOS = {
+    "a command, from its arguments to its files": (
+        *("bootstrap/init", "bootstrap/join", "bootstrap/serving_certs", "bootstrap/external_etcd"),
+        *("cli/messages", "cli/nagios", "cli/trial", "diagnosis/desk", "desk/user_requests"),
+        *(
+            "renewal/activation",
+            "renewal/install_directory",
+            "renewal/missing",
+            "renewal/rehearsal",
+            "renewal/schedule",
+        ),
+        *("rotation/adoption", "rotation/cross", "rotation/emergency", "rotation/next_behind", "rotation/walks"),
+        "state/requests",
+    ),
+    "a kind of machine or of file, through all that a renewal does": (
+        *("renewal/etcd_host", "renewal/kubelet_files", "renewal/serving_certs", "renewal/worker"),
+        *("renewal/allowed", "renewal/ca_rotation", "renewal/shorter", "renewal/signed_answers"),
+        "rotation/new_ca",
+    ),
+    "something that is broken, killed or hostile": (
+        *("door/est_hostile", "door/shares", "gateway/floods", "gateway/hostile", "gateway/traps"),
+        *("renewal/damage", "renewal/lost_keys", "renewal/readiness", "state/install_links", "system/interruption"),
+    ),
+    "a real program or server in its place": (
+        *("control_plane/etcd_claim", "control_plane/kubelet_trial", "control_plane/proof_etcd"),
+        *(
+            "door/browser",
+            "door/day_zero",
+            "door/est_messages",
+            "door/own_certificate",
+            "door/pages",
+            "door/postgresql",
+        ),
+        "gateway/trust",
+    ),
+    "a page, manifests or a table that has to be whole": (
+        *("ca/documented_backend", "diagnosis/documented", "door/manifests", "gateway/comparison", "gateway/manifests"),
+        *("gateway/pods_page", "gateway/setup_kubernetes", "rotation/rows", "state/checked_settings"),
+    ),
+}
+
+
+def is_named_rightly(room: str, name: str) -> bool:
+    """A test file in a room has the name of one of its modules, or of the room, or is a scenario."""
+    is_module = (TESTS.parent / "bridge" / room / f"{name}.py").is_file()
+    return is_module or name == room or any(f"{room}/{name}" in names for names in SCENARIOS.values())
+
+
+def test_files_have_the_names_of_modules() -> None:
+    """So that what a change may break is found by its name; no scenario is listed for nothing."""
+    rooms = {path.parent.name for path in (TESTS.parent / "bridge").glob("*/__init__.py")}
+    files = {(room, path.stem.removeprefix("test_")) for room in rooms for path in (TESTS / room).glob("test_*.py")}
+    assert [f"tests/{room}/test_{name}.py" for room, name in sorted(files) if not is_named_rightly(room, name)] == []
+    assert {one for names in SCENARIOS.values() for one in names} <= {"/".join(file) for file in files}
+
+
+def test_the_look_at_names_of_test_files_can_fail() -> None:
+    """A name that no module has is noticed."""
+    assert is_named_rightly("pki", "verify")
+    assert is_named_rightly("users", "users")
+    assert not is_named_rightly("gateway", "parts")
+    assert not is_named_rightly("renewal", "verify")
+
+
 #: A private English: sentences without a subject that has a name.
 PRIVATE = re.compile(
     r"\bwhom?ever\b|\b(?:no|some|any|every)body(?:'?s)?\b|\b(?:is|are|was|were) told\b|\b(?:it|that|which) is said\b",

@@ -27,7 +27,7 @@ _DOOR = "tests/door/test_door.py::"
 _APPROVALS = "tests/door/test_approvals.py::"
 _PAGES = "tests/door/test_pages.py::"
 _ENROLMENTS = "tests/door/test_enrolments.py::"
-_TLS = "tests/door/test_client_certificates.py::"
+_TLS = "tests/door/test_https.py::"
 DOOR = {
     "TLS": (
         f"{_TLS}test_a_certificate_that_is_not_good_ends_the_handshake",

@@ -179,6 +179,7 @@ def test_root_gets_no_hint_to_take_a_desks_directory(bridge: Bridge) -> None:
         )
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run as root")
 def test_the_hint_to_be_root_is_for_those_who_are_not() -> None:
     """To root the system says no for another reason, which the error's own hint is about."""
     error = BridgeError(f"x: {os.strerror(errno.EACCES)}", hint="chattr -i")

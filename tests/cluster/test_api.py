@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bridge.cluster import ANONYMOUS
-from bridge.cluster.api import Api, NoAnswerError, request_of
+from bridge.cluster.api import Api, Lines, NoAnswerError, Reply, request_of
 from bridge.node.endpoints import Server
 from tests.kit.loopback import LoopbackServer
 
@@ -70,3 +73,45 @@ def test_a_write_is_sent_once_more_only_while_it_may_be(status: int, may_repeat:
             assert made.answer(REQUESTS[1], lambda: may_repeat).body == b"/1"
     assert asked.count("/1") == (2 if may_repeat and status == 0 else 1)
     assert others == ["/1"] * may_repeat
+
+
+# --- by themselves -------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_message_is_cut_to_its_end() -> None:
+    """The API server repeats the request in the beginning of an error."""
+    secret = "LS0tLS1CRUdJTiBDRVJUSUZJQ0FURQ" * 300
+    text = f'CSR "x" is invalid: spec.request: "{secret}": wrong'
+    reply = Reply(status=422, body=json.dumps({"message": text}).encode())
+    assert reply.message == "wrong"
+    assert len(Reply(status=422, body=json.dumps({"message": secret}).encode()).message) <= 300
+
+
+class _Pieces:
+    """The pieces of a stream, as they come."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = list(pieces)
+
+    def piece(self) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+def lines_of(longest: int, *pieces: bytes) -> tuple[list[bytes], int]:
+    """The lines, and how many were left out."""
+    made = Lines(_Pieces(*pieces), longest, "x")  # type: ignore[arg-type]
+    return list(made), made.left_out
+
+
+def test_lines_come_whole_however_they_are_cut() -> None:
+    """Lines that are too long are left out, and counted once; those after them are read."""
+    assert lines_of(10, b"a\nbc", b"d\n", b"\ne") == ([b"a", b"bcd", b""], 0)
+    assert lines_of(4, b"abcdefgh\nok\n") == ([b"ok"], 1)
+    assert lines_of(4, b"abcd", b"efgh", b"ij\nok\nabcde\n", b"no") == ([b"ok"], 2)
+
+
+@given(st.lists(st.binary(max_size=12), max_size=12))
+def test_cutting_changes_nothing(pieces: list[bytes]) -> None:
+    """The same lines as of the whole text."""
+    whole = b"".join(pieces)
+    assert lines_of(1000, *filter(None, pieces))[0] == whole.split(b"\n")[:-1]

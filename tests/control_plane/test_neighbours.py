@@ -1,7 +1,7 @@
 """
 No restart takes a second control-plane node down, and no two nodes restart at once.
 
-Real etcd members on loopback; the API is a strict double here, and a real one in `e2e/test_cluster_node.py`.
+Real etcd members on loopback; the API is a strict double here, and a real one in `e2e/three_nodes/test_neighbours_node.py`.
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ def test_a_refusal_goes_back_with_its_reason(desk_: Desk, pairs: Pairs, tmp_path
     assert [event["event"] for event in events(desk_)] == [desk.SIGNED, "refused"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs directories of root; run as root")
 def test_a_state_directory_of_root_is_given_to_the_desks_user(
     desk_: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1363,6 +1364,7 @@ def test_what_is_due_is_signed_again_for_the_same_csr(tmp_path: Path, pki: Pki, 
 
 
 @pytest.mark.attack("N14")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may put a file in the place of a device")
 def test_an_answer_takes_no_other_files_place(desk_: Desk, pairs: Pairs, tmp_path: Path) -> None:
     """A device, a link, another node's answer, or any other file stays as it is; an older answer to the same bundle is written again."""
     (tmp_path / "b.json").write_bytes(dumps(make_bundle(some(pairs, "apiserver"))))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bridge.door.store import Memory
+from bridge.pki.bundle import RequestBundle
+from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
 from tests.kit.pki import Pki, handmade_pki
 from tests.kit.serving import Database
@@ -65,3 +67,11 @@ def memory(database: Database, tmp_path: Path) -> Iterator[Memory]:
     one = database.memory(tmp_path)
     yield one
     one.close()
+
+
+# --- a bundle ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundle(pki: Pki) -> RequestBundle:
+    return make_bundle(old_pairs(pki, ["apiserver"]))

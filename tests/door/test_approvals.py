@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -16,7 +17,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued
 from bridge.desk.approval import Decision, Verdict
-from bridge.door.store import DECISIONS, REQUESTS, sqlite_url
+from bridge.door import approvals
+from bridge.door.store import DECISIONS, REQUESTS, Memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki import signatures
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle
@@ -481,3 +483,46 @@ def test_sign_asks_for_the_same_approval(tmp_path: Path, pki: Pki, bundle: Reque
     assert "wanted an approval by 1 of alice, bob" in " ".join(run.stderr.split())
     assert before == 0
     assert after.returncode == Exit.DONE, after.stderr
+
+
+# --- by themselves -------------------------------------------------------------------------------------------------------
+
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+    values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
+    return memory.receive(values.pop("data", b"bundle"), **values)
+
+
+def test_a_list_for_people_reads_no_more_than_it_shows(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand bundles may wait for people, and a look at the first of them is not to take the memory of all."""
+    for number in range(3):
+        memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
+    found: list[int] = []
+    select = memory.select
+
+    def counted(*query: Any) -> Any:
+        rows = select(*query)
+        found.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(memory, "select", counted)
+    monkeypatch.setattr(approvals, "MOST", 2)
+    list(approvals.Approvals(memory, Mock(), Mock()).waiting())
+
+    assert found == [2]
+
+
+def test_a_list_for_people_has_one_bundle_in_memory(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read when it is its turn: two hundred with a stranger's SANs would take more than a door's unit has."""
+    for number in range(3):
+        memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
+    read = Mock(return_value=Mock(requests=[]))
+    monkeypatch.setattr(approvals, "loads_request", read)
+    waiting = iter(approvals.Approvals(memory, Mock(), Mock()).waiting())
+    next(waiting)
+
+    assert read.call_count == 1
+    assert len(list(waiting)) == 2

@@ -36,7 +36,7 @@ from tests.kit.nodes import LiveBridge, NodePki
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import PKI_SPECS, Pki
 
-pytestmark = [pytest.mark.node, pytest.mark.slow]
+pytestmark = [pytest.mark.node, pytest.mark.slow, pytest.mark.nightly]
 
 NAME, IP = f"fast-{os.getpid() % 100_000}", "198.18.77.130"
 NAMES = [name for name in PKI_SPECS if name != "kubelet.conf"]

@@ -258,6 +258,7 @@ def test_on_node_by_node(cluster: GatewayCluster, bridges: dict[str, LiveBridge]
 # --- in motion -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly  # and, for an hour, `python -m tests.measure.soak`
 def test_fast_motion(cluster: GatewayCluster) -> None:
     """Each certificate is replaced in time while gateway, CA and API server are killed; nothing wrong is signed."""
     figures = Motion(cluster, seed=11).run(SECONDS, KILLS, rotations=6)

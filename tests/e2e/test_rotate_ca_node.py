@@ -1,15 +1,22 @@
-"""All three CAs of a real node are replaced while clients work, and the way back from each phase is walked; then once more."""
+"""
+The CAs that kubeadm made on a real node give way to a company's, whose keys leak: these give way in an emergency.
+
+Then all three CAs are replaced again while clients and a worker go on, and the way back from each phase is walked; then once
+more, with cross certificates.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.cli.options import utc_now
@@ -22,6 +29,8 @@ from bridge.rotation.objects import KEYS, NodeStatement
 from bridge.specs import AUTHORITIES, CA, Component
 from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
+from tests.kit.issuing import signed_again
+from tests.kit.next_cas import NextCa
 from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki, asked_by, wait_for
 from tests.kit.pki import NODE as CP_1
@@ -31,36 +40,170 @@ pytestmark = [pytest.mark.node, pytest.mark.slow]
 NAME, IP, WORKER_IP = f"rot-{os.getpid() % 100_000:05}", "198.18.77.171", "198.18.77.172"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A control plane and a worker."""
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """As `kubeadm init` leaves it: with its CA keys, by which its controller manager signs."""
+    with Node.up(NAME, IP, kubelet=AT_ONCE) as made:
+        nodes.make_ready(made)
+        yield made
 
-    control_plane: LiveBridge
-    worker: LiveBridge
-    made: Mapping[str, next_cas.NextCa]  #: The successors.
+
+def phases(bridge: LiveBridge) -> dict[str, str]:
+    run = bridge.run("rotate-ca", "status", "-o", "json")
+    assert run.returncode == 0, run.stderr
+    return {one["name"]: one["phase"] for one in json.loads(run.stdout)["cas"]}
+
+
+# --- away from kubeadm's CAs, and in an emergency --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Nodes in external-CA mode, whose CAs have successors."""
+def company(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NextCa]:
+    """The CAs whose keys leak."""
+    return next_cas.make(tmp_path_factory.mktemp("company"), number=8)
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NextCa]:
+    """Those that take their place."""
+    return next_cas.make(tmp_path_factory.mktemp("newer"), number=9)
+
+
+@pytest.fixture(scope="module")
+def adopter(node: Node, company: dict[str, NextCa], tmp_path_factory: pytest.TempPathFactory) -> LiveBridge:
+    """Settings that name the company's CAs alone."""
+    bridge = bridge_on(node, tmp_path_factory.mktemp("adopt"))
+    bridge.add("backend.corp", {"type": "openssl"})
+    for name in AUTHORITIES:
+        bridge.add(f"authority.{name}", {"backend": "corp", "dir": company[name].table["dir"]})
+        bridge.add(f"authority.{name}.next", {"anchor": company[name].table["anchor"]})
+    return bridge
+
+
+def bridge_on(node: Node, directory: Path) -> LiveBridge:
+    """The program on a node, which restarts what has to be."""
+    pki = NodePki(root=node.root, external=True, keys=directory / "ca-keys")
+    bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
+    bridge.add("restart", {"method": "static-pods", "min_interval": "1s", "prove_for": "5m"})
+    bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
+    return bridge
+
+
+def assert_reached(adopter: LiveBridge, phase: str, *words: str) -> None:
+    """A verb leads to a phase, in which everything is proven and the kubelet goes on."""
+    before = nodes.lease_renewed(adopter.node, "kube-node-lease", NAME)
+    run = adopter.run("rotate-ca", *words)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert phases(adopter) == dict.fromkeys(AUTHORITIES, phase)
+    proof = adopter.run("prove", "--wait", "3m")
+    assert proof.returncode == 0, proof.stdout
+    check = adopter.node.exec("kubeadm", "certs", "check-expiration", check=False)
+    assert check.returncode == 0, check.stderr
+    wait_for(
+        "the kubelet's lease",
+        lambda: nodes.lease_renewed(adopter.node, "kube-node-lease", NAME) > before,
+    )
+
+
+def ca_keys(adopter: LiveBridge) -> list[str]:
+    """CA keys in kubeadm's places."""
+    return sorted(str(one.relative_to(adopter.pki.pki_dir)) for one in adopter.pki.pki_dir.rglob("*ca.key"))
+
+
+def test_a_controller_manager_that_signs_holds_it_up(adopter: LiveBridge) -> None:
+    """kubeadm's own manifest lets it sign; with empty flags the phase goes on."""
+    run = adopter.run("rotate-ca", "trust")
+    assert run.returncode == Exit.USAGE, run.stdout + run.stderr
+    assert "--cluster-signing-cert-file" in run.stderr
+    manifest = adopter.node.kubeconfig_dir / "manifests/kube-controller-manager.yaml"
+    before = nodes.containers(adopter.node)[Component.CONTROLLER_MANAGER]
+    text = re.sub(r"(--cluster-signing-(?:cert|key)-file=).*", r"\1", manifest.read_text())
+    aside = manifest.parents[1] / manifest.name
+    aside.write_text(text)
+    aside.chmod(0o600)
+    aside.rename(manifest)
+    wait_for(
+        "another controller manager",
+        lambda: nodes.containers(adopter.node).get(Component.CONTROLLER_MANAGER, before) != before,
+    )
+    wait_for("a healthy one", lambda: nodes.is_healthy(adopter.node, Component.CONTROLLER_MANAGER))
+    assert_reached(adopter, "trusted", "trust")
+    assert len(ca_keys(adopter)) == len(AUTHORITIES)
+
+
+def test_the_keys_leave_with_the_new_certificates(adopter: LiveBridge) -> None:
+    """The command is refused without a place for the keys."""
+    run = adopter.run("rotate-ca", "issue")
+    assert run.returncode == Exit.USAGE, run.stdout + run.stderr
+    disk = adopter.directory / "disk"
+    disk.mkdir(mode=0o700)
+    assert_reached(adopter, "issued", "issue", "--keys-to", str(disk))
+    assert ca_keys(adopter) == []
+    assert sorted(one.name for one in disk.iterdir()) == sorted(f"{name}.key" for name in AUTHORITIES)
+    assert_reached(adopter, "new", "drop")
+
+
+def answer_to_a_thief(adopter: LiveBridge, ca: NextCa) -> str:
+    """The API server's answer to a superuser whose certificate a thief made with the CA's key."""
+    conf = adopter.directory / "thief.conf"
+    ours = (adopter.node.kubeconfig_dir / "admin.conf").read_bytes()
+    parsed, key = kubeconfig.parse(ours), kubeconfig.key_data(ours)
+    assert key is not None
+    leaf = x509.load_pem_x509_certificate(parsed.certificate_data or b"")
+    conf.write_bytes(kubeconfig.with_credentials(ours, signed_again(leaf, ca.signer), key))
+    return nodes.asked_by(adopter.node, conf)
+
+
+def test_an_emergency_ends_what_a_thief_of_the_key_can_do(
+    adopter: LiveBridge, company: dict[str, NextCa], newer: dict[str, NextCa]
+) -> None:
+    """From the phase old to new by one command, once its cost was said; the thief's certificates are unknown from then on."""
+    adopter.tables = [one for one in adopter.tables if ".next]" not in one]
+    for name in AUTHORITIES:
+        adopter.add(f"authority.{name}.next", newer[name].table)
+    assert phases(adopter) == dict.fromkeys(AUTHORITIES, "old")
+    assert answer_to_a_thief(adopter, company[CA.name]) == "ok"
+    run = adopter.run("rotate-ca", "drop", "--emergency")
+    assert run.returncode == Exit.USAGE, run.stdout + run.stderr
+    assert "refuses every certificate of the old CA at once" in run.stdout
+    assert phases(adopter) == dict.fromkeys(AUTHORITIES, "old")
+    assert_reached(adopter, "new", "drop", "--emergency", "--accept-outage")
+    assert "Unauthorized" in answer_to_a_thief(adopter, company[CA.name])
+    file = (adopter.pki.pki_dir / CA.certificate_file).read_bytes()
+    assert file == pem(newer[CA.name].signer.certificate)
+
+
+# --- the whole walk, with a worker -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """The control plane, with CAs whose keys are elsewhere, and a worker."""
+
+    control_plane: LiveBridge
+    worker: LiveBridge
+    made: Mapping[str, NextCa]  #: The successors.
+
+
+@pytest.fixture(scope="module")
+def site(node: Node, newer: dict[str, NextCa], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The CAs of the emergency have successors."""
+    assert (node.pki_dir / CA.certificate_file).read_bytes() == pem(newer[CA.name].signer.certificate)
     directory = tmp_path_factory.mktemp("rotate")
-    keys = directory / "ca-keys"
-    with Node.up(NAME, IP, ca_dir=keys, kubelet=AT_ONCE) as node, Node.worker(f"{NAME}-w", WORKER_IP, node) as other:
-        nodes.make_ready(node)
-        made = next_cas.make(directory / "next")
+    made = next_cas.make(directory / "next")
+    keys = next_cas.as_pki(newer, directory).ca_dir
+    (node.root.parent / "ca_dir").write_text(f"{keys}\n")  # for those who join
+    with Node.worker(f"{NAME}-w", WORKER_IP, node) as other:
         yield Site(
-            control_plane=bridge_on(node, directory / "cp", keys, made),
-            worker=bridge_on(other, directory / "w", keys, made),
+            control_plane=with_successors(bridge_on(node, directory / "cp"), keys, made),
+            worker=with_successors(bridge_on(other, directory / "w"), keys, made),
             made=made,
         )
 
 
-def bridge_on(node: Node, directory: Path, keys: Path, made: Mapping[str, next_cas.NextCa]) -> LiveBridge:
-    """The program on a worker, which has `ca` alone."""
-    pki = NodePki(root=node.root, external=True, keys=keys)
-    bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-    bridge.add("restart", {"method": "static-pods", "min_interval": "1s", "prove_for": "5m"})
-    bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
+def with_successors(bridge: LiveBridge, keys: Path, made: Mapping[str, NextCa]) -> LiveBridge:
+    """Its CAs now, and the next ones; a worker has `ca` alone."""
+    bridge.pki = NodePki(root=bridge.node.root, external=True, keys=keys)
     for authority in AUTHORITIES:
         add_openssl(bridge, authority)
         bridge.add(f"authority.{authority}.next", made[authority].table)
@@ -71,12 +214,6 @@ def bridge_on(node: Node, directory: Path, keys: Path, made: Mapping[str, next_c
 def bridge(site: Site) -> LiveBridge:
     """The control plane's."""
     return site.control_plane
-
-
-def phases(bridge: LiveBridge) -> dict[str, str]:
-    run = bridge.run("rotate-ca", "status", "-o", "json")
-    assert run.returncode == 0, run.stderr
-    return {one["name"]: one["phase"] for one in json.loads(run.stdout)["cas"]}
 
 
 def on_the_worker(site: Site, verb: str, phase: str) -> None:

@@ -13,10 +13,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,23 +28,28 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from backends.vault.setup import role_beside
+from bridge.cluster.api import NoAnswerError, Reply
 from bridge.gateway import policy, roots, watch
-from bridge.gateway.context import Context, Ledger, PendingRequests
+from bridge.gateway.context import Context, Ledger, LeftError, PendingRequests
 from bridge.gateway.issue import Issuing
+from bridge.gateway.pods import PodJudge, PodWriter
 from bridge.gateway.queue import Queue
 from bridge.gateway.rules import KEY_TYPES, patterns
 from bridge.gateway.service import Service
 from bridge.pki.certificates import is_for, pem
 from bridge.settings import load
+from bridge.settings.tables import GatewaySettings
 from bridge.state import Store
 from tests.kit import api_proxy, cluster_api, gateways, hostile_pods, kube_api, openbao, pods
 from tests.kit.cluster_api import ClusterApi
 from tests.kit.gateways import Gateway, Place
 from tests.kit.issuing import Signer
 from tests.kit.loopback import free_port
+from tests.kit.measured import traced
 from tests.kit.nodes import wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pods import SIGNER, Pod, condition, make_pod, outcome
+from tests.kit.signing_requests import pod_job
 
 pytestmark = pytest.mark.kube("kube-apiserver", "etcd")
 
@@ -657,3 +665,120 @@ def without_v1(_: str, path: str) -> tuple[int, bytes] | None:
     if path == watch.GROUP:
         return NO_PODS
     return (404, b"{}") if path.startswith((f"{watch.GROUP}/{watch.PODS}", BUNDLES)) else None
+
+
+# --- by themselves -------------------------------------------------------------------------------------------------------
+
+
+NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
+
+
+def context_of(answer: Callable[[], Reply]) -> Any:
+    """Settings as they are without a file, and an API server that answers like this."""
+    api = SimpleNamespace(ask=lambda *_, **__: answer(), answer=lambda *_: answer())
+    return SimpleNamespace(settings=SimpleNamespace(gateway=GatewaySettings()), api=api, now=lambda: NOW)
+
+
+def test_what_a_pod_asks_for_in_vain_takes_nothing_of_its_namespaces_rate() -> None:
+    """Thousands of requests for one pod, of a stolen node, keep no pod of another node of the namespace waiting."""
+    judge = PodJudge(context_of(lambda: Reply(status=500, body=b"")))
+    turns = [judge.turn(pod_job()) for _ in range(7000)]
+    assert turns.count(0) == GatewaySettings().node_rate
+    assert turns.count(None) > 6900
+    assert judge.turn(pod_job(pod_uid="p2", node="w2")) == 0
+
+
+def test_what_users_write_into_their_objects_fills_no_memory() -> None:
+    """Of 100 service accounts, namespaces and pods with thousands of annotations, labels and volumes little is remembered."""
+    many = {f"corp.example/{number}": "" for number in range(2000)}
+    sources = [{"podCertificate": {"signerName": "corp.example/spiffe", "userAnnotations": many, "keyType": "RSA2048"}}]
+    sources += [
+        {"podCertificate": {"signerName": f"corp.example/{number}", "keyType": "RSA3072"}} for number in range(2000)
+    ]
+    document = {
+        "metadata": {"uid": "u", "annotations": many, "labels": {**many, "mtls": "yes"}},
+        "spec": {"volumes": [{"projected": {"sources": sources}}]},
+    }
+    body = json.dumps(document).encode()
+    judge = PodJudge(context_of(lambda: Reply(status=200, body=body)))
+    with traced() as memory:
+        for number in range(100):
+            assert judge._known(f"namespaces/shop/serviceaccounts/s{number}")[0] == "u"
+            assert judge._known(f"namespaces/n{number}", labels={"mtls": "yes"})[1] == {"mtls": "yes"}
+            job = pod_job(f"r{number}", annotations=tuple(many.items()))
+            found = judge._pod(job, at_write=False)
+            assert found is not None
+            assert found.key_types == {"RSA2048"}
+            assert judge._pod(job, at_write=True) is found
+        assert memory()[0] < 1 << 20
+
+
+def test_objects_of_users_are_parsed_one_at_a_time() -> None:
+    """Each thread that looks at a pod has its answer of up to half a megabyte, and one thread what that becomes: five."""
+    held: list[bool] = []
+
+    class Seen(Reply):
+        def found(self, path: str) -> Any:
+            held.append(judge._reading.locked())
+            return super().found(path)
+
+    judge = PodJudge(context_of(lambda: Seen(status=200, body=b"{}")))
+    judge._pod(pod_job(), at_write=False)
+    judge._known("nodes/w1")
+    assert (held, judge._reading.locked()) == ([True, True], False)
+
+
+def test_a_pod_of_megabytes_is_not_read() -> None:
+    """Its request waits, and the reason names the pod; other trouble of the API server is no fault of the pod's."""
+    error = NoAnswerError("a longer one")
+    error.is_too_long = True
+
+    def answer() -> Reply:
+        raise error
+
+    judge = PodJudge(context_of(answer))
+    with pytest.raises(LeftError, match=r"^namespaces/shop/pods/web: wanted at most 512 KiB, found more: shorten"):
+        judge._pod(pod_job(), at_write=False)
+    error.is_too_long = False
+    with pytest.raises(NoAnswerError):
+        judge._pod(pod_job(), at_write=False)
+
+
+def test_few_pods_are_looked_at_at_once() -> None:
+    """Forty threads at once have sixteen answers of half a megabyte, and each of them has its own in the end."""
+    held: list[int] = []
+    there, may_answer = threading.Semaphore(0), threading.Event()
+
+    def answer() -> Reply:
+        held.append(1)
+        there.release()
+        may_answer.wait(180)
+        held.pop()
+        return Reply(status=200, body=b"{}")
+
+    judge = PodJudge(context_of(answer))
+    with ThreadPoolExecutor(40) as pool:
+        found = [pool.submit(judge._pod, pod_job(f"r{number}"), at_write=False) for number in range(40)]
+        for _ in range(16):
+            assert there.acquire(timeout=180)
+        assert not there.acquire(timeout=0.3)
+        assert len(held) == 16
+        may_answer.set()
+        assert all(one.result(180) is not None for one in found)
+
+
+def test_more_pods_that_wait_than_events_take_none_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many requests wait as there may be events a minute: each minute has its full number of events."""
+    clock, sent = [0.0], list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def answer() -> Reply:
+        sent.append(clock[0])
+        return Reply(status=201, body=b"")
+
+    writer = PodWriter(context_of(answer))
+    for number in range(4 * 240):
+        clock[0] = number / 4
+        writer.tell(pod_job(f"r{number}"), "left", "the policy has no table for this signer")
+    minutes = [sum(begin <= one < begin + 60 for one in sent) for begin in (0, 60, 120, 180)]
+    assert minutes == [pytest.approx(wanted, abs=2) for wanted in (240, 120, 120, 120)]

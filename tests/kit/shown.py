@@ -293,7 +293,7 @@ def blocks(directory: Path) -> dict[str, str]:
     return found | typed(REPLACED, with_next_ca(directory / "next"), normal)
 
 
-#: What a node that runs shows (tests/e2e/test_prove_node.py compares it).
+#: What a node that runs shows (tests/e2e/one_node/test_prove_node.py compares it).
 LIVE = {"prove": "ca-bridge prove", "restart": "ca-bridge restart", "kubelets": "ca-bridge doctor --kubelets"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 import time
@@ -13,16 +14,26 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.name import _ASN1Type
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import AttributeOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.pki import csr
-from bridge.pki.certificates import attributes, san_counts, san_entry
-from bridge.pki.csr import subject_of
+from bridge.pki.certificates import attributes, load_der_certificate, san_counts, san_entry
+from bridge.pki.csr import (
+    OddRequestError,
+    fingerprint_text,
+    issuer_line,
+    key_line,
+    read_strictly,
+    sans_line,
+    subject_line,
+    subject_of,
+)
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
-from tests.kit.issuing import NOW, cn
+from tests.kit.issuing import NOW, Signer, cn, odd_certificates
 
 KEY = csr.generate_key("ecdsa-p256")
 
@@ -384,3 +395,206 @@ def test_a_megabyte_of_attributes_is_looked_through_once() -> None:
 
     assert found == [*["1.2.3"] * 20_000, *[usual.dotted_string] * 19_999]
     assert time.process_time() - began < 2
+
+
+# --- display -------------------------------------------------------------------------------------------------------------
+
+
+def request(*names: str, subject: x509.Name | None = None) -> x509.CertificateSigningRequest:
+    naming = csr.Naming(subject=cn("x") if subject is None else subject, sans=csr.alternative_names(names))
+    return x509.load_pem_x509_csr(csr.build_for(naming, KEY))
+
+
+def spoilt_display(request: x509.CertificateSigningRequest, old: bytes, new: bytes) -> x509.CertificateSigningRequest:
+    """With other bytes of the same number in one place."""
+    der = request.public_bytes(Encoding.DER)
+    assert der.count(old) == 1
+    return x509.load_der_x509_csr(der.replace(old, new))
+
+
+def test_names() -> None:
+    """An empty subject is shown as empty; characters that steer a terminal are not printed."""
+    certificate = Signer.make("leaf", parent=Signer.make("root"), ca=False).certificate
+    assert (subject_line(certificate), issuer_line(certificate)) == ("CN=leaf", "CN=root")
+    assert subject_line(request("a", subject=x509.Name([]))) == "(no subject)"
+    assert "\x1b" not in subject_line(request(subject=cn("a\x1b[2J")))
+
+
+def test_sans_are_sorted() -> None:
+    """They are sorted by type, then by name; an empty list is shown as none."""
+    assert sans_line(request("b", "192.0.2.1", "a")) == "DNS:a, DNS:b, IP:192.0.2.1"
+    assert sans_line(request()) == "none"
+
+
+def test_of_many_sans_the_first_hundred_are_reported() -> None:
+    """The text has the first hundred SANs, and the number of the others."""
+    names = [f"n{number:03}" for number in range(101)]
+    texts = [f"DNS:{name}" for name in names]
+    assert sans_line(request(*names[:100])) == ", ".join(texts[:100])
+    assert sans_line(request(*names)) == ", ".join([*texts[:100], "and 1 more"])
+
+
+def test_keys() -> None:
+    """A key is shown by algorithm and size."""
+    assert key_line(request()) == "ecdsa-p256"
+
+
+def test_what_cannot_be_read_is_reported_with_its_reason() -> None:
+    """The reason stands in the place of the value."""
+    curve = bytes.fromhex("06082a8648ce3d030107")  # P-256
+    twice = load_der_certificate(odd_certificates(Signer.make().certificate)["an extension twice"])
+    odd = spoilt_display(request(subject=cn("kubernetes")), b"\x0c\x0akubernetes", b"\x0c\x0akubernete\xff")
+    der = Signer.make("leaf", parent=Signer.make("a root")).certificate.public_bytes(Encoding.DER)
+    below = x509.load_der_x509_certificate(der.replace(b"\x0c\x06a root", b"\x0c\x06a roo\xff"))
+    for text, what, reason in (
+        (key_line(spoilt_display(request(), curve, curve[:-1] + b"\x7f")), "one that", "1.2.840.10045.3.1.127"),
+        (sans_line(twice), "extensions that", "Duplicate"),
+        (subject_line(odd), "a subject that", "InvalidValue"),
+        (issuer_line(below), "an issuer that", "InvalidValue"),
+    ):
+        assert text.startswith(f"({what} can't be read: ")
+        assert reason in text
+
+
+@pytest.mark.parametrize(
+    ("digest", "text"),
+    [
+        ("00" * 32, "00000-00000-00000-00000"),
+        ("ff" * 32, "ZZZZZ-ZZZZZ-ZZZZZ-ZZZZZ"),
+        ("00443214c74254b635cf84653a56d7c675be77df", "01234-56789-ABCDE-FGHJK"),
+    ],
+)
+def test_fingerprints_are_read_out_in_groups(digest: str, text: str) -> None:
+    """A fingerprint is twenty digits and letters."""
+    assert fingerprint_text(digest) == text
+
+
+# --- csr fields ----------------------------------------------------------------------------------------------------------
+
+
+ONE = (("O", "a"), ("CN", "one"))
+
+
+def name(*attributes: tuple[str, str], kind: _ASN1Type = _ASN1Type.UTF8String) -> list[x509.NameAttribute[str]]:
+    oids = {"O": NameOID.ORGANIZATION_NAME, "CN": NameOID.COMMON_NAME}
+    return [x509.NameAttribute(oids[which], value, kind) for which, value in attributes]
+
+
+def csr_with(
+    subject: x509.Name | None = None, *extensions: x509.ExtensionType, key: rsa.RSAPrivateKey | None = None
+) -> bytes:
+    """In DER."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(
+        x509.Name(name(*ONE)) if subject is None else subject
+    )
+    for each in extensions:
+        builder = builder.add_extension(each, critical=False)
+    return builder.sign(key or KEY, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def pem(der: bytes) -> bytes:
+    return x509.load_der_x509_csr(der).public_bytes(Encoding.PEM)
+
+
+def raw_pem(der: bytes) -> bytes:
+    head = b"-----%b CERTIFICATE REQUEST-----\n"
+    return head % b"BEGIN" + base64.encodebytes(der) + head % b"END"
+
+
+def with_password() -> bytes:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(name(*ONE)))
+    return (
+        builder.add_attribute(AttributeOID.CHALLENGE_PASSWORD, b"secret")
+        .sign(KEY, hashes.SHA256())
+        .public_bytes(Encoding.DER)
+    )
+
+
+def sans(count: int) -> x509.SubjectAlternativeName:
+    return x509.SubjectAlternativeName([x509.DNSName(f"n{number}") for number in range(count)])
+
+
+def spoilt_csr_fields(der: bytes, old: bytes, new: bytes) -> bytes:
+    assert der.count(old) == 1
+    assert len(old) == len(new)
+    return raw_pem(der.replace(old, new))
+
+
+PRINTABLE = csr_with(x509.Name(name(*ONE, kind=_ASN1Type.PrintableString)))
+
+
+TWICE = x509.SubjectAlternativeName([x509.DNSName("a"), x509.DNSName("a")])
+
+
+CHANGED = (CSR := csr_with())[:-1] + bytes([CSR[-1] ^ 1])
+
+
+UNREADABLE = "a part of the CSR can't be read"
+
+
+ODD = {
+    "too large": (b" " * 16385, "the CSR has more than 16 KiB"),
+    "two blocks": (pem(csr_with()) * 2, "the request is not one PEM block of a CSR, and nothing else"),
+    "text before it": (b"x" + pem(csr_with()), "the request is not one PEM block of a CSR, and nothing else"),
+    "no base64": (pem(csr_with()).replace(b"\nMI", b"\n=I"), "the CSR is not in DER"),
+    "a byte more": (raw_pem(csr_with() + b"\0"), "the CSR is not in DER"),
+    "another sequence": (raw_pem(b"\x30\x03\x02\x01\x00"), UNREADABLE),
+    "another curve": (
+        spoilt_csr_fields(csr_with(), b"\x2a\x86\x48\xce\x3d\x03\x01\x07", b"\x2a\x86\x48\xce\x3d\x03\x01\x7f"),
+        UNREADABLE,
+    ),
+    "another signature": (raw_pem(CHANGED), "the CSR is not signed with its own key"),
+    "two values in an RDN": (
+        pem(csr_with(x509.Name([x509.RelativeDistinguishedName(name(*ONE))]))),
+        "the subject has several values in one RDN",
+    ),
+    "a BMPString": (
+        pem(csr_with(x509.Name(name(*ONE, kind=_ASN1Type.BMPString)))),
+        "the subject has a value that is neither PrintableString nor UTF8String",
+    ),
+    "no PrintableString": (spoilt_csr_fields(PRINTABLE, b"\x13\x03one", b"\x13\x03on@"), UNREADABLE),
+    "an escape": (
+        pem(csr_with(x509.Name(name(("CN", "a\x1b[2J"))))),
+        "the subject has a value that is empty or can't be printed",
+    ),
+    "two CNs": (pem(csr_with(x509.Name(name(("CN", "a"), ("CN", "b"))))), "the subject has more than one CN"),
+    "a password": (pem(with_password()), "the CSR has attributes besides the requested extensions"),
+    "a CA": (
+        pem(csr_with(None, x509.BasicConstraints(ca=True, path_length=None))),
+        "the CSR asks for extensions besides SANs",
+    ),
+    "65 SANs": (pem(csr_with(None, sans(65))), "the CSR has more than 64 SANs"),
+    "a SAN twice": (pem(csr_with(None, TWICE)), "the CSR has a SAN twice"),
+    "an exponent of 3": (
+        pem(csr_with(key=rsa.generate_private_key(3, 2048))),
+        "the CSR's key has an odd exponent",
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "sentence"), ODD.values(), ids=ODD.keys())
+def test_what_readers_could_take_in_two_ways_is_refused(data: bytes, sentence: str) -> None:
+    """Each ambiguous form is refused with its own sentence."""
+    with pytest.raises(OddRequestError) as e:
+        read_strictly(data)
+    assert str(e.value) == sentence
+
+
+@pytest.mark.parametrize("kind", [_ASN1Type.UTF8String, _ASN1Type.PrintableString])
+def test_a_plain_request_says_all_that_it_asks_for(kind: _ASN1Type) -> None:
+    """A plain request is one block, with any text round it; 64 SANs are not too many, nor is a list of groups."""
+    groups = (("O", "b"), ("O", "a"), ("CN", "one"))
+    der = csr_with(x509.Name(name(*groups, kind=kind)), sans(64))
+    found = read_strictly(b"\n" + pem(der).replace(b"\n", b"\r\n") + b" \n")
+    assert (found.cn, found.organizations, found.key) == ("one", ("a", "b"), "ecdsa-p256")
+    assert found.sans == {("DNS", f"n{number}") for number in range(64)}
+    assert found.pem == pem(der)
+    assert found.parsed.public_bytes(Encoding.DER) == der
+    bare = read_strictly(pem(csr_with(x509.Name(name(("O", "a"))))))
+    assert (bare.cn, bare.organizations, bare.sans) == ("", ("a",), frozenset())
+
+
+def test_the_largest_request_is_read() -> None:
+    """White space up to the limit does no harm."""
+    data = pem(csr_with())
+    assert read_strictly(data + b" " * (16384 - len(data))).cn == "one"

@@ -370,6 +370,7 @@ def test_a_disk_of_a_pair_alone_stops_no_other_certificate(tmp_path: Path, optio
     assert leaf(bridge.pki.pki_dir / "apiserver.crt").not_valid_after_utc > due + timedelta(days=9)
 
 
+@as_root
 def test_a_place_that_others_can_change_is_refused(bridge: Bridge, place: Path) -> None:
     """A directory of another user, a link in it, and a link to kubeadm's files: nothing is asked for, nothing replaced."""
     add(bridge, place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from datetime import timedelta
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_other_durations_are_refused(value: object) -> None:
         parse_duration(value)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs directories of root; run as root")
 def test_a_settings_file_that_others_can_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file names programs that root runs."""
     monkeypatch.setattr("os.geteuid", lambda: 0)

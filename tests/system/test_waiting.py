@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 
-from bridge.system.waiting import CachedResult, wait_until, within
+from bridge.system.waiting import CachedResult, Rate, wait_until, within
 
 
 class Clock:
@@ -139,3 +139,34 @@ def test_an_error_that_comes_too_late_is_dropped() -> None:
 
     with pytest.raises(TimeoutError, match="its own"):
         within(180, fails)
+
+
+# --- by themselves -------------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_fills_with_time() -> None:
+    """A requester may send so many at once, then one after the other, each at its own time; another requester has its own bucket."""
+    rate = Rate(60)
+    assert {rate.reserve("w1", 0.0) for _ in range(60)} == {0}
+    assert [rate.reserve("w1", 0.0) for _ in range(3)] == [pytest.approx(seconds) for seconds in (1, 2, 3)]
+    assert rate.reserve("w2", 0.0) == 0
+    assert rate.reserve("w1", 3.5) == pytest.approx(0.5)
+    assert rate.reserve("w1", 10_000) == 0
+
+
+def test_a_line_before_a_bucket_has_an_end() -> None:
+    """A flood does not wait in it for hours, with an honest request of the same name behind it."""
+    rate = Rate(60)
+    waits = [rate.reserve("token", 0.0) for _ in range(1000)]
+    assert [wait for wait in waits if wait is not None][-1] == pytest.approx(60)
+    assert waits[-1] is None
+    assert rate.reserve("token", 1.0) == pytest.approx(60)
+
+
+def test_names_of_others_choice_fill_no_memory() -> None:
+    """The one that has not asked for longest is forgotten."""
+    rate = Rate(1)
+    for number in range(20_000):
+        rate.reserve(f"user-{number}", 0.0)
+    assert rate.reserve("user-19999", 0.0) != 0
+    assert rate.reserve("user-0", 0.0) == 0

@@ -1,38 +1,30 @@
 """
 Three real control-plane nodes with three etcd members: no restart takes a second one down, and no two restart at once.
 
-The rules in all their cases, and what no real server gives on demand, are in `tests/control_plane/test_neighbours.py`.
+Restarts by three timers that fire at once are in `test_timers_node.py`. The rules in all their cases, and what no real server gives on demand, are in `tests/control_plane/test_neighbours.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge.cluster import Client
-from bridge.cluster.api import Api
 from bridge.errors import Exit
-from bridge.node import inventory
-from bridge.node.endpoints import Server
 from bridge.specs import Component
-from bridge.system import http
 from tests.kit import programs
-from tests.kit.node import AT_ONCE, Node
+from tests.kit.node import Node
 from tests.kit.nodes import wait_for
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
@@ -64,26 +56,6 @@ def tell(**what):
 def note(text):
     tell(event="note", text=text)
 
-def own_is_well():
-    own = [one for one in neighbours.look(node, settings).instances if one.own and one.component is component]
-    return all(one.state == "healthy" for one in own)
-
-def restart():
-    manifest = Path(f"/etc/kubernetes/manifests/{component.value}.yaml")
-    os.rename(manifest, f"/etc/kubernetes/{manifest.name}")
-    try:
-        while neighbours.look(node, settings).own_is_down(component) is False:
-            time.sleep(0.2)
-        pods = ["crictl", "-c", "/etc/kubernetes/crictl.yaml", "pods", "-q", "--state", "ready", "--name", component.value]
-        # etcd's manifest comes back while its pod still ends, or the kubelet may hang for minutes (see static_pods)
-        while component is not Component.ETCD and subprocess.run(pods, capture_output=True, check=True).stdout:
-            time.sleep(0.2)
-        time.sleep(2 if component is Component.ETCD else 3)
-    finally:
-        os.rename(f"/etc/kubernetes/{manifest.name}", manifest)
-    while not own_is_well():
-        time.sleep(0.2)
-
 try:
     if verb == "look":
         found = neighbours.look(node, settings)
@@ -97,13 +69,9 @@ try:
         for component in components:
             neighbours.assert_may_restart(component, node, settings, note=note)
     else:
-        with neighbours.turn(node, settings, f"run-{os.getpid()}", note=note) as may_restart:
+        with neighbours.turn(node, settings, f"run-{os.getpid()}", note=note):
             tell(event="begin")
-            if verb == "restart":
-                may_restart(component)
-                restart()
-            else:
-                time.sleep(float(verb))
+            time.sleep(float(verb))
             tell(event="end")
 except BridgeError as e:
     tell(event="error", text=str(e))
@@ -182,19 +150,6 @@ def states(node: Node) -> dict[tuple[str, str], str]:
 REFUSE = "neighbours = 'refuse'"
 #: Of a run that dies: others wait so long for it.
 SHORT = f"lease_duration = '{DURATION_SECONDS}s'"
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[Node]]:
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(Node.up(f"cl-{os.getpid()}-1", "198.18.77.80", kubelet=AT_ONCE))
-        others = [
-            stack.enter_context(
-                Node.join(f"cl-{os.getpid()}-{number}", f"198.18.77.{79 + number}", first, kubelet=AT_ONCE)
-            )
-            for number in (2, 3)
-        ]
-        yield [first, *others]
 
 
 @pytest.fixture(autouse=True)
@@ -360,86 +315,3 @@ def test_the_lease_of_a_run_that_was_killed_is_taken_when_it_has_expired(nodes: 
 def assert_one_after_the_other(reported: Sequence[Sequence[dict[str, Any]]]) -> None:
     turns = sorted((event["at"], event["event"]) for events in reported for event in events if event["event"] != "note")
     assert [what for _, what in turns] == ["begin", "end"] * len(reported), reported
-
-
-# --- restarts --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Watch:
-    """What was seen of the cluster, several times a second."""
-
-    looks: int = 0
-    most_down: int = 0
-    refused: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-
-def watch(nodes: Sequence[Node], seen: Watch, stop: threading.Event) -> None:
-    """How many etcd members don't answer; and a client that may use any API server: does none take its write?"""
-    for turn in itertools.count():
-        if stop.wait(0.2):
-            return
-        down = [node.name for node in nodes if not answers(node)]
-        seen.looks += 1
-        seen.most_down = max(seen.most_down, len(down))
-        if len(down) > 1:
-            seen.errors.append(f"down at once: {down}")
-        change = json.dumps({"data": {"turn": str(turn)}})
-        if not any(writes(node, change) for node in nodes):
-            seen.refused.append(f"write {turn}")
-
-
-def answers(node: Node) -> bool:
-    """Whether this member is there; it says 503 while it has no leader, as for a moment where that one restarts."""
-    anchor, certificate, key = (
-        (node.pki_dir / "etcd" / file).read_bytes()
-        for file in ("ca.crt", "healthcheck-client.crt", "healthcheck-client.key")
-    )
-    client = Client(name="healthcheck", trust_pem=anchor, certificate_pem=certificate, key_pem=key)
-    with contextlib.suppress(http.HttpsError):
-        return client.ask(Server(f"https://{node.ip}:2379"), "/health", seconds=_PATIENCE_SECONDS).status in {
-            HTTPStatus.OK,
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        }
-    return False
-
-
-def writes(node: Node, change: str) -> bool:
-    """Whether this node's API server takes a write."""
-    client = Api.of_node(inventory.read(node.pki_dir, node.kubeconfig_dir), node.kubeconfig_dir).clients[0]
-    with contextlib.suppress(http.HttpsError):
-        answer = client.ask(
-            Server(f"https://{node.ip}:6443"),
-            "/api/v1/namespaces/default/configmaps/watched",
-            {"Content-Type": "application/merge-patch+json"},
-            method="PATCH",
-            body=change.encode(),
-            seconds=_PATIENCE_SECONDS,
-        )
-        return answer.status == HTTPStatus.OK
-    return False
-
-
-def test_three_timers_that_fire_at_once_restart_one_etcd_after_the_other(nodes: list[Node]) -> None:
-    """Etcd is never without its quorum, and a client that may use any of three API servers sees nothing of it."""
-    nodes[0].kubectl("create", "configmap", "watched")
-    seen, stop = Watch(), threading.Event()
-    watcher = threading.Thread(target=watch, args=(nodes, seen, stop))
-    watcher.start()
-    try:
-        with contextlib.ExitStack() as stack:
-            runs = [stack.enter_context(started(node, "restart", "neighbour_wait = '15m'")) for node in nodes]
-            reported = [
-                lines(process.communicate(timeout=900)[0]) for process in runs
-            ]  # a kubelet may hang for minutes
-    finally:
-        stop.set()
-        watcher.join()
-    assert [process.returncode for process in runs] == [Exit.DONE] * 3, reported
-    assert_one_after_the_other(reported)
-    assert seen.errors == []
-    assert seen.refused == []
-    assert seen.most_down == 1  # or this test has seen nothing
-    spans = [events[-1]["at"] - next(e["at"] for e in events if e["event"] == "begin") for events in reported]
-    print(f"{seen.looks} looks; turns of {', '.join(f'{span:.0f} s' for span in sorted(spans))}")

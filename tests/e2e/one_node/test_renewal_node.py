@@ -32,14 +32,13 @@ from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
 from tests.kit.issuing import Signer, signed_again
 from tests.kit.looking import Audit, traffic
-from tests.kit.node import AT_ONCE, Node
+from tests.kit.node import Node
 from tests.kit.nodes import LiveBridge, NodePki, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.pki import PKI_SPECS
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-NAME, IP = f"live-{os.getpid() % 100_000}", "198.18.77.90"
 STATIC = (Component.ETCD, Component.APISERVER, Component.CONTROLLER_MANAGER, Component.SCHEDULER)
 USERS = {
     "controller-manager.conf": "system:kube-controller-manager",
@@ -58,25 +57,21 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[Site]:
+def site(
+    node: Node, ca_keys: Path, audit: Audit, tmp_path_factory: pytest.TempPathFactory, bao: OpenBao
+) -> Iterator[Site]:
     """Its settings are those of a cron job that restarts what is needed."""
-    directory = tmp_path_factory.mktemp("site")
-    audit, keys = Audit(directory=directory / "audit"), directory / "ca-keys"
-    with Node.up(NAME, IP, ca_dir=keys, cluster=audit.cluster(), kubelet=AT_ONCE) as node:
-        nodes.make_ready(node)
-        pki = NodePki(root=node.root, external=True, keys=keys)
-        bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-        for authority in AUTHORITIES:
-            add_vault(bridge, bao, authority, NAME)
-        bridge.add(
-            "restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"}
-        )
-        bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
-        bridge.add("cluster", {"lease": True})
-        port = urlsplit(bao.url).port
-        assert port is not None
-        with door(node, port):
-            yield Site(node=node, bao=bao, bridge=bridge, audit=audit)
+    pki = NodePki(root=node.root, external=True, keys=ca_keys)
+    bridge = LiveBridge(pki=pki, directory=tmp_path_factory.mktemp("site") / "bridge", node=node)
+    for authority in AUTHORITIES:
+        add_vault(bridge, bao, authority, node.name)
+    bridge.add("restart", {"method": "static-pods", "components": "needed", "min_interval": "1s", "prove_for": "5m"})
+    bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
+    bridge.add("cluster", {"lease": True})
+    port = urlsplit(bao.url).port
+    assert port is not None
+    with door(node, port):
+        yield Site(node=node, bao=bao, bridge=bridge, audit=audit)
 
 
 @contextlib.contextmanager
@@ -153,7 +148,7 @@ def test_all_four_restarted(site: Site, tried: Tried) -> None:
 def test_a_broken_ca_restarts_nothing(site: Site) -> None:
     """A role with other usages: exit 5, no file and no component is touched."""
     before, containers = live_certificates(site.bridge.pki), nodes.containers(site.node)
-    path = f"{NAME}-ca/roles/kubeadm-scheduler.conf"
+    path = f"{site.node.name}-ca/roles/kubeadm-scheduler.conf"
     role = site.bao.read(path)["data"]
     site.bao.write(path, **(role | {"client_flag": False, "ext_key_usage": ["ServerAuth"]}))
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -29,38 +28,28 @@ from tests.kit import opensslca
 from tests.kit.cas import add_vault, live_certificates
 from tests.kit.doors import door
 from tests.kit.issuing import Signer
-from tests.kit.node import AT_ONCE, Node
-from tests.kit.nodes import LiveBridge, NodePki, containers, make_ready, wait_for
+from tests.kit.node import Node
+from tests.kit.nodes import LiveBridge, NodePki, containers, wait_for
 from tests.kit.openbao import OpenBao
 from tests.kit.watching import STATIC, Seen, watched
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-IPS = ("198.18.77.120", "198.18.77.121", "198.18.77.122")
 NEEDED = ["kube-controller-manager", "kube-scheduler"]
 ELECTION_SECONDS = 15.0  #: At most, as the program has it.
 
 
 @pytest.fixture(scope="module")
-def bridges(tmp_path_factory: pytest.TempPathFactory, bao: OpenBao) -> Iterator[list[LiveBridge]]:
-    """Nodes in external-CA mode whose certificates are all due; each with its mounts and roles in one OpenBao."""
-    directory = tmp_path_factory.mktemp("three")
-    keys, port = directory / "ca-keys", urlsplit(bao.url).port
-    names = [f"three-{os.getpid() % 10_000}-{number}" for number in (1, 2, 3)]
-    short = "certificateValidityPeriod: 24h"
+def bridges(
+    nodes: list[Node], ca_keys: Path, tmp_path_factory: pytest.TempPathFactory, bao: OpenBao
+) -> Iterator[list[LiveBridge]]:
+    """The nodes' certificates are all due; each has its mounts and roles in one OpenBao."""
+    directory, port = tmp_path_factory.mktemp("timers"), urlsplit(bao.url).port
     assert port is not None
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(Node.up(names[0], IPS[0], ca_dir=keys, cluster=short, kubelet=AT_ONCE))
-        others = [
-            stack.enter_context(Node.join(name, ip, first, cluster=short, kubelet=AT_ONCE))
-            for name, ip in zip(names[1:], IPS[1:], strict=True)
-        ]
-        found = []
-        for node in (first, *others):
-            make_ready(node)
+        for node in nodes:
             stack.enter_context(door(node, port))
-            found.append(_bridge(node, bao, keys, directory / node.name))
-        yield found
+        yield [_bridge(node, bao, ca_keys, directory / node.name) for node in nodes]
 
 
 def _bridge(node: Node, bao: OpenBao, keys: Path, directory: Path) -> LiveBridge:

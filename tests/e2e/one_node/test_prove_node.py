@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from bridge.pki.certificates import load_pem_certificates, serial_hex
-from bridge.specs import SPECS, Component
+from bridge.specs import AUTHORITIES, SPECS, Component
 from tests.kit import issuing, nodes, shown
 from tests.kit.issuing import Signer
 from tests.kit.node import AT_ONCE, Node
@@ -29,7 +30,6 @@ from tests.kit.pki import PKI_SPECS
 
 pytestmark = [pytest.mark.node, pytest.mark.slow]
 
-NAME, IP = f"prove-{os.getpid() % 100_000:05}", "198.18.77.60"
 OTHER_NAME, OTHER_IP = f"other-{os.getpid() % 100_000}", "198.18.77.61"
 PROGRAM = Path(sys.executable).with_name("ca-bridge")
 
@@ -37,12 +37,24 @@ CONTROLLERS = {"kube-controller-manager": "controller-manager.conf", "kube-sched
 API_CLIENTS = {"apiserver-etcd-client", "apiserver-kubelet-client", "front-proxy-client"}
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[Node]:
-    """A node with its CA keys, so that kubeadm itself can renew; tests leave it as they found it, but for newer files."""
-    with Node.up(NAME, IP, kubelet=AT_ONCE) as up:
-        nodes.make_ready(up)
-        yield up
+@contextlib.contextmanager
+def holding_its_ca_keys(node: Node, ca_keys: Path) -> Iterator[None]:
+    """The node has the keys of its CAs, so that kubeadm itself can renew."""
+    places = [authority.key_file for authority in AUTHORITIES.values()]
+    for place in places:
+        shutil.copy(ca_keys / place, node.pki_dir / place)
+    try:
+        yield
+    finally:
+        for place in places:
+            (node.pki_dir / place).unlink()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _with_ca_keys(node: Node, ca_keys: Path) -> Iterator[None]:
+    """Tests leave the node as they found it, but for newer files."""
+    with holding_its_ca_keys(node, ca_keys):
+        yield
 
 
 def prove(node: Node, *options: str) -> tuple[int, list[dict[str, Any]], list[str]]:
@@ -138,8 +150,8 @@ def test_finds_nothing_on_a_node_that_was_just_made(node: Node) -> None:
     assert {finding["component"] for finding in findings} == {None, *(component.value for component in Component)}
     assert {finding["state"] for finding in findings} == {"current", "not-ours"}
     served = [finding["what"] for finding in findings if finding["what"].startswith("serves")]
-    both = [f"serves {host}:{port}" for port in (2379, 6443) for host in ("127.0.0.1", IP)]
-    assert set(served) == {*both, f"serves {IP}:2380", "serves 127.0.0.1:10257", "serves 127.0.0.1:10259"}
+    both = [f"serves {host}:{port}" for port in (2379, 6443) for host in ("127.0.0.1", node.ip)]
+    assert set(served) == {*both, f"serves {node.ip}:2380", "serves 127.0.0.1:10257", "serves 127.0.0.1:10259"}
 
 
 @pytest.mark.usefixtures("well")
@@ -307,21 +319,25 @@ def test_the_container_runtime_tells_ages_where_no_process_is_to_be_seen(node: N
 
 
 @pytest.mark.usefixtures("well")
-def test_two_nodes_on_one_machine_are_two(node: Node) -> None:
+def test_two_nodes_on_one_machine_are_two(node: Node, ca_keys: Path) -> None:
     """A renewal on one makes nothing stale on the other, though all processes are called the same; etcd is one cluster."""
     with Node.join(OTHER_NAME, OTHER_IP, node, kubelet=AT_ONCE) as other:
         nodes.make_ready(other)
         assert prove(other, "--wait", "3m")[0] == 0
-        other.exec("kubeadm", "certs", "renew", "scheduler.conf")
+        with holding_its_ca_keys(other, ca_keys):
+            other.exec("kubeadm", "certs", "renew", "scheduler.conf")
 
         proved(other, 7, ["kube-scheduler"], {("scheduler.conf", "stale")})
         findings = proved(node, 0, [], set())
         peers = next(f["detail"] for f in findings if f["what"] == "is accepted by its peers")
-        assert {f"https://{ip}:2380" for ip in (IP, OTHER_IP)} == set(re.findall(r"https://[^ ,;]+", peers))
+        assert {f"https://{ip}:2380" for ip in (node.ip, OTHER_IP)} == set(re.findall(r"https://[^ ,;]+", peers))
 
         remove = ("etcdctl", *etcdctl_options(), "member", "remove", member_id(node, OTHER_NAME))
         # etcd removes no member until all have been connected for some seconds
         wait_for("a member that may go", lambda: node.exec(*remove, check=False).returncode == 0)
+    node.kubectl("delete", "node", OTHER_NAME)
+    servers = ("get", "endpointslices", "-l", "kubernetes.io/service-name=kubernetes", "-o", "json")
+    wait_for("the end of its API server's address", lambda: OTHER_IP not in node.kubectl(*servers).stdout)
 
 
 def etcdctl_options() -> list[str]:

@@ -1,0 +1,168 @@
+"""What the door takes from an address, and how long it lets a node wait."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from bridge.desk.workers import ReadBundle
+from bridge.door import app
+from bridge.door.app import Awaited, Door
+from bridge.door.store import Memory, sqlite_url
+from bridge.pki.bundle import RequestBundle
+from bridge.pki.bundle_format import digest, dumps, loads_request
+from bridge.settings import Source
+from bridge.settings.tables import ServeSettings, Settings
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.pki import Pki
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+_PATIENCE = timedelta(minutes=3)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+    values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
+    return memory.receive(values.pop("data", b"bundle"), **values)
+
+
+def fill(memory: Memory) -> None:
+    """Let SQLite itself say that its disk is full, and let all that waits in its log be in the file."""
+    with memory.engine.connect() as connection:
+        connection.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+    memory.engine.dispose()
+
+    @sa.event.listens_for(memory.engine, "connect")
+    def limited(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA max_page_count = 1")  # SQLite takes it as "no more than there are"
+
+
+def posted(door: Door, data: bytes, peer: str = "192.0.2.1") -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Status, headers and document of an answer."""
+    started: list[Any] = []
+    environ = {
+        "REQUEST_METHOD": "POST", "PATH_INFO": "/v1/requests", "CONTENT_TYPE": "application/json",
+        "CONTENT_LENGTH": str(len(data)), "wsgi.input": BytesIO(data), "REMOTE_ADDR": peer,
+    }  # fmt: skip
+    body = b"".join(door(environ, lambda status, headers: started.extend([status, dict(headers)])))
+    return started[0], started[1], json.loads(body)
+
+
+def unjudged(bundle: RequestBundle) -> ReadBundle:
+    return ReadBundle(bundle=bundle, digest=digest(bundle))
+
+
+def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
+    serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute)
+    signing: Any = SimpleNamespace(
+        read=lambda data, _: unjudged(loads_request(data)),
+        judged=lambda one, _: one,
+        refused=lambda _: "",
+        judges=lambda _: is_judged,
+        expect=lambda *_: None,
+    )
+    return Door(Settings(source=Source(None, ""), serve=serve), memory, signing, now, {})
+
+
+def test_one_address_has_a_rate(memory: Memory) -> None:
+    """The answer to one more says when to come again; another address gets its answer."""
+    door = make_application(memory, a_minute=3)
+    statuses = [posted(door, b"text")[0] for _ in range(4)]
+    late = posted(door, b"text")[1]
+
+    assert statuses == [*["400 Bad Request"] * 3, "429 Too Many Requests"]
+    assert 1 <= int(late["Retry-After"]) <= 20
+    assert posted(door, b"text", peer="192.0.2.2")[0] == "400 Bad Request"
+
+
+def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pki) -> None:
+    """A stranger fills that while no CA was reached, and a node whose request can be judged still gets in."""
+    first, second, third = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(3))
+    unjudged = make_application(memory, is_judged=False)
+    statuses = [posted(unjudged, first)[0], posted(unjudged, second)[0], posted(unjudged, second, peer="192.0.2.2")[0]]
+
+    assert statuses == ["202 Accepted", "429 Too Many Requests", "503 Service Unavailable"]
+    assert posted(make_application(memory), third)[0] == "202 Accepted"
+
+
+def test_what_can_not_be_judged_is_not_long(memory: Memory, pki: Pki) -> None:
+    """A stranger's, of which rounds hold two hundred, would take a door's memory; a node's comes again for its CA."""
+    data = dumps(make_bundle(old_pairs(pki, ["apiserver"])))
+    long = data + b" " * ((64 << 10) + 1 - len(data))
+    unjudged = make_application(memory, is_judged=False, waiting=1000)
+    status, headers, document = posted(unjudged, long)
+
+    assert (status, headers["Retry-After"]) == ("503 Service Unavailable", "30")
+    assert document["error"] == "wanted at most 65536 bytes for a CA that was not reached yet, found 65537"
+    assert posted(make_application(memory), long)[0] == "202 Accepted"
+    assert posted(unjudged, dumps(make_bundle(old_pairs(pki, ["apiserver"]))))[0] == "202 Accepted"
+
+
+def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> None:
+    """A second for each 60 that were there before; those for people don't count."""
+    first, second = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(2))
+    door = make_application(memory, waiting=250)
+    waiting = [received(memory, f"{number}") for number in range(180)]
+    many = posted(door, first)[1]["Retry-After"]
+    for number in range(60):
+        door.answered(f"{number}")
+    fewer = posted(door, first)[1]["Retry-After"]
+    for request in waiting:
+        memory.move(request, "undecided", before=["waiting"])
+    few = posted(door, second)[1]["Retry-After"]
+
+    assert (many, fewer, few) == ("3", "2", "1")
+
+
+def test_an_answer_that_comes_soon_is_waited_for(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By as many threads as there are places; a further one gets the request as it is."""
+    monkeypatch.setattr(app, "_LOOK_SECONDS", _PATIENCE.total_seconds())  # it is the round that says so
+    kept = memory.find(received(memory, "aa"))
+    assert kept is not None
+    awaited = Awaited(memory, longest=_PATIENCE, places=1)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(awaited.over, kept, _PATIENCE)
+        wait_until(lambda: awaited._digests, bool, _PATIENCE, pause_seconds=0.01)
+        second = awaited.over(kept, _PATIENCE)
+        memory.conclude(kept.id, b"{}", [], now(), "")
+        for other in ("bb", "aa"):
+            awaited.answered(other)
+        answered = first.result(_PATIENCE.total_seconds())
+
+    assert (answered.answer, second) == (b"{}", kept)
+    assert awaited.over(kept, timedelta()).answer == b"{}"
+
+
+def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle, caplog: pytest.LogCaptureFixture) -> None:
+    """503 with Retry-After, and a sentence without the database's own words, which the log has."""
+    memory = Memory(sqlite_url(tmp_path / "door.db"))
+    door = make_application(memory)
+    big = json.dumps({**json.loads(dumps(bundle)), "digest": digest(bundle)}).encode() + b" " * 100_000
+    fill(memory)
+    full = posted(door, big)
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text("PRAGMA max_page_count = 100000"))
+        assert connection.execute(REQUEST_COUNT).scalar() == 0
+    memory.close()
+
+    assert full[0] == "503 Service Unavailable"
+    assert full[1]["Retry-After"] == "30"
+    assert full[2]["error"] == "the database does not answer; the door's log says why"
+    assert "is full" in caplog.text
+
+
+REQUEST_COUNT = sa.text("SELECT count(*) FROM requests")

@@ -1,0 +1,265 @@
+"""The door's rounds: what is read, judged and signed, also while the database can't be written to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from bridge.contract import Issued
+from bridge.desk.policy import PolicyVerdict
+from bridge.desk.workers import Judgement, ReadBundle, Workers
+from bridge.door.signing import Signing
+from bridge.door.store import DatabaseError, Memory, sqlite_url
+from bridge.pki.bundle import BundleError, Refusal, RequestBundle
+from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.settings.load import load
+from bridge.system.waiting import wait_until
+from tests.kit.bundles import make_bundle, old_pairs
+from tests.kit.desks import Desk
+from tests.kit.pki import Pki
+
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+
+
+_PATIENCE = timedelta(minutes=3)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+    values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
+    return memory.receive(values.pop("data", b"bundle"), **values)
+
+
+def forbid(memory: Memory, what: str) -> None:
+    """Let the database itself refuse, from now on, to do this."""
+    statements = [f"CREATE TRIGGER too_full BEFORE {what} BEGIN SELECT RAISE(FAIL, 'full'); END"]
+    if memory.engine.dialect.name == "postgresql":
+        function = "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'full'; END $$"
+        statements = [function, f"CREATE TRIGGER too_full BEFORE {what} FOR EACH ROW EXECUTE FUNCTION fail()"]
+    with memory.engine.begin() as connection:
+        for one in statements:
+            connection.execute(sa.text(one))
+
+
+def allow(memory: Memory, what: str) -> None:
+    """Let it do this again."""
+    table = what.rpartition(" ")[2] if memory.engine.dialect.name == "postgresql" else ""
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text(f"DROP TRIGGER too_full{' ON ' + table if table else ''}"))
+
+
+def unjudged(bundle: RequestBundle) -> ReadBundle:
+    return ReadBundle(bundle=bundle, digest=digest(bundle))
+
+
+def test_a_database_that_can_not_be_written_to_asks_no_ca(desk: Desk, memory: Memory, bundle: RequestBundle) -> None:
+    """The round ends before a CA is asked; when the database is back, the next one signs."""
+    place = memory.receive(
+        dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    forbid(memory, "UPDATE ON requests")
+    with pytest.raises(DatabaseError, match="full"):
+        signing.round()
+    before = len(desk.issued())
+    allow(memory, "UPDATE ON requests")
+    after = signing.round()
+    signing.close()
+
+    kept = memory.find(place)
+    assert before == 0
+    assert after == "idle"
+    assert kept is not None
+    assert kept.answer is not None
+    assert isinstance(loads_answer(kept.answer).answers["apiserver"], Issued)
+    assert len(desk.issued()) == 1
+
+
+def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
+    desk: Desk, memory: Memory, bundle: RequestBundle
+) -> None:
+    """The CA has signed, and the database failed: the next round answers with the same certificate."""
+    memory.receive(
+        dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    forbid(memory, "INSERT ON certificates")
+    first = signing.round()
+    waiting = memory.counts()
+    allow(memory, "INSERT ON certificates")
+    second = signing.round()
+    signing.close()
+
+    assert (first, waiting) == ("down", {"waiting": 1})
+    assert (second, memory.counts()) == ("idle", {"answered": 1})
+    assert signing.outcomes == {"again": 1}
+    assert len(desk.issued()) == 1
+
+
+#: What may have changed since a request was judged, so that it has to be judged anew.
+CHANGES: dict[str, Callable[[Judgement], Judgement]] = {
+    "nothing": lambda by: by,
+    "the policy": lambda by: replace(by, policy=replace(by.policy, approvals=replace(by.policy.approvals, count=2))),
+    "a CA": lambda by: replace(by, cas={}),
+    "the time": lambda by: replace(by, now=by.now - timedelta(minutes=2)),
+    "an enrolment": lambda by: replace(by, without_proof=frozenset({"apiserver"})),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
+    desk: Desk, memory: Memory, bundle: RequestBundle, what: str
+) -> None:
+    """A refusal that the policy does not give is taken over, or else the request is judged again, and signed; a long one, too."""
+    data = dumps(bundle) + b" " * 100_000
+    place = memory.receive(
+        data, digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
+    )
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    signing.look()
+    judged = signing.judged(unjudged(bundle))
+    assert judged.by is not None
+    assert not signing.refused(judged)
+    refused = PolicyVerdict(problems=("judged when it came",), proven=True)
+    signing.expect(data, replace(judged, by=CHANGES[what](judged.by), verdicts={"apiserver": refused}))
+    signing.round()
+    signing.close()
+
+    kept = memory.find(place)
+    assert kept is not None
+    assert kept.answer is not None
+    answer = loads_answer(kept.answer).answers["apiserver"]
+    assert isinstance(answer, Refusal if what == "nothing" else Issued)
+
+
+def test_what_came_takes_so_many_bytes_of_memory(
+    desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest bundles are kept for a round, as long as the limit has room for all; the others are read again."""
+    monkeypatch.setattr("bridge.door.signing._LARGEST_READ_BYTES", 25)
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    kept = []
+    for number in range(5):
+        signing.expect(b"%d" % number * 10, unjudged(bundle))
+        kept.append([one[:1] for one in signing._read])
+
+    assert kept == [[b"0"], [b"0", b"1"], [b"2"], [b"2", b"3"], [b"4"]]
+
+
+@pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Refusal), ("after it", Issued)])
+def test_a_round_is_by_one_policy(
+    desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Issued | Refusal]
+) -> None:
+    """A policy that comes while a round begins counts for all of it, whether a request was judged when it came or not."""
+    signing, places = Signing(load(desk.config), memory, desk.policy, now), []
+    signing.look()
+    for number in range(2):
+        one = make_bundle(old_pairs(pki, ["apiserver"]))
+        data = dumps(one)
+        places.append(received(memory, digest(one), data=data, now=now()))
+        if number:
+            signing.expect(data, signing.judged(unjudged(one)))
+
+    def change(*_: object) -> None:
+        desk.policy.write_text(desk.policy.read_text().replace("cp-*", "other-*"))
+
+    if when == "before it":
+        change()
+    elif when == "while it begins":
+        monkeypatch.setattr("bridge.door.signing.assert_elsewhere", change)  # the policy was read then
+    signing.round()
+    change()
+    signing.close()
+
+    kept = [one for one in map(memory.find, places) if one is not None]
+    assert [type(loads_answer(one.answer or b"").answers["apiserver"]) for one in kept] == [kind, kind]
+
+
+def test_a_round_begins_by_cas_that_took_long_to_reach(
+    desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CA that took longer to reach than it is kept for is asked, and not reached again and again."""
+    monkeypatch.setattr("bridge.door.signing._OPEN_SECONDS", 0.0)
+    signing, one = Signing(load(desk.config), memory, desk.policy, now), make_bundle(old_pairs(pki, ["apiserver"]))
+    place = received(memory, digest(one), data=dumps(one), now=now())
+    signing.round()
+    signing.close()
+
+    kept = memory.find(place)
+    assert kept is not None
+    assert isinstance(loads_answer(kept.answer or b"").answers["apiserver"], Issued)
+
+
+class Counted(Workers):
+    """Counts the tasks that were not done when another one came."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.tasks: list[Future[Any]] = []
+        self.most = 0
+
+    def submit(self, chunk: int, task: Callable[..., Any], *arguments: object) -> Future[Any]:
+        """As any workers, and count."""
+        self.tasks.append(super().submit(chunk, task, *arguments))
+        self.most = max(self.most, sum(not one.done() for one in self.tasks))
+        return self.tasks[-1]
+
+
+@pytest.mark.parametrize("room", [3, 12])
+def test_requests_that_come_do_not_hold_up_a_round(
+    desk: Desk, bundle: RequestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """So many at most are before a round's comparisons at a worker, however many come; each gets its own answer."""
+    monkeypatch.setattr("bridge.door.signing._AT_WORKERS", room)
+    monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
+    every = [replace(bundle, batch=f"{number:032x}") for number in range(12)]
+    with closing(Memory(sqlite_url(tmp_path / "door.db"))) as memory, closing(Counted()) as workers:
+        signing = Signing(load(desk.config), memory, desk.policy, now)
+        signing.workers = workers
+        signing.look()
+        process = workers._workers[0].process
+        process.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(len(every)) as clients:
+            answers = clients.map(signing.read, map(dumps, every), map(str, range(len(every))))
+            wait_until(lambda: len(workers.tasks), lambda count: count >= room, _PATIENCE, pause_seconds=0.01)
+            process.send_signal(signal.SIGCONT)
+            found = list(answers)
+        signing.close()
+
+    assert workers.most == room
+    assert [(one.bundle, one.digest) for one in found] == [(one, digest(one)) for one in every]
+    assert all(one.by is not None for one in found)
+
+
+def test_a_malformed_bundle_is_read_by_a_worker_alone(
+    desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error has the same text as without a worker; the door's own process, which signs, does not read it."""
+    signing, malformed = (
+        Signing(load(desk.config), memory, desk.policy, now),
+        dumps(bundle).replace(b'"csr"', b'"crs"', 1),
+    )
+    signing.look()
+    with pytest.raises(BundleError) as alone:
+        signing.read(malformed, "192.0.2.1")
+    with closing(Workers(1)) as workers:
+        signing.workers = workers
+        monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
+        monkeypatch.setattr("bridge.door.signing.loads_digested", lambda _: pytest.fail("read by the door itself"))
+        with pytest.raises(BundleError) as by_worker:
+            signing.read(malformed, "192.0.2.1")
+        assert signing.read(dumps(bundle), "192.0.2.1").bundle == bundle
+    signing.close()
+    assert (str(by_worker.value), by_worker.value.hint) == (str(alone.value), alone.value.hint)

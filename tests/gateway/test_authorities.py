@@ -1,0 +1,75 @@
+"""Which certificates of a CA count for what it signs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from bridge.contract import BackendSettings
+from bridge.errors import BackendRefusedError
+from bridge.gateway.authorities import AuthorityOfSigners
+from bridge.pki.certificates import pem
+from bridge.settings import load
+from tests.kit import issuing
+from tests.kit.forged import validity, with_field
+from tests.kit.issuing import Signer
+
+
+def backend_that_shows(*issuers: x509.Certificate) -> Any:
+    """A backend that shows its CA's certificates, if there are any, and can do nothing else."""
+    abilities = {"issuers"} if issuers else set()
+    return SimpleNamespace(issuers=lambda: list(issuers), asks_validity=True, can=abilities.__contains__)
+
+
+def authority_of(directory: Path, root: Signer, *shown: x509.Certificate) -> AuthorityOfSigners:
+    """The CA of a cluster that trusts `root`; it shows these certificates when it is asked for its own."""
+    (directory / "ca.crt").write_bytes(pem(root.certificate))
+    backend = backend_that_shows(*shown)
+    ca: Any = SimpleNamespace(authority="ca", label="ca", open=lambda: backend, settings=BackendSettings())
+    return AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{directory}"\n'), [])
+
+
+def test_a_cas_other_certificates_shorten_no_life(tmp_path: Path) -> None:
+    """
+    Old ones of its own, other roots and one of the year 0 are shown by a CA that has been renewed (certmonger's helpers,
+    EST's roll-over); what ends first on the way from the one that signs counts.
+    """
+    now = issuing.NOW
+    root, other = Signer.make("root"), Signer.make("other", end=now - timedelta(days=1))
+    ours, old = (Signer.make("ours", parent=root, end=now + timedelta(days=days)) for days in (50, 2))
+    odd = with_field(ours.certificate, 4, validity(b"20200101000000Z", b"00001231235959Z"))
+    year_0 = x509.load_pem_x509_certificate(odd.encode())
+    above = (root.certificate, old.certificate, other.certificate, year_0)
+    for first, wanted in ((ours, ours), (old, old), (root, root)):
+        authority = authority_of(tmp_path, root, first.certificate, *above)
+        assert authority.check(now) == []
+        assert authority.end() == wanted.certificate.not_valid_after_utc
+    for first_shown in (year_0, other.certificate):  # whose answers are refused
+        authority = authority_of(tmp_path, root, first_shown, *above)
+        with pytest.raises(BackendRefusedError, match="wanted the CA of ca"):
+            authority.check(now)
+        assert authority.end() == root.certificate.not_valid_after_utc
+
+
+def test_of_two_roots_for_pods_the_one_that_signs_counts(tmp_path: Path) -> None:
+    """Where the CA does not tell which of them signs, no request is for longer than either of them lives."""
+    now = datetime.now(UTC)
+    ended, old, new = (
+        Signer.make(f"root {days}", begin=now - timedelta(days=50), end=now + timedelta(days=days))
+        for days in (-2, 2, 99)
+    )
+    (tmp_path / "pods.crt").write_bytes(pem(ended.certificate, new.certificate, old.certificate))
+    for backend, wanted in (
+        (backend_that_shows(), old),
+        (backend_that_shows(new.certificate), new),
+        (backend_that_shows(old.certificate), old),
+    ):
+        ca: Any = SimpleNamespace(authority="pods", label="pods", open=lambda: backend, settings=BackendSettings())  # noqa: B023
+        authority = AuthorityOfSigners(ca, load.parse(f'[node]\npki_dir = "{tmp_path}"\n'), [])
+        assert authority.check(now) == []
+        assert authority.end() == wanted.certificate.not_valid_after_utc

@@ -1,0 +1,204 @@
+"""What is known of a node: by the inventory command, by the DNS, by the API."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from bridge.cluster.api import JSON, Reply, Request
+from bridge.errors import BridgeError
+from bridge.gateway import nodes
+from bridge.system.waiting import wait_until
+
+_ENTRY = '{"addresses": ["192.0.2.9"]}'
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        (f"echo '{_ENTRY}'", ""),
+        (f"echo noise >&2; echo '{_ENTRY}'", ""),
+        (f"sleep 600 & echo '{_ENTRY}'", ""),  # which keeps its standard output open
+        (f"setsid sh -c 'exec sleep 600' & echo '{_ENTRY}'", ""),
+        ("yes", "printed more than 64 KiB"),
+        ("yes >&2", "was still running after 2 s, and was killed"),
+        ("sleep 600; echo", "was still running after 2 s, and was killed"),
+        ("kill -9 $$", "was ended by signal 9"),
+        ("exit 3", "ended with code 3"),
+    ],
+)
+def test_how_an_inventory_command_may_behave(
+    script: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its background processes and its endless output delay no request and fill no memory."""
+    monkeypatch.setattr(nodes, "_COMMAND_LIMIT", timedelta(seconds=2 if "after 2 s" in wanted else 900))
+    program = tmp_path / "cmdb"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    begin = time.monotonic()
+    if wanted:
+        with pytest.raises(BridgeError, match=wanted):
+            nodes._ask_command(program, "w1")
+    else:
+        found = nodes._ask_command(program, "w1")
+        assert found is not None
+        assert found.addresses == ("192.0.2.9",)
+    assert time.monotonic() - begin < 300
+
+
+def test_an_inventory_command_has_nothing_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No open file, and of the environment only what says where programs are."""
+    program, found = tmp_path / "cmdb", tmp_path / "found"
+    program.write_text(f"#!/bin/sh\n(env | cut -d= -f1; ls -l /proc/self/fd) >{found}\n")
+    program.chmod(0o755)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("VAULT_TOKEN", "x")
+    with secret.open("rb") as opened:
+        os.set_inheritable(opened.fileno(), True)
+        assert nodes._ask_command(program, "w1") is None
+    names = found.read_text()
+    assert str(secret) not in names
+    assert not {"CREDENTIALS_DIRECTORY", "VAULT_TOKEN"} & set(names.split())
+    assert "PATH" in names.split()
+
+
+def test_the_dns_proves_both_ways() -> None:
+    """An address that leads to a name, and back."""
+    assert nodes.host_of("127.0.0.1") == "localhost"
+    assert nodes.host_of("192.0.2.1") is None
+
+
+@pytest.mark.attack("G7")
+def test_a_resolver_that_does_not_answer_holds_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look ends in time, at most so many lookups run at once, and an answer that comes later counts."""
+    answers, running = threading.Event(), []
+
+    def slow(address: str) -> str:
+        running.append(address)
+        answers.wait(600)
+        return f"{address}.example"
+
+    monkeypatch.setattr(nodes, "host_of", slow)
+    monkeypatch.setattr(nodes, "_DNS_SECONDS", 0.3)
+    resolver = nodes.Resolver(4)
+    begin = time.monotonic()
+    threads = [
+        threading.Thread(target=resolver.hosts, args=([f"192.0.2.{4 * look + n}" for n in range(4)],))
+        for look in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begin < 300  # the resolver takes ten minutes
+    assert len(running) == 4
+    answers.set()
+    until = time.monotonic() + 120
+    while not all((found := resolver.hosts(running)).values()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert found == {address: f"{address}.example" for address in running}
+    assert len(running) == 4  # remembered
+
+
+@pytest.mark.attack("G7")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_name_that_breaks_the_resolver_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who own an address choose the name that it leads to; the next lookups have a thread all the same."""
+
+    def broken(address: str) -> str:
+        if address.startswith("192.0.2."):
+            raise ValueError("embedded null character")
+        return f"{address}.example"
+
+    monkeypatch.setattr(nodes, "host_of", broken)
+    resolver = nodes.Resolver(2)
+    for number in range(5):
+        assert resolver.hosts([f"192.0.2.{number}"]) == {f"192.0.2.{number}": None}
+    assert resolver.hosts(["198.51.100.1"]) == {"198.51.100.1": "198.51.100.1.example"}
+
+
+def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
+    """A file and a Node object of a moment ago are good enough before the CA is asked, and not when its answer is written."""
+    there = [b"{}"]
+
+    class OneNode:
+        """An API server."""
+
+        def answer(self, request: Request) -> Reply:
+            assert request.path == "/api/v1/nodes/w1"
+            return Reply(status=200, body=there[0]) if there else Reply(status=404, body=b"{}")
+
+    states = nodes.NodeStates(OneNode())  # type: ignore[arg-type]
+    file = tmp_path / "inventory.toml"
+    file.write_text("old")
+    file.chmod(0o644)
+    watched = nodes.WatchedFile(file, "inventory", lambda text, _: text)
+
+    def seen(since: float) -> tuple[bool, str]:
+        return states.state("w1", since, newer=False, with_readiness=False).exists, watched.get(since)
+
+    assert seen(time.monotonic()) == (True, "old")
+    there.clear()
+    file.write_text("another")
+    assert seen(time.monotonic() - 30) == (True, "old")
+    assert seen(time.monotonic()) == (False, "another")
+
+
+def test_what_many_threads_want_to_know_is_asked_once() -> None:
+    """Threads that want the same answer at the same time wait for the one that asks; another question waits for none."""
+    asked, may_answer, answers = list[str](), threading.Event(), list[int]()
+
+    def ask() -> int:
+        asked.append(threading.current_thread().name)
+        may_answer.wait(600)
+        return 7
+
+    known: nodes.Remembered[int, int] = nodes.Remembered()
+    threads = [threading.Thread(target=lambda: answers.append(known.of(1, ask))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(asked), bool, timedelta(minutes=3), pause_seconds=0.01)
+    assert known.of(2, lambda: 8) == 8
+    may_answer.set()
+    for thread in threads:
+        thread.join(180)
+    assert (answers, len(asked)) == ([7] * 8, 1)
+    forgetful = nodes.Remembered[int, int](0.0)
+    assert [forgetful.of(1, ask), forgetful.of(1, ask), len(asked)] == [7, 7, 3]
+
+
+def test_a_node_is_looked_at_again_for_its_own_request() -> None:
+    """A node that was not there a moment ago may have just registered; for another's request the last look counts."""
+    asked, names = list[str](), ["cp1"]
+
+    class Nodes:
+        """An API server."""
+
+        def answer(self, request: Request) -> Reply:
+            asked.append(
+                f"{request.path.rpartition('/')[2]} {'whole' if request.headers['Accept'] == JSON else 'name'}"
+            )
+            body = {"status": {"conditions": [{"type": "Ready", "status": "False"}]}}
+            is_there = request.path.rpartition("/")[2] in names
+            return Reply(status=200 if is_there else 404, body=json.dumps(body).encode())
+
+    states, begin = nodes.NodeStates(Nodes()), time.monotonic()  # type: ignore[arg-type]
+
+    def exists(name: str, since: float, *, newer: bool = False) -> bool:
+        return states.state(name, since, newer=newer, with_readiness=False).exists
+
+    assert not exists("w11", begin)
+    names.append("w11")
+    assert (exists("w11", begin), exists("w11", begin, newer=True), exists("w11", begin)) == (False, True, True)
+    assert exists("w11", time.monotonic())
+    assert asked == ["w11 name"] * 3
+    state = states.state("w11", begin, newer=False, with_readiness=True)  # only a whole object tells
+    assert (state.exists, state.ready, asked[3:]) == (True, False, ["w11 whole"])
