@@ -22,8 +22,9 @@ from tests.kit.issuing import Signer
 
 def backend_that_shows(*issuers: x509.Certificate) -> Any:
     """A backend that shows its CA's certificates, if there are any, and can do nothing else."""
-    abilities = {"issuers"} if issuers else set()
-    return SimpleNamespace(issuers=lambda: list(issuers), asks_validity=True, can=abilities.__contains__)
+    return SimpleNamespace(
+        issuers=lambda: list(issuers), asks_validity=True, can=lambda *names: bool(issuers) and "issuers" in names
+    )
 
 
 def authority_of(directory: Path, root: Signer, *shown: x509.Certificate) -> AuthorityOfSigners:
