@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -275,10 +275,52 @@ POOLS = (
 )
 
 
+#: Circles that are still there: a backend's settings are in the file that leads to its instructions.
+CIRCLES = (
+    ("backends.cfssl", "backends.cfssl.setup"),
+    ("backends.exec", "backends.exec.setup"),
+    ("backends.vault", "backends.vault.server", "backends.vault.setup"),
+)
+
+
 def pool_wall(source: str, module: str) -> Iterator[str]:
     """Threads that wait for other machines come from `waiting.workers`, which leaves them behind after Ctrl-C."""
     if module not in POOLS:
         yield from (name for name in imports(source, module) if name.endswith(".ThreadPoolExecutor"))
+
+
+def logger_wall(source: str, module: str) -> Iterator[str]:
+    """`console.set_up` gives its form to the logger `ca-bridge` and those below it, and to no other."""
+    del module
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ".".join(_dotted(node.func)).endswith("getLogger"):
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if not within(str(name).replace("ca-bridge", "ca_bridge"), "ca_bridge"):
+                yield ast.unparse(node)
+
+
+def circles(texts: Mapping[str, str]) -> set[frozenset[str]]:
+    """Modules that import each other, directly or through others, at any depth of their source."""
+    below = {
+        module: {name if name in texts else name.rpartition(".")[0] for name in imports(text, module)} & texts.keys()
+        for module, text in texts.items()
+    }
+    reached = {module: _reached(module, below) for module in below}
+    return {
+        frozenset({module, *(name for name in reach if module in reached[name])})
+        for module, reach in reached.items()
+        if module in reach
+    }
+
+
+def _reached(module: str, below: Mapping[str, set[str]]) -> set[str]:
+    found, waiting = set[str](), [*below[module]]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += below[name]
+    return found
 
 
 def modules(package: str, *only: str) -> list[str]:
@@ -381,6 +423,31 @@ def test_the_wall_round_pools_can_fail() -> None:
     assert list(pool_wall(source, "bridge.control_plane.neighbours"))
     assert not list(pool_wall(source, "bridge.renewal.prepare"))
     assert not list(pool_wall("from bridge.system.waiting import workers", "bridge.control_plane.neighbours"))
+
+
+@pytest.mark.parametrize("module", sorted(sources()))
+def test_each_warning_has_the_form_of_the_log(module: str) -> None:
+    """Another logger's lines are bare text, also under --log-format json."""
+    assert sorted(logger_wall(sources()[module], module)) == []
+
+
+@pytest.mark.parametrize("name", ["__name__", '"backends.door"', '"ca-bridged"', ""])
+def test_the_wall_round_loggers_can_fail(name: str) -> None:
+    """The test finds a logger of another name."""
+    assert list(logger_wall(f"import logging\nlog = logging.getLogger({name})", "backends.door"))
+    assert not list(logger_wall('import logging\nlog = logging.getLogger("ca-bridge.door")', "backends.door"))
+
+
+def test_no_files_go_in_a_circle() -> None:
+    """A reader of one file need not know another that needs it; imports inside functions and for types count."""
+    assert circles(sources()) == {frozenset(circle) for circle in CIRCLES}
+
+
+def test_the_look_for_circles_can_fail() -> None:
+    """The test finds a circle of three, also by an import inside a function."""
+    texts = {"a": "from b import x", "b": "def f():\n    import c", "c": "from a import y", "d": "import a"}
+    assert circles(texts) == {frozenset("abc")}
+    assert circles({**texts, "c": ""}) == set()
 
 
 def test_all_modules_are_looked_at() -> None:
