@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from bridge.contract import BackendSettings
+from bridge.contract import Backend, BackendSettings, Issued, SignRequest
 from bridge.errors import BackendRefusedError
 from bridge.gateway.authorities import AuthorityOfSigners
 from bridge.pki.certificates import pem
@@ -20,11 +21,18 @@ from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
 
 
-def backend_that_shows(*issuers: x509.Certificate) -> Any:
-    """A backend that shows its CA's certificates, if there are any, and can do nothing else."""
-    return SimpleNamespace(
-        issuers=lambda: list(issuers), asks_validity=True, can=lambda *names: bool(issuers) and "issuers" in names
-    )
+def backend_that_shows(*certificates: x509.Certificate) -> Backend:
+    """It signs nothing; without certificates it can't show any."""
+
+    class Silent(Backend):
+        def sign(self, request: SignRequest) -> Issued:
+            raise NotImplementedError(request)
+
+    class Shows(Silent):
+        def issuers(self) -> Sequence[x509.Certificate]:
+            return certificates
+
+    return Shows() if certificates else Silent()
 
 
 def authority_of(directory: Path, root: Signer, *shown: x509.Certificate) -> AuthorityOfSigners:
