@@ -14,12 +14,11 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 
@@ -38,8 +37,8 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
 from bridge.state import Store, credentials
-from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
+from bridge.system.metrics import by_label, health, metric
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
 from bridge.system.waiting import CachedResult, back_off_seconds
 
@@ -194,17 +193,13 @@ class Service:
     # --- pages --------------------------------------------------------------------------------------------------------
 
     def _healthz(self) -> tuple[int, str]:
-        if self._thread.is_alive() or self._door.ending.is_set():
-            return HTTPStatus.OK, "ok\n"
-        return HTTPStatus.SERVICE_UNAVAILABLE, "the thread that signs has ended\n"
+        has_ended = not (self._thread.is_alive() or self._door.ending.is_set())
+        return health(["the thread that signs has ended"] if has_ended else [], "ok\n")
 
     def _readyz(self) -> tuple[int, str]:
         """Report whether the door takes requests, which it does even while a CA is down."""
-        found = list(self._unready())
-        if found:
-            return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
         down = "".join(f"{name} can't be used now; requests for it wait\n" for name in self._signing.troubles)
-        return HTTPStatus.OK, f"ok\n{down}"
+        return health(self._unready(), f"ok\n{down}")
 
     def _unready(self) -> Iterator[str]:
         if self._door.ending.is_set():
@@ -225,12 +220,27 @@ class Service:
         connections = self._https.counts() if self._https is not None else {}
         workers = self._signing.workers.states() if self._signing.workers is not None else {}
         parts = [
-            _metric("requests", "Requests by state.", "state", counts),
-            _metric("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
-            _metric("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
-            _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
-            _metric("workers", "Worker processes by state.", "state", workers),
-            _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
+            metric(f"{PREFIX}_requests", "Requests by state.", by_label("state", counts)),
+            metric(
+                f"{PREFIX}_certificates_total",
+                "Answers to single requests.",
+                by_label("outcome", self._signing.outcomes),
+                "counter",
+            ),
+            metric(
+                f"{PREFIX}_http_answers_total", "Answers by status.", by_label("status", self._door.answers), "counter"
+            ),
+            metric(
+                f"{PREFIX}_connections",
+                "Connections now; those turned away since the start.",
+                by_label("kind", connections),
+            ),
+            metric(f"{PREFIX}_workers", "Worker processes by state.", by_label("state", workers)),
+            metric(
+                f"{PREFIX}_ca_down",
+                "CAs that can't be used now.",
+                by_label("authority", dict.fromkeys(self._signing.troubles, 1)),
+            ),
             metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]),
             nodes,
         ]
@@ -271,8 +281,3 @@ def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x5
         problem = SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")
         raise SettingsError([problem])
     return found
-
-
-def _metric(name: str, text: str, label: str, values: Mapping[Any, float], kind: str = "gauge") -> str:
-    rows = sorted((labels(**{label: f"{key}"}), value) for key, value in dict(values).items())
-    return metric(f"{PREFIX}_{name}", text, rows, kind)
