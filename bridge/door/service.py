@@ -14,11 +14,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -219,31 +220,17 @@ class Service:
             counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}
         workers = self._signing.workers.states() if self._signing.workers is not None else {}
-        parts = [
-            metric(f"{PREFIX}_requests", "Requests by state.", by_label("state", counts)),
-            metric(
-                f"{PREFIX}_certificates_total",
-                "Answers to single requests.",
-                by_label("outcome", self._signing.outcomes),
-                "counter",
-            ),
-            metric(
-                f"{PREFIX}_http_answers_total", "Answers by status.", by_label("status", self._door.answers), "counter"
-            ),
-            metric(
-                f"{PREFIX}_connections",
-                "Connections now; those turned away since the start.",
-                by_label("kind", connections),
-            ),
-            metric(f"{PREFIX}_workers", "Worker processes by state.", by_label("state", workers)),
-            metric(
-                f"{PREFIX}_ca_down",
-                "CAs that can't be used now.",
-                by_label("authority", dict.fromkeys(self._signing.troubles, 1)),
-            ),
-            metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]),
-            nodes,
+        by_one_label: list[tuple[str, str, str, Mapping[Any, float], str]] = [
+            ("requests", "Requests by state.", "state", counts, "gauge"),
+            ("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
+            ("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
+            ("connections", "Connections now; those turned away since the start.", "kind", connections, "gauge"),
+            ("workers", "Worker processes by state.", "state", workers, "gauge"),
+            ("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1), "gauge"),
         ]
+        parts = [metric(f"{PREFIX}_{name}", text, by_label(label, values), kind)
+                 for name, text, label, values, kind in by_one_label]  # fmt: skip
+        parts += [metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]), nodes]
         return HTTPStatus.OK, "".join(parts)
 
 
