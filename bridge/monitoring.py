@@ -22,10 +22,11 @@ from bridge.specs import AUTHORITIES, Component
 from bridge.state import Store, credentials
 from bridge.state.open_requests import OpenRequest, OpenRequests
 from bridge.system import waiting
-from bridge.system.codec import labels, metric, named
+from bridge.system.codec import named
 from bridge.system.console import print_error
 from bridge.system.files import remove_unfinished, write_atomically
 from bridge.system.locks import lock
+from bridge.system.metrics import labels, metric
 from bridge.system.paths import ForeignLinkError, opened
 from bridge.system.state_file import OnDamage, StateError, StateFile, coded
 from bridge.words import steady

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory
 from bridge.pki.expiry import Before, day
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER
-from bridge.system.codec import labels, metric
+from bridge.system.metrics import labels, metric
 from bridge.words import one_line
 
 #: Node states, the worst first.

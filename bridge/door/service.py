@@ -38,8 +38,8 @@ from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki.certificates import spki
 from bridge.settings.tables import Settings
 from bridge.state import Store, credentials
-from bridge.system.codec import labels, metric
 from bridge.system.files import SECRET_MODE, write_atomically
+from bridge.system.metrics import by_label, health, metric
 from bridge.system.paths import UnreadableError, open_secret, read_ca_file
 from bridge.system.waiting import CachedResult, back_off_seconds
 
@@ -194,17 +194,13 @@ class Service:
     # --- pages --------------------------------------------------------------------------------------------------------
 
     def _healthz(self) -> tuple[int, str]:
-        if self._thread.is_alive() or self._door.ending.is_set():
-            return HTTPStatus.OK, "ok\n"
-        return HTTPStatus.SERVICE_UNAVAILABLE, "the thread that signs has ended\n"
+        has_ended = not (self._thread.is_alive() or self._door.ending.is_set())
+        return health(["the thread that signs has ended"] if has_ended else [], "ok\n")
 
     def _readyz(self) -> tuple[int, str]:
         """Report whether the door takes requests, which it does even while a CA is down."""
-        found = list(self._unready())
-        if found:
-            return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
         down = "".join(f"{name} can't be used now; requests for it wait\n" for name in self._signing.troubles)
-        return HTTPStatus.OK, f"ok\n{down}"
+        return health(self._unready(), f"ok\n{down}")
 
     def _unready(self) -> Iterator[str]:
         if self._door.ending.is_set():
@@ -224,16 +220,17 @@ class Service:
             counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}
         workers = self._signing.workers.states() if self._signing.workers is not None else {}
-        parts = [
-            _metric("requests", "Requests by state.", "state", counts),
-            _metric("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
-            _metric("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
-            _metric("connections", "Connections now; those turned away since the start.", "kind", connections),
-            _metric("workers", "Worker processes by state.", "state", workers),
-            _metric("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1)),
-            metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]),
-            nodes,
+        by_one_label: list[tuple[str, str, str, Mapping[Any, float], str]] = [
+            ("requests", "Requests by state.", "state", counts, "gauge"),
+            ("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
+            ("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
+            ("connections", "Connections now; those turned away since the start.", "kind", connections, "gauge"),
+            ("workers", "Worker processes by state.", "state", workers, "gauge"),
+            ("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1), "gauge"),
         ]
+        parts = [metric(f"{PREFIX}_{name}", text, by_label(label, values), kind)
+                 for name, text, label, values, kind in by_one_label]  # fmt: skip
+        parts += [metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]), nodes]
         return HTTPStatus.OK, "".join(parts)
 
 
@@ -271,8 +268,3 @@ def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x5
         problem = SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")
         raise SettingsError([problem])
     return found
-
-
-def _metric(name: str, text: str, label: str, values: Mapping[Any, float], kind: str = "gauge") -> str:
-    rows = sorted((labels(**{label: f"{key}"}), value) for key, value in dict(values).items())
-    return metric(f"{PREFIX}_{name}", text, rows, kind)

@@ -7,7 +7,7 @@ import io
 import threading
 from bisect import bisect_left
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +16,8 @@ from socket import AF_INET, AF_INET6, SHUT_RDWR
 from typing import Any
 
 from bridge.errors import BridgeError
-from bridge.system.codec import labels, metric
 from bridge.system.files import reasons
+from bridge.system.metrics import Page, labels, metric
 from bridge.system.waiting import CachedResult, remember
 
 PREFIX = "ca_bridge_gateway"
@@ -116,8 +116,6 @@ _MOST_CONNECTIONS = 16
 _SECONDS = 5
 #: The library accepts 6 MB a connection, and needs 50 MB of memory to parse them.
 _LONGEST_HEAD_BYTES = 8 << 10
-
-Page = Callable[[], tuple[int, str]]
 
 
 class _Server(ThreadingHTTPServer):

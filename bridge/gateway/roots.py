@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
@@ -167,30 +167,31 @@ def _wanted_bundles(settings: Settings, signers: Sequence[str], remove: Sequence
     if path.exists() or not (signers or remove):
         text = own_text(path, "the policy, or the signers as arguments", how_to_begin("gateway/policy.toml", path))
         rules = policy.parse(text, path).pod_signers
-    problems = [
-        SettingsProblem(what, "DOMAIN/NAME, of a domain that is not Kubernetes' own", repr(name))
-        for what, names in (("SIGNER", signers), ("--remove", remove))
-        for name in names
-        if not is_own_signer(name)
-    ]
-    published = set(signers) or {name for name, table in rules.items() if table.publish}
-    problems += [
-        SettingsProblem("SIGNER", "a signer whose table does not say publish = false", name)
-        for name in signers
-        if name in rules and not rules[name].publish
-    ]
-    problems += [
-        SettingsProblem("--remove", "a signer whose roots are not to be published", name)
-        for name in remove
-        if name in published or (name in rules and rules[name].publish)
-    ]
-    if not problems and not rules and not signers and not remove:
+    if not (rules or signers or remove):
         wanted = "a table for a signer, or SIGNER as an argument"
-        problems.append(SettingsProblem("pod_signer", wanted, "neither", path))
-    if problems:
+        raise SettingsError([SettingsProblem("pod_signer", wanted, "neither", path)])
+    by_policy = {name: table.publish for name, table in rules.items()}
+    published = set(signers) or {name for name, publish in by_policy.items() if publish}
+    if problems := [*_problems(signers, remove, by_policy, published)]:
         raise SettingsError(problems)
-    unpublished = {*remove, *(() if signers else (name for name, table in rules.items() if not table.publish))}
-    return {**dict.fromkeys(published, True), **dict.fromkeys(unpublished, False)}
+    unpublished = [name for name, publish in by_policy.items() if not publish and not signers]
+    return {**dict.fromkeys(published, True), **dict.fromkeys([*remove, *unpublished], False)}
+
+
+def _problems(
+    signers: Sequence[str], remove: Sequence[str], by_policy: Mapping[str, bool], published: Collection[str]
+) -> Iterator[SettingsProblem]:
+    """Yield what is wrong with the arguments: names of others, and contradictions to the policy or to each other."""
+    for what, names in (("SIGNER", signers), ("--remove", remove)):
+        for name in names:
+            if not is_own_signer(name):
+                yield SettingsProblem(what, "DOMAIN/NAME, of a domain that is not Kubernetes' own", repr(name))
+    for name in signers:
+        if not by_policy.get(name, True):
+            yield SettingsProblem("SIGNER", "a signer whose table does not say publish = false", name)
+    for name in remove:
+        if name in published or by_policy.get(name, False):
+            yield SettingsProblem("--remove", "a signer whose roots are not to be published", name)
 
 
 def _api(settings: Settings) -> Api:

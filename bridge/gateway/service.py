@@ -36,6 +36,7 @@ from bridge.specs import PODS
 from bridge.state import Store, credentials
 from bridge.state.audit import AuditError
 from bridge.system.locks import LockedError, lock
+from bridge.system.metrics import health
 from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
@@ -313,7 +314,7 @@ class Service:
         return registry.credentials(self.settings, backends)
 
     def _healthz(self) -> tuple[int, str]:
-        return _page(self._sick(), "ok\n")
+        return health(self._sick(), "ok\n")
 
     def _sick(self) -> Iterator[str]:
         """Yield troubles that a restart may end."""
@@ -327,7 +328,7 @@ class Service:
             yield self.context.ledger.trouble
 
     def _readyz(self) -> tuple[int, str]:
-        return _page(self._unready(), "ok: this replica works\n" if self.holder.is_ours() else "ok: standing by\n")
+        return health(self._unready(), "ok: this replica works\n" if self.holder.is_ours() else "ok: standing by\n")
 
     def _unready(self) -> Iterator[str]:
         yield self.nodes.trouble
@@ -340,13 +341,6 @@ class Service:
                     yield f"the watch has not read all {one.what} for {age:.0f} s"
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
             yield self.holder.said or "the API server does not answer"
-
-
-def _page(troubles: Iterator[str], good: str) -> tuple[int, str]:
-    found = [text for text in troubles if text]
-    if found:
-        return HTTPStatus.SERVICE_UNAVAILABLE, "".join(f"{text}\n" for text in found)
-    return HTTPStatus.OK, good
 
 
 def most_at_one_ca(threads: int, cas: int) -> int:

@@ -250,7 +250,7 @@ def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedErr
 
 def metrics(found: Sequence[Credential], before: Before) -> str:
     """The metrics of all credentials with a known end, in Prometheus' format."""
-    from bridge.system.codec import labels, metric  # noqa: PLC0415 (for monitors alone)
+    from bridge.system.metrics import labels, metric  # noqa: PLC0415 (for monitors alone)
 
     def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
         known = [(one, time) for one, time in zip(found, times, strict=True) if time is not None]

@@ -1,5 +1,5 @@
 """
-JSON of all state files, to and from dataclasses; and Prometheus' text format.
+JSON of all state files, to and from dataclasses.
 
 A field's key is its name, with these exceptions: `csr_pem: bytes` is the text `csr`, `validity: timedelta` is the
 number `validitySeconds`, and `named("key")` gives another key. Reading is strict: a missing, unknown or mistyped field
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields, is_dataclass
 from datetime import datetime, timedelta
 from enum import Enum
@@ -171,19 +171,3 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
 
 
 # --- Prometheus' text format, version 0.0.4 ----------------------------------------------------------------------------
-
-
-def metric(name: str, help_text: str, samples: Iterable[tuple[str, object]], kind: str = "gauge") -> str:
-    """One metric; each sample is the text after its name, such as labels, and its value; empty without samples."""
-    lines = [f"{name}{rest} {value}\n" for rest, value in samples]
-    return f"# HELP {name} {help_text}\n# TYPE {name} {kind}\n" + "".join(lines) if lines else ""
-
-
-def labels(**pairs: str) -> str:
-    """Labels in braces; empty if there are none."""
-    text = ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs.items())
-    return f"{{{text}}}" if text else ""
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
