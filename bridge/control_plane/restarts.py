@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from bridge import control_plane
-from bridge.control_plane import checks, neighbours, probes, proof
+from bridge.control_plane import checks, probes, proof, turns
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, SettingsProblem
 from bridge.node import kubeconfig, manifests, pairs, processes
 from bridge.node.inventory import Node
@@ -112,7 +112,7 @@ class Restarts:
         settings = self.settings
         if self.force:
             settings = dataclasses.replace(settings, cluster=dataclasses.replace(settings.cluster, neighbours="ignore"))
-        return neighbours.turn(self.node, settings, self.record.run_id, note=lambda text: log.info("%s", text))
+        return turns.turn(self.node, settings, self.record.run_id, note=lambda text: log.info("%s", text))
 
     def _one_by_one(
         self, ordered: Sequence[Component], may_restart: Callable[[Component], None]

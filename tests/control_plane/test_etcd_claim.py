@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from bridge.cluster.api import NoAnswerError
-from bridge.control_plane import neighbours
-from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
+from bridge.control_plane import turns
+from bridge.control_plane.neighbours import NeighbourError
+from bridge.control_plane.turns import LeaseHeldError
 from bridge.specs import Component
 from tests.kit import members
 from tests.kit.loopback import free_port
@@ -45,14 +46,14 @@ def silent(_: str) -> None:
 
 
 def enter(place: Place, run: str = "run", rules: str = RULES) -> None:
-    with neighbours.turn(place.node, place.settings(rules), run, note=silent) as may_restart:
+    with turns.turn(place.node, place.settings(rules), run, note=silent) as may_restart:
         may_restart(Component.ETCD)
 
 
 def test_one_host_at_a_time(hosts: Cluster) -> None:
     """While a host has the turn another one is refused, with its name; afterwards, or once it is gone, it is not."""
     first, second, _ = hosts.places
-    with neighbours.turn(first.node, first.settings(RULES), "a", note=silent) as may_restart:
+    with turns.turn(first.node, first.settings(RULES), "a", note=silent) as may_restart:
         may_restart(Component.ETCD)
         with pytest.raises(LeaseHeldError, match=r"found that cp-1_127\.0\.0\.1:\d+_a has it"):
             enter(second)
@@ -64,7 +65,7 @@ def test_a_host_that_died_is_outlasted(hosts: Cluster) -> None:
     """etcd removes the key of a holder that renews it no more, after the lease's duration."""
     first, second, third = hosts.places
     rules = f"{RULES}\nlease_duration = '15s'"
-    dead = neighbours._claim(first.node, first.settings(rules), "dead")
+    dead = turns._claim(first.node, first.settings(rules), "dead")
     assert dead.take() == ""
     with pytest.raises(LeaseHeldError):
         enter(second, rules=rules)
@@ -77,7 +78,7 @@ def test_a_host_that_died_is_outlasted(hosts: Cluster) -> None:
 def test_the_turn_outlives_the_own_member(hosts: Cluster) -> None:
     """A holder whose own member is down keeps the turn by another one, and the restart of a second one is refused."""
     first, second, _ = hosts.places
-    with neighbours.turn(first.node, first.settings(RULES), "a", note=silent) as may_restart:
+    with turns.turn(first.node, first.settings(RULES), "a", note=silent) as may_restart:
         may_restart(Component.ETCD)
         first.kill_etcd()
         may_restart(Component.ETCD)
@@ -99,7 +100,7 @@ def test_hosts_that_restart_at_once_keep_the_quorum(hosts: Cluster, has_lease: b
         try:
             settings, node = place.settings(rules), place.node
             together.wait(timeout=180)
-            with neighbours.turn(node, settings, "run", note=silent) as may_restart:
+            with turns.turn(node, settings, "run", note=silent) as may_restart:
                 may_restart(Component.ETCD)
                 place.kill_etcd()
                 down.append(place.name)
@@ -122,7 +123,7 @@ def test_hosts_that_restart_at_once_keep_the_quorum(hosts: Cluster, has_lease: b
 def test_without_an_answer_there_is_no_claim(hosts: Cluster) -> None:
     """A claim of a cluster that is down says which members were asked; the restart that mends it goes ahead."""
     first = hosts.places[0]
-    claim = neighbours._claim(first.node, first.settings(RULES), "run")
+    claim = turns._claim(first.node, first.settings(RULES), "run")
     for place in hosts.places:
         place.kill_etcd()
     with pytest.raises(NoAnswerError, match=rf"found https://127\.0\.0\.1:{hosts.client_port}: "):
@@ -134,4 +135,4 @@ def test_a_control_plane_keeps_its_lease_in_the_cluster(tmp_path: Path) -> None:
     """The twin: with an API server's manifest the claim is one to an object of Kubernetes."""
     cluster = members.make(tmp_path, 1, client_port=1, peer_port=2, api_port=3)
     place = cluster.places[0]
-    assert type(neighbours._claim(place.node, place.settings(RULES), "run")).__name__ == "Lease"
+    assert type(turns._claim(place.node, place.settings(RULES), "run")).__name__ == "Lease"

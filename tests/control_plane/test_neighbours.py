@@ -24,16 +24,9 @@ import pytest
 
 from bridge.cluster import lease, local_url
 from bridge.cluster.api import Api
-from bridge.control_plane import neighbours
-from bridge.control_plane.neighbours import (
-    Instance,
-    InstanceState,
-    LeaseHeldError,
-    NeighbourError,
-    Neighbours,
-    Turn,
-    claim_in_kubernetes,
-)
+from bridge.control_plane import neighbours, turns
+from bridge.control_plane.neighbours import Instance, InstanceState, NeighbourError, Neighbours
+from bridge.control_plane.turns import LeaseHeldError, Turn, claim_in_kubernetes
 from bridge.errors import Exit, SettingsError
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
@@ -479,8 +472,8 @@ def test_a_node_without_admin_conf_says_so(servers: Servers, tmp_path: Path) -> 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits of tests."""
-    monkeypatch.setattr(neighbours, "_LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(neighbours, "_BLINK_SECONDS", 0.5)
+    monkeypatch.setattr(turns, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(turns, "_BLINK_SECONDS", 0.5)
 
 
 def api(servers: Servers, *places: Place) -> Api:
@@ -651,7 +644,7 @@ def test_without_an_api_there_is_no_lease_and_no_obstacle(servers: Servers, monk
     servers.stop_all()
     with hold(servers, note=notes.append) as held:
         assert not held.held
-        monkeypatch.setattr(neighbours, "_BLINK_SECONDS", 600)
+        monkeypatch.setattr(turns, "_BLINK_SECONDS", 600)
         begin = time.monotonic()
         held.assert_held()
         assert time.monotonic() - begin < 300  # the patience was for the first time
@@ -781,7 +774,7 @@ def test_a_turn_is_the_lease_and_a_look_at_the_others(servers: Servers) -> None:
     """Before each restart both are asked; the holder is the node's name, its API server's place and the run's id."""
     first, second, third = servers.places
     settings = first.settings('neighbours = "refuse"')
-    with neighbours.turn(first.node, settings, "run-1", note=silent) as may:
+    with turns.turn(first.node, settings, "run-1", note=silent) as may:
         holder = f"cp-1_{urlsplit(local_url(first.node) or '').netloc}_run-1"
         assert spec(servers)["holderIdentity"] == holder
         may(APISERVER)
@@ -791,7 +784,7 @@ def test_a_turn_is_the_lease_and_a_look_at_the_others(servers: Servers) -> None:
         servers.failing[third.name].clear()
         with (
             pytest.raises(LeaseHeldError, match=holder),
-            neighbours.turn(second.node, second.settings('lease_wait = "1s"'), "run-2", note=silent),
+            turns.turn(second.node, second.settings('lease_wait = "1s"'), "run-2", note=silent),
         ):
             pass
         servers.state.put(NAME, "cp-3_run-3")
@@ -804,20 +797,18 @@ def test_nodes_of_the_same_name_have_their_turns_one_after_the_other(servers: Se
     first, second, _ = servers.places
     alike = second.settings('neighbours = "refuse"\nlease_wait = "1s"')
     alike = dataclasses.replace(alike, node=dataclasses.replace(alike.node, name=first.name))
-    with neighbours.turn(first.node, first.settings('neighbours = "refuse"'), "run-1", note=silent):
-        with pytest.raises(LeaseHeldError, match="run-1"), neighbours.turn(second.node, alike, "run-2", note=silent):
+    with turns.turn(first.node, first.settings('neighbours = "refuse"'), "run-1", note=silent):
+        with pytest.raises(LeaseHeldError, match="run-1"), turns.turn(second.node, alike, "run-2", note=silent):
             pass
         assert str(spec(servers)["holderIdentity"]).endswith("_run-1")
-    with neighbours.turn(second.node, alike, "run-2", note=silent):
+    with turns.turn(second.node, alike, "run-2", note=silent):
         assert str(spec(servers)["holderIdentity"]).endswith("_run-2")
 
 
 def test_a_turn_without_a_lease_looks_at_the_others(servers: Servers) -> None:
     """`lease = false` writes nothing into the cluster."""
     first, second, _ = servers.places
-    with neighbours.turn(
-        first.node, first.settings('neighbours = "refuse"\nlease = false'), "run-1", note=silent
-    ) as may:
+    with turns.turn(first.node, first.settings('neighbours = "refuse"\nlease = false'), "run-1", note=silent) as may:
         may(APISERVER)
         servers.failing[second.name].append("etcd")
         with pytest.raises(NeighbourError, match=second.name):

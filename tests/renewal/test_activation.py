@@ -20,11 +20,12 @@ from unittest import mock
 
 import pytest
 
-from bridge.control_plane import neighbours, probes, proof, restarts
-from bridge.control_plane.neighbours import LeaseHeldError, NeighbourError
+from bridge.control_plane import probes, proof, restarts, turns
+from bridge.control_plane.neighbours import NeighbourError
 from bridge.control_plane.probes import ProofState
 from bridge.control_plane.proof import ProofFinding, ProofReport
 from bridge.control_plane.restarts import Restarted, Restarts
+from bridge.control_plane.turns import LeaseHeldError
 from bridge.errors import BridgeError, Exit
 from bridge.renewal import renew
 from bridge.renewal.selection import RunOptions
@@ -138,7 +139,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     site = Site(node=node, directory=tmp_path, settings=settings_for(node, tmp_path, "\n".join(more)))
     site.change(min_interval=timedelta())
     monkeypatch.setattr(proof, "look", site.look)
-    monkeypatch.setattr(neighbours, "turn", site.turn)
+    monkeypatch.setattr(turns, "turn", site.turn)
     monkeypatch.setattr(probes, "trouble", lambda *_: None)
     return site
 
@@ -192,7 +193,7 @@ def test_a_restart_that_is_impossible_leaves_the_certificates_where_they_are(sit
         result = site.renew()
         assert (result.exit_code, site.files(), site.is_unproven) == (Exit.NOT_LIVE, new, True)
         [error] = [error for error in result.errors if error.exit_code == Exit.NOT_LIVE]
-        assert "kube-controller-manager: wanted its command" in str(error)
+        assert "kube-controller-manager: [restart.commands] has no command" in str(error)
     assert site.restarted == ["kube-scheduler"]
     site.states = {}
     assert (site.renew().exit_code, site.is_unproven) == (0, False)
@@ -247,7 +248,7 @@ def test_what_does_not_work_although_another_waits_goes_back(site: Site, monkeyp
 
         yield may_restart
 
-    monkeypatch.setattr(neighbours, "turn", turn)
+    monkeypatch.setattr(turns, "turn", turn)
     result = site.renew(MANAGER, SCHEDULER)
     assert (result.exit_code, site.files(), site.is_unproven) == (Exit.ROLLED_BACK, old, False)
     assert site.restarted == ["kube-controller-manager"] * 2

@@ -38,7 +38,7 @@ _PATIENCE_SECONDS = 60.0
 PROGRAM = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from bridge.control_plane import neighbours
+from bridge.control_plane import neighbours, turns
 from bridge.node import inventory
 from bridge.settings import load
 from bridge.errors import BridgeError
@@ -69,7 +69,7 @@ try:
         for component in components:
             neighbours.assert_may_restart(component, node, settings, note=note)
     else:
-        with neighbours.turn(node, settings, f"run-{os.getpid()}", note=note):
+        with turns.turn(node, settings, f"run-{os.getpid()}", note=note):
             tell(event="begin")
             time.sleep(float(verb))
             tell(event="end")
