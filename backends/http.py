@@ -8,7 +8,6 @@ import json
 import re
 import socket
 import ssl
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -39,12 +38,13 @@ from bridge.system.http import (
     ClientRefusedError,
     HandshakeError,
     HttpsError,
-    KeptConnection,
     Peer,
     TooLongError,
     UntrustedError,
+    ask,
     context,
     is_cut_off,
+    pool,
 )
 from bridge.system.paths import open_regular
 from bridge.words import one_line
@@ -86,7 +86,7 @@ class Http:
         self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
         if self._peer.tls:
             tls()  # trouble is found now, not in the middle of a renewal
-        self._idle: deque[KeptConnection] = deque()
+        self._pool = pool(self._peer)
         self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
         self._session = requests.Session()
         self._session.trust_env = False  # no .netrc
@@ -119,25 +119,10 @@ class Http:
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        while self._idle:
-            self._idle.pop().close()
+        self._pool = pool(self._peer)  # the old one closes when no thread uses it
 
     def _exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        return self._sent(method, target, headers, body)()
-
-    def _sent(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Callable[[], Answer]:
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = KeptConnection(self._peer)
-        read = connection.sent(method, target, headers, body, seconds=self._seconds)
-
-        def answer() -> Answer:
-            found = read()
-            self._idle.append(connection)
-            return found
-
-        return answer
+        return ask(self._pool, method, target, headers, body, seconds=self._seconds)
 
     # --- errors -------------------------------------------------------------------------------------------------------
 
