@@ -86,9 +86,11 @@ class _OneServer(HTTPAdapter):
         """Send a request once, with none of the caller's other options."""
         with exchange(self._seconds):
             response = super().send(request, stream=True)
+            # requests would undo an encoding that nobody asked for: a small answer could become a large one
+            response.raw.headers.discard("content-encoding")
             self.clock = (response.headers.get("date", ""), datetime.now(UTC))
             try:
-                _ = response.content
+                response.content  # noqa: B018 (reads it)
             except BrokenOffError:
                 if not self._status_suffices or response.ok:
                     raise
