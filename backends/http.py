@@ -28,18 +28,7 @@ from bridge.errors import (
     SettingsError,
 )
 from bridge.pki.budget import of_server
-from bridge.system.http import (
-    BrokenOffError,
-    ClientRefusedError,
-    HandshakeError,
-    HttpsError,
-    Peer,
-    TooLongError,
-    UntrustedError,
-    exchange,
-    is_cut_off,
-    pool,
-)
+from bridge.system import http
 from bridge.words import one_line
 
 #: Time limit for the second look at a broken connection.
@@ -69,11 +58,11 @@ class _OneServer(HTTPAdapter):
     It opens connections on demand, keeps them, and repeats nothing.
     """
 
-    def __init__(self, peer: Peer, seconds: float, *, status_suffices: bool) -> None:
+    def __init__(self, peer: http.Peer, seconds: float, *, status_suffices: bool) -> None:
         self._peer, self._seconds, self._status_suffices = peer, seconds, status_suffices
         self.clock = ("", datetime.now(UTC))  #: The header `Date` of the latest answer, and when that came.
         super().__init__()
-        self._pool = pool(peer)
+        self._pool = http.pool(peer)
 
     def get_connection_with_tls_context(self, *_: Any, **__: Any) -> Any:
         """The server's pool, which has its own TLS context."""
@@ -84,22 +73,22 @@ class _OneServer(HTTPAdapter):
 
     def send(self, request: PreparedRequest, *_: Any, **__: Any) -> Response:
         """Send a request once, with none of the caller's other options."""
-        with exchange(self._seconds):
+        with http.exchange(self._seconds):
             response = super().send(request, stream=True)
             # requests would undo an encoding that nobody asked for: a small answer could become a large one
             response.raw.headers.discard("content-encoding")
             self.clock = (response.headers.get("date", ""), datetime.now(UTC))
             try:
                 response.content  # noqa: B018 (reads it)
-            except BrokenOffError:
-                if not self._status_suffices or response.ok:
+            except http.BrokenOffError:
+                if not self._status_suffices or response.status_code < 300:  # noqa: PLR2004
                     raise
                 response.raw = io.BytesIO()  # the reason is lost, the status says enough
         return response
 
     def close(self) -> None:
         """Begin with new connections; the old ones are closed when no thread uses them any more."""
-        self._pool = pool(self._peer)
+        self._pool = http.pool(self._peer)
         super().close()
 
 
@@ -132,7 +121,7 @@ class Http:
         """
         self._wording = wording
         seconds = timeout.total_seconds()
-        peer = Peer.of(url, tls, alert_seconds=min(seconds, _ALERT_SECONDS))
+        peer = http.Peer.of(url, tls, alert_seconds=min(seconds, _ALERT_SECONDS))
         if peer.tls:
             tls()  # trouble is found now, not in the middle of a renewal
         self._adapter = _OneServer(peer, seconds, status_suffices=wording.status_suffices)
@@ -147,10 +136,7 @@ class Http:
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1); None: it did not say."""
         date, now = self._adapter.clock
-        try:
-            return parsedate_to_datetime(date) - now
-        except (ValueError, TypeError, OverflowError):
-            return None
+        return None if (moment := _moment(date)) is None else moment - now
 
     def close(self) -> None:
         """Close the connections that are not in use."""
@@ -159,22 +145,21 @@ class Http:
     @contextlib.contextmanager
     def errors(self, where: str) -> Iterator[None]:
         """The one place where a failure to get an answer becomes a backend's error."""
-        name = self._wording.name
         try:
             yield
-        except HttpsError as e:
+        except http.HttpsError as e:
             raise self._error(where, e) from e
         except SettingsError as e:  # the files were good when we began
-            raise LocalFileError(f"{name}: {e}", hint=e.hint) from e
+            raise LocalFileError(f"{self._wording.name}: {e}", hint=e.hint) from e
         except ValueError as e:  # its text may quote a header's value
-            text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
+            text = f"{self._wording.name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
 
-    def _error(self, where: str, error: HttpsError) -> BackendError:
+    def _error(self, where: str, error: http.HttpsError) -> BackendError:
         wording, cause = self._wording, error.__cause__
-        if isinstance(error, TooLongError):
+        if isinstance(error, http.TooLongError):
             return NoVerdictError(f"{wording.name}: {where}: {error}", hint=wording.not_ours)
-        if isinstance(error, UntrustedError | ClientRefusedError | HandshakeError):
+        if isinstance(error, http.UntrustedError | http.ClientRefusedError | http.HandshakeError):
             text = one_line(cause or error)
             hint = _CLOCK_HINT if "not yet valid" in text else wording.tls(text)
             return NoVerdictError(f"{wording.name}: {where}: TLS: {text}", hint=hint)
@@ -184,10 +169,8 @@ class Http:
         if isinstance(cause, ConnectionRefusedError):
             return "nothing listens there: is the server up, and is the port in `url` right?"
         if isinstance(cause, socket.gaierror):
-            return (
-                "the name could not be looked up: is the host in `url` right, and does this machine's resolver know it?"
-            )
-        if is_cut_off(cause) and self._wording.cut_off:
+            return "the name can't be looked up: is the host in `url` right, and does this machine's resolver know it?"
+        if http.is_cut_off(cause) and self._wording.cut_off:
             return self._wording.cut_off
         return self._wording.silent
 
@@ -202,20 +185,21 @@ class OverHttp(Backend):
         self._http.close()
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
 def retry_after_seconds(answer: Response) -> float | None:
     """The seconds in a Retry-After header (RFC 9110 §10.2.3: seconds, or a date); None: no header, or neither."""
-    value = answer.headers.get("retry-after")
-    if value is None:
-        return None
+    value = answer.headers.get("retry-after", "")
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
+    return None if (moment := _moment(value)) is None else max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _moment(date: str) -> datetime | None:
+    """Parse a date (RFC 9110 §5.6.7); None: it is none, or has no time zone."""
     try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
+        found = parsedate_to_datetime(date)
+    except (ValueError, TypeError, OverflowError):
         return None
+    return found if found.tzinfo is not None else None
 
 
 def look_until(
@@ -225,20 +209,18 @@ def look_until(
     Look at a CA's progress until it is enough, and return the last look, which begins when the time is over;
     `pause_seconds` gets the number of pauses so far, and what was seen.
     """
-    from tenacity import RetryCallState, Retrying, retry_if_not_result, stop_after_delay  # noqa: PLC0415 (25 ms)
+    from tenacity import Retrying, retry_if_not_result, stop_after_delay  # noqa: PLC0415 (25 ms)
 
-    def wait(state: RetryCallState) -> float:
-        assert state.outcome is not None and state.seconds_since_start is not None  # noqa: S101, PT018 (after a look)
-        pause = pause_seconds(state.attempt_number - 1, state.outcome.result())
-        return max(0.0, min(pause, seconds - state.seconds_since_start))
+    def wait(state: Any) -> float:
+        left: float = seconds - state.seconds_since_start
+        return max(0.0, min(pause_seconds(state.attempt_number - 1, state.outcome.result()), left))
 
-    policy = Retrying(
+    return Retrying(
         retry=retry_if_not_result(is_enough),
         stop=stop_after_delay(max(0.0, seconds)),
         wait=wait,
         retry_error_callback=lambda state: state.outcome and state.outcome.result(),
-    )
-    return policy(look)
+    )(look)
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:

@@ -433,7 +433,7 @@ def test_the_wall_of_backends_can_fail(source: str) -> None:
     """A backend that reaches for more than the contract, or for another backend, is noticed."""
     allowed = (
         "from bridge.contract import Issued\nfrom bridge import errors\nfrom backends.openssl.index import Index\n"
-        "from backends.http import within\n"
+        "from backends.http import within\nfrom backends.settings import is_loopback\n"
     )
 
     assert list(backend_wall(source, "backends.openssl"))

@@ -443,28 +443,37 @@ _EKU_FLAGS = {
 }
 
 
+#: Flags of a role about names, the value that a certificate needs, and for which certificates: those of pods, whose
+#: CSRs have no names, and others, of which only those of servers have SANs for sure.
+_POD_FLAGS = {"use_csr_common_name": False, "use_csr_sans": False, "require_cn": False}
+_FLAGS = {"use_csr_common_name": True}
+_SERVER_FLAGS = {**_FLAGS, "use_csr_sans": True}
+
+
 def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
     """Usages and SANs that a role, as the server shows it, would get wrong; see `setup.unlike` for the rest."""
-    labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()}
-    labels |= {eku.value: eku.label for eku in EKU}
-    named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
-    got = {label for flag, label in _EKU_FLAGS.items() if role.get(flag)}  # flags and names add up
-    got |= {labels.get(name.lower(), name) for name in named}
-    want = {eku.label for eku in spec.ekus}
+    want, got = {eku.label for eku in spec.ekus}, _role_ekus(role)
     if got != want:
         yield Violation(subject="EKU", want=listed(want), got=listed(got))
     usages = {usage.lower() for usage in texts(role.get("key_usage"))}
     needed = {usage.lower() for usage in (_KEY_USAGE[:1] if spec.authority == PODS else _KEY_USAGE)}
     if not needed <= usages or usages & {"certsign", "crlsign"}:
         yield Violation(subject="key_usage", want=listed(_KEY_USAGE), got=listed(texts(role.get("key_usage"))))
+    flags = _SERVER_FLAGS if EKU.SERVER_AUTH in spec.ekus else _FLAGS
+    because = ""
     if spec.authority == PODS:
-        for key in ("use_csr_common_name", "use_csr_sans", "require_cn"):
-            if role.get(key) is True:
-                yield Violation(subject=key, want="false, since a pod's CSR has no names", got="true")
-        return
-    for key in ("use_csr_common_name", *(("use_csr_sans",) if EKU.SERVER_AUTH in spec.ekus else ())):
-        if role.get(key) is False:
-            yield Violation(subject=key, want="true", got="false")
+        flags, because = _POD_FLAGS, ", since a pod's CSR has no names"
+    for key, value in flags.items():
+        if role.get(key) is (not value):
+            yield Violation(subject=key, want=f"{str(value).lower()}{because}", got=str(not value).lower())
+
+
+def _role_ekus(role: Mapping[str, object]) -> set[str]:
+    """The EKUs of a role, as labels of ours or in its own words; flags and names add up."""
+    labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()} | {eku.value: eku.label for eku in EKU}
+    named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
+    flagged = {label for flag, label in _EKU_FLAGS.items() if role.get(flag)}
+    return flagged | {labels.get(name.lower(), name) for name in named}
 
 
 def _beside(names: Names | None) -> dict[str, object]:
