@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from cryptography import x509
+from urllib3.connectionpool import HTTPConnectionPool
 
 from bridge.errors import BridgeError, Exit
 from bridge.node import endpoints, kubeconfig
@@ -29,7 +30,7 @@ from bridge.node.processes import file_contents
 from bridge.pki.budget import of_server
 from bridge.specs import Component
 from bridge.system import http, paths
-from bridge.system.http import Answer, HttpsError, KeptConnection, Peer
+from bridge.system.http import Answer, HttpsError, Peer
 from bridge.system.paths import UnreadableError
 from bridge.words import one_line
 
@@ -83,6 +84,18 @@ class Client:
             self._peers[server] = peer
         return self._peers[server]
 
+    @cached_property
+    def _pools(self) -> dict[Server, HTTPConnectionPool]:
+        return {}
+
+    def pool(self, server: Server) -> HTTPConnectionPool:
+        """Return this client's kept connections to a server (UnreachableError: bad URL)."""
+        return self._pools.get(server) or self._pools.setdefault(server, http.pool(self.peer(server)))
+
+    def close(self) -> None:
+        """Close the kept connections that are not in use; the others close when their answers end."""
+        self._pools.clear()
+
     def ask(
         self,
         server: Server,
@@ -96,9 +109,9 @@ class Client:
         """Ask one server over a new connection, with a JSON body; any status is an answer (HttpsError: none came)."""
         json_headers = {"Accept": "application/json", **({"Content-Type": "application/json"} if body else {})}
         target = f"{urlsplit(server.url).path}{path}" or "/"
-        with contextlib.closing(KeptConnection(self.peer(server))) as connection:
+        with contextlib.closing(http.pool(self.peer(server))) as pool:
             given = {**json_headers, **self.headers, **(headers or {})}
-            return connection.sent(method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)()
+            return http.ask(pool, method, target, given, body, seconds=seconds or TIMEOUT_SECONDS)
 
     def served(self, place: Address, name: str | None = None) -> x509.Certificate:
         """Return the leaf of a server's TLS handshake (HttpsError: none); it must name `name`, or the place's host."""

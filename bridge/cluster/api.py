@@ -6,7 +6,6 @@ import contextlib
 import json
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,11 +23,11 @@ from bridge.node.inventory import Node
 from bridge.system.http import (
     ClientRefusedError,
     HttpsError,
-    KeptConnection,
     LateError,
     Stream,
     TooLongError,
     UnreachableError,
+    ask,
 )
 from bridge.words import one_line
 
@@ -116,12 +115,6 @@ def request_of(
     return Request(method, path, data, headers, longest)
 
 
-class _Kept(NamedTuple):
-    server: Server
-    client: Client
-    connection: KeptConnection
-
-
 class Api:
     """A client of the API; several threads may use it."""
 
@@ -140,7 +133,6 @@ class Api:
         self._again = again
         self._read_at = time.monotonic()
         self._mutex = threading.Lock()
-        self._idle: deque[_Kept] = deque()  #: Idle connections.
 
     @classmethod
     def of_node(cls, node: Node, kubeconfig_dir: Path) -> Api:
@@ -241,40 +233,23 @@ class Api:
 
     def _exchange(self, server: Server, client: Client, request: Request, may_repeat: Callable[[], bool]) -> Reply:
         """Exchange request and answer; repeat it if the server has just closed a kept connection."""
-        kept = self._kept(server, client)
         try:
-            reply = self._sent(kept, request)()
+            reply = self._once(server, client, request)
         except UnreachableError as e:
-            if isinstance(e, LateError) or not kept.connection.is_kept or not may_repeat():
+            if isinstance(e, LateError) or not e.was_kept or not may_repeat():
                 raise
-            reply = self._sent(kept, request)()
+            reply = self._once(server, client, request)
         _assert_now(reply)
         if self._again is None:
             whole_document(reply.body)
         return reply
 
-    def _sent(self, kept: _Kept, request: Request) -> Callable[[], Reply]:
-        """Send a request, and return the function that reads its answer."""
+    def _once(self, server: Server, client: Client, request: Request) -> Reply:
         method, path, body, headers, longest = request
-        given = {**kept.client.headers, **headers}
+        given = {**client.headers, **headers}
         seconds = NODE_TIMEOUT_SECONDS if self._again is None else TIMEOUT_SECONDS
-        read = kept.connection.sent(method, path, given, body, seconds=seconds, longest=longest)
-
-        def reply() -> Reply:
-            answer = read()
-            self._idle.append(kept)
-            return Reply(status=answer.status, body=answer.body)
-
-        return reply
-
-    def _kept(self, server: Server, client: Client) -> _Kept:
-        """Return an idle connection to this server, or else a new one."""
-        with contextlib.suppress(IndexError):
-            while kept := self._idle.pop():
-                if kept.server is server and kept.client is client:
-                    return kept
-                kept.connection.close()
-        return _Kept(server, client, KeptConnection(client.peer(server)))
+        answer = ask(client.pool(server), method, path, given, body, seconds=seconds, longest=longest)
+        return Reply(status=answer.status, body=answer.body)
 
     def _read_anew(self, old: Sequence[Client]) -> None:
         """Read the credentials again; keep the old ones if they can't be read now."""
@@ -287,28 +262,26 @@ class Api:
 
     def close(self) -> None:
         """Close the idle connections."""
-        while self._idle:
-            self._idle.pop().connection.close()
+        for client in self.clients:
+            client.close()
 
     @contextlib.contextmanager
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
         """Open a stream of JSON lines from the first server; it fails after `silence_seconds` (NoAnswerError)."""
         server, clients = self.servers[0], self.clients
-        connection = KeptConnection(clients[0].peer(server))
         headers = {"Accept": JSON, **clients[0].headers}
         try:
-            stream = connection.stream(path, headers, seconds=TIMEOUT_SECONDS)
-            if stream.status != HTTPStatus.OK:
-                if stream.status == HTTPStatus.UNAUTHORIZED:
-                    self._read_anew(clients)
-                reply = Reply(status=stream.status, body=stream.rest())
-                raise NoAnswerError(f"{server.place}: can't watch: HTTP {reply.status} {reply.message}")
-            stream.go_on(silence_seconds)
-            yield Lines(stream, longest, str(server.place))
+            opened = Stream(clients[0].pool(server), path, headers, seconds=TIMEOUT_SECONDS)
+            with contextlib.closing(opened) as stream:
+                if stream.status != HTTPStatus.OK:
+                    if stream.status == HTTPStatus.UNAUTHORIZED:
+                        self._read_anew(clients)
+                    reply = Reply(status=stream.status, body=stream.rest())
+                    raise NoAnswerError(f"{server.place}: can't watch: HTTP {reply.status} {reply.message}")
+                stream.go_on(silence_seconds)
+                yield Lines(stream, longest, str(server.place))
         except HttpsError as e:
             raise NoAnswerError(f"{server.place}: {e}") from None
-        finally:
-            connection.close()
 
 
 def _assert_now(reply: Reply) -> Reply:

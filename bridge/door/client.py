@@ -28,7 +28,7 @@ from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
 from bridge.pki.certificates import has_key_of, load_pem_certificates
 from bridge.settings.tables import ApproverSettings
-from bridge.system.http import Answer, KeptConnection, Peer, context
+from bridge.system.http import Answer, Peer, ask, context, pool
 from bridge.system.paths import UnreadableError, read
 from bridge.words import one_line
 
@@ -55,7 +55,7 @@ class Review:
 
 
 class Reviewer:
-    """An approver's session with the door, over one connection."""
+    """An approver's session with the door, over a kept connection."""
 
     def __init__(self, settings: ApproverSettings, now: datetime) -> None:
         """Read the approver's files (SettingsError)."""
@@ -75,7 +75,7 @@ class Reviewer:
             raise SettingsError([problem])
         anchors = _read(settings.ca_file, "ca_file")
         peer = Peer.of(settings.url.rstrip("/"), lambda: context(anchors, data, key), alert_seconds=2)
-        self._http = KeptConnection(peer)
+        self._http = pool(peer)
         self._now = now
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ class Reviewer:
     def _ask(self, method: str, target: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
         data = None if body is None else json.dumps(body).encode()
-        answer = self._http.sent(method, target, headers, data, seconds=_SECONDS, longest=_LONGEST)()
+        answer = ask(self._http, method, target, headers, data, seconds=_SECONDS, longest=_LONGEST)
         try:
             document = of_server(answer.body)
         except (ValueError, OverBudgetError):

@@ -1,31 +1,39 @@
 """
-HTTP/1.1 for the cluster's API, components, neighbours and CAs, on connections that are kept or used once.
+HTTP/1.1 for the cluster's API, components, neighbours and CAs: urllib3's pools, heads and framing, on a connection of ours.
 
-`http.client` reads an answer's body; this module reads its head, and adds a time limit for the whole request, a limit on
-the bytes that a server sends (counted below the parser), and the guarantee that no request gets the rest of an earlier
-answer. A connection carries one request at a time. There are no redirects, proxies, environment variables, keys on disk
-or retries.
+The connection limits a whole exchange (connecting, TLS, request, answer) in time, and its answer in bytes, below the
+parser. It is kept only if an answer ends exactly where it says. There are no redirects, proxies, environment variables,
+keys on disk, decompression or retries; `urlopen` of a `pool` is for calls within `exchange`:
+
+    with exchange(5):
+        response = pool(peer).urlopen("GET", "/", retries=False, redirect=False, preload_content=False)
+        body = response.read()
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
-import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from http import HTTPStatus
-from http.client import HTTPException, HTTPResponse, RemoteDisconnected
+from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.exceptions import HTTPError
+from urllib3.util import SKIP_HEADER
 
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import Budget
@@ -35,23 +43,31 @@ from bridge.words import one_line
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+    from urllib3.response import BaseHTTPResponse
+    from urllib3.response import HTTPResponse as Response
 
 #: Far above answers to a probe, and above a signed certificate with thousands of SANs.
 MAX_ANSWER_BYTES = 1 << 20
 #: The limit for an answer's head, chunk lengths and trailers, together.
 _SPARE_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 16
+#: The most idle connections to a server; the gateway has fewer threads.
+_MOST_KEPT = 64
 
 #: Alerts (RFC 8446 §6) by which a server rejects a client certificate, as OpenSSL spells them.
 _TURNED_AWAY = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")
 #: Ends of a connection that may have any cause.
 _CUT_OFF = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError)
 
+# urllib3 logs what it finds odd in an answer; for us it is an error, or no matter
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+
 
 class HttpsError(BridgeError):
     """The request failed, for whatever reason."""
 
     exit_code: ClassVar[int] = Exit.UNAVAILABLE
+    was_kept = False  #: The connection had a whole answer before, so that the server may just have closed it.
 
 
 class UnreachableError(HttpsError):
@@ -102,10 +118,10 @@ class Peer:
     port: int
     tls: Callable[[], ssl.SSLContext] | None = None  #: Makes the client's context; None: without TLS.
     server_name: str | None = None  #: For SNI and the server's certificate, if it differs from the host.
-    host_header: str = ""  #: If it differs from host and port.
     alert_seconds: float = 0.0  #: How long to listen for why a connection broke, see `_alert`; 0: do not.
     #: When `_alert` last listened, and the alert that it got.
     heard: list[tuple[float, ssl.SSLError | None]] = field(default_factory=list, compare=False, repr=False)
+    listens: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @classmethod
     def of(cls, url: str, tls: Callable[[], ssl.SSLContext] | None, **more: Any) -> Peer:
@@ -118,8 +134,7 @@ class Peer:
         if not host or parts.scheme not in {"https", "http"}:
             raise UnreachableError(f"wanted a URL, found {one_line(url)!r}")
         usual, secured = (443, tls) if parts.scheme == "https" else (80, None)
-        header = parts.netloc.rpartition("@")[2]
-        return cls(host=host, port=port or usual, tls=secured, host_header=header, **more)
+        return cls(host=host, port=port or usual, tls=secured, **more)
 
 
 def served(peer: Peer, seconds: float) -> x509.Certificate:
@@ -180,245 +195,123 @@ def _load_pair(tls: ssl.SSLContext, certificate_pem: bytes, key_pem: bytes) -> N
             raise ClientRefusedError(f"wanted a certificate and its key, found: {found}") from None
 
 
-class KeptConnection:
-    """A connection to one server, opened on demand; for one thread at a time."""
-
-    def __init__(self, peer: Peer) -> None:
-        self._peer = peer
-        self._host = peer.host_header or (f"[{peer.host}]" if ":" in peer.host else peer.host) + f":{peer.port}"
-        self._socket: socket.socket | None = None
-        self.is_kept = False  #: The last request used a connection that was open before.
-
-    def sent(
-        self,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-        *,
-        seconds: float,
-        longest: int = MAX_ANSWER_BYTES,
-    ) -> Callable[[], Answer]:
-        """Send one request; the returned function reads its whole answer, before the next request (HttpsError, ValueError)."""
-        limits = _Limits(seconds, longest)
-        with self.in_time(limits):
-            opened = self._send(method, target, headers, body, limits)
-
-        def answer() -> Answer:
-            with self.in_time(limits):
-                received = _Received(opened, limits)
-                limits.bear(received)
-                response = _begun(received, method)
-                content = _body(response, longest)
-                if response.will_close or received.has_more():  # unrequested data is no answer
-                    self.close()
-                return Answer(status=response.status, headers=response.fields, body=content)
-
-        return answer
-
-    def stream(self, target: str, headers: Mapping[str, str], *, seconds: float) -> Stream:
-        """Send one GET, read the head of its answer, and return the open answer; the caller closes the connection."""
-        limits = _Limits(seconds, _PIECE_BYTES)
-        with self.in_time(limits):
-            response = _begun(_Received(self._send("GET", target, headers, None, limits), limits), "GET")
-        return Stream(response, self, limits)
-
-    def end(self) -> None:
-        """End the connection from another thread; a thread that is reading wakes up and gets no more."""
-        opened = self._socket
-        with contextlib.suppress(OSError):
-            if opened is not None:
-                opened.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """End the connection; the next request opens a new one."""
-        opened, self._socket = self._socket, None
-        if opened is not None:
-            with contextlib.suppress(OSError):
-                opened.close()
-
-    __del__ = close  # if its thread has ended
-
-    @contextlib.contextmanager
-    def in_time(self, limits: _Limits) -> Iterator[None]:
-        """Turn exceptions into our errors, and end the connection after one."""
-        try:
-            yield
-        except (OSError, HTTPException) as e:
-            self.close()
-            ours = _as_ours(e, limits.seconds)
-            if is_cut_off(e) and not self.is_kept:
-                ours = _alert(self._peer, limits.began) or ours
-            raise ours from ours.__cause__ or e
-        except BaseException:
-            self.close()
-            raise
-
-    def _send(
-        self, method: str, target: str, headers: Mapping[str, str], body: bytes | None, limits: _Limits
-    ) -> socket.socket:
-        data = _head(method, target, {"Host": self._host, **headers}, body) + (body or b"")
-        opened = self._opened(limits)
-        unsent = memoryview(data)
-        while unsent:
-            limits.hold(opened)
-            unsent = unsent[opened.send(unsent) :]
-        return opened
-
-    def _opened(self, limits: _Limits) -> socket.socket:
-        if self._socket is not None and _has_come(self._socket):  # unrequested data
-            self.close()
-        self.is_kept = self._socket is not None
-        if self._socket is None:
-            self._socket = _connected(self._peer, limits.seconds_left())
-        return self._socket
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def _begun(received: _Received, method: str) -> _Response:
-    response = _Response(cast(socket.socket, received), method=method)
-    response.begin()
-    return response
-
-
-def _head(method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
-    if not target.isascii() or not target.isprintable() or " " in target:
-        raise ValueError("wanted a target that is quoted")
-    length = {} if body is None else {"Content-Length": str(len(body))}
-    given = {**headers, "Accept-Encoding": "identity", **length}
-    if not "".join([*given, *map(str, given.values())]).isprintable():
-        raise ValueError("wanted headers of one line each")
-    lines = "".join([f"{name}: {value}\r\n" for name, value in given.items()])
-    return f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
-
-
-_STATUS_LINE = re.compile(rb"HTTP/1\.([0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n")
-_FIELD = re.compile(r"^([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n", re.MULTILINE)
-_LENGTH = re.compile("[0-9]{1,18}")
-_MOST_FIELDS = 100
-#: The line after the fields, or the end of the data.
-_NO_LINE = frozenset({b"\r\n", b"\n", b""})
-_NO_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
-
-
-class _Response(HTTPResponse):
+def pool(peer: Peer) -> HTTPConnectionPool:
     """
-    An answer whose head is read here (RFC 9112): the library reads it with its mail parser, which takes as much processor
-    time as TLS and the rest together, and excludes the lines after an odd line from the head.
+    The connections to one server, for any number of threads; they are opened on demand and kept after a whole answer.
+
+    Its `urlopen` needs `preload_content=False`, and leaves the connection to the answer until that is read or closed.
     """
-
-    fields: dict[str, str]  #: By lower-case name; of repeated fields the last.
-
-    def flush(self) -> None:
-        """Do nothing; since Python 3.13 the library's method prints a traceback if its stream was closed first."""
-
-    def begin(self) -> None:
-        """Read the head, and determine how the body ends."""
-        self.status = HTTPStatus.CONTINUE
-        while self.status < HTTPStatus.OK:  # interim (RFC 9110 §15.2), as many as the limit of bytes allows
-            line = self.fp.readline(_SPARE_BYTES)
-            if not line:
-                raise RemoteDisconnected("no answer")
-            if (found := _STATUS_LINE.fullmatch(line)) is None:
-                raise HTTPException(repr(line[:40]))
-            is_old, self.status = found[1] == b"0", int(found[2])
-            if self.status == HTTPStatus.SWITCHING_PROTOCOLS:  # no HTTP follows
-                raise HTTPException("another protocol")
-            self.fields = self._read_fields()
-        coding, connection = self.fields.get("transfer-encoding"), self.fields.get("connection", "").lower()
-        if coding is not None and coding.lower() != "chunked":
-            raise UnreachableError("wanted no transfer encoding besides chunked, found one")
-        self.chunked, self.chunk_left = coding is not None, None
-        length = None if self.chunked else self.fields.get("content-length")
-        self.length = 0 if self.status in _NO_BODY else None if length is None else int(length)
-        has_no_end = self.length is None and not self.chunked
-        self.will_close = has_no_end or ("keep-alive" not in connection if is_old else "close" in connection)
-
-    def _read_fields(self) -> dict[str, str]:
-        lines: list[bytes] = []
-        while (line := self.fp.readline(_SPARE_BYTES)) not in _NO_LINE:
-            lines.append(line)
-            if len(lines) > _MOST_FIELDS:
-                raise HTTPException(f"more than {_MOST_FIELDS} headers")
-        found = _FIELD.findall(b"".join(lines).decode("latin-1"))
-        if not line or len(found) != len(lines):
-            odd = next((one for one in lines if not _FIELD.fullmatch(one.decode("latin-1"))), line)
-            raise HTTPException(f"{odd[:40]!r} in the head")
-        fields = [(name.lower(), value.strip(" \t")) for name, value in found]
-        lengths = {value for name, value in fields if name == "content-length"}
-        if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):  # or two readers find two ends of the body
-            raise HTTPException("a length that is none")
-        return dict(fields)
-
-
-def _body(response: HTTPResponse, longest: int) -> bytes:
     try:
-        body = b"" if (response.length or 0) > longest else response.read(longest + 1)
-    except TimeoutError:
-        raise
-    except (OSError, HTTPException) as e:
-        raise _broken_off(response, e) from e
-    if len(body) > longest or (response.length or 0) > longest:
-        raise TooLongError(f"wanted an answer of at most {longest} bytes, found a longer one")
-    if response.length:
-        raise _broken_off(response, None)
-    return body
+        return _Pool(peer.host, peer.port, maxsize=_MOST_KEPT, peer=peer)
+    except HTTPError as e:  # no valid host name
+        raise UnreachableError(one_line(e)) from e
 
 
-def _broken_off(response: HTTPResponse, error: Exception | None) -> BrokenOffError:
-    found = BrokenOffError("the answer broke off" + (f": {_as_ours(error, 0)}" if error else ""))
-    found.status = response.status
-    return found
+@contextlib.contextmanager
+def exchange(seconds: float, longest: int = MAX_ANSWER_BYTES) -> Iterator[None]:
+    """
+    Limit each request that this thread begins meanwhile, with its whole answer; a failure is an HttpsError, also below
+    `requests` (other errors, such as ValueError for a header of two lines, pass).
+    """
+    token = _LIMITS.set(_Limits(seconds, longest))
+    try:
+        yield
+    except (OSError, HTTPError, HTTPException) as e:
+        cause = _innermost(e)
+        raise _as_ours(cause, seconds) from cause
+    finally:
+        _LIMITS.reset(token)
+
+
+def ask(
+    connections: HTTPConnectionPool,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    body: bytes | None = None,
+    *,
+    seconds: float,
+    longest: int = MAX_ANSWER_BYTES,
+) -> Answer:
+    """Send one request, and read its whole answer of any status (HttpsError: none; ValueError: the request is none)."""
+    with exchange(seconds, longest):
+        response = _begun(connections, method, target, headers, body, seconds)
+        content = response.read()
+    if len(content) > longest:
+        raise _too_long(longest)
+    fields = {name.lower(): value for name, value in response.headers.items()}
+    return Answer(status=response.status, headers=fields, body=content)
+
+
+def _begun(
+    connections: HTTPConnectionPool,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    body: bytes | None,
+    seconds: float,
+) -> BaseHTTPResponse:
+    if not target.isascii() or not target.isprintable() or " " in target:  # urllib3 would quote it
+        raise ValueError("wanted a target that is quoted")
+    return connections.urlopen(
+        method, target, body, headers, retries=False, redirect=False, timeout=seconds, preload_content=False
+    )
 
 
 class Stream:
-    """An answer whose body is read in pieces as it arrives."""
+    """The answer to a GET whose body is read in pieces as it arrives; the caller closes it."""
 
-    def __init__(self, response: HTTPResponse, connection: KeptConnection, limits: _Limits) -> None:
-        self._response = response
-        self._connection = connection
-        self._limits = limits
-        self.status = response.status
-        self.end = connection.end
+    def __init__(
+        self, connections: HTTPConnectionPool, target: str, headers: Mapping[str, str], *, seconds: float
+    ) -> None:
+        """Send the request, and read the head of its answer (HttpsError)."""
+        with exchange(seconds, _PIECE_BYTES):
+            self._response = _begun(connections, "GET", target, headers, None, seconds)
+        connection = cast(_Connection, self._response.connection)
+        self.status = self._response.status
+        self._limits, self._socket = connection.limits, connection.opened
 
     def rest(self) -> bytes:
         """The whole body of a short answer, such as an error."""
-        with self._connection.in_time(self._limits):
-            return _body(self._response, _PIECE_BYTES)
+        return self._response.read()
 
     def go_on(self, silence_seconds: float) -> None:
         """From now on allow an answer of any length, and limit only silence."""
-        self._limits.silence = silence_seconds
+        self._limits.seconds = self._limits.silence = silence_seconds
 
     def piece(self) -> bytes:
         """The next piece; empty: the end (UnreachableError: the connection broke, or was silent for too long)."""
         try:
             return self._response.read1(_PIECE_BYTES)
-        except TimeoutError as e:
-            raise LateError("nothing came for too long") from e
-        except (OSError, HTTPException, ValueError, AttributeError) as e:  # AttributeError: another thread ended it
-            raise _as_ours(e, self._limits.seconds) from e
+        except (HTTPError, HTTPException, OSError, ValueError) as e:  # ValueError: another thread closed it
+            raise UnreachableError("the answer broke off") from e
+
+    def end(self) -> None:
+        """End the connection from another thread; a thread that is reading wakes up and gets no more."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # SSLSocket's would go on without TLS
+
+    def close(self) -> None:
+        """End the connection."""
+        self._response.close()
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 class _Limits:
-    """How long an answer may take, and how many bytes it may have, including head and framing."""
+    """How long an exchange may take, and how many bytes its answer may have, including head and framing."""
 
     def __init__(self, seconds: float, longest: int) -> None:
-        self.seconds, self.began = seconds, time.monotonic()
+        self.seconds, self.longest, self.began = seconds, longest, time.monotonic()
         self._budget = Budget(longest + _SPARE_BYTES, seconds=seconds, clock=time.monotonic)
-        self._longest = longest
-        self._spare = 0.0  # seconds beyond the budget
         self.silence: float | None = None  #: In seconds; if set, it is the only limit.
 
-    def bear(self, received: _Received) -> None:
-        """Leave a tenth of the time for an answer that arrived while its caller read others."""
-        lacking = self.seconds / 10 - self._budget.seconds_left()
-        if lacking > 0 and received.has_begun():
-            self._spare = lacking
-
     def seconds_left(self) -> float:
-        if self.silence is not None:
-            return self.silence
-        left = self._budget.seconds_left() + self._spare
+        left = self._budget.seconds_left() if self.silence is None else self.silence
         if left <= 0:
             raise TimeoutError
         return left
@@ -431,46 +324,214 @@ class _Limits:
             opened.settimeout(left)
 
     def count(self, received: int) -> None:
-        """Count received bytes below the parser: a length that a server sends (a chunk of -1) is no limit."""
+        """Count received bytes below the parser."""
         if self.silence is None and not self._budget.allows(received):
-            raise TooLongError(f"wanted an answer of at most {self._longest} bytes, found a longer one")
+            raise _too_long(self.longest)
+
+    def assert_allowed(self, announced: int) -> None:
+        """Raise TooLongError for an announced length, for which Python would reserve memory."""
+        if self.silence is None and announced > self.longest:
+            raise _too_long(self.longest)
+
+
+_LIMITS: ContextVar[_Limits] = ContextVar("_LIMITS")
+
+
+def _too_long(longest: int) -> TooLongError:
+    return TooLongError(f"wanted an answer of at most {longest} bytes, found a longer one")
+
+
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+
+class _Connection(HTTPConnection):
+    """A connection with or without TLS; what it raises are our errors."""
+
+    limits: _Limits
+    opened: socket.socket  #: The last socket, also after `close`.
+    status = 0  #: Of the current answer, once its head was read.
+
+    def __init__(self, *, peer: Peer, **options: Any) -> None:
+        super().__init__(**options)
+        self._peer = peer
+        self._received: _Received | None = None  # the answer to the current request
+        self.default_port = 80 if peer.tls is None else 443  # type: ignore[misc]
+        self.is_kept = False  #: It had a whole answer before.
+
+    def connect(self) -> None:
+        """Open the socket, with TLS if the server has it."""
+        self.is_kept = False
+        try:
+            self.sock = self.opened = _connected(self._peer, self.limits.seconds_left())
+        except OSError as e:
+            raise (ours := self.failure(e)) from ours.__cause__
+
+    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any) -> None:
+        """Send a request; a body is never decoded, and there is no User-Agent unless the caller gives one."""
+        if options.pop("preload_content", True):
+            raise ValueError("wanted preload_content=False")  # or the body would be read before the head is judged
+        self.limits, self.status = _LIMITS.get(), 0
+        given = {name: value for name, value in (headers or {}).items() if name.lower() != "accept-encoding"}
+        if "user-agent" not in map(str.lower, given):
+            given["User-Agent"] = SKIP_HEADER
+        super().request(method, url, body, given, preload_content=False, **options)
+
+    def putheader(self, header: Any, *values: Any) -> None:
+        """Add a header of one line."""
+        for value in (header, *values):
+            if not (value.decode("latin-1") if isinstance(value, bytes) else str(value)).isprintable():
+                raise ValueError("wanted headers of one line each")
+        super().putheader(header, *values)
+
+    def send(self, data: Any) -> None:
+        """Send all bytes within the time limit."""
+        if self.sock is None:
+            self.connect()
+        unsent = memoryview(data)
+        try:
+            while unsent:
+                self.limits.hold(self.sock)
+                unsent = unsent[self.sock.send(unsent) :]
+        except OSError as e:
+            raise (ours := self.failure(e)) from ours.__cause__
+
+    def response_class(self, opened: socket.socket, *_: Any, method: str | None = None) -> HTTPResponse:  # type: ignore[override]
+        """Have http.client read from the socket by `_Received`."""
+        self._received = _Received(self, opened)
+        return HTTPResponse(cast(socket.socket, self._received), method=method)
+
+    def getresponse(self) -> Response:  # type: ignore[override]
+        """Read an answer's head, and judge what it says about the body."""
+        response = super().getresponse()
+        received, answer = self._received, response._original_response  # noqa: SLF001
+        assert received is not None and answer is not None  # noqa: S101, PT018 (of this request)
+        try:
+            received.judge(answer)
+        except BaseException:
+            response.close()
+            raise
+        response.headers.discard("content-encoding")  # `requests` would decompress without a limit
+        return response
+
+    def failure(self, error: Exception) -> HttpsError:
+        """Our error for a failure of this connection, with its cause."""
+        ours = _as_ours(error, self.limits.seconds)
+        if self.status and not isinstance(ours, LateError):
+            ours = BrokenOffError("the answer broke off" + (f": {ours}" if str(error) else ""))
+            ours.status = self.status
+        elif is_cut_off(error) and not self.is_kept:
+            ours = _alert(self._peer, self.limits.began) or ours
+        ours.was_kept = self.is_kept
+        ours.__cause__ = ours.__cause__ or error
+        return ours
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+#: The lines of an answer (RFC 9112), which `http.client` reads more leniently than others: an integer may have a sign
+#: and underscores there, a line may end at a CR alone, and fields may end at a line that is none.
+_STATUS = re.compile(rb"HTTP/1\.[0-9] +[1-9][0-9]{2}(?: [^\r\n]*)?\r?\n")
+_FIELD = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r?\n")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n\0]*)?\r\n")
+_TRAILER = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r\n")
+_NO_LINE = re.compile(rb"(?!)")
+_BLANK = (b"\r\n", b"\n")
+_LENGTH = re.compile("[ \t]*([0-9]{1,18})[ \t]*")
+_OK = 200
 
 
 class _Received(io.BufferedReader):
-    """The stream that `http.client` reads from a socket; it has limits, and stays open after an answer."""
+    """The bytes of one answer, from which `http.client` reads; it checks lines and lengths, and parses nothing."""
 
-    def __init__(self, opened: socket.socket, limits: _Limits) -> None:
-        self._opened = opened
-        self._reader = _Reader(opened, limits)
-        super().__init__(self._reader, _PIECE_BYTES)
+    def __init__(self, connection: _Connection, opened: socket.socket) -> None:
+        self._connection, self._opened, self._limits = connection, opened, connection.limits
+        self._expects = _STATUS  # the next line
+        self._left: int | None = None  # how many bytes of the body, or of a chunk, were not read yet
+        self._source = _Source(connection, opened)
+        super().__init__(self._source, _PIECE_BYTES)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """Return the stream itself, instead of a socket's file."""
         del mode
         return self
 
+    def judge(self, answer: HTTPResponse) -> None:
+        """Judge a head, and begin with the body."""
+        lengths, codings = (answer.msg.get_all(name, []) for name in ("content-length", "transfer-encoding"))
+        values = {match[1] if (match := _LENGTH.fullmatch(value)) else None for value in lengths}
+        if answer.status < _OK:  # http.client would read the answer after it as another request's
+            raise self._connection.failure(HTTPException(f"interim status {answer.status}"))
+        if codings and (len(codings) > 1 or not answer.chunked):
+            raise UnreachableError("wanted no transfer encoding besides chunked, found one")
+        if len(values) > 1 or None in values:  # or two readers find two ends of the body
+            raise self._connection.failure(HTTPException("a length that is none"))
+        self._limits.assert_allowed(answer.length or 0)
+        self._connection.status, self._left = answer.status, answer.length
+        self._expects = _CHUNK if answer.chunked else _NO_LINE
+        self._source.may_end = self._left is None and not answer.chunked
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Read a line of the head, a chunk's length, or a trailer."""
+        line = super().readline(size)
+        if (match := self._expects.fullmatch(line)) is None:
+            raise self._connection.failure(
+                HTTPException(f"{line[:40]!r}{'' if self._connection.status else ' in the head'}")
+            )
+        if self._expects is _CHUNK:
+            self._left = int(match[1], 16)
+            self._limits.assert_allowed(self._left)
+            self._expects = _CHUNK if self._left else _TRAILER
+        elif self._expects is _STATUS:
+            self._expects = _FIELD
+        elif line in _BLANK:
+            self._expects = _NO_LINE if self._expects is _TRAILER else _STATUS
+        return line
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read a part of the body, or the end of a chunk."""
+        return self._counted(super().read(size))
+
+    def read1(self, size: int = -1, /) -> bytes:
+        """Read a part of the body that has arrived."""
+        return self._counted(super().read1(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        if self._expects is _CHUNK and self._left == 0:
+            if data != _BLANK[0]:
+                raise self._connection.failure(HTTPException(f"{data!r} after a chunk"))
+            self._left = None
+        elif self._left is not None:
+            self._left -= len(data)
+        return data
+
+    def flush(self) -> None:
+        """Do nothing, also if it is closed: `http.client` flushes a source that the garbage collector closed first."""
+
     def close(self) -> None:
-        """Do nothing: the connection is kept."""
-
-    def has_begun(self) -> bool:
-        """Whether the answer has begun or the connection has ended; TLS session tickets are neither, and are read before."""
-        self._reader.waits = False
-        self._opened.settimeout(0)
-        begun = bool(self.peek(1)) or _has_come(self._opened)
-        self._reader.waits = True
-        return begun
-
-    def has_more(self) -> bool:
-        self._reader.is_over = True
-        return bool(self.peek(1))
+        """End the answer; close its connection, unless this is exactly where the answer ends."""
+        if self.closed:
+            return
+        self._source.is_over = True
+        is_whole = self._expects is _NO_LINE and self._left == 0
+        has_more = bool(self.peek(1)) or (isinstance(self._opened, ssl.SSLSocket) and self._opened.pending() > 0)
+        super().close()
+        if self._connection.sock is self._opened:
+            self._connection.is_kept = is_whole and not has_more
+            if not self._connection.is_kept:
+                self._connection.close()
 
 
-class _Reader(io.RawIOBase):
-    def __init__(self, opened: socket.socket, limits: _Limits) -> None:
-        self._opened = opened
-        self._limits = limits
-        self.waits = True  #: Whether to wait for data that has not arrived yet.
-        self.is_over = False  #: Nothing more is received.
+class _Source(io.RawIOBase):
+    """A socket's bytes, within the limits."""
+
+    may_end = False  #: The end of the connection is the end of the answer.
+    is_over = False  #: Nothing more is received.
+
+    def __init__(self, connection: _Connection, opened: socket.socket) -> None:
+        self._connection, self._opened, self._limits = connection, opened, connection.limits
+        self._file = opened.makefile("rb", buffering=0)  # keeps the socket open
 
     def readable(self) -> bool:
         return True
@@ -478,23 +539,19 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int | None:
         if self.is_over:
             return None
-        if self.waits:
-            self._limits.hold(self._opened)
         try:
-            received = self._opened.recv_into(buffer)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return None
+            self._limits.hold(self._opened)
+            received = self._file.readinto(buffer) or 0
+            if not received and not self.may_end:
+                raise ConnectionResetError("" if self._connection.status else "no answer")
+        except OSError as e:
+            raise (ours := self._connection.failure(e)) from ours.__cause__
         self._limits.count(received)
         return received
 
-
-def _has_come(opened: socket.socket) -> bool:
-    """Whether the socket has data to read: the beginning of an answer, or the connection's end."""
-    if isinstance(opened, ssl.SSLSocket) and opened.pending():
-        return True
-    poll = select.poll()
-    poll.register(opened, select.POLLIN)
-    return bool(poll.poll(0))
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class TlsSocket(ssl.SSLSocket):
@@ -545,22 +602,32 @@ def _alert(peer: Peer, since: float) -> HttpsError | None:
     # in TLS 1.3 a server judges the client late (RFC 8446 §4.4.2.4); the kernel drops the alert if a request is unread
     if peer.tls is None or not peer.alert_seconds:
         return None
-    if not peer.heard or peer.heard[0][0] < since:
-        began, alert = time.monotonic(), None
-        try:
-            with _connected(peer, peer.alert_seconds) as listening:
-                listening.settimeout(peer.alert_seconds)
-                listening.recv(1)
-        except ssl.SSLError as e:
-            alert = None if isinstance(e, _CUT_OFF) else e.with_traceback(None)
-        except (OSError, ValueError, BridgeError):
-            pass
-        peer.heard[:] = [(began, alert)]
-    if (cause := peer.heard[0][1]) is None:
+    with peer.listens:
+        if not peer.heard or peer.heard[0][0] < since:
+            began, alert = time.monotonic(), None
+            try:
+                with _connected(peer, peer.alert_seconds) as listening:
+                    listening.settimeout(peer.alert_seconds)
+                    listening.recv(1)
+            except ssl.SSLError as e:
+                alert = None if isinstance(e, _CUT_OFF) else e.with_traceback(None)
+            except (OSError, ValueError, BridgeError):
+                pass
+            peer.heard[:] = [(began, alert)]
+        cause = peer.heard[0][1]
+    if cause is None:
         return None
     ours = _as_ours(cause, peer.alert_seconds)
     ours.__cause__ = cause
     return ours
+
+
+def _innermost(error: BaseException) -> Exception:
+    """The cause that urllib3 and `requests` wrap into their errors."""
+    for cause in (error.__cause__, *error.args):
+        if isinstance(cause, Exception):
+            return _innermost(cause)
+    return cast(Exception, error)
 
 
 def is_cut_off(error: BaseException | None) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import os
 import select
 import socket
@@ -16,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -29,8 +29,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
+from urllib3.connectionpool import HTTPConnectionPool
 
-from backends.http import tls_context
+from backends.settings import tls_context
 from bridge import cluster
 from bridge.cluster import ANONYMOUS, Client
 from bridge.errors import SettingsError
@@ -42,12 +43,12 @@ from bridge.system.http import (
     Answer,
     BrokenOffError,
     ClientRefusedError,
-    KeptConnection,
     LateError,
     Peer,
     TooLongError,
     UnreachableError,
     UntrustedError,
+    pool,
 )
 from tests.kit import cfssl
 from tests.kit.forged import validity, with_field
@@ -58,23 +59,31 @@ Talk = Callable[[socket.socket, bytes], None]
 # --- one connection, however it is used -------------------------------------------------------------------------------
 
 
+class Made:
+    """A server on loopback, and our connections to it."""
+
+    def __init__(self, port: int) -> None:
+        self.pool = pool(Peer(host="127.0.0.1", port=port))
+        self.accepted = 0  #: How many connections were made.
+
+
 @contextmanager
-def server(*talks: Talk) -> Iterator[KeptConnection]:
-    """One that takes a request on each connection, as many as there are talks; the list is of connections."""
+def server(*talks: Talk) -> Iterator[Made]:
+    """One that takes a request on each connection, as many as there are talks."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = Made(listener.getsockname()[1])
 
         def serve() -> None:
             for talk in talks:
                 opened, _ = listener.accept()
+                made.accepted += 1
                 with opened, suppress(OSError):
                     talk(opened, opened.recv(1 << 16))
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        port = listener.getsockname()[1]
-        connection = KeptConnection(Peer(host="127.0.0.1", port=port))
-        yield connection
-        connection.close()
+        yield made
+        made.pool.close()
         thread.join(180)
 
 
@@ -89,9 +98,10 @@ def says(*pieces: bytes) -> Talk:
     return talk
 
 
-def ask(connection: KeptConnection, *, seconds: float = 180, longest: int = 1000, body: bytes | None = None) -> Answer:
+def ask(made: Made | HTTPConnectionPool, *, seconds: float = 180, longest: int = 1000) -> Answer:
     """One request."""
-    return connection.sent("GET", "/x", {"Accept": "*/*"}, body, seconds=seconds, longest=longest)()
+    connections = made.pool if isinstance(made, Made) else made
+    return http.ask(connections, "GET", "/x", {"Accept": "*/*"}, seconds=seconds, longest=longest)
 
 
 WHOLE = {
@@ -99,7 +109,7 @@ WHOLE = {
     "chunks": b"HTTP/1.1 200 OK\r\nX: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nT: x\r\n\r\n",
     "till the end": b"HTTP/1.1 200 OK\r\nX: a\r\n\r\nhello",
     "after 100": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 \r\nX: a\r\nContent-Length: 5\r\n\r\nhello",
-    "after 102 and 103": b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nX: b\r\nContent-Length: 9\r\n\r\n"
+    "after 100 twice": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 \r\nX: b\r\nContent-Length: 9\r\n\r\n"
     b"HTTP/1.1 200 OK\r\nX: a\r\nContent-Length: 5\r\n\r\nhello",
     "version 1.0": b"HTTP/1.0 200 OK\r\nX: a\r\n\r\nhello",
     "one length twice": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\ncontent-length:5 \r\nX:\ta\r\n\r\nhello",
@@ -110,15 +120,16 @@ WHOLE = {
 def test_reads_a_whole_answer_however_it_is_cut(text: bytes) -> None:
     """With a length, in chunks or until the end; in one piece or a byte at a time."""
     for pieces in ([text], [text[n : n + 1] for n in range(len(text))]):
-        with server(says(*pieces)) as connection:
-            found = ask(connection)
+        with server(says(*pieces)) as made:
+            found = ask(made)
             assert (found.status, found.headers["x"], found.body) == (200, "a", b"hello")
 
 
 BROKEN = {
     "no HTTP": b"SSH-2.0-OpenSSH\r\n\r\n",
     "an upgrade": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
-    "interim answers without end": b"HTTP/1.1 102 Processing\r\n\r\n" * 3000,
+    "another interim answer": b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    "interim answers without end": b"HTTP/1.1 100 Continue\r\n\r\n" * 3000,
     "no status": b"HTTP/1.1 abc OK\r\n\r\n",
     "another version": b"HTTP/2 200 OK\r\nContent-Length: 0\r\n\r\n",
     "gzip": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
@@ -139,25 +150,25 @@ BROKEN = {
 @pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
 def test_what_is_no_whole_answer_is_none(text: bytes) -> None:
     """It ends the connection, and the next request makes another one."""
-    with server(says(text), says(WHOLE["a length"])) as connection:
+    with server(says(text), says(WHOLE["a length"])) as made:
         with pytest.raises((UnreachableError, TooLongError)):
-            ask(connection)
-        assert ask(connection).body == b"hello"
-        assert not connection.is_kept
+            ask(made)
+        assert ask(made).body == b"hello"
+        assert made.accepted == 2
 
 
 def test_an_odd_line_of_a_head_is_named() -> None:
     """An administrator reads which line it is, and not only that there is one."""
     text = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nlog in first\r\nX: a\r\n\r\nhello"
-    with server(says(text)) as connection, pytest.raises(UnreachableError, match=r"log in first.* in the head"):
-        ask(connection)
+    with server(says(text)) as made, pytest.raises(UnreachableError, match=r"log in first.* in the head"):
+        ask(made)
 
 
 def test_a_body_that_breaks_off_leaves_its_status() -> None:
     """The status of an error says enough."""
-    with server(says(b"HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{")) as connection:
+    with server(says(b"HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{")) as made:
         with pytest.raises(BrokenOffError) as e:
-            ask(connection)
+            ask(made)
         assert e.value.status == 403
 
 
@@ -166,8 +177,8 @@ def test_an_answer_has_its_limit(head: bytes) -> None:
     """The limit counts for each way to announce a length."""
     body = b"7D0\r\n" + b"x" * 2000 if b"chunked" in head else b"x" * 2000
     text = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body
-    with server(says(text)) as connection, pytest.raises(TooLongError):
-        ask(connection)
+    with server(says(text)) as made, pytest.raises(TooLongError):
+        ask(made)
 
 
 def test_one_limit_of_time_is_for_all_of_it() -> None:
@@ -181,10 +192,10 @@ def test_one_limit_of_time_is_for_all_of_it() -> None:
             time.sleep(0.6)  # ten minutes, or until the client hangs up
 
     for talk in (drips, lambda opened, _: opened.recv(1)):
-        with server(talk) as connection:
+        with server(talk) as made:
             begin = time.monotonic()
             with pytest.raises(LateError):
-                ask(connection, seconds=0.2)
+                ask(made, seconds=0.2)
             assert time.monotonic() - begin < 300
 
 
@@ -205,13 +216,13 @@ def test_a_connection_is_kept_and_nothing_is_left_on_it() -> None:
         sent.set()
         opened.recv(1000)
 
-    with server(twice, late, says(whole)) as connection:
-        assert (ask(connection).body, connection.is_kept) == (b"hello", False)
-        assert (ask(connection).body, connection.is_kept) == (b"hello", True)
-        assert (ask(connection).body, connection.is_kept) == (b"hello", False)
+    with server(twice, late, says(whole)) as made:
+        assert (ask(made).body, made.accepted) == (b"hello", 1)
+        assert (ask(made).body, made.accepted) == (b"hello", 1)
+        assert (ask(made).body, made.accepted) == (b"hello", 2)
         read.set()
         assert sent.wait(180)
-        assert (ask(connection).body, connection.is_kept) == (b"hello", False)
+        assert (ask(made).body, made.accepted) == (b"hello", 3)
 
 
 @pytest.mark.parametrize("says_so", [True, False])
@@ -234,41 +245,13 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool,
         thread.start()
         port = listener.getsockname()[1]
         trusting = tls_context(files.ca, None, None) if is_backend else http.context(files.ca.read_bytes(), None, None)
-        connection = KeptConnection(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
+        connections = pool(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
         if says_so:
-            assert ask(connection).body == b"hello"
+            assert ask(connections).body == b"hello"
         else:
             with pytest.raises(BrokenOffError):
-                ask(connection)
-        connection.close()
+                ask(connections)
         thread.join(180)
-
-
-@pytest.mark.parametrize("answers", [True, False])
-def test_only_an_answer_that_has_come_has_more_time(tmp_path: Path, answers: bool) -> None:
-    """Its caller read others' meanwhile; the tickets of a TLS server that says nothing else are no answer."""
-    files, now, is_there = cfssl.make_tls(tmp_path), [0.0], threading.Event()
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(files.server_cert, files.server_key)
-    trusting = http.context(files.ca.read_bytes(), None, None)
-
-    def serve(opened: socket.socket) -> None:
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the answer is there when it was sent
-        with tls.wrap_socket(opened, server_side=True) as secure:
-            secure.recv(1 << 16)
-            secure.sendall(WHOLE["a length"] if answers else b"")
-            is_there.set()
-            secure.recv(1)
-
-    with tcp(serve) as port, mock.patch.object(http, "time", mock.Mock(monotonic=lambda: now[0])):
-        connection = KeptConnection(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
-        read = connection.sent("GET", "/x", {}, seconds=100)
-        assert is_there.wait(180)
-        now[0], begin = 100.5, time.monotonic()
-        with contextlib.nullcontext() if answers else pytest.raises(LateError):
-            assert read().body == b"hello"
-        assert time.monotonic() - begin < 5  # a tenth is 10
-        connection.close()
 
 
 @pytest.mark.parametrize("odd", range(3))
@@ -304,7 +287,7 @@ def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path
         port = listener.getsockname()[1]
         peer = Peer(host="127.0.0.1", port=port, tls=lambda: trusting, alert_seconds=180)
         with pytest.raises(ClientRefusedError) as e:
-            ask(KeptConnection(peer))
+            ask(pool(peer))
         thread.join(180)
     assert isinstance(e.value.__cause__, ssl.SSLError)
     assert "CERTIFICATE_REQUIRED" in str(e.value.__cause__)
@@ -315,6 +298,7 @@ def test_requests_that_are_cut_off_together_listen_for_one_alert(
 ) -> None:
     """Each would wait as long; a later one listens anew. A client of the cluster comes to a server as the same peer."""
     files, connect, made = cfssl.make_tls(tmp_path), http._connected, list[Peer]()
+    begun = threading.Barrier(1)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.server_cert, files.server_key)
     trusting = http.context(files.ca.read_bytes(), None, None)
@@ -328,6 +312,8 @@ def test_requests_that_are_cut_off_together_listen_for_one_alert(
 
     def counted(peer: Peer, seconds: float) -> socket.socket:
         made.append(peer)
+        if seconds > 1:  # a request, and none listens for an alert before all have begun
+            begun.wait(180)
         return connect(peer, seconds)
 
     monkeypatch.setattr(http, "_connected", counted)
@@ -336,10 +322,11 @@ def test_requests_that_are_cut_off_together_listen_for_one_alert(
         thread.start()
         peer = Peer(host="127.0.0.1", port=listener.getsockname()[1], tls=lambda: trusting, alert_seconds=0.2)
         for requests, connections in ((3, 4), (1, 6)):
-            reads = [KeptConnection(peer).sent("GET", "/x", {}, seconds=180) for _ in range(requests)]
-            for read in reads:
-                with pytest.raises(UnreachableError):
-                    read()
+            begun = threading.Barrier(requests)
+            with ThreadPoolExecutor(requests) as threads:
+                for asked in [threads.submit(ask, pool(peer)) for _ in range(requests)]:
+                    with pytest.raises(UnreachableError):
+                        asked.result()
             assert len(made) == connections
         with connect(peer, 180) as opened:
             opened.sendall(b"end")
@@ -366,7 +353,7 @@ def test_a_connection_that_is_reset_before_the_handshake_is_closed(monkeypatch: 
         tls = http.context(None, None, None)
         tls.sslsocket_class = ssl.SSLSocket  # tests/conftest.py has ours in each context
         with pytest.raises(UnreachableError, match="reset"):
-            ask(KeptConnection(Peer(host="127.0.0.1", port=listener.getsockname()[1], tls=lambda: tls)))
+            ask(pool(Peer(host="127.0.0.1", port=listener.getsockname()[1], tls=lambda: tls)))
         gc.collect()
     assert warned == []
 
@@ -374,17 +361,15 @@ def test_a_connection_that_is_reset_before_the_handshake_is_closed(monkeypatch: 
 @pytest.mark.parametrize("target", ["/a b", "/a\r\nX: y", "/ä", "/\x00"])
 def test_a_target_is_one_word(target: str) -> None:
     """Nothing in it makes another header, or another request."""
-    connection = KeptConnection(Peer(host="127.0.0.1", port=1))
     with pytest.raises(ValueError, match="quoted"):
-        connection.sent("GET", target, {}, seconds=1)
+        http.ask(pool(Peer(host="127.0.0.1", port=1)), "GET", target, {}, seconds=1)
 
 
 @pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "\x00"])
 def test_a_header_is_one_line(value: str) -> None:
     """Nothing in it makes another one."""
-    connection = KeptConnection(Peer(host="127.0.0.1", port=1))
     with pytest.raises(ValueError, match="one line"):
-        connection.sent("GET", "/", {"X": value}, seconds=1)
+        http.ask(pool(Peer(host="127.0.0.1", port=1)), "GET", "/", {"X": value}, seconds=1)
 
 
 @given(st.binary(max_size=300))
@@ -394,11 +379,9 @@ def test_whatever_comes_is_an_answer_or_an_error_of_ours(text: bytes) -> None:
     with theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\n" + text)
         theirs.shutdown(socket.SHUT_WR)
-        connection = KeptConnection(Peer(host="h", port=1))
-        connection._socket = ours
-        with mock.patch.object(http, "_has_come", return_value=False), suppress(UnreachableError, TooLongError):
-            assert ask(connection).status == 200
-        connection.close()
+        with mock.patch.object(http, "_connected", return_value=ours), suppress(UnreachableError, TooLongError):
+            assert ask(pool(Peer(host="h", port=1))).status == 200
+        ours.close()
 
 
 # --- TLS, and clients of components -------------------------------------------------------------------------------------
@@ -639,7 +622,7 @@ def test_the_key_is_never_on_disk(pki: Path) -> None:
     program = """
 import os, sys
 from pathlib import Path
-from backends.http import tls_context
+from backends.settings import tls_context
 from bridge.system import http
 opened = []
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -659,9 +642,12 @@ print(opened)
 
 def test_an_answer_whose_source_was_closed_before_it_is_closed_without_a_word() -> None:
     """As the garbage collector may do it after a cut-off answer: Python 3.13 printed a traceback on the operator's terminal."""
-    opened = mock.Mock(makefile=lambda _: io.BytesIO(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe"))
-    answer = http._Response(opened, method="GET")
-    answer.begin()
-    answer.fp.close()
-    answer.close()
-    assert answer.closed
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe")
+        with mock.patch.object(http, "_connected", return_value=ours):
+            stream = http.Stream(pool(Peer(host="h", port=1)), "/", {}, seconds=180)
+        answer = stream._response._original_response  # type: ignore[attr-defined]
+        answer.fp.close()
+        answer.close()
+        assert answer.closed
