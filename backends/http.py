@@ -75,7 +75,7 @@ class _OneServer(HTTPAdapter):
         """Send a request once, with none of the caller's other options."""
         with http.exchange(self._seconds):
             response = super().send(request, stream=True)
-            # requests would undo an encoding that nobody asked for: a small answer could become a large one
+            # requests would undo an encoding that was not asked for: a small answer could become a large one
             response.raw.headers.discard("content-encoding")
             self.clock = (response.headers.get("date", ""), datetime.now(UTC))
             try:

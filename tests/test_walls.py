@@ -292,10 +292,11 @@ def pool_wall(source: str, module: str) -> Iterator[str]:
 
 def logger_wall(source: str, module: str) -> Iterator[str]:
     """`console.set_up` gives its form to the logger `ca-bridge` and those below it, and to no other."""
-    del module
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ".".join(_dotted(node.func)).endswith("getLogger"):
             name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if (module, name) == ("bridge.system.http", "urllib3"):  # which it silences
+                continue
             if not within(str(name).replace("ca-bridge", "ca_bridge"), "ca_bridge"):
                 yield ast.unparse(node)
 

@@ -317,7 +317,7 @@ def test_what_is_cut_off_may_come_whole_the_next_time(tls: est.Tls, scheme: str,
 
 
 def test_a_server_that_goes_away_in_the_handshake(tls: est.Tls) -> None:
-    """As behind a TCP load balancer without servers; nothing that listens is told from that."""
+    """As behind a TCP load balancer without servers; the hint differs from that of a closed port."""
     with server(says(b"")) as url:
         e = failure(url.replace("http:", "https:"), tls)
     assert isinstance(e, BackendUnavailableError)
