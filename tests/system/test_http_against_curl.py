@@ -146,11 +146,11 @@ def by_curl(peer: Peer, number: int, directory: Path) -> Verdict:
 
 def by_us(peer: Peer, number: int, *odd: type[Exception]) -> Verdict:
     """The answer by our client; `odd`: what http.client raises at lengths that our checks refuse."""
-    connections = pool(peer)
-    with contextlib.closing(connections):
+    broken: tuple[type[Exception], ...] = (HttpsError, *odd)
+    with contextlib.closing(pool(peer)) as connections:
         try:
             answer = ask(connections, "GET", f"/{number}", {}, seconds=_SECONDS)
-        except (HttpsError, *odd):
+        except broken:
             return Verdict(is_whole=False)
     return Verdict(is_whole=True, status=answer.status, body=answer.body)
 
