@@ -180,9 +180,10 @@ def new_etcd_ca(bridge: LiveBridge, directory: Path) -> Iterator[None]:
     desk = opensslca.make_ca_directory(directory, pem(signer.certificate), key_pem(signer.key))
     mount = f"{bridge.node.name}-etcd-ca"
     other = f'backend = "other"\n\n[backend.other]\ntype = "openssl"\ndir = "{desk}"\n'
-    assert settings.count(f'backend = "{mount}"\nmount = "{mount}"') == 1
+    asks = f'backend = "{mount}"\nmount = "{mount}"\nrole = "kubeadm-{{name}}"'
+    assert settings.count(asks) == 1
     file.write_bytes(pem(signer.certificate) + old)
-    bridge.config.write_text(settings.replace(f'backend = "{mount}"\nmount = "{mount}"', other))
+    bridge.config.write_text(settings.replace(asks, other))
     try:
         yield
     finally:
