@@ -210,7 +210,7 @@ ROLES: Mapping[str, Mapping[str, object]] = {
         **_ROLE, "allowed_domains": ["system:node:*", "*"], "organization": ["system:nodes"], "server_flag": True,
     },
     "kubeadm-user": {**_ROLE, "allowed_domains": ["*"], "organization": ["developers"], "client_flag": True},
-    "kubeadm-cp1-apiserver": {**_ROLE, "allowed_domains": ["*"], "server_flag": True},
+    "kubeadm-apiserver": {**_ROLE, "allowed_domains": ["*"], "server_flag": True},
 }  # fmt: skip
 
 

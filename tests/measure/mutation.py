@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache/mutation"
 #: By file the fast tests that are its own; none needs a server, and one the kit's judge.
 _CHECKS = (
-    *(f"tests/pki/test_{name}.py" for name in ("der", "certificates", "csr", "go_x509", "identity", "verify")),
+    *(f"tests/pki/test_{name}.py" for name in ("der", "certificates", "csr", "go_x509", "verify")),
     "tests/attack/test_judge.py::test_what_go_refuses_is_refused",
 )
 #: But for three that try hundreds of damaged bundles each.
