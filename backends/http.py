@@ -1,10 +1,9 @@
-"""HTTP for all backends: limits of time and size, one TLS context, no environment variables, one mapping of errors."""
+"""HTTP for all backends, by requests: limits of time and size, no environment variables, one mapping of errors."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
+import io
 import re
 import socket
 import ssl
@@ -12,16 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, TypeVar
 
-import requests
-from cryptography import x509
-from cryptography.x509.oid import NameOID
+from requests import PreparedRequest, Response, Session
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
 
-from bridge.contract import Backend, CredentialEnd, Secret, SecretUnavailableError
+from bridge.contract import Backend
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -29,32 +26,17 @@ from bridge.errors import (
     LocalFileError,
     NoVerdictError,
     SettingsError,
-    SettingsProblem,
 )
 from bridge.pki.budget import of_server
-from bridge.system.http import (
-    Answer,
-    BrokenOffError,
-    ClientRefusedError,
-    HandshakeError,
-    HttpsError,
-    Peer,
-    TooLongError,
-    UntrustedError,
-    ask,
-    context,
-    is_cut_off,
-    pool,
-)
-from bridge.system.paths import open_regular
+from bridge.system import http
 from bridge.words import one_line
 
 #: Time limit for the second look at a broken connection.
 _ALERT_SECONDS = 5.0
 #: The hint for a server whose certificate is not valid yet.
 _CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
-#: Headers that the connection writes itself.
-_OWN_HEADERS = frozenset({"host", "content-length", "accept-encoding", "connection"})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +49,62 @@ class Wording:
     silent: str = ""  #: The hint if there is no answer and the cause says nothing.
     cut_off: str = ""  #: The hint if the server closed the connection without an answer.
     status_suffices: bool = False  #: An error's status counts even if its body broke off.
+
+
+class _OneServer(HTTPAdapter):
+    """
+    Sends each request to one server, whatever its URL is, and reads the whole answer within the limits (HttpsError).
+
+    It opens connections on demand, keeps them, and repeats nothing.
+    """
+
+    def __init__(self, peer: http.Peer, seconds: float, *, status_suffices: bool) -> None:
+        self._peer, self._seconds, self._status_suffices = peer, seconds, status_suffices
+        self.clock = ("", datetime.now(UTC))  #: The header `Date` of the latest answer, and when that came.
+        super().__init__()
+        self._pool = http.pool(peer)
+
+    def get_connection_with_tls_context(self, *_: Any, **__: Any) -> Any:
+        """The server's pool, which has its own TLS context."""
+        return self._pool
+
+    def cert_verify(self, *_: Any, **__: Any) -> None:
+        """Leave the pool's TLS as it is."""
+
+    def send(self, request: PreparedRequest, *_: Any, **__: Any) -> Response:
+        """Send a request once, with none of the caller's other options."""
+        with http.exchange(self._seconds):
+            response = super().send(request, stream=True)
+            # requests would undo an encoding that was not asked for: a small answer could become a large one
+            response.raw.headers.discard("content-encoding")
+            self.clock = (response.headers.get("date", ""), datetime.now(UTC))
+            try:
+                response.content  # noqa: B018 (reads it)
+            except http.BrokenOffError:
+                if not self._status_suffices or response.status_code < 300:  # noqa: PLR2004
+                    raise
+                response.raw = io.BytesIO()  # the reason is lost, the status says enough
+        return response
+
+    def close(self) -> None:
+        """Begin with new connections; the old ones are closed when no thread uses them any more."""
+        self._pool = http.pool(self._peer)
+        super().close()
+
+
+class _Session(Session):
+    """A session that takes nothing from the environment, keeps no cookies, and follows no redirect."""
+
+    def __init__(self, adapter: HTTPAdapter) -> None:
+        super().__init__()
+        self.trust_env = False
+        self.headers = CaseInsensitiveDict({"Accept-Encoding": "identity"})
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, adapter)
+
+    def get_redirect_target(self, resp: Response) -> None:
+        """No answer leads to another place."""
 
 
 class Http:
@@ -82,80 +120,46 @@ class Http:
         connection, and reads its files again (SettingsError: a file can't be used).
         """
         self._wording = wording
-        self._seconds = timeout.total_seconds()
-        self._peer = Peer.of(url, tls, alert_seconds=min(self._seconds, _ALERT_SECONDS))
-        if self._peer.tls:
+        seconds = timeout.total_seconds()
+        peer = http.Peer.of(url, tls, alert_seconds=min(seconds, _ALERT_SECONDS))
+        if peer.tls:
             tls()  # trouble is found now, not in the middle of a renewal
-        self._pool = pool(self._peer)
-        self._clock = ("", datetime.now(UTC))  # the header `Date` of the latest answer, and when that came
-        self._session = requests.Session()
-        self._session.trust_env = False  # no .netrc
+        self._adapter = _OneServer(peer, seconds, status_suffices=wording.status_suffices)
+        self.session = _Session(self._adapter)
 
-    def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
-        """Send one request without the overhead of `requests`; any status is an answer (BackendError: none came)."""
-        return self._answer(f"{method} {url}", lambda: self._exchange(method, _target(url), headers, body))
+    def request(self, method: str, url: str, where: str = "", **options: Any) -> Response:
+        """Send one request (`requests.Request` has the options); any status is an answer; messages name `where`."""
+        with self.errors(where or url):
+            return self.session.request(method, url, **options)
 
     @property
     def clock_ahead(self) -> timedelta | None:
         """How far the server's clock was ahead of ours at its latest answer (RFC 9110 §6.6.1); None: it did not say."""
-        date, now = self._clock
-        try:
-            return parsedate_to_datetime(date) - now
-        except (ValueError, TypeError, OverflowError):
-            return None
-
-    def request(self, method: str, url: str, where: str = "", **options: Any) -> Answer:
-        """Send what `requests.Request` makes of the options; errors as for `ask`, messages name `where`."""
-
-        def answer() -> Answer:
-            request = self._session.prepare_request(requests.Request(method, url, **options))
-            headers = {name: str(value) for name, value in request.headers.items() if name.lower() not in _OWN_HEADERS}
-            body = request.body.encode() if isinstance(request.body, str) else request.body
-            if body is None and "Content-Length" in request.headers:
-                body = b""
-            return self._exchange(method, request.path_url, headers, body)
-
-        return self._answer(where or url, answer)
+        date, now = self._adapter.clock
+        return None if (moment := _moment(date)) is None else moment - now
 
     def close(self) -> None:
         """Close the connections that are not in use."""
-        self._pool = pool(self._peer)  # the old one closes when no thread uses it
-
-    def _exchange(self, method: str, target: str, headers: Mapping[str, str], body: bytes | None) -> Answer:
-        return ask(self._pool, method, target, headers, body, seconds=self._seconds)
-
-    # --- errors -------------------------------------------------------------------------------------------------------
-
-    def _answer(self, where: str, exchange: Callable[[], Answer]) -> Answer:
-        with self._errors(where):
-            try:
-                answer = exchange()
-            except BrokenOffError as e:
-                if not self._wording.status_suffices or 200 <= e.status < 300:  # noqa: PLR2004
-                    raise
-                answer = Answer(status=e.status, body=b"")  # the reason is lost, the status says enough
-        self._clock = (answer.headers.get("date", ""), datetime.now(UTC))
-        return answer
+        self.session.close()
 
     @contextlib.contextmanager
-    def _errors(self, where: str) -> Iterator[None]:
+    def errors(self, where: str) -> Iterator[None]:
         """The one place where a failure to get an answer becomes a backend's error."""
-        name = self._wording.name
         try:
             yield
-        except HttpsError as e:
+        except http.HttpsError as e:
             raise self._error(where, e) from e
         except SettingsError as e:  # the files were good when we began
-            raise LocalFileError(f"{name}: {e}", hint=e.hint) from e
-        except ValueError as e:  # its text may quote a header's value, as in `requests`
-            text = f"{name}: {where}: the request could not be made: {type(e).__name__}"
+            raise LocalFileError(f"{self._wording.name}: {e}", hint=e.hint) from e
+        except ValueError as e:  # its text may quote a header's value
+            text = f"{self._wording.name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
 
-    def _error(self, where: str, error: HttpsError) -> BackendError:
+    def _error(self, where: str, error: http.HttpsError) -> BackendError:
         wording, cause = self._wording, error.__cause__
-        if isinstance(error, TooLongError):
+        if isinstance(error, http.TooLongError):
             return NoVerdictError(f"{wording.name}: {where}: {error}", hint=wording.not_ours)
-        if isinstance(error, UntrustedError | ClientRefusedError | HandshakeError):
+        if isinstance(error, http.UntrustedError | http.ClientRefusedError | http.HandshakeError):
             text = one_line(cause or error)
             hint = _CLOCK_HINT if "not yet valid" in text else wording.tls(text)
             return NoVerdictError(f"{wording.name}: {where}: TLS: {text}", hint=hint)
@@ -165,10 +169,8 @@ class Http:
         if isinstance(cause, ConnectionRefusedError):
             return "nothing listens there: is the server up, and is the port in `url` right?"
         if isinstance(cause, socket.gaierror):
-            return (
-                "the name could not be looked up: is the host in `url` right, and does this machine's resolver know it?"
-            )
-        if is_cut_off(cause) and self._wording.cut_off:
+            return "the name can't be looked up: is the host in `url` right, and does this machine's resolver know it?"
+        if http.is_cut_off(cause) and self._wording.cut_off:
             return self._wording.cut_off
         return self._wording.silent
 
@@ -183,25 +185,42 @@ class OverHttp(Backend):
         self._http.close()
 
 
-def _target(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
-def retry_after_seconds(answer: Answer) -> float | None:
+def retry_after_seconds(answer: Response) -> float | None:
     """The seconds in a Retry-After header (RFC 9110 §10.2.3: seconds, or a date); None: no header, or neither."""
-    value = answer.headers.get("retry-after")
-    if value is None:
-        return None
+    value = answer.headers.get("retry-after", "")
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
+    return None if (moment := _moment(value)) is None else max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _moment(date: str) -> datetime | None:
+    """Parse a date (RFC 9110 §5.6.7); None: it is none, or has no time zone."""
     try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):  # TypeError: a date without a time zone
+        found = parsedate_to_datetime(date)
+    except (ValueError, TypeError, OverflowError):
         return None
+    return found if found.tzinfo is not None else None
+
+
+def look_until(
+    look: Callable[[], T], is_enough: Callable[[T], bool], seconds: float, pause_seconds: Callable[[int, T], float]
+) -> T:
+    """
+    Look at a CA's progress until it is enough, and return the last look, which begins when the time is over;
+    `pause_seconds` gets the number of pauses so far, and what was seen.
+    """
+    from tenacity import Retrying, retry_if_not_result, stop_after_delay  # noqa: PLC0415 (25 ms)
+
+    def wait(state: Any) -> float:
+        left: float = seconds - state.seconds_since_start
+        return max(0.0, min(pause_seconds(state.attempt_number - 1, state.outcome.result()), left))
+
+    return Retrying(
+        retry=retry_if_not_result(is_enough),
+        stop=stop_after_delay(max(0.0, seconds)),
+        wait=wait,
+        retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+    )(look)
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:
@@ -209,141 +228,6 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
     for value in hidden:
         text = text.replace(value, "…") if value else text
     return text
-
-
-def read_secret(place: Secret, what: str, hint: str) -> str:
-    """Read an operator's secret (LocalFileError, whose text begins with `what`: it can't be read)."""
-    try:
-        return place.read()
-    except SecretUnavailableError as e:
-        raise LocalFileError(f"{what}: {e}", hint=hint) from e
-
-
-def token_end(key: str, secret: Secret, token: str) -> list[CredentialEnd]:
-    """When a JWT in a backend's secret `key` expires, by its claims (RFC 7519 §4.1); empty for another token."""
-    try:
-        payload = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        issued, end = claims.get("iat"), datetime.fromtimestamp(claims["exp"], UTC)
-        begin = None if issued is None else datetime.fromtimestamp(issued, UTC)
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError, RecursionError):
-        return []
-    return [secret_end(key, secret, begin, end)]
-
-
-def secret_end(key: str, secret: Secret, begins: datetime | None, ends: datetime) -> CredentialEnd:
-    """When a secret expires, with the file that holds it."""
-    file = Path(secret.where) if secret.kind == "file" else None
-    return CredentialEnd(key=f"{key}_{secret.kind}", ends=ends, begins=begins, file=file)
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def pair_problems(client_cert: Path | None, client_key: Path | None, prefix: str = "") -> Iterator[SettingsProblem]:
-    """Find a client certificate without its key, or a key without its certificate; `prefix` begins both names."""
-    certificate, key = f"{prefix}client_cert", f"{prefix}client_key"
-    if (client_cert is None) != (client_key is None):
-        missing = certificate if client_cert is None else key
-        yield SettingsProblem(missing, f"both of {certificate} and {key}, or neither", "one of them")
-
-
-def url_problems(
-    url: str, wanted: str = "https://HOST[:PORT]", *, suffix: str = "", plain_http: bool | None = None, risk: str = ""
-) -> Iterator[SettingsProblem]:
-    """Find problems of a server's URL; `plain_http`: whether `http:` may lead to another machine; None: only https."""
-    try:
-        parts = urlsplit(url)
-        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
-    except ValueError:
-        yield SettingsProblem("url", wanted, "a host or port that can't be read")
-        return
-    schemes = {"https"} if plain_http is None else {"https", "http"}
-    if parts.username is not None:
-        yield SettingsProblem("url", "no user name or password in it: secrets are never written here", "one")
-    elif scheme not in schemes or not host or parts.query or parts.fragment or (suffix and suffix in parts.path):
-        yield SettingsProblem("url", wanted, repr(url))
-    elif scheme == "http" and not plain_http and not is_loopback(host):
-        risky = f"https://, or plain_http = true ({risk})"
-        yield SettingsProblem("url", risky, f"http:// to {host}, which is not this machine")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host is this machine, to which a secret may go in the clear."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def subject_of(client_cert: Path, backend: str) -> x509.Name:
-    """The subject of a client certificate (BackendRefusedError of this backend: the file has no readable one)."""
-    try:
-        with open_regular(client_cert) as file:
-            return x509.load_pem_x509_certificate(file.read()).subject
-    except (OSError, ValueError) as e:
-        text = f"{backend}: {client_cert}: wanted the client certificate, found {type(e).__name__}"
-        raise BackendRefusedError(text) from e
-
-
-def common_name(client_cert: Path, backend: str) -> str:
-    """The name in a client certificate, such as `CN=node-1`; errors as for `subject_of`."""
-    names = subject_of(client_cert, backend).get_attributes_for_oid(NameOID.COMMON_NAME)
-    return " ".join(f"CN={name.value!s}" for name in names)
-
-
-def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:
-    """
-    A context for TLS 1.2 or newer that checks the server's name and chain against a CA file or else the system's CAs,
-    and shows our certificate if there is one (SettingsError, with all files that can't be used).
-    """
-    # not create_default_context, which would obey SSLKEYLOGFILE
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.hostname_checks_common_name = False
-    problems = []
-    try:
-        if ca_file:
-            with open_regular(ca_file) as file:
-                context.load_verify_locations(f"/proc/self/fd/{file.fileno()}")
-        else:
-            load_system_cas(context)
-    except OSError as e:
-        problems.append(SettingsProblem("ca_file", "a file with PEM certificates", f"{ca_file}: {e.strerror}"))
-    if client_cert and client_key:
-        try:
-            with open_regular(client_cert) as one, open_regular(client_key) as other:
-                certificate, key = (f"/proc/self/fd/{file.fileno()}" for file in (one, other))
-                # without the function OpenSSL would ask the terminal for a passphrase, and a cron job would hang
-                context.load_cert_chain(certificate, key, password=lambda: "")
-        except (OSError, ValueError) as e:
-            reason = (isinstance(e, OSError) and e.strerror) or str(e)
-            wanted = "PEM files with a certificate and its key, not encrypted"
-            problems.append(SettingsProblem("client_cert", wanted, f"{client_cert} and {client_key}: {reason}"))
-    if problems:
-        raise SettingsError(problems)
-    return context
-
-
-def context_of(trust_pem: bytes, certificate_pem: bytes | None, key_pem: bytes | None) -> ssl.SSLContext:
-    """A context as `tls_context` makes it, from PEM in memory, with no other CAs (ValueError: PEM can't be used)."""
-    try:
-        made = context(trust_pem, certificate_pem, key_pem)
-    except HttpsError as e:
-        raise ValueError(str(e)) from None
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
-    made.hostname_checks_common_name = False
-    return made
-
-
-def load_system_cas(context: ssl.SSLContext) -> None:
-    """Trust the system's CAs in OpenSSL's built-in locations, whatever SSL_CERT_FILE says."""
-    built_in = ssl.get_default_verify_paths()
-    file, directory = Path(built_in.openssl_cafile), Path(built_in.openssl_capath)
-    if file.is_file():
-        context.load_verify_locations(cafile=file)
-    if directory.is_dir():
-        context.load_verify_locations(capath=directory)
 
 
 def json_object(body: bytes) -> dict[str, Any] | None:

@@ -204,8 +204,8 @@ _ALSO = {
     "backends.exec": ["bridge.system.run_command"],
     # a program, and a database of files with a lock like ours
     "backends.openssl": [f"bridge.system.{room}" for room in ("run_command", "files", "locks")],
-    # what a node can be called
-    "backends.kubernetes": ["bridge.pki.kubeadm_names"],
+    # what a node can be called, kubeconfigs, and the pauses between looks at an object
+    "backends.kubernetes": ["bridge.pki.kubeadm_names", "bridge.node.kubeconfig", "bridge.system.waiting"],
     # one login for all threads that want one, and a bounded memory of what is hidden
     "backends.vault": ["bridge.system.waiting"],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
@@ -229,7 +229,8 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     for name in imports(source, module):
         if within(name, "bridge") and not any(within(name, one) for one in allowed):
             yield name
-        if within(name, "backends") and not within(name, family) and not within(name, "backends.http"):
+        shared = (family, "backends.http", "backends.settings")
+        if within(name, "backends") and not any(within(name, one) for one in shared):
             yield name
 
 
@@ -291,10 +292,11 @@ def pool_wall(source: str, module: str) -> Iterator[str]:
 
 def logger_wall(source: str, module: str) -> Iterator[str]:
     """`console.set_up` gives its form to the logger `ca-bridge` and those below it, and to no other."""
-    del module
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ".".join(_dotted(node.func)).endswith("getLogger"):
             name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if (module, name) == ("bridge.system.http", "urllib3"):  # which it silences
+                continue
             if not within(str(name).replace("ca-bridge", "ca_bridge"), "ca_bridge"):
                 yield ast.unparse(node)
 
@@ -499,7 +501,7 @@ def test_the_wall_of_backends_can_fail(source: str) -> None:
     """A backend that reaches for more than the contract, or for another backend, is noticed."""
     allowed = (
         "from bridge.contract import Issued\nfrom bridge import errors\nfrom backends.openssl.index import Index\n"
-        "from backends.http import within\n"
+        "from backends.http import within\nfrom backends.settings import is_loopback\n"
     )
 
     assert list(backend_wall(source, "backends.openssl"))

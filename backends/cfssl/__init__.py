@@ -22,21 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cryptography import x509
+from requests import Response
 
-from backends.http import (
-    Http,
-    OverHttp,
-    Wording,
-    common_name,
-    json_object,
-    listed,
-    pair_problems,
-    read_secret,
-    retry_after_seconds,
-    tls_context,
-    url_problems,
-    without,
-)
+from backends.http import Http, OverHttp, Wording, json_object, listed, retry_after_seconds, without
+from backends.settings import common_name, pair_problems, read_secret, tls_context, url_problems
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -51,7 +40,6 @@ from bridge.contract import (
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem, Violation
 from bridge.pki.certificates import is_signed_by, load_pem_certificates
 from bridge.specs import EKU, PODS, SPECS, CertificateSpec
-from bridge.system.http import Answer
 from bridge.words import one_line
 
 API = "/api/v1/cfssl"
@@ -372,22 +360,22 @@ class _Reply:
 _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
 
 
-def _parse(answer: Answer, sent: Mapping[str, object]) -> _Reply:
+def _parse(answer: Response, sent: Mapping[str, object]) -> _Reply:
     """Read status and envelope; a request that the answer quotes is not shown, since anyone could send it again."""
     later = retry_after_seconds(answer)
-    envelope = json_object(answer.body)
+    envelope = json_object(answer.content)
     if envelope is None or "success" not in envelope:
-        text = answer.body.decode("utf-8", "replace").strip()
+        text = answer.content.decode("utf-8", "replace").strip()
         message = text if text in _PLAIN else _NOT_CFSSL
-        return _Reply(status=answer.status, message=message, retry_after_seconds=later)
+        return _Reply(status=answer.status_code, message=message, retry_after_seconds=later)
     result = envelope.get("result")
-    if answer.status == HTTPStatus.OK and envelope["success"] is True and isinstance(result, dict):
-        return _Reply(status=answer.status, result=result)
+    if answer.status_code == HTTPStatus.OK and envelope["success"] is True and isinstance(result, dict):
+        return _Reply(status=answer.status_code, result=result)
     errors = envelope.get("errors")
     first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
     code, secrets_sent = first.get("code"), [str(sent.get(key, "")) for key in ("token", "request")]
     return _Reply(
-        status=answer.status,
+        status=answer.status_code,
         code=code if isinstance(code, int) else None,
         message=one_line(without(str(first.get("message", "no reason given")), secrets_sent)),
         retry_after_seconds=later,

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.cmp.program import ENROLMENT, OLDEST_WITH_PROFILES, Log, Program, Ran, body_of, failure, quoted
-from backends.http import pair_problems, read_secret, subject_of, url_problems
+from backends.settings import pair_problems, read_secret, subject_of, url_problems
 from bridge.contract import (
     Backend,
     BackendSettings,

@@ -23,8 +23,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from requests import Response
 
-from backends.http import Http, OverHttp, Wording, json_object, retry_after_seconds, tls_context, url_problems
+from backends.http import Http, OverHttp, Wording, json_object, look_until, retry_after_seconds
+from backends.settings import tls_context, url_problems
 from bridge.contract import (
     GIVEN,
     BackendSettings,
@@ -51,7 +53,6 @@ from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, BundleError, 
 from bridge.pki.bundle_format import digest, dumps, is_authentic, loads_answer
 from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
 from bridge.specs import MASTERS, CertificateSpec
-from bridge.system.http import Answer
 from bridge.system.paths import read_public_key
 from bridge.words import one_line
 
@@ -124,9 +125,9 @@ class DoorBackend(OverHttp):
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask the door which CAs it has; only a request shows what its policy allows."""
         answer = self._ask("GET", "/v1/authorities")
-        if answer.status != HTTPStatus.OK:
+        if answer.status_code != HTTPStatus.OK:
             raise _error(answer)
-        there = (json_object(answer.body) or {}).get("authorities")
+        there = (json_object(answer.content) or {}).get("authorities")
         if not isinstance(there, list) or not all(isinstance(one, str) for one in there):
             raise BackendRefusedError("door: wanted a list of authorities, found something else", hint=_NOT_OURS)
         got = one_line(", ".join(there)) or "none"
@@ -139,7 +140,7 @@ class DoorBackend(OverHttp):
     def issuers_of(self, authority: str) -> list[x509.Certificate]:
         """The door's CA certificates of an authority, the signing one first; empty until it has reached that CA."""
         answer = self._ask("GET", f"/v1/authorities/{authority}")
-        if answer.status in {HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE}:
+        if answer.status_code in {HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE}:
             return []
         return self._certificates(answer)
 
@@ -185,23 +186,23 @@ class DoorBackend(OverHttp):
     def revoke_proven(self, revocation: Revocation) -> None:
         """Have the door's CA revoke a certificate; the proof shows which node asks, and the door's policy decides."""
         answer = self._ask("POST", "/v1/revocations", node_proofs.revocation_json(revocation))
-        if answer.status != HTTPStatus.OK:
+        if answer.status_code != HTTPStatus.OK:
             raise _error(answer)
 
     def _recalled(self, request: SignRequest) -> Issued | None:
         csr = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
         answer = self._ask("GET", f"/v1/certificates/{request.spec.name}/{csr}")
-        if answer.status == HTTPStatus.NOT_FOUND:
+        if answer.status_code == HTTPStatus.NOT_FOUND:
             return None
         leaf, *intermediates = self._certificates(answer)
         return Issued(leaf=leaf, intermediates=tuple(intermediates))
 
     @staticmethod
-    def _certificates(answer: Answer) -> list[x509.Certificate]:
-        if answer.status != HTTPStatus.OK:
+    def _certificates(answer: Response) -> list[x509.Certificate]:
+        if answer.status_code != HTTPStatus.OK:
             raise _error(answer)
         try:
-            return load_pem_certificates(answer.body)
+            return load_pem_certificates(answer.content)
         except ValueError as e:
             raise BackendRefusedError(f"door: wanted certificates in PEM, found: {one_line(e)}") from e
 
@@ -211,11 +212,13 @@ class DoorBackend(OverHttp):
             wanted = f"wanted at most {LARGEST_REQUEST_BYTES} bytes in the bundle of one request, found {len(data)}"
             return BackendRefusedError(f"door: {wanted}", hint=_LARGE_HINT)
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
-        if answer.status != HTTPStatus.ACCEPTED:
-            if answer.status == HTTPStatus.FORBIDDEN or (answer.status == HTTPStatus.BAD_REQUEST and _said(answer)):
+        if answer.status_code != HTTPStatus.ACCEPTED:
+            if answer.status_code == HTTPStatus.FORBIDDEN or (
+                answer.status_code == HTTPStatus.BAD_REQUEST and _said(answer)
+            ):
                 return _error(answer)  # the next bundle may be taken
             raise _error(answer)
-        request_digest, reference = digest(bundle), (json_object(answer.body) or {}).get("id")
+        request_digest, reference = digest(bundle), (json_object(answer.content) or {}).get("id")
         if not isinstance(reference, str) or _REFERENCE.fullmatch(f"{request_digest}@{reference}") is None:
             raise BackendRefusedError("door: the door's answer has no id of a request", hint=_NOT_OURS)
         return Pending(reference=f"{request_digest}@{reference}", note=f"the door has request {request_digest[:16]}")
@@ -240,40 +243,46 @@ class DoorBackend(OverHttp):
 
     def _awaited(self, waiting: Pending, end: float) -> AnswerBundle | Pending:
         """Wait for the answer; Pending when the time is over."""
-        pause, left = 0.0, self._settings.wait.total_seconds()  # one look, even where other bundles took all the time
-        while left > 0:
-            time.sleep(min(pause, left))
-            answer = self._look(waiting.reference)
-            pause = min(retry_after_seconds(answer) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
-            looked = self._read(answer, waiting.reference)
-            if isinstance(looked, AnswerBundle):
-                return looked
-            waiting, left = looked or waiting, end - time.monotonic()
-        return waiting
+        if not self._settings.wait:
+            return waiting
 
-    def _look(self, reference: str) -> Answer:
+        def look() -> tuple[AnswerBundle | Pending | None, float]:
+            answer = self._look(waiting.reference)
+            pause_seconds = min(retry_after_seconds(answer) or _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+            return self._read(answer, waiting.reference), pause_seconds
+
+        # one look, even where other bundles took all the time
+        read, _ = look_until(
+            look, lambda seen: isinstance(seen[0], AnswerBundle), end - time.monotonic(), lambda _, seen: seen[1]
+        )
+        return read or waiting
+
+    def _look(self, reference: str) -> Response:
         match = _REFERENCE.fullmatch(reference)
         if match is None:
             hint = "`ca-bridge pending cancel` makes room for a new request"
             raise BackendRefusedError("door: wanted a reference of the door, found another text", hint=hint)
         return self._ask("GET", f"/v1/requests/{match[2]}")
 
-    def _ask(self, method: str, path: str, body: bytes | None = None, more: Mapping[str, str] | None = None) -> Answer:
+    def _ask(
+        self, method: str, path: str, body: bytes | None = None, more: Mapping[str, str] | None = None
+    ) -> Response:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if body is not None else {})
         headers |= more or {}
-        return self._http.ask(method, self._settings.url.rstrip("/") + path, headers, body)
+        url = self._settings.url.rstrip("/") + path
+        return self._http.request(method, url, f"{method} {url}", headers=headers, data=body)
 
-    def _read(self, answer: Answer, reference: str) -> AnswerBundle | Pending | None:
+    def _read(self, answer: Response, reference: str) -> AnswerBundle | Pending | None:
         """The answer bundle to this request, or Pending; None: the door does not know it."""
-        if answer.status == HTTPStatus.NOT_FOUND:
+        if answer.status_code == HTTPStatus.NOT_FOUND:
             return None
-        if answer.status == HTTPStatus.ACCEPTED:
-            note = (json_object(answer.body) or {}).get("note")
+        if answer.status_code == HTTPStatus.ACCEPTED:
+            note = (json_object(answer.content) or {}).get("note")
             return Pending(reference=reference, note=one_line(note, 500) if isinstance(note, str) else "")
-        if answer.status != HTTPStatus.OK:
+        if answer.status_code != HTTPStatus.OK:
             raise _error(answer)
         try:
-            bundle = loads_answer(answer.body)
+            bundle = loads_answer(answer.content)
         except BundleError as e:
             raise NoVerdictError(f"door: wanted an answer bundle, found: {e}", hint=_NOT_OURS) from e
         if bundle.request_digest != reference.partition("@")[0]:
@@ -315,19 +324,19 @@ def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) 
     return BackendRefusedError(f"{signer}: this door has no CA for {request.spec.authority.name}")
 
 
-def _said(answer: Answer) -> str:
+def _said(answer: Response) -> str:
     """The door's own words; empty for an answer from a proxy in front of it."""
-    said = (json_object(answer.body) or {}).get("error")
+    said = (json_object(answer.content) or {}).get("error")
     return one_line(said, 2000) if isinstance(said, str) else ""
 
 
-def _error(answer: Answer) -> BackendError:
-    text = ", ".join(filter(None, (f"door: HTTP {answer.status}", _said(answer))))
-    if answer.status in _LATER:
+def _error(answer: Response) -> BackendError:
+    text = ", ".join(filter(None, (f"door: HTTP {answer.status_code}", _said(answer))))
+    if answer.status_code in _LATER:
         wanted = retry_after_seconds(answer)
         return BackendUnavailableError(text, retry_after_seconds=wanted)
-    kind = BackendRefusedError if _said(answer) and answer.status != HTTPStatus.UNAUTHORIZED else NoVerdictError
-    return kind(text, hint=_HINTS.get(answer.status, _NOT_OURS))
+    kind = BackendRefusedError if _said(answer) and answer.status_code != HTTPStatus.UNAUTHORIZED else NoVerdictError
+    return kind(text, hint=_HINTS.get(answer.status_code, _NOT_OURS))
 
 
 #: The policy's own default, and the types of SANs that its rules can name.

@@ -30,18 +30,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from requests.auth import HTTPBasicAuth
 
-from backends.http import (
-    Http,
-    OverHttp,
-    Wording,
-    common_name,
-    pair_problems,
-    read_secret,
-    retry_after_seconds,
-    tls_context,
-    url_problems,
-    without,
-)
+from backends.http import Http, OverHttp, Wording, retry_after_seconds, without
+from backends.settings import common_name, pair_problems, read_secret, tls_context, url_problems
 from bridge.contract import (
     BackendSettings,
     Issued,
@@ -92,7 +82,7 @@ class EstSettings(BackendSettings):
     password: Secret | None = None  #: The password of `username`.
 
     def tls_context(self) -> ssl.SSLContext:
-        """A TLS context for one thread; see `backends.http.tls_context`."""
+        """A TLS context for one thread; see `backends.settings.tls_context`."""
         context = tls_context(self.ca_file, self.client_cert, self.client_key)
         # A server may want the certificate for some URLs only, and TLS 1.3 knows no renegotiation (RFC 8446 §4.6.2).
         context.post_handshake_auth = self.client_cert is not None
@@ -286,9 +276,9 @@ class EstBackend(OverHttp):
         answer = self._http.request(method, url, headers=headers, data=data, auth=auth)
         return Answer(
             where=url,
-            status=answer.status,
+            status=answer.status_code,
             headers=answer.headers,
-            body=answer.body,
+            body=answer.content,
             retry_after_seconds=retry_after_seconds(answer),
             hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
         )

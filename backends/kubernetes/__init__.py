@@ -11,37 +11,25 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 import re
 import ssl
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.http import (
-    Http,
-    OverHttp,
-    Wording,
-    context_of,
-    json_object,
-    object_of,
-    pair_problems,
-    read_secret,
-    retry_after_seconds,
-    tls_context,
-    token_end,
-    url_problems,
-)
+from backends.http import Http, OverHttp, Wording, json_object, look_until, object_of, retry_after_seconds
+from backends.settings import context_of, pair_problems, read_secret, tls_context, token_end, url_problems
 from bridge.contract import (
     BackendSettings,
     CredentialEnd,
@@ -64,9 +52,12 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
+from bridge.node import kubeconfig
+from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import is_for, load_pem_certificates
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
+from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
@@ -190,51 +181,28 @@ class KubernetesSettings(BackendSettings):
 def parse_kubeconfig(data: bytes, directory: Path) -> Access:
     """Server and credentials of a kubeconfig's current context (OSError: a file it names; ValueError: all else)."""
     try:
-        document = yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe loaders)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise ValueError("no mapping in YAML")  # noqa: TRY004 (of the file)
-    context = _named(document, "contexts", document.get("current-context"), "context")
-    cluster = _named(document, "clusters", context.get("cluster"), "cluster")
-    user = _named(document, "users", context.get("user"), "user")
-    for table, unsupported in ((user, "exec"), (user, "auth-provider"), (user, "username"), (cluster, "proxy-url"),
-                       (cluster, "tls-server-name"), (cluster, "insecure-skip-tls-verify")):  # fmt: skip
-        if table.get(unsupported):
-            raise ValueError(f"{unsupported}, which is not supported")
-    url = str(cluster.get("server") or "")
-    if any(url_problems(url)):
+        config, key, token = kubeconfig.parse(data), kubeconfig.key_data(data), kubeconfig.token_text(data)
+    except KubeconfigError as e:
+        raise ValueError(str(e)) from None
+    if unsupported := config.unsupported or (config.tls_server_name and "tls-server-name"):
+        raise ValueError(f"{unsupported}, which is not supported")
+    if any(url_problems(config.server)):
         raise ValueError("no https:// server")
-    trust = _data(cluster, "certificate-authority", directory)
-    certificate, key = _data(user, "client-certificate", directory), _data(user, "client-key", directory)
+
+    def part(embedded: bytes | None, file: str | None) -> bytes | None:
+        return embedded or (_bounded(directory / file) if file else None)
+
+    trust, key = part(config.ca_data, config.ca_file), part(key, config.key_file)
+    certificate = part(config.certificate_data, config.certificate_file)
     if trust is None:
         raise ValueError("no certificate-authority")
     if (certificate is None) != (key is None):
         raise ValueError("one of client-certificate and client-key, not both")
-    file, text = user.get("tokenFile"), str(user.get("token") or "").strip()
-    if certificate is None and not file and not text:
+    if certificate is None and not config.token_file and not token:
         raise ValueError("neither a client certificate nor a token")
-    token = Secret("file", str(directory / str(file))) if file else None
-    return Access(url=url, trust=trust, certificate=certificate, key=key, token=token, token_text="" if file else text)
-
-
-def _named(document: Mapping[str, Any], listing: str, name: object, key: str) -> Mapping[str, Any]:
-    entries = document.get(listing)
-    listed = entries if isinstance(entries, list) else []
-    found = [one for one in listed if isinstance(one, dict) and one.get("name") == name]
-    inner = found[0].get(key) if len(found) == 1 else None
-    if not isinstance(inner, dict):
-        raise ValueError(f"no one entry of {listing} that the current context leads to")  # noqa: TRY004 (of the file)
-    return inner
-
-
-def _data(table: Mapping[str, Any], key: str, directory: Path) -> bytes | None:
-    if embedded := table.get(f"{key}-data"):
-        try:
-            return base64.b64decode(str(embedded), validate=True)
-        except ValueError:
-            raise ValueError(f"something else than base64 in {key}-data") from None
-    return _bounded(directory / str(table[key])) if table.get(key) else None
+    place = Secret("file", str(directory / config.token_file)) if config.token_file else None
+    text = "" if place else token
+    return Access(url=config.server, trust=trust, certificate=certificate, key=key, token=place, token_text=text)
 
 
 def _bounded(path: Path) -> bytes:
@@ -385,15 +353,18 @@ class KubernetesBackend(OverHttp):
 
     def _awaited(self, request: SignRequest, reference: str, answer: Answer) -> Issued | Pending:
         """Look at the object until it is approved and signed, or refused; pending when `wait` is over."""
-        end, pause = time.monotonic() + self._settings.wait.total_seconds(), _FIRST_PAUSE_SECONDS
-        while (found := self._verdict(request, reference, answer.document)) is None:
-            left = end - time.monotonic()
-            if left <= 0:
-                return Pending(reference=reference, note=_note(answer.document))
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            answer = self._look(reference)
-        return found
+        answers = itertools.chain([answer], iter(partial(self._look, reference), None))
+
+        def look() -> Issued | Pending:
+            document = next(answers).document
+            return self._verdict(request, reference, document) or Pending(reference=reference, note=_note(document))
+
+        return look_until(
+            look,
+            lambda found: isinstance(found, Issued),
+            self._settings.wait.total_seconds(),
+            lambda looks, _: back_off_seconds(looks, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
+        )
 
     def _verdict(self, request: SignRequest, reference: str, document: Mapping[str, Any]) -> Issued | None:
         """The certificate; None: not yet. It counts only without Denied and Failed, since the API allows all three."""
@@ -469,10 +440,10 @@ class KubernetesBackend(OverHttp):
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         answer = self._http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
         later = retry_after_seconds(answer)
-        document = json_object(answer.body.replace(token.encode(), "…".encode()) if token else answer.body)
+        document = json_object(answer.content.replace(token.encode(), "…".encode()) if token else answer.content)
         # anything but an object is not quoted: it may come from anywhere
         document = {"message": "no object in JSON"} if document is None else document
-        return Answer(status=answer.status, document=document, retry_after_seconds=later)
+        return Answer(status=answer.status_code, document=document, retry_after_seconds=later)
 
 
 def _object(request: SignRequest, signer: str) -> dict[str, Any]:

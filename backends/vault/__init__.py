@@ -17,13 +17,14 @@ from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import OverHttp, listed, pair_problems, url_problems
+from backends.http import OverHttp, listed
+from backends.settings import pair_problems, url_problems
 from backends.vault.server import Answer, Tokens, identity_text, log, texts
 from bridge.contract import (
     BackendSettings,
@@ -49,6 +50,9 @@ from bridge.pki.certificates import (
 from bridge.specs import EKU, PODS, USER, CertificateSpec
 from bridge.system.waiting import workers
 from bridge.words import one_line
+
+if TYPE_CHECKING:
+    from hvac import Client
 
 #: The fields of `VaultAuth` that a method needs.
 _METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -161,7 +165,8 @@ class VaultBackend(OverHttp):
 
     def __init__(self, settings: VaultSettings) -> None:
         self._settings = settings
-        self._mount = quote(settings.mount.strip("/"))  # as the beginning of a path
+        self._plain_mount = settings.mount.strip("/")
+        self._mount = quote(self._plain_mount)  # as the beginning of a path
         self._tokens = Tokens.of(self, settings)
         self._server = self._tokens.server
         self._http = self._server.http
@@ -182,7 +187,8 @@ class VaultBackend(OverHttp):
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
         path, body = self._wanted(request)
-        return self._accepted(request, self._send("post", path, body))
+        # not by hvac's `sign_certificate`, which always sends a common_name, nor by `sign_verbatim`: neither takes an issuer
+        return self._accepted(request, self._ask(lambda client: client.write_data(path, data=body)))
 
     def _wanted(self, request: SignRequest) -> tuple[str, dict[str, object]]:
         """Path and body, with no more parameters than needed: a policy may list the allowed ones."""
@@ -211,7 +217,7 @@ class VaultBackend(OverHttp):
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Log in, check the token's rights on the paths, and check the roles that the token may read."""
         paths = [self._sign_path(self._role(spec)) for spec in specs]
-        answer = self._send("post", "sys/capabilities-self", {"paths": sorted(set(paths))})
+        answer = self._ask(lambda client: client.sys.get_capabilities(sorted(set(paths))))
         rights = {} if answer.forbidden else answer.or_raise().data
         found = {spec.name: self._violations(spec, rights) for spec in specs}
         return {name: violations for name, violations in found.items() if violations}
@@ -260,20 +266,23 @@ class VaultBackend(OverHttp):
         return self._issuers(self._settings.issuer)
 
     def _issuers(self, issuer: str | None) -> list[x509.Certificate]:
+        # not by hvac's `read_issuer`, whose path needs a token
         path = f"issuer/{quote(issuer, safe='')}/json" if issuer else "cert/ca_chain"
-        answer = self._server.send("get", f"{self._mount}/{path}").or_raise()
+        answer: Answer = self._server.anonymous.read(f"{self._mount}/{path}").or_raise()
         pem = [*texts(answer.data.get("certificate")), *texts(answer.data.get("ca_chain"))]
         return list(dict.fromkeys(_certificates(pem, answer.where)))
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Revoke a certificate of this mount's CA, stored or not; the token needs `update` on the mount's `revoke`."""
         pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
-        self._send("post", f"{self._mount}/revoke", {"certificate": pem}).or_raise()
+        # not by hvac's `revoke_certificate`, which sends the number alone: a mount that stores nothing does not know it
+        path, body = f"{self._mount}/revoke", {"certificate": pem}
+        self._ask(lambda client: client.write_data(path, data=body)).or_raise()
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Look a certificate up by its serial number, without a token; False also if the mount did not store it."""
         number = "-".join(re.findall("..", serial_hex(certificate).lower()))
-        answer = self._server.send("get", f"{self._mount}/cert/{number}")
+        answer = self._certificate(number)
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return False
         return bool(answer.or_raise().data.get("revocation_time"))
@@ -320,7 +329,7 @@ class VaultBackend(OverHttp):
             return [one for one in known.values() if one is not None and one[1].not_valid_before_utc >= oldest]
 
     def _read_one(self, number: str, oldest: datetime) -> tuple[_Kind, x509.Certificate] | None:
-        answer = self._server.send("get", f"{self._mount}/cert/{number.replace(':', '-')}")
+        answer = self._certificate(number.replace(":", "-"))
         if answer.status == HTTPStatus.NOT_FOUND:  # `tidy` has removed it
             return None
         pem = texts(answer.or_raise().data.get("certificate"))
@@ -331,11 +340,16 @@ class VaultBackend(OverHttp):
             return (key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None
         return None
 
+    def _certificate(self, number: str) -> Answer:
+        """Read a stored certificate, for which no token is needed."""
+        answer: Answer = self._server.anonymous.secrets.pki.read_certificate(number, mount_point=self._plain_mount)
+        return answer
+
     def _listed(self, which: str) -> list[str] | None:
         """The serial numbers of certificates; None: the token may not list them, or there are too many."""
-        path = f"{self._mount}/{which}?list=true&limit={_MOST_LISTED + 1}"
+        path, params = f"/v1/{self._mount}/{which}", {"list": "true", "limit": str(_MOST_LISTED + 1)}
         try:
-            answer = self._send("get", path)
+            answer = self._ask(lambda client: client.adapter.get(path, params=params))  # hvac's lists have no limit
             if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:  # the mount never had one
                 return []
             numbers = texts(answer.or_raise().data.get("keys"))
@@ -348,9 +362,9 @@ class VaultBackend(OverHttp):
 
     def identity(self) -> str:
         """The login's role or user and its entity; for a given token, what it may see of itself."""
-        token = self._tokens.get()
+        client = self._tokens.get()
         if self._tokens.identity is None:
-            answer = self._server.send("get", "auth/token/lookup-self", token=token)
+            answer: Answer = client.auth.token.lookup_self()
             if answer.forbidden:  # the policy `default`, which allows it, may be left out
                 return ""
             looked = answer.or_raise().data
@@ -369,17 +383,17 @@ class VaultBackend(OverHttp):
         """Name the wrapping token, which opens only once."""
         return f"the wrapping token in {self._settings.auth.secret_id}" if self._settings.auth.wrapped else ""
 
-    def _send(self, method: Literal["get", "post"], path: str, body: object = None) -> Answer:
-        """Send with the token; if the server no longer accepts it, send once more with another."""
-        token = self._tokens.get()
-        answer = self._server.send(method, path, body, token=token)
+    def _ask(self, question: Callable[[Client], Answer]) -> Answer:
+        """Ask with the token; if the server no longer accepts it, ask once more with another."""
+        client = self._tokens.get()
+        answer = question(client)
         if not answer.token_rejected:
             return answer
         try:
-            other = self._tokens.renew(token)
+            other = self._tokens.renew(client)
         except BackendRefusedError as e:
             raise BackendRefusedError(f"{answer.error()}; a new login failed: {e}", hint=e.hint) from e
-        return answer if other == token else self._server.send(method, path, body, token=other)
+        return answer if other.token == client.token else question(other)
 
     def _role(self, spec: CertificateSpec) -> str:
         return role_selector(self._settings.role, self._settings.roles, self._settings.node)(spec)
@@ -410,7 +424,7 @@ class VaultBackend(OverHttp):
 
     def _read_role(self, name: str) -> Mapping[str, object] | None:
         """The role; empty: no such role; None: no right to read it."""
-        answer = self._send("get", f"{self._mount}/roles/{quote(name, safe='')}")
+        answer = self._ask(lambda client: client.secrets.pki.read_role(name, mount_point=self._plain_mount))
         if answer.forbidden:
             return None
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
@@ -429,28 +443,37 @@ _EKU_FLAGS = {
 }
 
 
+#: Flags of a role about names, the value that a certificate needs, and for which certificates: those of pods, whose
+#: CSRs have no names, and others, of which only those of servers have SANs for sure.
+_POD_FLAGS = {"use_csr_common_name": False, "use_csr_sans": False, "require_cn": False}
+_FLAGS = {"use_csr_common_name": True}
+_SERVER_FLAGS = {**_FLAGS, "use_csr_sans": True}
+
+
 def role_violations(role: Mapping[str, object], spec: CertificateSpec) -> Iterator[Violation]:
     """Usages and SANs that a role, as the server shows it, would get wrong; see `setup.unlike` for the rest."""
-    labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()}
-    labels |= {eku.value: eku.label for eku in EKU}
-    named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
-    got = {label for flag, label in _EKU_FLAGS.items() if role.get(flag)}  # flags and names add up
-    got |= {labels.get(name.lower(), name) for name in named}
-    want = {eku.label for eku in spec.ekus}
+    want, got = {eku.label for eku in spec.ekus}, _role_ekus(role)
     if got != want:
         yield Violation(subject="EKU", want=listed(want), got=listed(got))
     usages = {usage.lower() for usage in texts(role.get("key_usage"))}
     needed = {usage.lower() for usage in (_KEY_USAGE[:1] if spec.authority == PODS else _KEY_USAGE)}
     if not needed <= usages or usages & {"certsign", "crlsign"}:
         yield Violation(subject="key_usage", want=listed(_KEY_USAGE), got=listed(texts(role.get("key_usage"))))
+    flags = _SERVER_FLAGS if EKU.SERVER_AUTH in spec.ekus else _FLAGS
+    because = ""
     if spec.authority == PODS:
-        for key in ("use_csr_common_name", "use_csr_sans", "require_cn"):
-            if role.get(key) is True:
-                yield Violation(subject=key, want="false, since a pod's CSR has no names", got="true")
-        return
-    for key in ("use_csr_common_name", *(("use_csr_sans",) if EKU.SERVER_AUTH in spec.ekus else ())):
-        if role.get(key) is False:
-            yield Violation(subject=key, want="true", got="false")
+        flags, because = _POD_FLAGS, ", since a pod's CSR has no names"
+    for key, value in flags.items():
+        if role.get(key) is (not value):
+            yield Violation(subject=key, want=f"{str(value).lower()}{because}", got=str(not value).lower())
+
+
+def _role_ekus(role: Mapping[str, object]) -> set[str]:
+    """The EKUs of a role, as labels of ours or in its own words; flags and names add up."""
+    labels = {name.lower(): eku.label for eku, name in _EKU_NAMES.items()} | {eku.value: eku.label for eku in EKU}
+    named = [*texts(role.get("ext_key_usage")), *texts(role.get("ext_key_usage_oids"))]
+    flagged = {label for flag, label in _EKU_FLAGS.items() if role.get(flag)}
+    return flagged | {labels.get(name.lower(), name) for name in named}
 
 
 def _beside(names: Names | None) -> dict[str, object]:

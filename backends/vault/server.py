@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections import OrderedDict
@@ -13,26 +12,18 @@ from datetime import datetime
 from functools import partial
 from http import HTTPStatus
 from threading import Lock
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 from weakref import WeakSet, WeakValueDictionary
 
-from hvac.api.auth_methods import JWT, AppRole, Kubernetes, Userpass
+from hvac import Client
+from hvac.adapters import RawAdapter
+from requests import Response
 
-from backends.http import (
-    Http,
-    Wording,
-    json_object,
-    object_of,
-    read_secret,
-    retry_after_seconds,
-    secret_end,
-    tls_context,
-    token_end,
-)
+from backends.http import Http, Wording, json_object, object_of, retry_after_seconds
+from backends.settings import read_secret, secret_end, tls_context, token_end
 from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
-from bridge.system import http
 from bridge.system.waiting import remember
 from bridge.words import one_line
 
@@ -144,19 +135,57 @@ _WORDING = Wording(
 )
 
 
+class _Adapter(RawAdapter):  # type: ignore[misc]
+    """hvac's way to the server: our session, and an `Answer` for each status, where hvac's own adapters raise errors."""
+
+    def __init__(self, *, server: Server, **options: Any) -> None:
+        super().__init__(**options)
+        self._server = server
+
+    def request(self, method: str, url: str, *options: Any, **more: Any) -> Answer:
+        """Send one request (BackendError: no answer)."""
+        where = f"{method.upper()} {self.urljoin(self.base_uri, url)}"
+        with self._server.http.errors(where):
+            response = super().request(method, url, *options, **{**more, "raise_exception": False})
+        return self._server.answer(response, where)
+
+    def get_login_token(self, response: Answer) -> str:
+        """The token in a login's answer (BackendError: none)."""
+        token = object_of(response.or_raise().body, "auth").get("client_token")
+        if not isinstance(token, str) or not token:
+            raise BackendRefusedError(
+                f"vault: {response.where}: the answer has no token (does the server ask for a second factor?)"
+            )
+        return self._server.hide(token)
+
+
 class Server:
-    """Sends requests to the server; any thread may use it."""
+    """One server, for any thread, without a token or with several; hvac sends the requests."""
 
     def __init__(self, settings: VaultSettings) -> None:
-        self._url = settings.url.rstrip("/")
+        self._settings = settings
         self._secrets: OrderedDict[str, None] = OrderedDict()  # the latest ones
         tls = partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
         if settings.ca_file or settings.client_cert:
             tls()  # a named file that can't be used is found now, even if the URL is `http:`
-        self.http = Http(_WORDING, self._url, settings.timeout, tls)
-        self._headers = {"Accept": "application/json", "Content-Type": "application/json", "X-Vault-Request": "true"}
-        if settings.namespace:
-            self._headers["X-Vault-Namespace"] = settings.namespace
+        self.http = Http(_WORDING, settings.url, settings.timeout, tls)
+        self.anonymous = self.client("")
+
+    def client(self, token: str) -> Client:
+        """A client with a token, or with none until its first login."""
+        settings = self._settings
+        return Client(
+            url=settings.url.rstrip("/"),
+            token=token,
+            namespace=settings.namespace,
+            session=self.http.session,
+            adapter=_Adapter,
+            server=self,
+            allow_redirects=False,
+            # Our session ignores both. Without them hvac takes others from the environment, and can't log in by `cert`.
+            verify=True,
+            cert=tuple(str(file) for file in (settings.client_cert, settings.client_key) if file),
+        )
 
     def hide(self, value: str) -> str:
         """Remember a secret, to hide it if the server's text repeats it."""
@@ -175,37 +204,22 @@ class Server:
             )
         return self.hide(value)
 
-    def send(
-        self, method: Literal["get", "post"], path: str, body: object = None, *, token: str | None = None
-    ) -> Answer:
-        """Send one request, without repeating it; raises as `Http.ask`."""
-        data = None if body is None else json.dumps(body).encode()
-        url = f"{self._url}/v1/{path}"
-        return self._answer(self.http.ask(method.upper(), url, self._with(token), data), f"{method.upper()} {url}")
-
-    def _with(self, token: str | None) -> Mapping[str, str]:
-        return {**self._headers, "X-Vault-Token": token} if token else self._headers
-
-    def login(self, url: str, *, json: Mapping[str, object], use_token: bool) -> Answer:
-        """Send one login for hvac's auth methods, in place of hvac's adapter, which would not send as `send` does."""
-        del use_token  # hvac's adapter would keep using the token
-        return self.send("post", url.removeprefix("/v1/"), json)
-
-    def _answer(self, answer: http.Answer, where: str) -> Answer:
-        body = json_object(answer.body)
+    def answer(self, response: Response, where: str) -> Answer:
+        """What is in a response."""
+        body = json_object(response.content)
         if body is None:
             # Another product's body is not shown, except this text of Go's HTTP server.
             plain = b"Client sent an HTTP request to an HTTPS server"
-            body = {"errors": [plain.decode()]} if answer.body.startswith(plain) else {}
+            body = {"errors": [plain.decode()]} if response.content.startswith(plain) else {}
         reasons = tuple(texts(body.get("errors")))
         return Answer(
             where=where,
-            status=answer.status,
-            location=answer.headers.get("location", ""),
+            status=response.status_code,
+            location=response.headers.get("location", ""),
             body=body,
             reasons=reasons,
             display=self.presentable("; ".join(reasons)),
-            retry_after_seconds=retry_after_seconds(answer),
+            retry_after_seconds=retry_after_seconds(response),
         )
 
     def presentable(self, text: str) -> str:
@@ -242,9 +256,9 @@ class Tokens:
         self._mount = (auth.mount or auth.method).strip("/")  # hvac quotes it
         self._lock = Lock()
         #: The login under way, for all threads that want one: they wait once for a server that hangs, and not in turn.
-        self._under_way: Future[str] | None = None
-        self._current: str | None = None
-        self._made: list[str] = []
+        self._under_way: Future[Client] | None = None
+        self._current: Client | None = None
+        self._made: list[Client] = []
         self._secret_id: str | None = None  # a wrapped one opens only once
         self.identity: str | None = None  #: From the login; None: no login, the token was given.
         self._role_name: object = None  #: The AppRole's name, from the login.
@@ -274,19 +288,19 @@ class Tokens:
         self._revoke()
         self.server.http.close()
 
-    def get(self) -> str:
-        """Return the token; log in if there is none yet."""
+    def get(self) -> Client:
+        """Return a client with the token; log in if there is none yet."""
         return self._current or self._logged_in(None)
 
-    def renew(self, rejected: str) -> str:
-        """Return another token than the rejected one if possible; a token file may have been written again."""
+    def renew(self, rejected: Client) -> Client:
+        """Return a client with another token than the rejected one's if possible; a token file may be a new one."""
         return self._logged_in(rejected)
 
-    def _logged_in(self, rejected: str | None) -> str:
+    def _logged_in(self, rejected: Client | None) -> Client:
         with self._lock:
             if rejected in self._made:  # it has ended already
                 self._made.remove(rejected)
-            if self._current is not None and self._current != rejected:
+            if self._current is not None and self._current is not rejected:
                 return self._current
             leads, login = self._under_way is None, self._under_way or Future()
             self._under_way = login
@@ -294,18 +308,18 @@ class Tokens:
             self._log_in(login)
         return login.result()
 
-    def _log_in(self, login: Future[str]) -> None:
-        token, error = "", None
+    def _log_in(self, login: Future[Client]) -> None:
+        client, error = None, None
         try:
-            token = self._new()
+            client = self._new()
         except BaseException as e:  # noqa: BLE001 (each thread that waits gets it)
             error = e
         with self._lock:
-            self._current, self._under_way = token or self._current, None
+            self._current, self._under_way = client or self._current, None
         if error is not None:
             login.set_exception(error)
         else:
-            login.set_result(token)
+            login.set_result(client)
 
     def _revoke(self) -> None:
         with self._lock:
@@ -313,58 +327,52 @@ class Tokens:
         if made and self.leased:
             log.warning("token not revoked, since certificates would go with it (role with generate_lease)")
             return
-        for token in made:
+        for client in made:
             try:
-                self.server.send("post", "auth/token/revoke-self", token=token).or_raise()
+                client.auth.token.revoke_self().or_raise()
             except BackendError as e:
                 log.warning("token not revoked, it stays valid until it expires: %s", e)
 
-    def _new(self) -> str:
+    def _new(self) -> Client:
         if self._auth.method == "token":
-            return self.server.read(self._auth.token, token=True)
-        answer = self._login().or_raise()
-        login = object_of(answer.body, "auth")
-        token = login.get("client_token")
-        if not isinstance(token, str) or not token:
-            raise BackendRefusedError(
-                f"vault: {answer.where}: the answer has no token (does the server ask for a second factor?)"
-            )
+            return self.server.client(self.server.read(self._auth.token, token=True))
+        client = self.server.client("")
+        login = object_of(self._login(client).body, "auth")
         self.identity = identity_text(f"auth/{self._mount}", object_of(login, "metadata"), login)
         self._role_name = object_of(login, "metadata").get("role_name")
         if login.get("token_type") != "batch":  # a batch token can't be revoked
-            self._made.append(token)
-        return self.server.hide(token)
+            self._made.append(client)
+        return client
 
-    def _login(self) -> Answer:
-        auth, server, mount = self._auth, self.server, self._mount
+    def _login(self, client: Client) -> Answer:
+        """Log in, and leave the token with the client."""
+        auth, read, mount, methods = self._auth, self.server.read, self._mount, client.auth
         answer: Answer
         match auth.method:
             case "approle":
-                role_id, secret_id = server.read(auth.role_id), self._read_secret_id()
-                answer = AppRole(server).login(role_id, secret_id, mount_point=mount, use_token=False)
+                answer = methods.approle.login(read(auth.role_id), self._read_secret_id(), mount_point=mount)
             case "kubernetes":
-                answer = Kubernetes(server).login(auth.role, server.read(auth.jwt), mount_point=mount, use_token=False)
+                answer = methods.kubernetes.login(auth.role, read(auth.jwt), mount_point=mount)
             case "jwt":
-                answer = JWT(server).jwt_login(auth.role, server.read(auth.jwt), path=mount, use_token=False)
+                answer = methods.jwt.jwt_login(auth.role, read(auth.jwt), path=mount)
             case "userpass":
-                user, password = quote(auth.username or "", safe=""), server.read(auth.password)
-                answer = Userpass(server).login(user, password, mount_point=quote(mount), use_token=False)
-            case _:  # `cert`, for which hvac wants the files again, which our connection has already shown
-                body = {"name": auth.role} if auth.role else {}
-                answer = server.send("post", f"auth/{quote(mount)}/login", body)
+                user = quote(auth.username or "", safe="")  # the only method that hvac quotes nothing for
+                answer = methods.userpass.login(user, read(auth.password), mount_point=quote(mount))
+            case _:  # `cert`
+                answer = methods.cert.login(name=auth.role or "", mount_point=quote(mount))
         return answer
 
     def ends(self) -> list[CredentialEnd]:
         """When the given token, secret id or JWT expires; empty if it does not, or if a policy forbids to look."""
-        auth, token = self._auth, self.get()
+        auth, client = self._auth, self.get()
         if auth.token is not None:
-            looked = self.server.send("get", "auth/token/lookup-self", token=token)
+            looked = client.auth.token.lookup_self()
             if looked.forbidden or looked.or_raise().data.get("period"):  # something else renews a periodic token
                 return []
             return _ends("auth.token", auth.token, looked.data, "issue_time", "expire_time")
         if auth.secret_id is not None and not auth.wrapped and isinstance(self._role_name, str):
-            path = f"auth/{quote(self._mount)}/role/{quote(self._role_name, safe='')}/secret-id/lookup"
-            looked = self.server.send("post", path, {"secret_id": self.server.read(auth.secret_id)}, token=token)
+            secret_id = self.server.read(auth.secret_id)
+            looked = client.auth.approle.read_secret_id(self._role_name, secret_id, mount_point=self._mount)
             return _ends("auth.secret_id", auth.secret_id, looked.data, "creation_time", "expiration_time")
         return [] if auth.jwt is None else token_end("auth.jwt", auth.jwt, self.server.read(auth.jwt))
 
@@ -385,15 +393,16 @@ class Tokens:
             return BackendRefusedError(f"vault: {text}", hint=_ALARM)
 
         source = self._auth.secret_id
-        looked = self.server.send("post", "sys/wrapping/lookup", {"token": token})
+        # hvac has no method of its own for this path
+        looked: Answer = self.server.anonymous.write_data("sys/wrapping/lookup", data={"token": token})
         if looked.status == HTTPStatus.BAD_REQUEST:
             raise alarm(f"the wrapping token in {source} was opened before or has expired")
         created = str(looked.or_raise().data.get("creation_path"))
         if not re.fullmatch(rf"auth/{re.escape(self._mount)}/role/[^/]+/(custom-)?secret-id", created):
             message = f"wanted a secret id of auth/{self._mount} wrapped in {source}, found what {created} answered"
             raise alarm(f"{self.server.presentable(message)}; it was not opened")
-        # not by hvac's call, which puts the token into the body: OpenBao wants it in the header if that has no other
-        answer = self.server.send("post", "sys/wrapping/unwrap", token=token)
+        # as the client's own token: OpenBao wants it in the header if that has no other
+        answer: Answer = self.server.client(token).sys.unwrap()
         if answer.status == HTTPStatus.BAD_REQUEST:
             raise alarm(f"the wrapping token in {source} was opened just now, not by us")
         secret_id = answer.or_raise().data.get("secret_id")

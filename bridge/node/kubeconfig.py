@@ -1,4 +1,4 @@
-"""Reads from kubeconfigs what a renewal needs (keys only by `key_data`), and edits two values without changing other bytes."""
+"""Reads kubeconfigs (keys and tokens only by functions of their own), and edits two values without changing other bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KubeconfigError(BridgeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kubeconfig:
-    """The user, server and certificates of a kubeconfig's current context; it holds no key."""
+    """The user, server and certificates of a kubeconfig's current context; it holds no key and no token."""
 
     user: str
     cluster: str
@@ -48,6 +48,7 @@ class Kubeconfig:
     key_present: bool  #: The key is embedded, which takes precedence over `key_file`.
     key_file: str | None
     token_file: str | None = None  #: A token's file, instead of a client certificate.
+    unsupported: str | None = None  #: A key that has another program, a password or a proxy lead to the server.
     not_editable: str | None = None  #: Why `with_credentials` would refuse.
     key_fits: bool | None = None  #: The embedded key is the embedded certificate's; None: the key can't be read.
     has_others: bool = False  #: It has clusters, contexts or users beside the current context's.
@@ -61,6 +62,11 @@ def parse(data: bytes) -> Kubeconfig:
 def key_data(data: bytes) -> bytes | None:
     """The private key (PEM) that is embedded for the current context's user."""
     return _reading(lambda: _data(_Entries.of(document(split_bom(data)[1])).user, _KEY))
+
+
+def token_text(data: bytes) -> str:
+    """The token that is embedded for the current context's user; empty: none."""
+    return _reading(lambda: _Entries.of(document(split_bom(data)[1])).user.text_of("token").strip())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,10 +269,21 @@ def _parse(root: YamlNode) -> Kubeconfig:
         key_present=user.text_of(_KEY) != "",
         key_file=user.text_of("client-key") or None,
         token_file=user.text_of("tokenFile") or None,
+        unsupported=_unsupported(cluster, user),
         not_editable=_not_editable(root),
         key_fits=_key_fits(user),
         has_others=any(len(node.items()) > 1 for key in ("clusters", "contexts", "users") if (node := root.get(key))),
     )
+
+
+def _unsupported(cluster: YamlNode, user: YamlNode) -> str | None:
+    places = {"exec": user, "auth-provider": user, "username": user, "proxy-url": cluster,
+              "insecure-skip-tls-verify": cluster}  # fmt: skip
+    for key, mapping in places.items():
+        node = mapping.get(key)
+        if node is not None and (node.resolved.kind != "scalar" or node.text().lower() not in {"", "false"}):
+            return key
+    return None
 
 
 def _key_fits(user: YamlNode) -> bool | None:

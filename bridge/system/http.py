@@ -402,13 +402,14 @@ class _Connection(HTTPConnection):
 
     def getresponse(self) -> Response:  # type: ignore[override]
         """Read an answer's head, and judge what it says about the body."""
-        response = super().getresponse()
-        received, answer = self._received, response._original_response  # noqa: SLF001
-        assert received is not None and answer is not None  # noqa: S101, PT018 (of this request)
         try:
+            response = super().getresponse()
+            received, answer = self._received, response._original_response  # noqa: SLF001
+            assert received is not None and answer is not None  # noqa: S101, PT018 (of this request)
             received.judge(answer)
         except BaseException:
-            response.close()
+            if self._received is not None:
+                self._received.close()
             raise
         response.headers.discard("content-encoding")  # `requests` would decompress without a limit
         return response

@@ -10,11 +10,8 @@ import logging
 import os
 import re
 import secrets
-import socket
 import sqlite3
-import ssl
 import subprocess
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +30,7 @@ from backends.cfssl import CfsslBackend, CfsslSettings
 from backends.cfssl import setup as cfssl_setup
 from bridge.ca.registry import configured
 from bridge.contract import Secret, SignRequest
-from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError, Violation
+from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki import csr
 from bridge.settings.load import parse
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, FRONT_PROXY_CA, SPECS, Authority, CertificateSpec
@@ -332,31 +329,6 @@ def test_settings_with_problems(keys: dict[str, Any], wrong: list[str]) -> None:
     assert "s3cret" not in str(problems)
 
 
-def test_tls_files_are_looked_at_when_the_backend_is_made(tmp_path: Path, make: Make) -> None:
-    """Files that can't be used are settings errors, all at once; those of the twin are taken."""
-    tls, other = kit.make_tls(tmp_path / "tls"), kit.make_tls(tmp_path / "other")
-    good = {
-        "url": "https://localhost",
-        "endpoint": "sign",
-        "client_cert": tls.client_cert,
-        "client_key": tls.client_key,
-    }
-    make(**good, ca_file=tls.ca)
-    with pytest.raises(SettingsError) as e:
-        make(**{**good, "client_key": other.client_key}, ca_file=tmp_path / "none")
-    assert [problem.key for problem in e.value.problems] == ["ca_file", "client_cert"]
-
-
-def test_an_encrypted_client_key_prompts_for_no_passphrase(tmp_path: Path, make: Make) -> None:
-    """A key with a passphrase is a settings error, not a question on the terminal."""
-    tls = kit.make_tls(tmp_path)
-    command = ["openssl", "pkcs8", "-topk8", "-in", str(tls.client_key), "-passout", "pass:secret", "-out"]
-    subprocess.run([*command, str(tmp_path / "locked.key")], check=True, stdin=subprocess.DEVNULL)
-    with pytest.raises(SettingsError) as e:
-        make(url="https://localhost", endpoint="sign", client_cert=tls.client_cert, client_key=tmp_path / "locked.key")
-    assert [problem.key for problem in e.value.problems] == ["client_cert"]
-
-
 @pytest.mark.kube("cfssl")
 @pytest.mark.parametrize("value", [None, "", "s3cret-s3cret-s3cret-s3cret", "abc", "00" * 15])
 def test_a_bad_hmac_key_is_refused(closed: dict[str, Any], make: Make, tmp_path: Path, value: str | None) -> None:
@@ -652,148 +624,6 @@ class TestTls:
             make(**{**mutual, "ca_file": kit.make_tls(tmp_path).ca}).sign(request(APISERVER))
         assert "ca_file" in e.value.hint
 
-    def test_a_server_of_another_name(self, make: Make, tmp_path: Path) -> None:
-        """A certificate for another name is refused, though the CA is right."""
-        tls = kit.make_tls(tmp_path)
-        with tls_server(tls, "127.0.0.2") as url, pytest.raises(BackendRefusedError) as e:
-            make(url=url, endpoint="sign", ca_file=tls.ca).issuers()
-        assert "ca_file" in e.value.hint
-
-    def test_the_systems_cas_and_no_others(
-        self, mutual: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Without ca_file the system's CAs are trusted, and those that come with `requests` are not."""
-        keys = {**mutual, "ca_file": None}
-        monkeypatch.setattr("requests.adapters.DEFAULT_CA_BUNDLE_PATH", str(mutual["ca_file"]))
-        with pytest.raises(BackendRefusedError):
-            make(**keys).issuers()
-        monkeypatch.setenv("SSL_CERT_FILE", str(mutual["ca_file"]))
-        with pytest.raises(BackendRefusedError):  # the environment has no say in it
-            make(**keys).issuers()
-        built_in = ssl.get_default_verify_paths()._replace(openssl_cafile=str(mutual["ca_file"]))
-        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: built_in)
-        assert make(**keys).issuers() == [_CA.certificate]
-
-    def test_the_environment_has_no_effect(
-        self, mutual: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        """Neither its proxies nor its CA bundles count, and no TLS secrets are logged for it."""
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-            monkeypatch.setenv(name, "http://127.0.0.1:1")
-        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-            monkeypatch.setenv(name, str(kit.make_tls(tmp_path).ca))
-        monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keylog"))
-        with pytest.raises(requests.exceptions.ProxyError):  # for others they do count
-            requests.post(mutual["url"], timeout=180)
-        (tmp_path / "keylog").unlink(missing_ok=True)
-        make(**mutual).sign(request(APISERVER))
-        assert not (tmp_path / "keylog").exists()
-
-    @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated:DeprecationWarning")
-    def test_tls_1_1_is_refused(self, make: Make, tmp_path: Path) -> None:
-        """A server that knows nothing newer than TLS 1.1 is not talked to, though it would talk to others."""
-        tls = kit.make_tls(tmp_path)
-        with tls_server(tls, newest=ssl.TLSVersion.TLSv1_1) as url:
-            with pytest.raises(BackendRefusedError):
-                make(url=url, endpoint="sign", ca_file=tls.ca).issuers()
-            context = ssl.create_default_context(cafile=str(tls.ca))
-            context.minimum_version = ssl.TLSVersion.TLSv1_1
-            context.set_ciphers("ALL:@SECLEVEL=0")
-            with (
-                socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=180) as plain,
-                context.wrap_socket(plain, server_hostname="127.0.0.1") as shaken,
-            ):
-                assert shaken.version() == "TLSv1.1"
-
-
-@contextlib.contextmanager
-def talking(listener: socket.socket, talk: Callable[[socket.socket], None]) -> Iterator[None]:
-    """A server that handles one connection after the other, each as the test says."""
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):  # closed at the end
-            while True:
-                connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError):
-                    talk(connection)
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-
-
-@contextlib.contextmanager
-def tls_server(
-    tls: kit.Tls, address: str = "127.0.0.1", newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED
-) -> Iterator[str]:
-    """A server that shakes hands, and no more; at another address, or with old versions of TLS only."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = min(ssl.TLSVersion.TLSv1_2, newest) if newest > 0 else ssl.TLSVersion.TLSv1_2
-    context.maximum_version = newest
-    context.set_ciphers("ALL:@SECLEVEL=0")
-    context.load_cert_chain(tls.server_cert, tls.server_key)
-
-    def shake(connection: socket.socket) -> None:
-        connection.settimeout(180)
-        with context.wrap_socket(connection, server_side=True) as shaken:
-            shaken.recv(1 << 16)
-
-    with socket.create_server((address, 0)) as listener, talking(listener, shake):
-        yield f"https://{address}:{listener.getsockname()[1]}"
-
-
-def test_a_dead_server(make: Make) -> None:
-    """No server listens: every request ends as unavailable."""
-    backend = make(url=f"http://127.0.0.1:{free_port()}", endpoint="sign")
-    for ask in (backend.issuers, lambda: backend.check([APISERVER]), lambda: backend.sign(request(APISERVER))):
-        with pytest.raises(BackendUnavailableError):
-            ask()
-
-
-def silent(connection: socket.socket) -> None:
-    """Take what comes and say nothing."""
-    while connection.recv(1 << 16):
-        pass
-
-
-def dripping(connection: socket.socket) -> None:
-    """Say a header a byte at a time, for ten minutes or until the client hangs up."""
-    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Wait: ")
-    for _ in range(12_000):
-        connection.send(b".")
-        time.sleep(0.05)
-
-
-def hanging_up(connection: socket.socket) -> None:
-    """Hang up in the middle of the answer."""
-    connection.recv(1 << 16)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
-
-
-@pytest.mark.parametrize(
-    ("scheme", "talk"), [("http", silent), ("https", silent), ("http", dripping), ("http", hanging_up)]
-)
-def test_a_slow_server(make: Make, scheme: str, talk: Callable[[socket.socket], None]) -> None:
-    """A server that takes the connection and never comes to an end is unavailable when the time is over."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, talking(listener, talk):
-        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
-        backend = make(url=url, endpoint="sign", timeout=timedelta(seconds=0.4))
-        begin = time.monotonic()
-        with pytest.raises(BackendUnavailableError):
-            backend.sign(request(APISERVER))
-        assert time.monotonic() - begin < 300
-
-
-def test_a_proxy_without_a_server(make: Make) -> None:
-    """A connection that is closed before TLS begins is a server that is away, as behind a TCP load balancer."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, talking(listener, lambda _: None):
-        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(BackendUnavailableError):
-            make(url=url, endpoint="sign").issuers()
-
 
 HMAC_KEY = secrets.token_hex(32)
 
@@ -904,14 +734,6 @@ def test_retry_after_that_is_neither(double: kit.Double, to_double: CfsslBackend
     with pytest.raises(BackendUnavailableError) as e:
         to_double.sign(request(APISERVER))
     assert e.value.retry_after_seconds is None
-
-
-def test_an_answer_without_end(double: kit.Double, to_double: CfsslBackend) -> None:
-    """An answer of 100 MB is not read to its end."""
-    double.answers.append(kit.Answer(body=b"x" * 65536, times=1600))
-    with pytest.raises(BackendRefusedError):
-        to_double.sign(request(APISERVER))
-    assert double.sent_bytes < 20_000_000  # what is in the sockets' buffers included
 
 
 def test_the_request_says_no_more_than_it_must(double: kit.Double, to_double: CfsslBackend) -> None:

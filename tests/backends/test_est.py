@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -32,7 +31,6 @@ from bridge.errors import (
     BackendRefusedError,
     BackendUnavailableError,
     NoVerdictError,
-    SettingsError,
     VerificationError,
 )
 from bridge.pki import verify
@@ -866,22 +864,6 @@ def test_a_client_certificate_that_was_taken_away(tls: kit.Tls, double: kit.Doub
 # ------------------------------------------------------------------------------------------------------ hostile, TLS, HTTP
 
 
-def test_an_answer_without_end(double: kit.Double, ours: EstBackend) -> None:
-    """The backend gives up an endless answer after a megabyte."""
-    double.answers.append(Answer(body=b"A" * (1 << 20), times=100))
-    e = failure(lambda: ours.sign(request(APISERVER)))
-    assert isinstance(e, BackendRefusedError)
-    assert "a longer one" in str(e)
-    assert double.sent_bytes < 50 << 20
-
-
-def test_an_answer_that_is_cut_off(double: kit.Double, ours: EstBackend) -> None:
-    """Half an answer is none, and may come whole the next time."""
-    half = kit.bag(_CA.certificate)
-    double.answers.append(Answer(body=half, promised=2 * len(half)))
-    assert isinstance(failure(lambda: ours.sign(request(APISERVER))), BackendUnavailableError)
-
-
 @contextlib.contextmanager
 def talking(talk: Callable[[socket.socket], None]) -> Iterator[int]:
     """The port of a server that talks so to each that connects."""
@@ -899,67 +881,6 @@ def talking(talk: Callable[[socket.socket], None]) -> Iterator[int]:
 
         threading.Thread(target=serve, daemon=True).start()
         yield listener.getsockname()[1]
-
-
-def in_tls(tls: kit.Tls, talk: Callable[[ssl.SSLSocket], None]) -> Callable[[socket.socket], None]:
-    """The same inside TLS, after the request has come."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tls.server_cert, tls.server_key)
-
-    def wrapped(there: socket.socket) -> None:
-        with context.wrap_socket(there, server_side=True) as secure:
-            secure.recv(1 << 16)
-            talk(secure)
-
-    return wrapped
-
-
-def drip(there: ssl.SSLSocket) -> None:
-    there.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-    while True:
-        there.sendall(b"M")
-        time.sleep(0.05)
-
-
-def endless_headers(there: ssl.SSLSocket) -> None:
-    there.sendall(b"HTTP/1.1 200 OK\r\n")
-    while True:
-        there.sendall(b"X-More: " + b"x" * 10000 + b"\r\n")
-
-
-@pytest.mark.parametrize(
-    ("talk", "kind", "says"),
-    [
-        (drip, BackendUnavailableError, "no answer within 1 s"),
-        (lambda _: time.sleep(600), BackendUnavailableError, "no answer within 1 s"),
-        (lambda _: None, BackendUnavailableError, ""),
-        (endless_headers, BackendUnavailableError, "headers"),
-        (lambda there: there.sendall(b"+OK POP3 ready\r\n"), BackendUnavailableError, "POP3"),
-    ],
-    ids=["drips", "silent", "hangs up", "headers without end", "no HTTP"],
-)
-def test_servers_that_do_not_answer(
-    tls: kit.Tls, make: Make, talk: Callable[[ssl.SSLSocket], None], kind: type[BackendError], says: str
-) -> None:
-    """Each is an error in bounded time."""
-    limit = timedelta(seconds=1 if "within 1 s" in says else 120)
-    with talking(in_tls(tls, talk)) as port:
-        backend = make(f"https://127.0.0.1:{port}", timeout=limit)
-        began = time.monotonic()
-        e = failure(backend.issuers)
-        assert time.monotonic() - began < 300
-    assert type(e) is kind
-    assert says in str(e)
-
-
-def test_a_server_that_never_shakes_hands(make: Make) -> None:
-    """The limit of time holds for the way to an answer, too."""
-    with talking(lambda _: time.sleep(600)) as port:
-        began = time.monotonic()
-        e = failure(make(f"https://127.0.0.1:{port}", timeout=timedelta(seconds=1)).issuers)
-        assert time.monotonic() - began < 300
-    assert isinstance(e, BackendUnavailableError)
-    assert "no answer within 1 s" in str(e)
 
 
 def test_a_server_that_speaks_no_tls(make: Make) -> None:
@@ -996,19 +917,6 @@ def test_the_server_is_pinned_by_ca_file(double: kit.Double, tmp_path: Path, mak
     assert "ca_file" in e.hint
     assert double.asked == []
     issued(make(double.url, label="{usage}").sign(request(APISERVER)))
-
-
-def test_the_environment_has_no_say(ours: EstBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither proxies, nor a .netrc, nor other CAs, nor a file for session keys."""
-    host = "127.0.0.1"
-    (tmp_path / ".netrc").write_text(f"machine {host} login root password s3cret\n")
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, f"http://{host}:{free_port()}")
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "none.pem"))
-    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
-    issued(ours.sign(request(APISERVER)))
-    assert not (tmp_path / "keys").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- settings
@@ -1065,18 +973,6 @@ def test_settings_with_problems(keys: dict[str, Any], wrong: list[str]) -> None:
     problems = list(EstSettings(**{**SETTINGS, **keys}).problems())
     assert [problem.key for problem in problems] == wrong
     assert "s3cret" not in str(problems)
-
-
-def test_tls_files_are_looked_at_when_the_backend_is_made(tmp_path: Path) -> None:
-    """All that can't be used is named before anything is asked."""
-    missing: dict[str, Any] = {
-        "ca_file": tmp_path / "ca",
-        "client_cert": tmp_path / "crt",
-        "client_key": tmp_path / "key",
-    }
-    with pytest.raises(SettingsError) as e:
-        EstBackend.from_settings(EstSettings(**SETTINGS, **missing))
-    assert [problem.key for problem in e.value.problems] == ["ca_file", "client_cert"]
 
 
 def test_the_example_has_every_key() -> None:

@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from urllib3.connectionpool import HTTPConnectionPool
 
-from backends.http import tls_context
+from backends.settings import tls_context
 from bridge import cluster
 from bridge.cluster import ANONYMOUS, Client
 from bridge.errors import SettingsError
@@ -622,7 +622,7 @@ def test_the_key_is_never_on_disk(pki: Path) -> None:
     program = """
 import os, sys
 from pathlib import Path
-from backends.http import tls_context
+from backends.settings import tls_context
 from bridge.system import http
 opened = []
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
