@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import partial
 from http import HTTPStatus
 from threading import Lock
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 from urllib.parse import quote
 from weakref import WeakSet, WeakValueDictionary
 
@@ -30,14 +30,12 @@ from backends.http import (
     tls_context,
     token_end,
 )
+from backends.vault.settings import VaultSettings
 from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system import http
 from bridge.system.waiting import remember
 from bridge.words import one_line
-
-if TYPE_CHECKING:
-    from backends.vault import VaultSettings
 
 log = logging.getLogger("ca-bridge.vault")
 #: Texts in the server's 500 answers that blame its configuration, so that trying later won't help.

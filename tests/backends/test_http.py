@@ -49,14 +49,14 @@ def ask(url):
     return 200
 """,
     "vault": """
-from backends.vault import VaultSettings
+from backends.vault.settings import VaultSettings
 from backends.vault.server import Server
 from datetime import timedelta
 def ask(url):
     return Server(VaultSettings(url=url, timeout=timedelta(seconds=LIMIT))).send("get", "sys/health").or_raise().status
 """,
     "vault's login": """
-from backends.vault import VaultSettings
+from backends.vault.settings import VaultSettings
 from backends.vault.server import Server
 from datetime import timedelta
 from hvac.api.auth_methods import Userpass
