@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -281,6 +281,46 @@ def pool_wall(source: str, module: str) -> Iterator[str]:
         yield from (name for name in imports(source, module) if name.endswith(".ThreadPoolExecutor"))
 
 
+def circles(texts: Mapping[str, str]) -> list[list[str]]:
+    """Files that import each other, directly or through others; an import in a function or for types alone counts."""
+    direct = {
+        module: {file for name in imports(source, module) if (file := _file_of(name, texts)) not in (None, module)}
+        for module, source in texts.items()
+    }
+    below: dict[str, set[str]] = {}
+    for module in texts:
+        reached, waiting = set[str](), [module]
+        while waiting:
+            new = {file for file in direct[waiting.pop()] if file is not None} - reached
+            reached |= new
+            waiting += new
+        below[module] = reached
+    found = {frozenset(other for other in below[one] if one in below[other]) for one in texts if one in below[one]}
+    return sorted(map(sorted, found))
+
+
+def _file_of(name: str, texts: Mapping[str, str]) -> str | None:
+    """The module of ours that an imported name is, or is in."""
+    while name and name not in texts:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+#: A logger that `console.set_up` has given its handler and format.
+_OUR_LOGGER = re.compile(r"ca-bridge(\.[\w-]+)*")
+
+
+def log_wall(source: str) -> Iterator[str]:
+    """A logger is `ca-bridge` or below it: no other has the form that `--log-format` asks for."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _dotted(node.func)[-1] == "getLogger":
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if not _OUR_LOGGER.fullmatch(str(name)):
+                yield ast.unparse(node)
+    functions = {f"logging.{level}" for level in ("debug", "info", "warning", "error", "exception", "critical")}
+    yield from names(source) & functions
+
+
 def modules(package: str, *only: str) -> list[str]:
     """Names of our modules in a package; all of them, or these."""
     found = [module for module in sources() if within(module, package)]
@@ -317,6 +357,63 @@ def test_the_walls_between_floors_can_fail(module: str, source: str) -> None:
 
     assert list(floor_wall(source, module))
     assert not list(floor_wall(allowed, module))
+
+
+#: Circles that are still there; nothing may be added.
+_CIRCLES_LEFT: list[list[str]] = [
+    ["bridge.renewal", "bridge.renewal.issuance", "bridge.renewal.prepare", "bridge.renewal.verify_and_install"],
+    ["bridge.renewal.activate", "bridge.renewal.in_use", "bridge.renewal.pairs"],
+]
+
+
+def test_no_files_import_each_other() -> None:
+    """Each file can be read, and tried, with those below it alone."""
+    assert circles(sources()) == _CIRCLES_LEFT
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from bridge.node import pairs",
+        "from bridge.node.pairs import Pair",
+        "import bridge.node.pairs",
+        "def f():\n    from bridge.node.pairs import Pair",
+        "if TYPE_CHECKING:\n    from bridge.node.pairs import Pair",
+        "from . import pairs",
+    ],
+)
+def test_the_wall_against_circles_can_fail(source: str) -> None:
+    """A circle of two files and of three is found, however a file imports; two that import a third are none."""
+    reading = "from bridge.node.inventory import Node"
+    texts = {"bridge.node.inventory": source, "bridge.node.pairs": reading, "bridge.node.other": reading}
+    assert circles(texts) == [["bridge.node.inventory", "bridge.node.pairs"]]
+    texts["bridge.node.pairs"] = "from bridge.node.other import x"
+    assert circles(texts) == [["bridge.node.inventory", "bridge.node.other", "bridge.node.pairs"]]
+    assert circles({**texts, "bridge.node.pairs": "import os"}) == []
+
+
+@pytest.mark.parametrize("module", [*modules("bridge"), *modules("backends")])
+def test_each_message_goes_to_our_log(module: str) -> None:
+    """A logger of another name writes bare text to standard error, which is no JSON and has no field in the journal."""
+    assert sorted(log_wall(sources()[module])) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import logging\nlog = logging.getLogger(__name__)",
+        "from logging import getLogger\nlog = getLogger('backends.openssl')",
+        "import logging\nlogging.getLogger('ca-bridges').warning('x')",
+        "import logging\nlogging.getLogger()",
+        "import logging\nlogging.warning('x')",
+        "from logging import error\nerror('x')",
+    ],
+)
+def test_the_wall_around_the_log_can_fail(source: str) -> None:
+    """A logger by a module's name, the root logger and its functions are found; our logger and one below it are not."""
+    assert list(log_wall(source))
+    assert not list(log_wall("import logging\nlog = logging.getLogger('ca-bridge')\nlog.warning('x')"))
+    assert not list(log_wall("import logging\nlog = logging.getLogger('ca-bridge.openssl')"))
 
 
 def unmapped(text: str) -> set[str]:

@@ -55,7 +55,7 @@ from bridge.system.http import Answer
 from bridge.system.paths import read_public_key
 from bridge.words import one_line
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ca-bridge.door")
 
 _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
 #: Statuses that may change later.

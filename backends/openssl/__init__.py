@@ -80,7 +80,7 @@ x509_extensions = no_section_so_that_forgetting_one_fails
 commonName = optional
 """
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ca-bridge.openssl")
 
 
 @dataclass(frozen=True, slots=True)

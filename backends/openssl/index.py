@@ -55,7 +55,7 @@ _LARGEST_FILE = 1 << 20
 #: Two million rows; `openssl ca` has all of them in memory several times.
 _LARGEST_INDEX = 256 << 20
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ca-bridge.openssl")
 
 
 #: The row of a revoked certificate, and its serial number.
