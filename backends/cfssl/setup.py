@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.cfssl import EKU_NAMES, CfsslSettings
+from backends.cfssl.settings import EKU_NAMES, CfsslSettings
 from bridge.contract import NamePatterns, Secret, SetupFile, SetupRequest
 from bridge.pki.certificates import extension
 from bridge.specs import AUTHORITIES, EKU, SPECS, Authority, CertificateSpec

@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from backends.exec import ENVIRONMENT, ExecSettings, ekus_text
+from backends.exec.settings import ENVIRONMENT, ExecSettings, ekus_text
 from bridge.contract import Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError
 from bridge.pki.certificates import extension, san_entries, san_entry

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import partial
 from http import HTTPStatus
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from urllib.parse import quote
 from weakref import WeakSet, WeakValueDictionary
 
@@ -22,13 +22,11 @@ from requests import Response
 
 from backends.http import Http, Wording, json_object, object_of, retry_after_seconds
 from backends.settings import read_secret, secret_end, tls_context, token_end
+from backends.vault.settings import VaultSettings
 from bridge.contract import CredentialEnd, Secret
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.waiting import remember
 from bridge.words import one_line
-
-if TYPE_CHECKING:
-    from backends.vault import VaultSettings
 
 log = logging.getLogger("ca-bridge.vault")
 #: Texts in the server's 500 answers that blame its configuration, so that trying later won't help.

@@ -19,8 +19,8 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from backends.http import listed
-from backends.vault import DEFAULT_ROLE, RoleOf, VaultSettings, role_selector
 from backends.vault.server import texts
+from backends.vault.settings import DEFAULT_ROLE, RoleOf, VaultSettings, role_selector
 from bridge.contract import DEFAULT_CLUSTER, NamePatterns, PlannedCertificate, Selector, SetupFile, SetupRequest
 from bridge.errors import BridgeError, SettingsError, Violation
 from bridge.pki import certificates

@@ -26,8 +26,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from backends.cfssl import CfsslBackend, CfsslSettings
+from backends.cfssl import CfsslBackend
 from backends.cfssl import setup as cfssl_setup
+from backends.cfssl.settings import CfsslSettings
 from bridge.ca.registry import configured
 from bridge.contract import Secret, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation

@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 
-from backends.exec import ENVIRONMENT, ExecBackend, ExecSettings, certificates_of, cookie_of, display_text
+from backends.exec import ExecBackend, certificates_of, cookie_of, display_text
+from backends.exec.settings import ENVIRONMENT, ExecSettings
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, SetupRequest, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsError

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.exec import ExecBackend, ExecSettings
+from backends.exec import ExecBackend
+from backends.exec.settings import ExecSettings
 from bridge.ca import registry
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError

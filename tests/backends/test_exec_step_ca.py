@@ -14,7 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.exec import ExecBackend, ExecSettings
+from backends.exec import ExecBackend
+from backends.exec.settings import ExecSettings
 from bridge.contract import Issued, Pending, SetupFile, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, BridgeError
 from bridge.pki import verify

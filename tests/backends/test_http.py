@@ -62,14 +62,14 @@ def ask(url):
     return 200
 """,
     "vault": """
-from backends.vault import VaultSettings
+from backends.vault.settings import VaultSettings
 from backends.vault.server import Server
 from datetime import timedelta
 def ask(url):
     return Server(VaultSettings(url=url, timeout=timedelta(seconds=LIMIT))).anonymous.read("sys/health").or_raise().status
 """,
     "vault's login": """
-from backends.vault import VaultSettings
+from backends.vault.settings import VaultSettings
 from backends.vault.server import Server
 from datetime import timedelta
 def ask(url):

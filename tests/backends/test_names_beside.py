@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from backends.cfssl import CfsslBackend, CfsslSettings
+from backends.cfssl import CfsslBackend
+from backends.cfssl.settings import CfsslSettings
 from backends.cfssl.setup import config_beside
 from backends.cmp import CmpBackend, CmpSettings
-from backends.exec import ExecBackend, ExecSettings
+from backends.exec import ExecBackend
+from backends.exec.settings import ExecSettings
 from backends.openssl import OpensslBackend
 from backends.openssl.settings import OpensslSettings
-from backends.vault import VaultAuth, VaultBackend, VaultSettings
+from backends.vault import VaultBackend
+from backends.vault.settings import VaultAuth, VaultSettings
 from backends.vault.setup import role_beside
 from bridge.contract import Backend, Issued, NamePatterns, Names, Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, SettingsError

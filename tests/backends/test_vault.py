@@ -33,9 +33,10 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from backends import vault as vault_backend
-from backends.vault import VaultAuth, VaultBackend, VaultSettings, role_selector
+from backends.vault import VaultBackend
 from backends.vault import setup as vault_setup
 from backends.vault.server import Server
+from backends.vault.settings import VaultAuth, VaultSettings, role_selector
 from bridge.contract import PlannedCertificate, Secret, Selector, SignRequest
 from bridge.errors import (
     BackendError,

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends.cfssl import CfsslBackend, CfsslSettings
-from backends.vault import VaultAuth, VaultBackend, VaultSettings
+from backends.cfssl import CfsslBackend
+from backends.cfssl.settings import CfsslSettings
+from backends.vault import VaultBackend
+from backends.vault.settings import VaultAuth, VaultSettings
 from bridge.contract import Backend, Issued, Secret
 from bridge.errors import BackendError
 from bridge.pki.certificates import pem

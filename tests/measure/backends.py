@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from backends.cmp import CmpBackend, CmpSettings
 from backends.est import EstBackend, EstSettings
-from backends.exec import ExecBackend, ExecSettings
+from backends.exec import ExecBackend
+from backends.exec.settings import ExecSettings
 from bridge.contract import Backend, Issued, Secret, SignRequest
 from bridge.specs import SPECS
 from bridge.testing import TestCA, sign_request

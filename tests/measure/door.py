@@ -34,8 +34,8 @@ import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from backends.vault import DEFAULT_ROLE
 from backends.vault import setup as vault_setup
+from backends.vault.settings import DEFAULT_ROLE
 from bridge.contract import Issued
 from bridge.desk.desk import SIGNED
 from bridge.door.store import CERTIFICATES

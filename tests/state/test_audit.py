@@ -21,8 +21,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from backends.cfssl import CfsslBackend, CfsslSettings
-from backends.vault import VaultAuth, VaultBackend, VaultSettings
+from backends.cfssl import CfsslBackend
+from backends.cfssl.settings import CfsslSettings
+from backends.vault import VaultBackend
+from backends.vault.settings import VaultAuth, VaultSettings
 from bridge.cli.app import app
 from bridge.contract import Secret
 from bridge.pki.certificates import fingerprint, load_pem_certificates, serial_hex

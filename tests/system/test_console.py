@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -165,6 +166,21 @@ def test_a_message_that_nothing_takes_stops_no_run(monkeypatch: pytest.MonkeyPat
         monkeypatch.undo()
         with contextlib.suppress(BrokenPipeError):
             stream.close()
+
+
+@pytest.mark.parametrize("module", ["door", "exec", "openssl", "openssl.index", "vault.server"])
+def test_a_backends_warning_has_the_form_of_the_log(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend's logger is below ours: its warnings are lines as all others; a logger by a module's name has no form."""
+    logger = importlib.import_module(f"backends.{module}").log
+    console.set_up(0, LogFormat.TEXT)
+    logger.warning("moved to %s", "x.bad")
+    assert re.fullmatch(r"warning: moved to x\.bad \[run [0-9a-f]{8}\]\n", capsys.readouterr().err)
+    console.set_up(0, LogFormat.JSON)
+    logger.warning("moved to %s", "x.bad")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["message"], list(violations(line, SCHEMA))) == ("warning", "moved to x.bad", [])
+    logging.getLogger(f"backends.{module}").warning("moved")
+    assert capsys.readouterr().err == ""
 
 
 def test_only_the_stream_that_is_named_is_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
