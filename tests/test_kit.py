@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from tests.kit import looking, node, plan, programs, watching
 from tests.kit.cas import Bridge
 from tests.kit.loopback import alone, free_port
 from tests.kit.pki import KubeadmAlgorithm, KubeadmVersion, handmade_pki, kubeadm_pki
+from tests.kit.warm import shared
 from tests.kit.watching import Seen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,6 +311,7 @@ def test_a_warm_run_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run[0] != run[1]
     assert warm.run("renew", "--csr-only", "--csr-dir", "here", "admin.conf").returncode == 0
     assert (tmp_path / "here/admin.conf.csr").is_file()
+    os.kill(shared()._process.pid, signal.SIGSTOP)  # or it may have answered before we look
     with pytest.raises(subprocess.TimeoutExpired):
         warm.run("renew", "--help", timeout=0.001)
     assert warm.run("renew", "--help").returncode == 0

@@ -661,7 +661,7 @@ def test_vault_tells_which_role_logged_in(bao: openbao.OpenBao, tmp_path: Path) 
         VaultAuth(method="approle", role_id=place(tmp_path / "r", role_id), secret_id=place(tmp_path / "s", secret_id)),
     )
     identity = backend.identity()
-    token = backend._tokens.get()
+    token = backend._tokens.get().token
     backend.close()
     assert names(identity) == ["auth/approle", "role_name=cp-1"]
     assert "entity_id=" in identity
