@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import socket
 import ssl
 import subprocess
@@ -148,6 +149,14 @@ def honest(opened: socket.socket) -> None:
     opened.sendall(b"0\r\nX: y\r\n\r\n")
 
 
+def take_request(opened: socket.socket) -> None:
+    """Take its head and its body, which come one after the other; a close with unread bytes would reset the connection."""
+    head, _, body = opened.recv(1 << 16).partition(b"\r\n\r\n")
+    length = int(match[1]) if (match := re.search(rb"(?i)\r\ncontent-length: *([0-9]+)", head)) else 0
+    while len(body) < length and (data := opened.recv(1 << 16)):
+        body += data
+
+
 @contextmanager
 def server(talk: Talk, *, reads: bool = True) -> Iterator[str]:
     """Takes a request on each connection, unless `talk` does so itself; its URL."""
@@ -156,7 +165,7 @@ def server(talk: Talk, *, reads: bool = True) -> Iterator[str]:
         def one(opened: socket.socket) -> None:
             with opened, suppress(OSError):
                 if reads:
-                    opened.recv(1 << 16)
+                    take_request(opened)
                 talk(opened)
 
         def serve() -> None:
@@ -254,7 +263,7 @@ def in_tls(tls: est.Tls, talk: Talk, newest: ssl.TLSVersion = ssl.TLSVersion.MAX
 
     def wrapped(opened: socket.socket) -> None:
         with context.wrap_socket(opened, server_side=True) as secure:
-            secure.recv(1 << 16)
+            take_request(secure)
             talk(secure)
 
     with server(wrapped, reads=False) as url:
