@@ -133,7 +133,7 @@ def expirations(arguments: Sequence[str]) -> tuple[int, str] | None:
         from bridge.cli.expiration_forms import look  # noqa: PLC0415 (see above)
 
         settings = plain.settings()
-        if any(ours.next for ours in settings.authorities.values()):  # `bridge.cli` shows the phases
+        if any(authority.next for authority in settings.authorities.values()):  # `bridge.cli` shows the phases
             return None
         own: Sequence[Credential] | None = ()
         if _may_have_credentials(settings):

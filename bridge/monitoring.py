@@ -166,11 +166,11 @@ def known(settings: Settings, now: datetime) -> Remembered:
     requests = OpenRequests(store).by_name()
     return Remembered(
         failures=attempts_file(store).read() or {},
-        pending=tuple(one for one in requests.values() if one.is_waiting),
+        pending=tuple(request for request in requests.values() if request.is_waiting),
         history=history_file(store).read(),
         late=_not_in_use(settings, store, now),
         own=credentials.metrics(credentials.seen(settings) or (), settings.renewal.before),
-        phases=tuple(_phases(settings)) if any(one.next for one in settings.authorities.values()) else (),
+        phases=tuple(_phases(settings)) if any(authority.next for authority in settings.authorities.values()) else (),
     )
 
 

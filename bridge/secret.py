@@ -83,9 +83,9 @@ def _content(path: Path) -> bytes:
 
 def leaves(table: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and values of a settings table and the tables within it, without fields that the bridge fills in."""
-    for one in fields(table):
-        value, key = getattr(table, one.name), f"{prefix}{one.name}"
+    for field in fields(table):
+        value, key = getattr(table, field.name), f"{prefix}{field.name}"
         if is_dataclass(value) and not hasattr(value, "from_setting") and not isinstance(value, Secret):
             yield from leaves(value, f"{key}.")
-        elif GIVEN not in one.metadata:
+        elif GIVEN not in field.metadata:
             yield key, value

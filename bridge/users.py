@@ -207,8 +207,8 @@ class UserNotAllowedError(BridgeError):
 def assert_allowed(user: User, validity: timedelta, rules: UserSettings) -> None:
     """Raise an error with every rule that this user breaks (UserNotAllowedError)."""
     limits = Limits(groups=rules.groups, allow=rules.allow, max_validity=rules.max_validity)
-    if found := user_rules.problems(user, validity, limits):
-        raise UserNotAllowedError("; ".join(found))
+    if problems := user_rules.problems(user, validity, limits):
+        raise UserNotAllowedError("; ".join(problems))
 
 
 def issue(

@@ -85,7 +85,7 @@ def config_beside(
 
     `name_whitelist` checks only text, and the API server would refuse a backdate of 5 minutes half of the time.
     """
-    return _config(authority, {one.spec.usage: profile_beside(one) for one in patterns}, directory)
+    return _config(authority, {pattern.spec.usage: profile_beside(pattern) for pattern in patterns}, directory)
 
 
 def profile_beside(one: NamePatterns) -> dict[str, object]:

@@ -207,8 +207,8 @@ class CmpBackend(Backend):
         if problems:
             raise SettingsError(problems)
         places: dict[str, list[CertificateSpec]] = {}
-        patterns = {one.spec.name: one for one in wanted.patterns}
-        for spec in [*(SPECS[name] for name in wanted.certificates), *(one.spec for one in wanted.patterns)]:
+        patterns = {pattern.spec.name: pattern for pattern in wanted.patterns}
+        for spec in [*(SPECS[name] for name in wanted.certificates), *(pattern.spec for pattern in wanted.patterns)]:
             header = f", with profile {profile(spec)} in the message's header" if server.profile else ""
             places.setdefault(f"{server.url.rstrip('/')}/{path(spec).lstrip('/')}{header}", []).append(spec)
         text = _TEXT.format(
@@ -416,7 +416,7 @@ def _issued(ran: Ran) -> Issued:
         _ = [(one.subject, one.issuer) for one in (leaf, *others)]  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion) as e:
         raise BackendRefusedError(f"cmp: wanted one certificate, found something else ({type(e).__name__})") from e
-    return Issued(leaf=leaf, intermediates=tuple(one for one in others if one != leaf))
+    return Issued(leaf=leaf, intermediates=tuple(other for other in others if other != leaf))
 
 
 def _error(ran: Ran, url: str) -> BackendError:

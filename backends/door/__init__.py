@@ -162,7 +162,7 @@ class DoorBackend(OverHttp):
             batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
         end = time.monotonic() + self._settings.wait.total_seconds()
         found: dict[int, Issued | Pending | BackendError] = {}
-        posted = [(lot, self._posted(*made)) for ours in batches.values() for lot, made in _lots(ours)]
+        posted = [(lot, self._posted(*made)) for batch in batches.values() for lot, made in _lots(batch)]
         for lot, waiting in posted:
             answer = self._awaited(waiting, end) if isinstance(waiting, Pending) else waiting
             found |= {id(request): _given(answer, request) for request in lot}
@@ -227,14 +227,15 @@ class DoorBackend(OverHttp):
         """The header that proves an enrolment, if a request has no live certificate to prove it."""
         place, now = self._settings.enrolment, datetime.now(UTC)
         if place is None or all(
-            one.proof and one.replaces and one.replaces.not_valid_after_utc > now for one in bundle.requests
+            request.proof and request.replaces and request.replaces.not_valid_after_utc > now
+            for request in bundle.requests
         ):
             return {}
         try:
             return {"Authorization": node_proofs.enrolment_proof(place.read(), digest(bundle))}
         except (SecretUnavailableError, ValueError) as e:
             text = f"wanted {e} in {place}, found something else" if isinstance(e, ValueError) else str(e)
-            unproven = [one.name for one in bundle.requests if one.proof is None]
+            unproven = [request.name for request in bundle.requests if request.proof is None]
             if len(unproven) == len(bundle.requests):
                 raise LocalFileError(f"door: enrolment: {text}", hint=_ENROL_HINT) from e
             if unproven:  # the door refuses these alone

@@ -105,7 +105,7 @@ class EstSettings(BackendSettings):
 
 def _label_problems(key: str, label: str) -> Iterator[SettingsProblem]:
     segments = label.split("/") if label else []
-    if not all(one.isprintable() and one not in {"", ".", ".."} and "%" not in one for one in segments):
+    if not all(segment.isprintable() and segment not in {"", ".", ".."} and "%" not in segment for segment in segments):
         wanted = "a label, or several with one / between them, in plain text (they are percent-encoded here)"
         yield SettingsProblem(key, wanted, repr(label))
     elif named := OPERATIONS.intersection(segments):

@@ -137,11 +137,11 @@ class ExecBackend(Backend):
         if not printed.strip():
             return []
         try:
-            found = certificates_of(printed)
+            issuers = certificates_of(printed)
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and our callers want the signing certificate first
-        return sorted(found, key=lambda one: any(one.subject == other.issuer for other in found if other != one))
+        return sorted(issuers, key=lambda one: any(one.subject == other.issuer for other in issuers if other != one))
 
     def _answer(self, request: SignRequest, ended: _Answer) -> Issued | Pending:
         try:

@@ -107,10 +107,10 @@ def _beside(wanted: SetupRequest) -> Iterator[str]:
     """The variables for a program that gets names beside the CSR, and the certificate that it has to make."""
     yield "The CSR is empty: subject and SANs are those of the variables, one name a line, and no others.\n"
     yield "Below an empty subject the SANs are critical; a certificate begins less than 5 minutes ago.\n"
-    for one in wanted.patterns:
-        yield f"CA_BRIDGE_CERTIFICATE={one.spec.name}: CA_BRIDGE_EKUS={ekus_text(one.spec)}\n"
-        yield f"  CA_BRIDGE_VALIDITY_SECONDS: at most {int(one.longest.total_seconds())}\n"
-        for name, values in (("URIS", one.uris), ("DNS", one.dns), ("COMMON_NAME", one.common_names)):
+    for pattern in wanted.patterns:
+        yield f"CA_BRIDGE_CERTIFICATE={pattern.spec.name}: CA_BRIDGE_EKUS={ekus_text(pattern.spec)}\n"
+        yield f"  CA_BRIDGE_VALIDITY_SECONDS: at most {int(pattern.longest.total_seconds())}\n"
+        for name, values in (("URIS", pattern.uris), ("DNS", pattern.dns), ("COMMON_NAME", pattern.common_names)):
             yield f"  CA_BRIDGE_{name}: {one_line(', '.join(values), _LONGEST_CELL) or 'empty'}\n"
 
 

@@ -499,8 +499,8 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The object's true conditions, by type (the API demands that the three that count here are true)."""
     listed = object_of(document, "status").get("conditions")
-    found = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return {str(one.get("type")): one for one in found if one.get("status") == "True"}
+    conditions = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return {str(one.get("type")): one for one in conditions if one.get("status") == "True"}
 
 
 def _note(document: Mapping[str, Any]) -> str:
@@ -530,7 +530,7 @@ class Answer:
         details = self.document.get("details")
         causes = details.get("causes") if isinstance(details, dict) else None
         if self.status == HTTPStatus.UNPROCESSABLE_ENTITY and isinstance(causes, list):
-            found = [one for one in causes if isinstance(one, dict)]
+            found = [cause for cause in causes if isinstance(cause, dict)]
             return one_line("; ".join(f"{one.get('field')}: {_last_clause(str(one.get('message')))}" for one in found))
         return one_line(_last_clause(str(self.document.get("message") or "no reason given")))
 

@@ -280,14 +280,14 @@ class Database:
         if any(time.time() - path.stat().st_mtime < _SETTLE_SECONDS for path in paths):
             time.sleep(_SETTLE_SECONDS)
             paths = self._unknown_files(self.read(index))
-        found = []
+        orphans = []
         for path in paths:
             certificate = _parse_if_whole(_read_if_there(path, _LARGEST_FILE))
             if certificate:
-                found.append((path, certificate))
+                orphans.append((path, certificate))
             else:
                 self._quarantine(path)
-        return found
+        return orphans
 
     def _unknown_files(self, index: Snapshot) -> list[Path]:
         names = (_CERTIFICATE_NAME.fullmatch(entry.name) for entry in os.scandir(self.new_certs_dir))
@@ -394,11 +394,11 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
     if after.startswith(before.data):
         return list(parse_index(after[len(before.data) :]))
     # someone without our lock may have revoked a certificate meanwhile: the old rows would undo that
-    found = parse_index(after)
-    lost = [serial for serial in parse_index(before.data) if serial not in found]
+    new_serials = parse_index(after)
+    lost = [serial for serial in parse_index(before.data) if serial not in new_serials]
     if lost:
         raise IndexDamagedError(f"{len(lost)} old rows are missing")
-    return [serial for serial in found if serial not in before.serials]
+    return [serial for serial in new_serials if serial not in before.serials]
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def _site_files(settings: OpensslSettings) -> CAFiles:
         with open_regular(path) as file:
             config = parse_config(file.read().decode(errors="surrogateescape"), os.environ)
         section = section or _site_value(config, "ca", "default_ca")
-        found = {key: _site_value(config, section, key) for key in _FILES}
+        site_files = {key: _site_value(config, section, key) for key in _FILES}
     except OSError as e:
         problems = [SettingsProblem("config", "an openssl.cnf that can be read", e.strerror or "none", path)]
     except ConfigDoubtError as e:
@@ -119,20 +119,20 @@ def _site_files(settings: OpensslSettings) -> CAFiles:
         # a relative path is relative to the folder where openssl starts, not to the file's own
         problems = [
             SettingsProblem("config", f"{key} as an absolute path in [{section}]", masked(text), path)
-            for key, text in found.items()
+            for key, text in site_files.items()
             if not text.startswith("/") and not (key == "private_key" and text.startswith(SCHEME))
         ]
         in_file = {"private_key": path}
         problems += [
             replace(problem, file=in_file.get(problem.key))
-            for problem in key_problems(found["private_key"], settings.pkcs11, settings.passphrase)
-            if found["private_key"].startswith(("/", SCHEME))
+            for problem in key_problems(site_files["private_key"], settings.pkcs11, settings.passphrase)
+            if site_files["private_key"].startswith(("/", SCHEME))
         ]
     if problems:
         hint = "instead of config, the settings can name certificate, private_key, database and new_certs_dir"
         raise SettingsError(problems, hint=hint)
-    places = {key: Path(found[key]) for key in ("certificate", "database", "new_certs_dir")}
-    return CAFiles(**places, private_key=found["private_key"])
+    places = {key: Path(site_files[key]) for key in ("certificate", "database", "new_certs_dir")}
+    return CAFiles(**places, private_key=site_files["private_key"])
 
 
 def _site_value(config: Config, section: str, key: str) -> str:

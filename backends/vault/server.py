@@ -229,8 +229,8 @@ class Server:
 
 def _origin(location: str) -> str:
     """Scheme, host and port; the rest may hold a secret."""
-    found = re.match(r"(https?://)(?:[^/?#@]*@)?([\w.:\[\]-]+)", location, re.ASCII)
-    return "".join(found.groups()) if found else "another path"
+    match = re.match(r"(https?://)(?:[^/?#@]*@)?([\w.:\[\]-]+)", location, re.ASCII)
+    return "".join(match.groups()) if match else "another path"
 
 
 def texts(value: object) -> list[str]:

@@ -96,11 +96,11 @@ def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
     """The script for certificates whose names travel beside the CSR, as parameters (only mode `sign`)."""
     select = role_selector(engine.role, engine.roles, "")
     payloads: dict[str, dict[str, object]] = {}
-    for one in wanted.patterns:
-        role, payload = select(one.spec), role_beside(one)
+    for pattern in wanted.patterns:
+        role, payload = select(pattern.spec), role_beside(pattern)
         if payloads.setdefault(role, payload) != payload:
             raise NoRoleError(
-                f"{one.spec.name}: wanted a role of its own, found {role} shared",
+                f"{pattern.spec.name}: wanted a role of its own, found {role} shared",
                 hint="give the certificates different roles in the backend's table `roles`",
             )
     parameters = [key for key, texts in (("uri_sans", "uris"), ("alt_names", "dns"), ("common_name", "common_names"))
@@ -416,7 +416,9 @@ def _addresses(role: Mapping[str, object], addresses: Sequence[str]) -> Iterator
         yield Violation(subject="allow_ip_sans", want="true", got="false")
         return
     networks = texts(role.get("allowed_ip_sans_cidr"))  # OpenBao's; Vault lets any address pass
-    refused = [one for one in addresses if networks and not any(_is_in(one, network) for network in networks)]
+    refused = [
+        address for address in addresses if networks and not any(_is_in(address, network) for network in networks)
+    ]
     if refused:
         yield Violation(subject="allowed_ip_sans_cidr", want=listed(refused), got=listed(networks))
 

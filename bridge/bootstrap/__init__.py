@@ -142,7 +142,7 @@ class Places:
         if role == "worker":
             return [AUTHORITIES["ca"]]
         has_etcds = self.external_etcd is None or self.external_etcd.has_tls
-        return [one for one in AUTHORITIES.values() if has_etcds or one != ETCD_CA]
+        return [authority for authority in AUTHORITIES.values() if has_etcds or authority != ETCD_CA]
 
     @property
     def brought(self) -> list[CertificateSpec]:
@@ -162,7 +162,7 @@ def specs_of(
     """Return the certificates that a new node of this role needs, without etcd's own if etcd is external."""
     if role == "worker":
         return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
-    ours = [one for one in SPECS.values() if role == "init" or one.name != SUPER_ADMIN]
+    ours = [spec for spec in SPECS.values() if role == "init" or spec.name != SUPER_ADMIN]
     ours = [one for one in ours if not one.by_flag or one in servers]
     if external_etcd is None:
         return ours
@@ -359,7 +359,7 @@ def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Map
 def shared(config: KubeadmConfig) -> KubeadmConfig:
     """Return the documents that are the same for all nodes."""
     ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
-    return KubeadmConfig.of(tuple(one for one in config.documents if one.get("kind") in ours))
+    return KubeadmConfig.of(tuple(document for document in config.documents if document.get("kind") in ours))
 
 
 def join_configuration(
@@ -453,5 +453,5 @@ def together(files: Sequence[Path]) -> KubeadmConfig | None:
     own, *others = [read_configuration(path)[0] if path.exists() else None for path in files]
     if own is None:
         return None
-    cluster = [one for other in others if other is not None for one in shared(other).documents]
+    cluster = [document for other in others if other is not None for document in shared(other).documents]
     return KubeadmConfig.of((*own.documents, *cluster))

@@ -188,7 +188,7 @@ def _cluster(inputs: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
             "the cluster's ClusterConfiguration is missing",
             hint="`ca-bridge bootstrap share` on a control-plane node gives it, or --kubeadm-config names its file",
         )
-    if any(one.cluster != sources[0].cluster for one in sources):
+    if any(source.cluster != sources[0].cluster for source in sources):
         raise OrderError(
             "cluster: wanted the same ClusterConfiguration from all sources, found another one",
             hint="one of the files belongs to another cluster, or is older",

@@ -329,12 +329,12 @@ def _begin(run: Run, desired: DesiredNode) -> Unfinished:
     if found is not None and open_requests.keys() & set(found.names) and not desired.inputs.anew:
         if (found.role, found.config) == (desired.role, desired.mark):
             return found if set(found.names) <= open_requests.keys() else _begun(run, desired, found)
-        if any(one.is_waiting for one in run.requests):
+        if any(request.is_waiting for request in run.requests):
             raise OtherNodeDesiredError(
                 "wanted to continue with the requests that wait, found another configuration, name or role"
             )
     if open_requests and desired.inputs.request is None:
-        _assert_asks(run, [one for one in desired.places.specs(desired.role) if one not in desired.places.brought])
+        _assert_asks(run, [spec for spec in desired.places.specs(desired.role) if spec not in desired.places.brought])
     for name in open_requests:
         give_up(run, name, "a new node's keys are made anew")
         run.requests.drop(name)
@@ -490,7 +490,7 @@ def _gather_answers(
         why = f"{desired.inputs.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
         return answered, [_waits(one, why) for one in rest], strange
     at_desks = [one for one in rest if one.open and one.open.bundles]
-    away = [one for one in at_desks if one.authority not in run.settings.authorities]
+    away = [at_desk for at_desk in at_desks if at_desk.authority not in run.settings.authorities]
     answered += _ask_cas(run, [one for one in rest if one not in away], expected)
     return answered, [_waits(one, "an operator has the request") for one in away], strange
 
@@ -511,7 +511,7 @@ def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, veri
 
 def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:
     """Make sure that the settings name a CA for each of these."""
-    lacking = [one for one in specs if one.authority.name not in run.settings.authorities]
+    lacking = [spec for spec in specs if spec.authority.name not in run.settings.authorities]
     if lacking:
         authorities = ", ".join(name for name in AUTHORITIES if name in {one.authority.name for one in lacking})
         text = f"{some(one.name for one in lacking)}: there is no CA and no desk for {authorities}"

@@ -178,11 +178,11 @@ def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -
         raise OrderError(f"name: wanted a node's name in small letters, found {name[:80]!r}")
     if not addresses:
         raise OrderError(f"{name}: its IP address is missing")
-    for one in addresses:
+    for address in addresses:
         try:
-            ipaddress.ip_address(one)
+            ipaddress.ip_address(address)
         except ValueError:
-            raise OrderError(f"{name}: wanted an IP address, found {one[:80]!r}") from None
+            raise OrderError(f"{name}: wanted an IP address, found {address[:80]!r}") from None
     return NewNode(role=role, name=name, addresses=tuple(addresses), socket=socket)
 
 

@@ -56,14 +56,14 @@ class NodeLook:
 
     def problems(self) -> list[str]:
         """Return everything missing or wrong, each as `PATH: wanted …, found …`; empty: kubeadm may start."""
-        found = [f"{path}: wanted no CA's private key on a node, found one" for path in ca_keys(self.places)]
+        problems = [f"{path}: wanted no CA's private key on a node, found one" for path in ca_keys(self.places)]
         anchors: dict[str, tuple[x509.Certificate, ...]] = {}
-        found += self._authorities(anchors)
+        problems += self._authorities(anchors)
         for spec in self.places.specs(self.role):
-            found += self.problems_of(spec, anchors.get(spec.authority.name, ()))
+            problems += self.problems_of(spec, anchors.get(spec.authority.name, ()))
         if self.role != "worker":
-            found += self._service_account()
-        return found
+            problems += self._service_account()
+        return problems
 
     def missing(self) -> list[Path]:
         """Return the missing files."""
@@ -74,7 +74,7 @@ class NodeLook:
         places = self.places
         ours: list[Path] = []
         if self.role != "worker":
-            ours += [places.authority(one) for one in places.authorities(self.role)]
+            ours += [places.authority(authority) for authority in places.authorities(self.role)]
             ours += [places.sa_key, places.sa_public]
         for spec in places.specs(self.role):
             ours += self.files_of(spec)
@@ -311,7 +311,7 @@ def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
     """Refuse an incomplete node with other files than CAs, sa.key, a kubelet's serving pair and an external etcd's."""
     places = desired.places
     allowed = {places.sa_key, places.sa_public, *places.serving}
-    allowed |= {places.authority(one) for one in AUTHORITIES.values()}
+    allowed |= {places.authority(authority) for authority in AUTHORITIES.values()}
     allowed |= {path for spec in places.brought for path in places.pair(spec)}
     there = [path for path in look.files() if path not in allowed and look.read(path) is not None]
     missing = look.missing()

@@ -70,7 +70,7 @@ TASKS: dict[str, dict[str, tuple[str, str]]] = {
     "Keep the record": {"audit": ("history", "Show and verify the audit log.")},
 }
 #: The file of each command.
-FILES = {command: file for ours in TASKS.values() for command, (file, _) in ours.items()} | {"complete": "completion"}
+FILES = {command: file for task in TASKS.values() for command, (file, _) in task.items()} | {"complete": "completion"}
 
 #: By command: an option, and the options that can't be combined with it.
 EXCLUDES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -249,14 +249,14 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse empty paths, which would mean the working directory, and options that exclude or lack each other."""
         rest: list[str] = super().parse_args(ctx, args)
-        for one in self.params:
-            value = ctx.params.get(one.name)
-            if one.type.name == "path" and "" in (value if isinstance(value, list | tuple) else [value]):
-                raise typer.BadParameter("wanted a path, found an empty text: a variable that is not set?", ctx, one)
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if param.type.name == "path" and "" in (value if isinstance(value, list | tuple) else [value]):
+                raise typer.BadParameter("wanted a path, found an empty text: a variable that is not set?", ctx, param)
         given: set[str] = set()
-        for one in self.params:
-            if getattr(ctx.get_parameter_source(one.name), "name", "") == "COMMANDLINE":
-                given.update(one.opts, one.secondary_opts)
+        for param in self.params:
+            if getattr(ctx.get_parameter_source(param.name), "name", "") == "COMMANDLINE":
+                given.update(param.opts, param.secondary_opts)
         for option, others in EXCLUDES.get(name_of(ctx), {}).items():
             clash = [other for other in others if other in given]
             if option in given and clash:
@@ -336,7 +336,7 @@ class Group(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Write a section for each task of the program, or one section for a group."""
         sections = sections_of(self)
-        width = max(len(name) for ours in sections.values() for name in ours)
+        width = max(len(name) for section in sections.values() for name in section)
         for heading, ours in sections.items():
             with formatter.section(heading):
                 formatter.write_dl([(name.ljust(width), _hard(sentence)) for name, sentence in ours.items()])

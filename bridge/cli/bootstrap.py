@@ -264,9 +264,11 @@ def setup(
     nodes = {}
     for path in order:
         one = read_signed_order(settings, path)
-        found = keys.expected_certificates(one, utc_now())
+        expected_certificates = keys.expected_certificates(one, utc_now())
         if one.node is not None:
-            nodes[one.node.name] = {name: ones for name, ones in found.items() if authority in (None, name)}
+            nodes[one.node.name] = {
+                name: ones for name, ones in expected_certificates.items() if authority in (None, name)
+            }
     files = ca_setup.files_of(settings, kind, nodes)
     ca_setup.print_or_write(files, directory)
 

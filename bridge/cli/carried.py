@@ -142,9 +142,9 @@ def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     settings, now = common.settings_with_record(), utc_now()
     requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (_days_left(one, now), one.name))
     if output is Output.JSON:
-        say_json(pending=[_pending_json(one, now) for one in requests])
+        say_json(pending=[_pending_json(request, now) for request in requests])
     elif requests:
-        rows = [(_whereabouts(one), _pending_row(one, now)) for one in requests]
+        rows = [(_whereabouts(request), _pending_row(request, now)) for request in requests]
         say("\n".join(under_headings(rows)))
     else:
         say("nothing is pending")

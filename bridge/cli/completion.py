@@ -53,7 +53,7 @@ def _command(program: Any, typed: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _found(command: Any, rest: Sequence[str], last: str, typed: Sequence[str]) -> Iterator[Offer]:
-    options = {name: one for one in command.params if one.param_type_name == "option" for name in one.opts}
+    options = {name: param for param in command.params if param.param_type_name == "option" for name in param.opts}
     asked = options.get(rest[-1]) if rest and "--" not in rest else None
     if asked is not None and _takes_value(asked):
         yield from _values(command, asked, typed)
@@ -70,9 +70,13 @@ def _takes_value(option: Any) -> bool:
 
 
 def _options(command: Any, rest: Sequence[str]) -> Iterator[Offer]:
-    for one in command.params:
-        if one.param_type_name == "option" and not one.hidden and (one.multiple or not set(one.opts) & set(rest)):
-            yield max(one.opts, key=len), first_sentence(one.help or "")
+    for param in command.params:
+        if (
+            param.param_type_name == "option"
+            and not param.hidden
+            and (param.multiple or not set(param.opts) & set(rest))
+        ):
+            yield max(param.opts, key=len), first_sentence(param.help or "")
     yield "--help", "Show this message and exit."
 
 
@@ -84,13 +88,13 @@ def _arguments(command: Any, rest: Sequence[str], options: dict[str, Any], typed
         if not is_value and not (word.startswith("-") and "--" not in rest):
             given.append(word)
         is_value = word in options and _takes_value(options[word])
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
     left = len(given)
-    for one in arguments:
-        if one.nargs == -1 or left < one.nargs:
-            yield from (offer for offer in _values(command, one, typed) if offer[0] not in given)
+    for argument in arguments:
+        if argument.nargs == -1 or left < argument.nargs:
+            yield from (offer for offer in _values(command, argument, typed) if offer[0] not in given)
             return
-        left -= one.nargs
+        left -= argument.nargs
 
 
 def _values(command: Any, parameter: Any, typed: Sequence[str]) -> Iterator[Offer]:
@@ -165,7 +169,9 @@ def _pending(settings: Callable[[], Settings]) -> Iterator[Offer]:
 
     yield "all", "every open request"
     with contextlib.suppress(BridgeError, OSError):
-        yield from ((one.name, "waits for its answer") for one in OpenRequests(Store(settings().node.state_dir)))
+        yield from (
+            (request.name, "waits for its answer") for request in OpenRequests(Store(settings().node.state_dir))
+        )
 
 
 #: Sources of values, by command and parameter, or by parameter alone.

@@ -129,8 +129,8 @@ def print_proof(found: proof.ProofReport, output: Output) -> None:
 
 
 def _say_components(found: proof.ProofReport) -> None:
-    for component in dict.fromkeys(one.component for one in found.findings):
-        ours = [one for one in found.findings if one.component is component]
+    for component in dict.fromkeys(finding.component for finding in found.findings):
+        ours = [finding for finding in found.findings if finding.component is component]
         wrong = [one for one in ours if one in found.wrong]
         names = ", ".join(dict.fromkeys(one.certificate for one in ours))
         level = "error" if wrong else "ok"
@@ -167,9 +167,9 @@ def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
     From then on, each renewal renews the pairs. Run it again to go on after an error, or when a CA has answered.
     """
     settings = common.settings()
-    wanted = serving.components(read_node(settings.node), settings)
+    components = serving.components(read_node(settings.node), settings)
     # a component that an earlier run left half done comes first, since a renewal would complain about it
-    for component in sorted(wanted, key=lambda one: not serving.is_half_done(settings, one)):
+    for component in sorted(components, key=lambda one: not serving.is_half_done(settings, one)):
         item = pairs.served_item(read_node(settings.node), component)
         if item is not None and item.state == "present" and item.named:
             continue
@@ -182,8 +182,8 @@ def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
             code = renew.renew(settings, options, utc_now, Output.TEXT)
         if code:
             return code
-    serving.assert_named(settings, wanted)
-    say_sentence(serving.keep(settings, wanted, wait))
+    serving.assert_named(settings, components)
+    say_sentence(serving.keep(settings, components, wait))
     return Exit.DONE
 
 
@@ -195,8 +195,8 @@ def certs_off(common: Common, wait: WaitOption = timedelta()) -> int:
     The components serve with certificates of their own making again. Run it on one control-plane node after the other.
     """
     settings = common.settings()
-    wanted = serving.components(read_node(settings.node), settings)
-    if serving.forget(settings, wanted, wait):
+    components = serving.components(read_node(settings.node), settings)
+    if serving.forget(settings, components, wait):
         say("kubeadm-config names no pair any more")
     report = serving.take_out(settings, wait)
     print_restarts(report, settings, Output.TEXT)

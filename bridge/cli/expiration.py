@@ -161,7 +161,7 @@ def _own(settings: Settings) -> list[Credential] | None:
 
 def _replaced(settings: Settings, node: Node) -> list[Replaced] | None:
     """Return the CAs that are being replaced; None: this user may not see that."""
-    if not any(ours.next for ours in settings.authorities.values()):
+    if not any(authority.next for authority in settings.authorities.values()):
         return []
     from bridge.rotation import places  # noqa: PLC0415 (only while a CA is replaced)
 

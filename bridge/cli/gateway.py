@@ -90,7 +90,7 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
         if policy.pod_signers:
             pods = (shipped / "kubernetes/pods/50-pods.yaml").read_text(encoding="utf-8")
-            bundles = [name_of(one) for one in policy.pod_signers]
+            bundles = [name_of(pod_signer) for pod_signer in policy.pod_signers]
             pods = _replaced(pods, _SHIPPED_BUNDLES, json.dumps(bundles))
             texts["50-pods.yaml"] = _replaced(pods, _SHIPPED_POD_SIGNERS, json.dumps(list(policy.pod_signers)))
         given = {"gateway-policy.toml": settings.gateway.policy, "inventory.toml": settings.gateway.inventory}
@@ -199,7 +199,7 @@ def _config(settings: Settings) -> tuple[str, dict[str, Path]]:
              f'pki_dir = "{TRUST}"', 'state_dir = "/dev/shm/ca-bridge"', "", "[audit]", 'rotate_at = "8MiB"',
              'keep_total = "40MiB"', "", "[gateway]", *(line for line in lines_of(gateway) if line not in usual)]  # fmt: skip
     backends = registry.configured(settings, settings.authorities)
-    for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
+    for name, type_name in {backend.name: backend.type_name for backend in backends.values()}.items():
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
     for authority, configured in backends.items():
         lines += ["", f"[authority.{authority}]", f"backend = {json.dumps(configured.name)}"]

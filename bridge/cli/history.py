@@ -101,10 +101,10 @@ def _backup_row(backup: backups.Backup) -> tuple[str, ...]:
 
 def _say_backup(backup: backups.Backup) -> None:
     say("  ".join(_backup_row(backup)))
-    for one in backup.certificates:
-        say(f"  {printable(one.get('name'))}")
-        say(f"    serial {printable(one.get('old_serial') or 'none')}")
-        say(f"    now    {printable(one.get('new_serial') or 'none')}")
+    for certificate in backup.certificates:
+        say(f"  {printable(certificate.get('name'))}")
+        say(f"    serial {printable(certificate.get('old_serial') or 'none')}")
+        say(f"    now    {printable(certificate.get('new_serial') or 'none')}")
     for file in backup.files:
         say(f"  {file.path}{'' if file.was_there else ' (was not there)'}")
 
@@ -119,11 +119,11 @@ def _backup_json(backup: backups.Backup) -> dict[str, Any]:
         "host": backup.host,
         "certificates": [
             {
-                "name": one.get("name"),
-                "serialNumber": one.get("old_serial"),
-                "replacedBySerialNumber": one.get("new_serial"),
+                "name": certificate.get("name"),
+                "serialNumber": certificate.get("old_serial"),
+                "replacedBySerialNumber": certificate.get("new_serial"),
             }
-            for one in backup.certificates
+            for certificate in backup.certificates
         ],
         "files": [{"path": str(file.path), "wasThere": file.was_there} for file in backup.files],
     }

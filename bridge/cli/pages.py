@@ -58,9 +58,9 @@ def _parts(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
     starts, in_code = [], False
     for number, line in enumerate(lines):
         in_code ^= line.lstrip().startswith("```")
-        if not in_code and (found := re.match(r"(#+) (.*)", line)):
-            heading = re.sub(r"[^\w\- ]", "", found[2].lower()).replace(" ", "-")
-            starts.append((number, len(found[1]), heading))
+        if not in_code and (match := re.match(r"(#+) (.*)", line)):
+            heading = re.sub(r"[^\w\- ]", "", match[2].lower()).replace(" ", "-")
+            starts.append((number, len(match[1]), heading))
     for begin, depth, heading in starts:
         end = next((number for number, deep, _ in starts if number > begin and deep <= depth), len(lines))
         yield heading, "\n".join(lines[begin:end]) + "\n"
@@ -173,8 +173,8 @@ def help_(
         known[_ADMINISTRATORS] = page.read_text(encoding="utf-8")
     name = topic.replace(".md", "")
     if name not in known:
-        meant = name_found(topic, [*found, *(one for one in parts if "#" not in one)])
+        meant = name_found(topic, [*found, *(part for part in parts if "#" not in part)])
         raise typer.BadParameter(f"wanted a page or a section, found {meant}; `ca-bridge help` lists the pages")
     text, width = known[name], width_here()
-    own = next((one.partition("#")[0] for one in parts if parts[one] == text and "#" in one), name)
+    own = next((part.partition("#")[0] for part in parts if parts[part] == text and "#" in part), name)
     show(text if width is None else "\n".join(fitted(text, width, own)) + "\n")

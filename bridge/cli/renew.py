@@ -180,8 +180,8 @@ def _about_cas(node: Node, settings: Settings, now: datetime) -> Iterator[Findin
 
     for state in node.authorities:
         ends = installed.authority(state, node, now) if state.state == "present" else ()
-        yield from (one for one in ends if one.check in ("ca-expired", "ca-ends-soon", "ca-ends-first"))
-    if any(ours.next for ours in settings.authorities.values()):
+        yield from (end for end in ends if end.check in ("ca-expired", "ca-ends-soon", "ca-ends-first"))
+    if any(authority.next for authority in settings.authorities.values()):
         yield from authorities.replacements(node, settings, now)
 
 
@@ -267,10 +267,10 @@ def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
         "skipped": selection.skipped,
         "restart": found.components,
         "copies": [
-            {"path": str(one.path), "of": one.names, "error": one.error and str(one.error)} for one in found.copies
+            {"path": str(copy.path), "of": copy.names, "error": copy.error and str(copy.error)} for copy in found.copies
         ],
         "drift": [_finding_json(one) for one in found.drifted],
-        "authorities": [_finding_json(one) for one in found.cas],
+        "authorities": [_finding_json(ca) for ca in found.cas],
     }
 
 

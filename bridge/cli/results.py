@@ -217,4 +217,4 @@ def failed_json(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def errors_json(errors: Sequence[BridgeError]) -> list[dict[str, Any]]:
     """Return the errors with their hints."""
-    return [{"exitCode": one.exit_code, "error": str(one), "hint": hint_of(one)} for one in errors]
+    return [{"exitCode": error.exit_code, "error": str(error), "hint": hint_of(error)} for error in errors]

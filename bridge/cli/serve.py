@@ -101,15 +101,15 @@ def fleet(
     with closing(open_memory(settings)) as memory:
         nodes = rules.fleet(memory, settings.renewal.before, utc_now())
     if output == "json":
-        say_json(nodes=[_node_json(one) for one in nodes])
+        say_json(nodes=[_node_json(node) for node in nodes])
     elif output == "prometheus":
         say(rules.metrics(nodes))
     elif nodes:
-        styles = ["error" if one.state in rules.RED else "" for one in nodes]
-        say_table([_node_row(one) for one in nodes], (4, 3), styles)
+        styles = ["error" if node.state in rules.RED else "" for node in nodes]
+        say_table([_node_row(node) for node in nodes], (4, 3), styles)
     else:
         say("no nodes: none has asked this door yet")
-    return Exit.DUE if any(one.state in rules.RED for one in nodes) else Exit.DONE
+    return Exit.DUE if any(node.state in rules.RED for node in nodes) else Exit.DONE
 
 
 def _node_row(one: FleetNode) -> tuple[str, ...]:
@@ -412,10 +412,10 @@ def _print(review: Review) -> None:
     for text in _refusals(review.document):
         say_sentence(printable(text))
     decisions = review.document.get("decisions")
-    for one in decisions if isinstance(decisions, list) else ():
-        if isinstance(one, dict):
-            text = f"{one.get('approver')} {one.get('verdict')} it {one.get('decided')} ({one.get('evidence')})"
-            say_sentence(printable(f"{text}: {one.get('reason')}" if one.get("reason") else text))
+    for decision in decisions if isinstance(decisions, list) else ():
+        if isinstance(decision, dict):
+            text = f"{decision.get('approver')} {decision.get('verdict')} it {decision.get('decided')} ({decision.get('evidence')})"
+            say_sentence(printable(f"{text}: {decision.get('reason')}" if decision.get("reason") else text))
     state, approvals = review.document.get("state"), review.document.get("approvals")
     about = counted(len(review.bundle.requests), "certificate")
     say_sentence(printable(f"{review.digest}: {about}, {state}, {approvals} approved"))

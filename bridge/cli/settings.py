@@ -212,7 +212,7 @@ def in_force(settings: Settings) -> str:
     for name in ("node", "renewal", "policy", "restart", "cluster", "hooks", "audit", "backups", "gateway", "serve"):
         lines += ["", f"[{name}]", *lines_of(getattr(named, name))]
     backends = registry.configured(settings, settings.authorities)
-    for name, type_name in {one.name: one.type_name for one in backends.values()}.items():
+    for name, type_name in {backend.name: backend.type_name for backend in backends.values()}.items():
         lines += ["", f"[backend.{json.dumps(name)}]", f"type = {json.dumps(type_name)}"]
     for authority, configured in backends.items():
         lines += ["", f"[authority.{authority}]", *lines_of(settings.authorities[authority])]

@@ -229,7 +229,7 @@ def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[
 
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
-    found: dict[str, dict[str, x509.Certificate]] = {}
+    live_certificates: dict[str, dict[str, x509.Certificate]] = {}
     for item in read_node(settings.node).items:
         name = item.spec.authority.name
         if item.pair is not None:
@@ -239,8 +239,8 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
         if authority in (None, name) and item.managed and item.state == "present":
             certificate = _with_next_names(item, settings)
             if certificate is not None:
-                found.setdefault(name, {})[item.spec.name] = certificate
-    return {name: found[name] for name in AUTHORITIES if name in found}
+                live_certificates.setdefault(name, {})[item.spec.name] = certificate
+    return {name: live_certificates[name] for name in AUTHORITIES if name in live_certificates}
 
 
 def _nothing_live(settings: Settings, authority: str | None) -> BridgeError:

@@ -298,11 +298,11 @@ def _members(look: Look) -> list[Server]:
     silent = []
     for server in _own_etcd(flags):
         try:
-            found = Etcd([client]).members(server)
+            members = Etcd([client]).members(server)
         except UnreachableError as e:
             silent.append(f"{server.url}: {e}")
             continue
-        urls = [url for member in found for url in member.peer_urls]
+        urls = [url for member in members for url in member.peer_urls]
         return [Server(url.rstrip("/")) for url in urls if url.startswith("https://")]
     raise UnreachableError("; ".join(silent) or "no server is known")
 

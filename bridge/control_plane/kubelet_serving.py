@@ -204,9 +204,11 @@ class _Switch:
             raise NotHereError(f"wanted --client-ca-file={value} in {path.name}, found {found}")
 
         def edit(cluster: kubeadm.Cluster) -> kubeadm.Cluster:
-            found = manifest_flags.arguments(cluster, component).get(_ARGUMENT)
-            self._assert_ours(found, str(kubeadm.CLUSTER))
-            return cluster if found == value else manifest_flags.with_arguments(cluster, component, {_ARGUMENT: value})
+            argument = manifest_flags.arguments(cluster, component).get(_ARGUMENT)
+            self._assert_ours(argument, str(kubeadm.CLUSTER))
+            return (
+                cluster if argument == value else manifest_flags.with_arguments(cluster, component, {_ARGUMENT: value})
+            )
 
         if kubeadm.change_cluster(self.api, edit):
             has = "has" if value else "is without"
@@ -443,8 +445,8 @@ def _issuer(place: Address) -> str:
 def place_of(node: Mapping[str, Any], flags: Flags) -> Address | None:
     """Return the address that an API server uses: the first of the first type that the node has."""
     by_type: dict[str, str] = {}
-    for one in items(node, "status", "addresses"):
-        by_type.setdefault(str(one.get("type")), str(one.get("address") or ""))
+    for item in items(node, "status", "addresses"):
+        by_type.setdefault(str(item.get("type")), str(item.get("address") or ""))
     wanted = flags.get("--kubelet-preferred-address-types", _TYPES).split(",")
     host = next((found for kind in wanted if (found := by_type.get(kind.strip()))), "")
     port = below(node, "status", "daemonEndpoints", "kubeletEndpoint", "Port")
@@ -457,7 +459,7 @@ def authorities(api: Api, own: str, own_flags: Flags) -> dict[str, str]:
     # this node's flags come from the caller, since a mirror pod follows some seconds after a restart
     found: dict[str, Flags] = {own: own_flags}
     for pod in items(api.get(_API_SERVERS), "items"):
-        lists = [one.get(key) for one in items(pod, "spec", "containers") for key in ("command", "args")]
+        lists = [item.get(key) for item in items(pod, "spec", "containers") for key in ("command", "args")]
         words = [str(word) for listed in lists if isinstance(listed, list) for word in listed]
         found.setdefault(one_line(text_of(pod, "spec", "nodeName")), flags_of(words))
     return {node: flags.get(AUTHORITY, "") for node, flags in sorted(found.items())}
@@ -473,8 +475,8 @@ def request_of(api: Api, node: str) -> str:
     if not ours:
         return "it has not asked for one"
     newest = max(ours, key=lambda one: text_of(one, "metadata", "creationTimestamp"))
-    types = [text_of(one, "type") for one in items(newest, "status", "conditions")]
-    messages = [text_of(one, "message") for one in items(newest, "status", "conditions")]
+    types = [text_of(item, "type") for item in items(newest, "status", "conditions")]
+    messages = [text_of(item, "message") for item in items(newest, "status", "conditions")]
     is_signed = bool(text_of(newest, "status", "certificate"))
     state = "signed" if is_signed else " and ".join(types).lower() or "open: no answer yet"
     reason = f" ({one_line(messages[-1])[:300]})" if messages and messages[-1] and not is_signed else ""

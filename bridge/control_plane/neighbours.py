@@ -61,24 +61,24 @@ class Neighbours:
     @property
     def others(self) -> list[Instance]:
         """The instances of other nodes."""
-        return [one for one in self.instances if not one.own]
+        return [instance for instance in self.instances if not instance.own]
 
     def own_is_down(self, component: Component) -> bool:
         """Whether this node's instance does not answer, or is an etcd member without a quorum, perhaps for a moment."""
         return any(
-            one.own
-            and one.component is component
-            and (not one.answers or (component is Component.ETCD and one.state == "unhealthy"))
-            for one in self.instances
+            instance.own
+            and instance.component is component
+            and (not instance.answers or (component is Component.ETCD and instance.state == "unhealthy"))
+            for instance in self.instances
         )
 
     @property
     def quorum_without_own(self) -> bool | None:
         """Whether etcd has its quorum while this node's member restarts; None: not known."""
-        voters = [one for one in self.instances if one.component is Component.ETCD and one.voter]
+        voters = [instance for instance in self.instances if instance.component is Component.ETCD and instance.voter]
         if Component.ETCD in self.unseen or not voters:
             return None
-        healthy = sum(not one.own and one.state == "healthy" for one in voters)
+        healthy = sum(not voter.own and voter.state == "healthy" for voter in voters)
         return healthy > len(voters) // 2
 
 
@@ -119,7 +119,7 @@ def look_at_etcd(node: Node) -> Neighbours:
         return Neighbours(instances=(own,), unseen={Component.ETCD: str(e)})
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
     if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members announce are for gRPC only
-        others = [replace(one, url=one.url and _beside(one.url, own_url)) for one in others]
+        others = [replace(other, url=other.url and _beside(other.url, own_url)) for other in others]
     with workers(_AT_ONCE) as pool:
         states = list(pool.map(lambda one: _member_state(etcd, one), others))
     names = {member.id: member.name or member.id for member in listed}
@@ -222,17 +222,17 @@ def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
         for address in endpoint.get("addresses") or []
     }
     found = []
-    for one in items(nodes, "items"):
-        addresses = _addresses(one)
+    for item in items(nodes, "items"):
+        addresses = _addresses(item)
         here = [address for address in addresses if address in endpoints] or addresses[:1]
-        name = text_of(one, "metadata", "name")
+        name = text_of(item, "metadata", "name")
         found += [(name, url_of(address, endpoints.pop(address, apiserver_port(node)))) for address in here]
     return found + [(address, url_of(address, port)) for address, port in endpoints.items()]
 
 
 def _addresses(node: Mapping[str, Any]) -> list[str]:
-    found = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
-    return [str(one.get("address")) for one in found if one.get("type") != "Hostname"]
+    addresses = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
+    return [str(one.get("address")) for one in addresses if one.get("type") != "Hostname"]
 
 
 def _ready(api: Api, instance: Instance) -> Instance:
@@ -278,9 +278,11 @@ def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
     """Return reasons against restarting a working component (pure); a quorum that any restart would lose is none."""
     if component is Component.KUBELET:
         return []
-    found = [*(str(one) for one in neighbours.others if one.state == "unhealthy"), *neighbours.alarms]
+    found = [*(str(other) for other in neighbours.others if other.state == "unhealthy"), *neighbours.alarms]
     if component is Component.ETCD:
-        found += [str(one) for one in neighbours.others if one.component is component and one.state == "unknown"]
+        found += [
+            str(other) for other in neighbours.others if other.component is component and other.state == "unknown"
+        ]
         if component in neighbours.unseen:
             found.append(f"etcd's other members are not known: {neighbours.unseen[component]}")
     return found
@@ -289,7 +291,7 @@ def obstacles(neighbours: Neighbours, component: Component) -> list[str]:
 def not_seen(neighbours: Neighbours, component: Component) -> list[str]:
     """Return neighbours that could not be seen, which is no obstacle (pure)."""
     quiet = {Component.ETCD} if component is Component.ETCD else set()  # an obstacle then
-    found = [str(one) for one in neighbours.others if one.state == "unknown" and one.component not in quiet]
+    found = [str(other) for other in neighbours.others if other.state == "unknown" and other.component not in quiet]
     return found + [
         f"{kind.value} of other nodes: {reason}" for kind, reason in neighbours.unseen.items() if kind not in quiet
     ]

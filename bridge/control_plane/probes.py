@@ -276,7 +276,7 @@ class Etcd:
 
     def members(self, server: Server) -> list[Member]:
         """Return the members that this server knows."""
-        return [_member(one) for one in items(self._call(server, "/v3/cluster/member/list"), "members")]
+        return [_member(item) for item in items(self._call(server, "/v3/cluster/member/list"), "members")]
 
     def status(self, server: Server) -> tuple[str, tuple[tuple[str, str], ...]]:
         """Return a member's own ID (empty: not given), and the alarms that it knows, as (member ID, alarm)."""

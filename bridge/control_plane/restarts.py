@@ -443,7 +443,11 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
         return [one for one in wanted.listed or every if one in _present(node)], None
     found = proof.look(node, settings, now)
     pairs = {item.spec.name for item in node.items if item.pair is not None and item.spec.component is None}
-    unseen = [one for one in found.findings if one.state in ("unknown", "no-answer") and one.certificate not in pairs]
+    unseen = [
+        finding
+        for finding in found.findings
+        if finding.state in ("unknown", "no-answer") and finding.certificate not in pairs
+    ]
     names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
     text = f"no answer from {', '.join(names)}, so it is unknown on which certificates all components run"
     return found.stale, BridgeError(text, hint=hint, exit_code=found.exit_code) if unseen else None

@@ -135,7 +135,7 @@ def _claim(node: Node, settings: Settings, run_id: str) -> Claim:
     """Return this node's claim: in etcd on a host that has nothing else, in the cluster's API elsewhere."""
     name, rules = settings.node.node_name, settings.cluster
     if node.is_etcd_host and Component.ETCD in node.manifests:
-        urls = [one.url for one in look_at_etcd(node).instances if one.url]
+        urls = [instance.url for instance in look_at_etcd(node).instances if instance.url]
         place = urlsplit(endpoints.etcd_url(node.manifests[Component.ETCD].flags)).netloc
         return EtcdClaim(Etcd.of(node), urls, f"{name}_{place}_{run_id}", rules)
     api = connect(node, settings)
@@ -225,8 +225,8 @@ class EtcdClaim:
         if found.get("succeeded") is True:
             return ""
         for each in items(found, "responses"):
-            for one in items(each, "response_range", "kvs"):
-                return base64.b64decode(str(one.get("value"))).decode(errors="replace")
+            for item in items(each, "response_range", "kvs"):
+                return base64.b64decode(str(item.get("value"))).decode(errors="replace")
         return "a host that has just gone"
 
     def _call(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

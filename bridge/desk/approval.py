@@ -207,9 +207,9 @@ def _problems(decision: Decision, matter: Matter, trust: Trust) -> Iterator[str]
 def _is_same_person(leaf: x509.Certificate, who: str, matter: Matter) -> bool:
     """Whether approver and requester are the same person: by name, certificate or key."""
     bundle = matter.bundle
-    keys = {spki(one.csr.public_key()) for one in bundle.requests}
-    keys |= {spki(one.replaces.public_key()) for one in bundle.requests if one.replaces is not None}
-    names = {value for one in bundle.requests for _, value in attributes(one.csr.subject)}
+    keys = {spki(request.csr.public_key()) for request in bundle.requests}
+    keys |= {spki(request.replaces.public_key()) for request in bundle.requests if request.replaces is not None}
+    names = {value for request in bundle.requests for _, value in attributes(request.csr.subject)}
     return who in {*matter.asked_by, bundle.node, *names} or spki(leaf.public_key()) in keys
 
 
@@ -217,12 +217,12 @@ def standing(decisions: Sequence[Decision | str], matter: Matter, trust: Trust) 
     """Verify decisions (a text says why a decision can't be read); each person counts once."""
     good: dict[str, Decision] = {}
     void: list[str] = []
-    for one in decisions:
-        reason = one if isinstance(one, str) else problem(one, matter, trust)
-        if reason or isinstance(one, str):
+    for decision in decisions:
+        reason = decision if isinstance(decision, str) else problem(decision, matter, trust)
+        if reason or isinstance(decision, str):
             void.append(reason)
         else:
-            good.setdefault(one.approver, one)
+            good.setdefault(decision.approver, decision)
     refused = next((one for one in good.values() if one.verdict == "refused"), None)
     approved = tuple(one for one in good.values() if one.verdict == "approved")
     return Standing(approved=approved, refused=refused, void=tuple(void))

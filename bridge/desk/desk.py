@@ -147,7 +147,7 @@ class Job:
     def to_sign(self) -> list[BundledRequest]:
         """The requests that have no answer, no trouble and no twin."""
         decided = self.answers.keys() | self.troubles.keys() | self.twins.keys()
-        return [one for one in self.bundle.requests if one.name not in decided]
+        return [request for request in self.bundle.requests if request.name not in decided]
 
     def take_from_twins(self) -> None:
         """Take the earlier job's answers, which are signed by now."""
@@ -646,9 +646,9 @@ class Desk:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
         if job.is_complete:
-            for one in job.standing.decisions:
-                event = audit.APPROVED if one.verdict == "approved" else audit.NOT_APPROVED
-                record.add(event, result=f"{about}, digest {job.digest}", more=approval.audit_facts(one))
+            for decision in job.standing.decisions:
+                event = audit.APPROVED if decision.verdict == "approved" else audit.NOT_APPROVED
+                record.add(event, result=f"{about}, digest {job.digest}", more=approval.audit_facts(decision))
         for request in [one for one in job.bundle.requests if not job.was_recorded(one.name)]:
             answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
             configured = self._configured.get(request.authority)
@@ -739,7 +739,7 @@ def _is_revoked(old: x509.Certificate, listed: Collection[int] | None, by: _Auth
     if listed is not None:
         if old.serial_number not in listed:
             return False
-        if any(is_signed_by(old, one) for one in by.ca.certificates[:1]):
+        if any(is_signed_by(old, certificate) for certificate in by.ca.certificates[:1]):
             return True
     return by.ca.is_revoked(old)
 

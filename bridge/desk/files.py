@@ -411,22 +411,22 @@ class Session:
         source, target, now = self._options.source, self._options.out or self._options.source, self._now()
         if not self._options.node or not self._options.cluster:
             raise _whose(source)
-        found = csr_directory.load(
+        csrs = csr_directory.load(
             source,
             node=self._options.node,
             cluster=self._options.cluster,
             validity=self._settings.renewal.validity,
             created=now.replace(microsecond=0),
         )
-        earlier = _beside(found, target, self._settings.renewal, now)
+        earlier = _beside(csrs, target, self._settings.renewal, now)
 
         def delivery(answer: AnswerBundle) -> Delivery:
             issued = {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
-            write = partial(csr_directory.deliver, found, target, issued, desk.anchor("ca"))
+            write = partial(csr_directory.deliver, csrs, target, issued, desk.anchor("ca"))
             return Delivery(where=str(target), files=(), conclude=write)
 
         return Job(
-            bundle=found.bundle, digest=digest(found.bundle), label=one_line(source), delivery=delivery, earlier=earlier
+            bundle=csrs.bundle, digest=digest(csrs.bundle), label=one_line(source), delivery=delivery, earlier=earlier
         )
 
 

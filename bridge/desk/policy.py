@@ -623,8 +623,8 @@ def _matches(kind: str, value: str, text: str) -> bool:
     """Whether a policy's text (a name, address, suffix or network) allows a SAN."""
     rule = _san_rule(text)
     if isinstance(rule, ipaddress.IPv4Network | ipaddress.IPv6Network):
-        found = address(value) if kind == "IP" else None
-        return found is not None and found in rule
+        matches = address(value) if kind == "IP" else None
+        return matches is not None and matches in rule
     if rule is None or kind != "DNS":
         return False
     # as in a resolver, regardless of case

@@ -84,7 +84,9 @@ class Archive:
 
     def answers(self, bundle: RequestBundle) -> Mapping[str, Answered]:
         """Earlier answers to the same CSRs, by certificate name."""
-        return {request.name: found for request in bundle.requests if (found := self._answered(request)) is not None}
+        return {
+            request.name: answers for request in bundle.requests if (answers := self._answered(request)) is not None
+        }
 
     def _answered(self, request: BundledRequest) -> Answered | None:
         path = self._path(request)

@@ -69,14 +69,14 @@ def from_error(check: str, about: str, error: BridgeError) -> Finding:
 def causes(findings: Iterable[Finding]) -> list[Cause]:
     """Group findings by level, check, hint and text, ignoring the files, roles and profiles that these name."""
     groups: dict[tuple[Level, str, str, str], list[Finding]] = {}
-    for one in findings:
-        text, hint = _with_paths(one.text, one, [_ANY_PATH]), _with_paths(one.hint, one, [_ANY_PATH])
-        if lacks_rights(one.text):
+    for finding in findings:
+        text, hint = _with_paths(finding.text, finding, [_ANY_PATH]), _with_paths(finding.hint, finding, [_ANY_PATH])
+        if lacks_rights(finding.text):
             hint = ROOT_HINT
-        if one.check in {_WOULD_SIGN, "backend"}:
-            text = cause(one.text, one.about)
-        shared_hint = "" if one.check == _WOULD_SIGN else hint
-        groups.setdefault((one.level, one.check, shared_hint, text), []).append(one)
+        if finding.check in {_WOULD_SIGN, "backend"}:
+            text = cause(finding.text, finding.about)
+        shared_hint = "" if finding.check == _WOULD_SIGN else hint
+        groups.setdefault((finding.level, finding.check, shared_hint, text), []).append(finding)
     return sorted(map(_merged, groups.values()), key=lambda one: LEVELS.index(one.level))
 
 

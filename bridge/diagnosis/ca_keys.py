@@ -96,15 +96,15 @@ class Held:
                 self._add_key(piece)
             text = kept + piece
             self._add_text(text)
-            for found in _BASE64.finditer(text):
-                self._add_text(_decoded(found[0]))
+            for match in _BASE64.finditer(text):
+                self._add_text(_decoded(match[0]))
             kept = text[-_LONGEST_KEY:]
         self.is_cut |= bool(file.read(1))
 
     def _add_text(self, text: bytes) -> None:
-        for found in _BEGIN.finditer(text):
-            end = text.find(b"-----", found.end(), found.end() + _LONGEST_KEY)
-            body = text[found.end() : max(end, 0)]
+        for match in _BEGIN.finditer(text):
+            end = text.find(b"-----", match.end(), match.end() + _LONGEST_KEY)
+            body = text[match.end() : max(end, 0)]
             if b"DEK-Info" in body:  # RFC 1421; PKCS #8 marks encryption in the DER
                 self.is_encrypted = True
             else:

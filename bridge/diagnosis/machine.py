@@ -146,9 +146,9 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
 
 def jobs_of_cron() -> Iterator[Finding]:
     """Check that cron runs where /etc/cron.d has a file of ours."""
-    found = jobs.crontabs()
-    if found and not jobs.cron_runs():
-        text = f"wanted a cron that runs the jobs of {', '.join(map(str, found))}, found none"
+    crontabs = jobs.crontabs()
+    if crontabs and not jobs.cron_runs():
+        text = f"wanted a cron that runs the jobs of {', '.join(map(str, crontabs))}, found none"
         hint = "start one; or `ca-bridge setup systemd --enable`, and remove the file"
         yield Finding.warning("cron", "cron", text, hint)
 
@@ -196,10 +196,10 @@ _UNSEEN_HINT = "see whether its file system answers"
 
 def _homes() -> list[Path]:
     """Return the home directories of users who may have followed kubeadm's advice to copy admin.conf."""
-    found = [Path("/root"), Path("~").expanduser()]
+    homes = [Path("/root"), Path("~").expanduser()]
     with contextlib.suppress(OSError, TimeoutError):
-        found += sorted(within(_HOME_SECONDS, lambda: list(Path("/home").iterdir())))
-    return list(dict.fromkeys(found))
+        homes += sorted(within(_HOME_SECONDS, lambda: list(Path("/home").iterdir())))
+    return list(dict.fromkeys(homes))
 
 
 def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:

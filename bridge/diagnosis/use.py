@@ -265,9 +265,9 @@ def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
 
 def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
     """Compare the service range with kubeadm-config, from which the next `kubeadm upgrade` renders the manifest."""
-    found = flags.get(_SERVICE_RANGE)
-    if found is not None and found != config.service_subnet:
-        text = f"wanted {_SERVICE_RANGE}={config.service_subnet}, as kubeadm-config has it, found {one_line(found)}"
+    flag = flags.get(_SERVICE_RANGE)
+    if flag is not None and flag != config.service_subnet:
+        text = f"wanted {_SERVICE_RANGE}={config.service_subnet}, as kubeadm-config has it, found {one_line(flag)}"
         hint = "the next `kubeadm upgrade` writes the manifest from kubeadm-config: make them say the same before"
         yield Finding.warning("manifest-of-kubeadm-config", "kube-apiserver.yaml", text, hint)
 

@@ -234,10 +234,10 @@ class Door:
         return Reply.error(HTTPStatus.NOT_FOUND, "this door has no such page")
 
     def _issuers(self, authority: str) -> Reply:
-        if not (found := self.signing.chains.get(authority, ())):
+        if not (chain := self.signing.chains.get(authority, ())):
             text = f"the CA of {authority} was not reached yet"
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_PAUSE_SECONDS))
-        return Reply(status=HTTPStatus.OK, body=pem(*found), kind=_CHAIN)
+        return Reply(status=HTTPStatus.OK, body=pem(*chain), kind=_CHAIN)
 
     # --- our own requests ---------------------------------------------------------------------------------------------
 

@@ -163,7 +163,9 @@ class Approvals:
             bundle=bundle,
             standing=self.signing.standing(kept, bundle),
             verdicts=self.signing.verdicts(kept, bundle),
-            need_approval=frozenset(filter(self.signing.policy.needs_approval, (one.name for one in bundle.requests))),
+            need_approval=frozenset(
+                filter(self.signing.policy.needs_approval, (request.name for request in bundle.requests))
+            ),
         )
 
     def brought(self, environ: Environ, request_id: str) -> None:
@@ -253,7 +255,7 @@ class Approvals:
             "received": rfc3339(case.kept.received),
             "state": case.kept.state,
             "approvals": f"{len(case.standing.approved)} of {self.rules.count}",
-            "certificates": [{"name": one.name, "means": case.sentence(one)} for one in case.requests],
+            "certificates": [{"name": request.name, "means": case.sentence(request)} for request in case.requests],
         }
 
     def _entry(self, case: Case) -> dict[str, Any]:
@@ -261,13 +263,13 @@ class Approvals:
         return {
             **self._listed(case),
             "bundle": json.loads(case.kept.bundle),
-            "differs": {one.name: list(differences(one)) for one in case.bundle.requests},
+            "differs": {request.name: list(differences(request)) for request in case.bundle.requests},
             "policy": {name: list(one.problems) for name, one in case.verdicts.items()},
             "cas": {name: pem(*some).decode() for name, some in self.signing.cas.items()},
             "decisions": [
-                {"approver": one.approver, "verdict": one.verdict, "reason": one.reason}
-                | {"decided": rfc3339(one.decided), "evidence": one.evidence}
-                for one in case.standing.decisions
+                {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
+                | {"decided": rfc3339(decision.decided), "evidence": decision.evidence}
+                for decision in case.standing.decisions
             ],
         }
 
@@ -400,7 +402,10 @@ class Pages:
 
     def _record(self, person: Person, query: str) -> Reply:
         rows = [
-            {"kept": kept, "people": [one for one in self._memory.decisions(kept.id) if one.verdict != "asked"]}
+            {
+                "kept": kept,
+                "people": [decision for decision in self._memory.decisions(kept.id) if decision.verdict != "asked"],
+            }
             for kept in self._memory.search(query, MOST)
         ]
         return self._html("record.html", person=person, rows=rows, query=query, most=MOST, title="The record")

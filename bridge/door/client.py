@@ -86,7 +86,7 @@ class Reviewer:
         """Return the door's JSON about waiting requests: `approver` and `requests`."""
         found = self._ask("GET", "/v1/approvals")
         requests = found.get("requests")
-        if not isinstance(requests, list) or not all(isinstance(one, dict) for one in requests):
+        if not isinstance(requests, list) or not all(isinstance(request, dict) for request in requests):
             raise DoorError("the door: wanted a list of requests, found something else")
         return found
 

@@ -81,7 +81,9 @@ class Enrolment:
         """Return why requests of a bundle need no continuity proof, for the record, by certificate name; never a user's."""
         if self.withdrawn is not None or (bundle.node, bundle.cluster) != (self.node, self.cluster):
             return {}
-        names = [one.name for one in bundle.requests if not self.certificates or one.name in self.certificates]
+        names = [
+            request.name for request in bundle.requests if not self.certificates or request.name in self.certificates
+        ]
         return {name: f"by enrolment {self.id} of {self.created_by}" for name in names if name != USER.name}
 
 

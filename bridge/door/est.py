@@ -93,9 +93,9 @@ class Est:
 
     def _chain(self, label: _Label) -> tuple[x509.Certificate, ...]:
         authority = label.spec.authority.name
-        if not (found := self._door.signing.chains.get(authority, ())):
+        if not (chain := self._door.signing.chains.get(authority, ())):
             raise _later(f"the CA of {authority} was not reached yet")
-        return found
+        return chain
 
     # --- enrolments ---------------------------------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ def _enrolled(memory: Memory, now: datetime) -> list[_Place]:
 
 def metrics(nodes: Sequence[FleetNode]) -> str:
     """Return Prometheus metrics: the nodes in each state, and each node's next expiry and last request."""
-    counts = {state: sum(one.state == state for one in nodes) for state in STATES}
+    counts = {state: sum(node.state == state for node in nodes) for state in STATES}
     by_state = ((labels(state=state), count) for state, count in counts.items())
 
     def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
@@ -140,5 +140,5 @@ def metrics(nodes: Sequence[FleetNode]) -> str:
         return metric(f"{PREFIX}_node_{name}_timestamp_seconds", text, samples)
 
     states = metric(f"{PREFIX}_nodes", "Nodes by state; expired, silent and failed ones need a person.", by_state)
-    ends = moments("next_end", "End of the certificate that ends next.", (one.ends for one in nodes))
-    return states + ends + moments("last_request", "The node's last request.", (one.heard for one in nodes))
+    ends = moments("next_end", "End of the certificate that ends next.", (node.ends for node in nodes))
+    return states + ends + moments("last_request", "The node's last request.", (node.heard for node in nodes))

@@ -109,7 +109,7 @@ class _Tls(Adapter):
                         log.info("the server certificate %s was read again", self._files[0])
 
     def _versions(self) -> list[tuple[int, ...]]:
-        return [version(one.stat()) for one in self._files]
+        return [version(file.stat()) for file in self._files]
 
 
 def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certificate] = ()) -> ssl.SSLContext:

@@ -97,7 +97,11 @@ class Revocations:
                 bundle = loads_request(data)
             except BundleError:  # dropped, by `serve.keep`
                 return None
-            fitting = [one for one in bundle.requests if one.name == row.name and csr_fingerprint(one.csr) == row.csr]
+            fitting = [
+                request
+                for request in bundle.requests
+                if request.name == row.name and csr_fingerprint(request.csr) == row.csr
+            ]
             return (fitting[0], bundle) if fitting else None
 
         return Signed(name=row.name, node=row.node, cluster=row.cluster, authority=row.authority, asked=asked)

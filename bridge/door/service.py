@@ -152,7 +152,7 @@ class Service:
 
     def _trust(self) -> Trust:
         """Return what verifies approvers' decisions, without any CA that also signs for nodes or agents."""
-        anchors = tuple(one for one in self._persons if not _shares_key(one, self._node_cas()))
+        anchors = tuple(person for person in self._persons if not _shares_key(person, self._node_cas()))
         return Trust(anchors=anchors, secret=self._secret, now=self._now())
 
     # --- signing ------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def secret(store: Store) -> bytes:
 
 
 def _shares_key(ca: x509.Certificate, others: Sequence[x509.Certificate]) -> bool:
-    return spki(ca.public_key()) in {spki(one.public_key()) for one in others}
+    return spki(ca.public_key()) in {spki(other.public_key()) for other in others}
 
 
 def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
@@ -261,10 +261,10 @@ def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x5
         return ()
     wanted = "PEM with CA certificates that sign for people alone"
     try:
-        found = tuple(read_ca_file(path))
+        persons = tuple(read_ca_file(path))
     except UnreadableError as e:
         raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: {e}")]) from None
-    if any(_shares_key(one, others) for one in found):
+    if any(_shares_key(one, others) for one in persons):
         problem = SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")
         raise SettingsError([problem])
-    return found
+    return persons

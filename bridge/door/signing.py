@@ -215,7 +215,7 @@ class Signing:
     def judges(self, bundle: RequestBundle) -> bool:
         """Return whether each request can be judged: its CA was reached, or is not this door's; from any thread."""
         ours = self._settings.authorities
-        return all(one.authority in self.cas or one.authority not in ours for one in bundle.requests)
+        return all(request.authority in self.cas or request.authority not in ours for request in bundle.requests)
 
     def expect(self, data: bytes, one: ReadBundle) -> None:
         """Keep a parsed bundle for its round, which then need not parse and judge it again; from any thread."""
@@ -302,8 +302,8 @@ class Signing:
     def _unanswered(self, bundle: RequestBundle, archive: Archive, journal: Journal) -> list[SignRequest]:
         """Return the requests whose certificate is neither in a door's answers nor in our archive and journal."""
         known = {**self._answered(bundle), **archive.answers(bundle)}
-        requests = [sign_request(one, bundle) for one in bundle.requests if one.name not in known]
-        return [one for one in requests if not isinstance(journal.get(one), Issued | Pending)]
+        requests = [sign_request(request, bundle) for request in bundle.requests if request.name not in known]
+        return [request for request in requests if not isinstance(journal.get(request), Issued | Pending)]
 
     def close(self) -> None:
         """Close the backends; the next round opens them again."""
@@ -348,7 +348,7 @@ class Signing:
 
     def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
         """Return any door's answers to the same CSRs of nodes, by name; the archive has this door's, and users'."""
-        csrs = {one.name: csr_fingerprint(one.csr) for one in bundle.requests if one.name != USER.name}
+        csrs = {request.name: csr_fingerprint(request.csr) for request in bundle.requests if request.name != USER.name}
         chains = self._memory.issued_among([*csrs.values()])
         found = {}
         for name, csr in csrs.items():
@@ -434,9 +434,11 @@ class _Left:
         node, counts = job.bundle.node, Counter[str]()
         if not where:
             text = self.notes[job.digest] = job.trouble_text or "it waits for its turn"
-            if any(isinstance(one, UndecidedError) for one in job.troubles.values()):
+            if any(isinstance(trouble, UndecidedError) for trouble in job.troubles.values()):
                 self.undecided.add(job.digest)
-            self.is_down |= not all(isinstance(one, WaitingError | OtherDeskError) for one in job.troubles.values())
+            self.is_down |= not all(
+                isinstance(trouble, WaitingError | OtherDeskError) for trouble in job.troubles.values()
+            )
             if text != job.noted:
                 log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
             return

@@ -129,8 +129,10 @@ class Remembered(Generic[K, V]):
     def get(self, key: K, since: float = -math.inf) -> tuple[V] | None:
         """Return the answer to a question asked no earlier than `since` (monotonic); None: it is not cached."""
         with self._mutex:
-            found = self._answers.get(key)
-        return (found[0],) if found is not None and found[1] >= max(since, time.monotonic() - self._seconds) else None
+            answer = self._answers.get(key)
+        return (
+            (answer[0],) if answer is not None and answer[1] >= max(since, time.monotonic() - self._seconds) else None
+        )
 
     def put(self, key: K, value: V, since: float) -> None:
         """Store the answer to a question that was asked at `since` (monotonic)."""
@@ -170,9 +172,9 @@ class Nodes:
 
     def entry(self, name: str, inventory: Inventory) -> NodeEntry | None:
         """Return the inventory's entry for a node, or else the command's answer; None: neither knows it."""
-        found = inventory.nodes.get(name)
-        if found is not None or self._command is None:
-            return found
+        node = inventory.nodes.get(name)
+        if node is not None or self._command is None:
+            return node
         if (known := self._entries.get(name)) is not None:
             return known[0]
         if not self._commands.acquire(timeout=_ROOM_SECONDS):

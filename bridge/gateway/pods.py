@@ -191,8 +191,8 @@ def _key_types(spec: Mapping[str, Any], request: PodRequest) -> Iterator[str]:
     """Yield the key types of the pod's volumes that have the request's signer, lifetime and annotations."""
     wanted = request.signer, request.seconds, dict(request.annotations)
     for volume in items(spec, "volumes"):
-        for one in items(volume, "projected", "sources"):
-            if source := mapping(one, "podCertificate"):
+        for item in items(volume, "projected", "sources"):
+            if source := mapping(item, "podCertificate"):
                 seconds = int(source.get("maxExpirationSeconds") or USUAL_SECONDS)
                 if (source.get("signerName"), seconds, mapping(source, "userAnnotations")) == wanted:
                     yield str(source.get("keyType", ""))

@@ -159,12 +159,12 @@ def _grants(reader: Reader, tables: Any, key: tuple[str, ...], spec: Certificate
     if isinstance(tables, dict) and tables and spec in (KUBELET_CLIENT, KUBELET_SERVING):
         reader.add(key, "no grants: a kubelet asks for itself", "some")
         return {}
-    found = read_each(reader, Grant, tables, key)
-    for name, grant in found.items():
+    grants = read_each(reader, Grant, tables, key)
+    for name, grant in grants.items():
         if (spec is USER) != bool(grant.subjects):
             wanted = "whole subjects" if spec is USER else f"none: they are in [certificate.{spec.name!r}]"
             reader.add((*key, name, "subjects"), wanted, ", ".join(grant.subjects) or "none")
-    return found
+    return grants
 
 
 # --- pods -------------------------------------------------------------------------------------------------------------
@@ -318,14 +318,14 @@ class PodSignerRules:
     def names(self, parts: Mapping[str, str], identity: Identity | None) -> Names | None:
         """Return the names for a pod with these parts; None: it would have no name, or one that is too long."""
         uri = f"spiffe://{self.trust_domain}{self.path.format(**parts)}" if self.trust_domain else ""
-        found = Names(
+        names = Names(
             common_name=identity.common_name.format(**parts) if identity else "",
             uris=(uri,) if uri else (),
             dns=tuple(dict.fromkeys(text.format(**parts) for text in identity.dns)) if identity else (),
         )
-        is_named = found.uris or found.dns
-        fits = len(uri) <= _LONGEST_ID and all(map(is_host_name, found.dns))
-        return found if is_named and fits and (not found.common_name or _is_common_name(found.common_name)) else None
+        is_named = names.uris or names.dns
+        fits = len(uri) <= _LONGEST_ID and all(map(is_host_name, names.dns))
+        return names if is_named and fits and (not names.common_name or _is_common_name(names.common_name)) else None
 
 
 def _is_path(path: str) -> bool:

@@ -88,7 +88,7 @@ class Service:
         self._started, self._ending = False, False
         self._stop = threading.Event()
         self._watching = [Watch(self.api, self.kubernetes_signers)] if self.kubernetes_signers else []
-        self._watching += [Watch(self.api, (one,), of_pods=True) for one in self.pod_signers]
+        self._watching += [Watch(self.api, (pod_signer,), of_pods=True) for pod_signer in self.pod_signers]
         self._threads: list[threading.Thread] = []
         self._roots = Roots(self.api)
 
@@ -388,10 +388,10 @@ def rights_needed(
             yield Right("get", "", resource)
         yield Right("create", _CERTIFICATES, roots.BUNDLES)
         yield Right("create", "", "events")
-    for one in pod_signers:
-        yield Right("attest", _CERTIFICATES, "signers", name=one)
+    for pod_signer in pod_signers:
+        yield Right("attest", _CERTIFICATES, "signers", name=pod_signer)
         for verb in ("get", "patch", "delete"):
-            yield Right(verb, _CERTIFICATES, roots.BUNDLES, name=roots.name_of(one))
+            yield Right(verb, _CERTIFICATES, roots.BUNDLES, name=roots.name_of(pod_signer))
     yield Right("get", "", "nodes")
     if settings.lease:
         name, namespace = settings.lease_name, settings.lease_namespace

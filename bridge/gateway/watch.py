@@ -238,7 +238,7 @@ def served(api: Api, resource: str) -> str:
         reply = api.ask("GET", group)
         if reply.status == HTTPStatus.FORBIDDEN:  # we may not list the resources, and v1 is the usual version
             return GROUP
-        if any(one.get("name") == resource for one in items(reply.document, "resources")):
+        if any(item.get("name") == resource for item in items(reply.document, "resources")):
             return group
     wanted = f"wanted {resource} in certificates.k8s.io/v1 (Kubernetes 1.37) or v1beta1 (1.36, where it is turned on)"
     raise NoAnswerError(f"{api.server}: {wanted}, found neither", hint="docs/pod-certificates.md names the flags")

@@ -125,7 +125,7 @@ class Node:
     @property
     def bundles(self) -> dict[str, tuple[x509.Certificate, ...]]:
         """The CAs in each CA file, by authority."""
-        return {one.authority.name: one.certificates for one in self.authorities}
+        return {authority.authority.name: authority.certificates for authority in self.authorities}
 
     @property
     def is_worker(self) -> bool:
@@ -158,7 +158,10 @@ class Node:
     @property
     def is_here(self) -> bool:
         """Whether the node has any of these files."""
-        states = [*(item.state for item in self.items if item.pair is None), *(one.state for one in self.authorities)]
+        states = [
+            *(item.state for item in self.items if item.pair is None),
+            *(authority.state for authority in self.authorities),
+        ]
         return bool(self.manifests) or any(state != "missing" for state in states)
 
     @property
@@ -275,7 +278,7 @@ def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """Whether etcd's own files exist, and no other file of a control plane or worker."""
     own = [spec for spec in SPECS.values() if spec.authority == ETCD_CA and spec != _ETCD_CLIENT]
     others = [spec for spec in SPECS.values() if spec.authority != ETCD_CA]
-    components = [one for one in manifests.COMPONENTS if one is not Component.ETCD]
+    components = [component for component in manifests.COMPONENTS if component is not Component.ETCD]
     foreign = [pki_dir / f"{base}.{suffix}" for base in (CA.base, FRONT_PROXY_CA.base) for suffix in ("crt", "key")]
     foreign += [pki_dir / "sa.key", *_traces(others, components, pki_dir, kubeconfig_dir)]
     traces = _traces(own, [Component.ETCD], pki_dir, kubeconfig_dir)

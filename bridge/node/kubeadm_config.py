@@ -83,7 +83,7 @@ class KubeadmConfig:
     @classmethod
     def of(cls, documents: Sequence[Mapping[str, Any]]) -> KubeadmConfig:
         """Read documents; a value whose type is wrong becomes a problem, not yet an error."""
-        kinds = {one.get("kind"): one for one in reversed(documents)}
+        kinds = {document.get("kind"): document for document in reversed(documents)}
         values = _Values(kinds.get(CLUSTER_CONFIGURATION) or {})
         own = _Values(kinds.get("InitConfiguration") or kinds.get("JoinConfiguration") or {}, values.problems)
         local = ("controlPlane", "localAPIEndpoint") if own.at("controlPlane") is not None else ("localAPIEndpoint",)
@@ -112,7 +112,7 @@ class KubeadmConfig:
 
     def of_kind(self, kind: str) -> Mapping[str, Any] | None:
         """The document of this kind, if there is one."""
-        return next((one for one in self.documents if one.get("kind") == kind), None)
+        return next((document for document in self.documents if document.get("kind") == kind), None)
 
     @property
     def cluster(self) -> Mapping[str, Any]:
@@ -152,7 +152,7 @@ class KubeadmConfig:
 
     def text(self) -> str:
         """The documents as YAML."""
-        return "---\n".join(yaml.safe_dump(dict(one), sort_keys=False) for one in self.documents)
+        return "---\n".join(yaml.safe_dump(dict(document), sort_keys=False) for document in self.documents)
 
     def assert_usable(self, source: str = "") -> None:
         """Raise a KubeadmConfigError if a value or the ClusterConfiguration is unusable for kubeadm."""
@@ -215,9 +215,9 @@ class _Values:
         return found if isinstance(found, str) else ""
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        found = self.at(*keys)
-        if found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)):
-            return tuple(found or ())
+        texts = self.at(*keys)
+        if texts is None or (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
+            return tuple(texts or ())
         self._report(keys, "a list of texts")
         return ()
 
@@ -226,7 +226,7 @@ class _Values:
         flags = self.at("nodeRegistration", "kubeletExtraArgs")
         if isinstance(flags, Mapping):
             flags = [{"name": name, "value": value} for name, value in flags.items()]
-        named = [one for one in flags if isinstance(one, Mapping)] if isinstance(flags, list) else []
+        named = [flag for flag in flags if isinstance(flag, Mapping)] if isinstance(flags, list) else []
         values = [one.get("value") for one in named if one.get("name") == "node-ip"]
         found = [one.strip() for one in str(values[-1]).split(",")] if values else []
         return tuple(one for one in found if is_address(one))
@@ -245,7 +245,7 @@ class _Values:
             return "ecdsa-p256" if self.at("featureGates", "PublicKeysECDSA") is True else "rsa-2048"
         if named not in KEY_ALGORITHMS:
             self._report(("encryptionAlgorithm",), f"one of {', '.join(KEY_ALGORITHMS).upper()}")
-        return next((one for one in KEY_ALGORITHMS if one == named), "rsa-2048")
+        return next((key_algorithm for key_algorithm in KEY_ALGORITHMS if key_algorithm == named), "rsa-2048")
 
     def _report(self, keys: Sequence[str], wanted: str) -> None:
         self.problems.append(f"{'.'.join(keys)}: wanted {wanted}, found something else")
@@ -283,14 +283,14 @@ def _unusable(problem: str, source: str) -> KubeadmConfigError:
 
 def _by_kind(data: bytes) -> list[Mapping[str, Any]]:
     kinds: dict[str, Mapping[str, Any]] = {}
-    for one in documents(split_bom(data)[1]):
-        if one.null:
+    for document in documents(split_bom(data)[1]):
+        if document.null:
             continue
-        named = one.get("kind")
+        named = document.get("kind")
         kind = "" if named is None else named.text()
         if kind in kinds:
             raise YamlError(f"wanted {kind or 'a document without a kind'} once, found it twice")
-        kinds[kind] = one.plain()
+        kinds[kind] = document.plain()
     if not any(map(_is_kubeadms, kinds.values())):
         raise YamlError(f"there is no document of apiVersion {_API}…")
     return list(kinds.values())

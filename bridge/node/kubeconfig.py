@@ -87,7 +87,10 @@ def embedded_users(data: bytes) -> list[EmbeddedUser]:
 def with_users(data: bytes, pairs: Mapping[int, tuple[bytes, bytes]]) -> bytes:
     """Replace these users' certificates and keys (PEM), by index in `users`; see `with_credentials`."""
     result = _with(data, lambda root: _values_of_users(root, pairs))
-    found = {one.number: (one.certificate_pem, one.key_pem) for one in embedded_users(result)}
+    found = {
+        embedded_user.number: (embedded_user.certificate_pem, embedded_user.key_pem)
+        for embedded_user in embedded_users(result)
+    }
     if any(found.get(number) != pair for number, pair in pairs.items()):
         raise KubeconfigError("wanted the new certificate and key in the edited kubeconfig, found something else")
     return result
@@ -317,12 +320,12 @@ def _users(root: YamlNode) -> list[tuple[str, tuple[YamlNode, ...]]]:
     sequence = _own(root, "users")
     if sequence is None:
         return []
-    found: list[tuple[str, tuple[YamlNode, ...]]] = []
+    users: list[tuple[str, tuple[YamlNode, ...]]] = []
     for entry in sequence.items():
         _assert_own(entry)
         user = _own(entry, "user")
-        found.append((entry.text_of("name"), (root, sequence, entry, user) if user is not None else ()))
-    return found
+        users.append((entry.text_of("name"), (root, sequence, entry, user) if user is not None else ()))
+    return users
 
 
 def _own(mapping: YamlNode, key: str) -> YamlNode | None:

@@ -174,12 +174,12 @@ def _flags(kubelet_dir: Path) -> dict[str, str]:
     files = [(kubelet_dir / "kubeadm-flags.env", "KUBELET_KUBEADM_ARGS")]
     if kubelet_dir == KUBELET_DIR:
         files += [(path, "KUBELET_EXTRA_ARGS") for path in _EXTRA_ARGS]
-    found: dict[str, str] = {}
+    flags: dict[str, str] = {}
     for path, variable in files:
         with contextlib.suppress(UnreadableError, ValueError):  # systemd could not parse it, either
             match = re.search(rf"^\s*{variable}=(.*)$", (read(path) or b"").decode(), re.MULTILINE)
-            found |= flags_of(shlex.split(" ".join(shlex.split(match[1])))) if match else {}
-    return {name: found[flag] for flag, name in _FLAGS.items() if flag in found}
+            flags |= flags_of(shlex.split(" ".join(shlex.split(match[1])))) if match else {}
+    return {name: flags[flag] for flag, name in _FLAGS.items() if flag in flags}
 
 
 _NODE_USER = "system:node:"

@@ -168,7 +168,7 @@ def arguments(cluster: Mapping[str, Any], component: Component) -> dict[str, str
     if isinstance(listed, Mapping):
         return {str(name): str(value) for name, value in listed.items()}
     entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
-    return {str(one.get("name")): str(one.get("value")) for one in entries}
+    return {str(entry.get("name")): str(entry.get("value")) for entry in entries}
 
 
 def with_arguments(

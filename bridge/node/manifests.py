@@ -71,8 +71,8 @@ def parse(component: Component, data: bytes) -> Manifest:
 
 def tag_of(image: str) -> tuple[str, tuple[int, int] | None]:
     """An image's tag, which a digest may follow, and its version; empty and None if the tag begins with no version."""
-    found = _TAG.search(image.partition("@")[0])
-    return ("", None) if found is None else (found[1], (int(found[2]), int(found[3])))
+    match = _TAG.search(image.partition("@")[0])
+    return ("", None) if match is None else (match[1], (int(match[2]), int(match[3])))
 
 
 def pod(root: YamlNode) -> YamlNode:
@@ -98,11 +98,11 @@ def flags_of(words: Sequence[str]) -> dict[str, str]:
 
 
 def _values(words: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for word, following in zip_longest(words, words[1:], fillvalue="-"):
         name, equals, value = word.lstrip("-").partition("=")
         if word.startswith("--" if len(name) == 1 else "-") and name:
-            found.setdefault(f"--{name}", []).append(
+            values.setdefault(f"--{name}", []).append(
                 value if equals else "true" if following.startswith("-") else following
             )
-    return found
+    return values

@@ -74,7 +74,7 @@ def added(node: Node, settings: NodeSettings) -> Node:
     items = [_item(pair, _authority(node, settings, pair.authority)) for pair in named]
     taken = _taken(node, settings, named)
     obstacles = {pair.name: taken.get(pair.name) or _obstacle(pair) for pair in named}
-    items = [dataclasses.replace(one, obstacle=obstacles[one.spec.name] or one.obstacle) for one in items]
+    items = [dataclasses.replace(item, obstacle=obstacles[item.spec.name] or item.obstacle) for item in items]
     every = (*node.items, *items)
     return dataclasses.replace(node, items=every, troubles=(*node.troubles, *troubles_of(items, ())))
 
@@ -167,8 +167,8 @@ def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) ->
     """Pairs with a file that, by its real path, is kubeadm's, the kubelet's, ours or another pair's."""
     ours = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
     ours += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
-    for one in AUTHORITIES.values():
-        ours += [settings.pki_dir / one.certificate_file, settings.pki_dir / one.key_file]
+    for authority in AUTHORITIES.values():
+        ours += [settings.pki_dir / authority.certificate_file, settings.pki_dir / authority.key_file]
     ours += [settings.pki_dir / "sa.key", settings.pki_dir / "sa.pub"]
     places = [settings.kubeconfig_dir / "manifests", settings.kubelet_dir / "pki", settings.state_dir]
     real = [dataclasses.replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]

@@ -42,7 +42,7 @@ class Process:
 def running(program: str, proc: Path = PROC) -> list[Process]:
     """A program's processes in our own network namespace, which is the node's, oldest first; none of a regular user's."""
     here, found = _network(proc / "self"), []
-    for entry in (one for one in proc.iterdir() if one.name.isdigit()):
+    for entry in (path for path in proc.iterdir() if path.name.isdigit()):
         # a process may end meanwhile, or belong to another user
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             words = tuple((entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0"))
@@ -296,8 +296,8 @@ def _crictl(*arguments: str) -> dict[str, Any]:
 
 def _sandboxes(component: Component) -> dict[str, bool]:
     """The static pods that may be the component's, and whether each has kubeadm's label."""
-    found = _static_pods(component.value)
-    return {pod: label is not None for pod, label in found.items() if label in (None, component.value)}
+    static_pods = _static_pods(component.value)
+    return {pod: label is not None for pod, label in static_pods.items() if label in (None, component.value)}
 
 
 def _static_pods(name: str) -> dict[str, Any]:

@@ -95,10 +95,10 @@ class YamlNode:
         places = node.index()
         if "<<" in places:
             raise YamlError(f"line {node.place.line}: wanted a mapping of its own, found a merge key (<<)")
-        found = places.get(key, [])
-        if len(found) > 1:
-            raise YamlError(f"line {node.place.line}: wanted {key} once, found it {len(found)} times")
-        return node.children[found[0]] if found else None
+        place = places.get(key, [])
+        if len(place) > 1:
+            raise YamlError(f"line {node.place.line}: wanted {key} once, found it {len(place)} times")
+        return node.children[place[0]] if place else None
 
     def text_of(self, key: str) -> str:
         """The text below `key`, empty if there is none; raises like `get`."""

@@ -495,7 +495,7 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
     if isinstance(bundle, RequestBundle):
         lines, summary = list(_request_lines(bundle, now, cas)), _asked_in_short(bundle, cas)
     else:
-        refused = sum(isinstance(one, Refusal) for one in bundle.answers.values())
+        refused = sum(isinstance(answer, Refusal) for answer in bundle.answers.values())
         summary = f"{counted(len(bundle.answers) - refused, 'certificate')}, {refused} refused"
         lines = list(_answer_lines(bundle))
     return "\n".join([*lines, "", f"fingerprint  {short_fingerprint(bundle)}", f"in short     {summary}", ""])

@@ -323,11 +323,11 @@ _KEY = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----(.*?)-----END \1PRIVATE
 
 def has_key_of(pem: bytes, certificate: x509.Certificate) -> bool | None:
     """Whether a PEM text holds the certificate's private key, by its public half; None: the key can't be compared."""
-    found = _KEY.search(pem)
-    if found is None:
+    match = _KEY.search(pem)
+    if match is None:
         return False
     try:
-        public = _public_half(base64.b64decode(b"".join(found[2].split()), validate=True))
+        public = _public_half(base64.b64decode(b"".join(match[2].split()), validate=True))
     except (ValueError, IndexError):
         return None
     return None if public is None else public in certificate.tbs_certificate_bytes

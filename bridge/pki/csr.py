@@ -77,8 +77,8 @@ def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
 def key_block(pem: bytes) -> bytes:
     """The first private key of a PEM text, which may have certificates before it; without a key, the text itself."""
     # no BEGIN within a block, so that a file of BEGIN lines is read once, not once for each line
-    found = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(?:(?!-----BEGIN ).)*?-----END \1-----", pem, re.DOTALL)
-    return found[0] + b"\n" if found else pem
+    match = re.search(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----(?:(?!-----BEGIN ).)*?-----END \1-----", pem, re.DOTALL)
+    return match[0] + b"\n" if match else pem
 
 
 #: The size of PKCS #8 and PEM around an RSA key, which itself takes a byte for each bit of its modulus.

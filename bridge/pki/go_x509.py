@@ -362,9 +362,9 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
         if constraints and constraints.path_length is not None and count > constraints.path_length:
             got = f"{count} below {subject_line(issuer)}"
             yield Violation(subject="chain", want=f"at most {constraints.path_length} intermediates", got=got)
-    if len({(one.fields[4].encoded, one.fields[5].encoded) for one in parts}) < len(whole):
+    if len({(part.fields[4].encoded, part.fields[5].encoded) for part in parts}) < len(whole):
         yield Violation(subject="chain", want="each CA once", got="two certificates of one name and key")
-    size = sum(one.size for one in parts[:-1])
+    size = sum(part.size for part in parts[:-1])
     if size > MAX_CHAIN_BYTES:
         yield Violation(subject="chain", want=f"at most {MAX_CHAIN_BYTES} bytes", got=f"{size} bytes")
 

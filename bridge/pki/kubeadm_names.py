@@ -47,8 +47,8 @@ class Release(NamedTuple):
 
 def parse_release(text: str) -> Release | None:
     """Parse a version such as `v1.37.2`; None: other text, such as `stable-1`, or no text."""
-    found = _VERSION.fullmatch(text.strip())
-    return found and Release(int(found[1]), int(found[2]), None if found[3] is None else int(found[3]))
+    match = _VERSION.fullmatch(text.strip())
+    return match and Release(int(match[1]), int(match[2]), None if match[3] is None else int(match[3]))
 
 
 class NoFactError(BridgeError):
@@ -145,7 +145,7 @@ def _known(value: str, what: str) -> str:
 
 def text_of(names: Iterable[x509.GeneralName]) -> str:
     """The names in one text, for messages."""
-    return ", ".join(str(one.value) for one in names) or "none"
+    return ", ".join(str(name.value) for name in names) or "none"
 
 
 #: The prefix of a kubelet's CN, before the node's name (kubeadm, kubeconfig.go).
@@ -292,7 +292,7 @@ def _foreign_issuer(
 def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
     """Kubernetes uses the CN as the user, and so does etcd with users."""
     found = common_names(leaf.subject)
-    if len(found) != 1 or not any(_is_user(found[0], wanted, leaf) for wanted in spec.common_names):
+    if len(found) != 1 or not any(_is_user(found[0], common_name, leaf) for common_name in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
         yield Violation(subject="CN", want=want, got=one_line(", ".join(found)) or "none")
 

@@ -347,7 +347,7 @@ def _chain(
     try:
         # other roots lead nowhere, and their cross certificates share name and key; the latest to end comes first, since
         # the path should use the newest version of an intermediate
-        others = [one for one in issued.intermediates if not _is_root(one)]
+        others = [intermediate for intermediate in issued.intermediates if not _is_root(intermediate)]
         newest = sorted(others, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
         path = verified_path(leaf, newest, anchor, time)
     except verification.VerificationError as e:

@@ -112,7 +112,7 @@ def _left_to_people(run: Run, node: Node, unproven: NotProven) -> Activation:
     in_use.keep(unproven_file(run.store), dataclasses.replace(left, going_back=""))
     if unproven.going_back and live.certificates:
         errors.insert(0, NotLiveError(f"installed, and it was to go back, since {unproven.going_back}"))
-    in_use_now = tuple(one for one in live.certificates if one not in left.certificates)
+    in_use_now = tuple(certificate for certificate in live.certificates if certificate not in left.certificates)
     done = dataclasses.replace(live, certificates=in_use_now)
     waiting = _result(run, left, errors)
     return dataclasses.replace(waiting, events={**_result(run, done, []).events, **waiting.events})
@@ -137,7 +137,7 @@ def _to_restart(run: Run, node: Node, unproven: NotProven) -> list[Component]:
     wanted = run.settings.restart.components
     reloads = control_plane.reloading(node, run.settings.node)
     specs = {name: in_use.installed_spec(node, name) for name in unproven.names}
-    is_ours = {one.name: one.newest_run == run.record.run_id for one in unproven.certificates}
+    is_ours = {certificate.name: certificate.newest_run == run.record.run_id for certificate in unproven.certificates}
     new = control_plane.stale([specs[name] for name in unproven.names if is_ours[name]], reloads, wanted)
     others = control_plane.stale([specs[name] for name in unproven.names if not is_ours[name]], reloads, wanted)
     old = {*others, *unproven.to_restart}
@@ -165,7 +165,7 @@ def _all_in_use(findings: Iterable[ProofFinding]) -> bool:
 
 def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup | None:
     """Return the backup of the newest or of the first installation; None: it is gone."""
-    wanted = {one.newest_run if newest else one.backup_of for one in unproven.certificates}
+    wanted = {certificate.newest_run if newest else certificate.backup_of for certificate in unproven.certificates}
     found = [one for one in backups.read_all(run.store)[0] if one.run_id in wanted]
     return found[0 if newest else -1] if found else None
 
@@ -368,16 +368,18 @@ def _hook_events(
     items = {item.spec.name: item for item in run.read_node().items}
     replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
     serials = {
-        (id_, one.get("name")): one.get("old_serial") for id_, backup in replaced.items() for one in backup.certificates
+        (id_, certificate.get("name")): certificate.get("old_serial")
+        for id_, backup in replaced.items()
+        for certificate in backup.certificates
     }
-    found = {}
-    for run_id in dict.fromkeys(one.newest_run for one in unproven.certificates):
-        ours = [one for one in unproven.certificates if one.newest_run == run_id]
+    hook_events = {}
+    for run_id in dict.fromkeys(certificate.newest_run for certificate in unproven.certificates):
+        ours = [certificate for certificate in unproven.certificates if certificate.newest_run == run_id]
         live = [] if is_back else [one.name for one in ours if one.name in items and items[one.name].certificates]
         new = {name: serial_hex(items[name].certificates[0]) for name in live}
         old = {one.name: serials.get((one.backup_of, one.name)) for one in ours if one.name in new}
         paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
-        found[run_id] = HookEvent(
+        hook_events[run_id] = HookEvent(
             names=tuple(one.name for one in ours),
             old_serials={name: serial for name, serial in old.items() if serial},
             new_serials=new,
@@ -386,7 +388,7 @@ def _hook_events(
             exit_code=Exit.worst([error.exit_code for error in errors]),
             errors=tuple(map(str, errors)),
         )
-    return found
+    return hook_events
 
 
 # --- rollback --------------------------------------------------------------------------------------------------------
@@ -431,13 +433,22 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
 def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
     """Merge the backups of one or several runs: files that were in use, and `more` (BridgeError: a backup is gone)."""
     found = {one.run_id: one for one in backups.read_all(run.store)[0]}
-    missing = {one.backup_of for one in unproven.certificates} - found.keys()
+    missing = {certificate.backup_of for certificate in unproven.certificates} - found.keys()
     if missing:
         raise BridgeError(f"there is no backup of run {', '.join(sorted(missing))}")
-    sources = list({one.backup_of: found[one.backup_of] for one in unproven.certificates}.values())
-    files = [f for one in unproven.certificates for f in found[one.backup_of].files if f.certificate == one.name]
-    files += [f for one in sources for f in one.files if f.certificate in more]
-    return dataclasses.replace(sources[0], backup_id=", ".join(one.backup_id for one in sources), files=tuple(files))
+    sources = list(
+        {certificate.backup_of: found[certificate.backup_of] for certificate in unproven.certificates}.values()
+    )
+    files = [
+        f
+        for certificate in unproven.certificates
+        for f in found[certificate.backup_of].files
+        if f.certificate == certificate.name
+    ]
+    files += [f for source in sources for f in source.files if f.certificate in more]
+    return dataclasses.replace(
+        sources[0], backup_id=", ".join(source.backup_id for source in sources), files=tuple(files)
+    )
 
 
 def _backup(run: Run, unproven: NotProven) -> backups.Backup:

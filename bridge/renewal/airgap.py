@@ -63,8 +63,8 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
             progress.note(sentence)
         selection = selection.without(refused_as_shorter(selection.items, settings, now()))
         results = prepare.prepare(selection.items, settings, run.requests.by_name(), selection.desired)
-        prepared = [one for one in results if isinstance(one, Prepared)]
-        failed = (*selection.failed, *(one for one in results if isinstance(one, Outcome)))
+        prepared = [result for result in results if isinstance(result, Prepared)]
+        failed = (*selection.failed, *(result for result in results if isinstance(result, Outcome)))
         record_failed(run.record, failed)
         for one in prepared:
             if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
@@ -103,18 +103,18 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """Describe a bundle for the person who approves it; exit code 5 if a continuity proof does not hold."""
     try:
-        found = bundle_format.loads(read_present(path))
+        loads = bundle_format.loads(read_present(path))
     except UnreadableError as e:
         raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
     cas = known_cas(settings)
-    text = bundle_format.describe(found, now, cas)
-    if isinstance(found, RequestBundle):
-        for one in found.requests:
-            if signatures.proof_problem(one, found) or signatures.usages_problem(one):
+    text = bundle_format.describe(loads, now, cas)
+    if isinstance(loads, RequestBundle):
+        for request in loads.requests:
+            if signatures.proof_problem(request, loads) or signatures.usages_problem(request):
                 return text, Exit.REFUSED
-            if one.authority in cas and signatures.origin_problem(one, cas[one.authority]):
+            if request.authority in cas and signatures.origin_problem(request, cas[request.authority]):
                 return text, Exit.REFUSED
     return text, Exit.DONE
 
@@ -132,9 +132,9 @@ def import_answers(
         result = _finish_import(run, node, found, transaction)
         reported = {outcome.name for outcome in result.outcomes}
         left = [
-            outcome_of(item, WaitingError("no answer to it was among these"), one.backend)
-            for one in run.requests
-            if one.is_waiting and one.name not in reported and (item := node.item(one.name)) is not None
+            outcome_of(item, WaitingError("no answer to it was among these"), request.backend)
+            for request in run.requests
+            if request.is_waiting and request.name not in reported and (item := node.item(request.name)) is not None
         ]
         outcomes, errors = (*result.outcomes, *left), (*result.errors, *found.strange)
         return dataclasses.replace(result, outcomes=outcomes, errors=errors), node
@@ -291,7 +291,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
         text = f"wanted an answer to node {node.node_name} of cluster {node.cluster}"
         found.refuse(path, f"{text}, found one to node {answer.node} of cluster {answer.cluster}")
         return
-    matching = [one for one in run.requests if answer.request_digest in (*one.bundles, one.reference)]
+    matching = [request for request in run.requests if answer.request_digest in (*request.bundles, request.reference)]
     live = run.read_node() if answer.answers and not matching else None
     if live and all(isinstance(one, Issued) and one.leaf == live.live(name) for name, one in answer.answers.items()):
         run.progress.note(f"{path}: all its certificates are installed already")
@@ -316,7 +316,7 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> No
 
 def _match_loose(requests: OpenRequests, found: Found) -> None:
     """Match loose certificates by public key; refuse, by name, a leaf that answers no open request."""
-    matched = {fingerprint(leaf) for one in requests for leaf in found.take_loose(one.request)}
+    matched = {fingerprint(leaf) for request in requests for leaf in found.take_loose(request.request)}
     for path, certificate in found.loose:
         if fingerprint(certificate) not in matched and not is_ca(certificate):
             text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
@@ -348,7 +348,7 @@ def cancel(
     with begun(settings, now, progress, options.wait) as (run, node):
         requests = run.requests.by_name()
         assert_known(names, node, requests)
-        cancelled = [one for one in requests.values() if ALL in names or one.name in names]
+        cancelled = [request for request in requests.values() if ALL in names or request.name in names]
         for one in cancelled:
             run.requests.drop(one.name)
             run.record.describe(one.name, one.request, one.backend or "bundle", None)

@@ -351,6 +351,6 @@ def _missing(api: Api, needed: _Binding) -> str:
 
 def _binds(document: Mapping[str, Any], needed: _Binding) -> bool:
     ref = mapping(document, "roleRef")
-    subjects = [(one.get("kind"), one.get("name")) for one in items(document, "subjects")]
+    subjects = [(item.get("kind"), item.get("name")) for item in items(document, "subjects")]
     is_role = (ref.get("kind"), ref.get("name")) == ("ClusterRole", needed.role)
     return is_role and (needed.kind, needed.who) in subjects

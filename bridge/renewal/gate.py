@@ -108,7 +108,7 @@ def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
 def hold_for_next_ca(selection: Selection, run: Run, node: inventory.Node) -> Selection:
     """Hold back certificates that the next CA has been asked for, or will be asked for later."""
     next_cas = next_ca_file(run.store).read() or ()
-    waiting = {one.name for one in run.requests if one.is_waiting}
+    waiting = {request.name for request in run.requests if request.is_waiting}
     later = not_yet_signing(run.settings, node.bundles)
     failing: dict[str, BridgeError] = {}
     for name, authority in ((item.spec.name, item.spec.authority.name) for item in selection.items):

@@ -75,7 +75,7 @@ class HookEvent:
     def environment(self) -> dict[str, str]:
         """Return the environment variables; a list has one entry a line, and a fact not known yet is empty."""
         # errors may quote a CA's answer
-        errors = "\n".join(printable(line) for one in self.errors for line in one.split("\n"))
+        errors = "\n".join(printable(line) for error in self.errors for line in error.split("\n"))
         return {
             "CA_BRIDGE_NAMES": "\n".join(self.names),
             "CA_BRIDGE_RENEWED": "\n".join(self.new_serials),
@@ -219,7 +219,9 @@ class Hooks:
         others = [one for one in every if (one.event, one.run_id) != (hooks.event, hooks.run_id)]
         if not is_over:
             others = [one for one in others if not (one.event == hooks.event == FAILURE)]  # the newest is enough
-            for one in others[: -(_MOST_REMEMBERED - 1)]:
-                log.warning("hook %s of run %s is given up: too many others have failed since", one.event, one.run_id)
+            for other in others[: -(_MOST_REMEMBERED - 1)]:
+                log.warning(
+                    "hook %s of run %s is given up: too many others have failed since", other.event, other.run_id
+                )
             others = [*others[-(_MOST_REMEMBERED - 1) :], hooks]
         self._file.put(tuple(others))

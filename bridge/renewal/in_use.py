@@ -62,15 +62,19 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
     """Return the certificates that are still not seen in use, and an error that names the components to restart."""
     live, findings = unproven.live_on(node), look(unproven, node, run.settings, run.now())
     late = not_in_use(findings)
-    runs = {one.newest_run for one in live.certificates if one.name in {found.certificate for found in late}}
+    runs = {
+        certificate.newest_run
+        for certificate in live.certificates
+        if certificate.name in {found.certificate for found in late}
+    }
     left = dataclasses.replace(
         unproven,
-        certificates=tuple(one for one in live.certificates if one.newest_run in runs),
+        certificates=tuple(certificate for certificate in live.certificates if certificate.newest_run in runs),
         to_restart=tuple(c for c in unproven.to_restart if c in {one.component for one in late}),
     )
     reloads = control_plane.reloading(node, run.settings.node)
     users = {*control_plane.stale(map(node.spec, live.names), reloads, Components("needed")), *unproven.to_restart}
-    can_not_be_seen = users - {one.component for one in findings}  # only this run's message names these
+    can_not_be_seen = users - {finding.component for finding in findings}  # only this run's message names these
     components = [c for c in control_plane.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
     if not components:
         return left, []
@@ -89,8 +93,10 @@ def settle_postponed(run: Run) -> list[BridgeError]:
         unproven = file.read()
         if unproven is None:
             return []
-        ours = tuple(one for one in unproven.certificates if one.newest_run == run.record.run_id)
-        earlier = tuple(one for one in unproven.certificates if one not in ours)
+        ours = tuple(
+            certificate for certificate in unproven.certificates if certificate.newest_run == run.record.run_id
+        )
+        earlier = tuple(certificate for certificate in unproven.certificates if certificate not in ours)
         left, errors = finish(run, run.read_node(), dataclasses.replace(unproven, certificates=earlier))
         keep(file, dataclasses.replace(left, certificates=(*left.certificates, *ours)))
     except StateError as e:
@@ -109,15 +115,15 @@ def look(unproven: NotProven, node: Node, settings: Settings, now: datetime) -> 
 
     names = unproven.live_on(node).names
     return [
-        one
-        for one in proof.by_files(node, settings, now).findings
-        if one.certificate in names or one.component in unproven.to_restart
+        finding
+        for finding in proof.by_files(node, settings, now).findings
+        if finding.certificate in names or finding.component in unproven.to_restart
     ]
 
 
 def not_in_use(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
     """Return the findings that show an old certificate in use, or could not tell."""
-    return [one for one in findings if one.state in ("stale", "unknown")]
+    return [finding for finding in findings if finding.state in ("stale", "unknown")]
 
 
 def sentence(findings: Sequence[ProofFinding]) -> str:

@@ -163,10 +163,10 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> Found:
 def _files(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise DirectoryError(f"{directory}: there is no such directory with keys and certificates")
-    found = [path for path in sorted(directory.rglob("*")) if not path.name.startswith(".") and not path.is_dir()]
-    if len(found) > _MOST_FILES:
-        raise DirectoryError(f"{directory}: wanted at most {_MOST_FILES} files, found {len(found)}")
-    return found
+    files = [path for path in sorted(directory.rglob("*")) if not path.name.startswith(".") and not path.is_dir()]
+    if len(files) > _MOST_FILES:
+        raise DirectoryError(f"{directory}: wanted at most {_MOST_FILES} files, found {len(files)}")
+    return files
 
 
 def _key_in(

@@ -67,16 +67,16 @@ def record_due(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) 
     ours = own(run.read_node())
     file = pairs_file(run.store)
     earlier = {one.name: one for one in file.read() or ()}
-    for one in outcomes:
-        name, pair = one.name, ours[one.name].pair if one.name in ours else None
-        if one.new is None or pair is None or (by_hand and not pair.prove):
+    for outcome in outcomes:
+        name, pair = outcome.name, ours[outcome.name].pair if outcome.name in ours else None
+        if outcome.new is None or pair is None or (by_hand and not pair.prove):
             continue
         before = earlier.pop(name, None)
         unproven = (
             before.unproven if before is not None and not before.unproven.going_back else NotProven(certificates=())
         )
         worked = before.worked if before is not None else _works(ours[name], run.now())
-        unproven = unproven.with_installed([one], run.record.run_id)
+        unproven = unproven.with_installed([outcome], run.record.run_id)
         earlier[name] = UnprovenPair(unproven=unproven, worked=worked, by_hand=by_hand)
     if earlier:
         file.put(tuple(earlier.values()))
@@ -87,8 +87,8 @@ def _works(item: Item, now: datetime) -> bool:
     """Whether the server shows the pair on disk; a pair without a server counts as working, a missing pair does not."""
     if item.state != "present":
         return False
-    found = proof.of_pair(item, now)
-    return found is None or found.state == "current"
+    works = proof.of_pair(item, now)
+    return works is None or works.state == "current"
 
 
 def finish(run: Run) -> Finished:

@@ -53,14 +53,14 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
         node = transaction.settle_earlier(found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result(outcomes=())), node, Selection()
-        waiting = [one.name for one in ours.requests if one.reference]
+        waiting = [request.name for request in ours.requests if request.reference]
         desired = decide(node, settings, options)
         selection = select(node, settings, options, now(), requests=ours.requests, waiting=waiting, desired=desired)
         for sentence in selection.notes:
             progress.note(sentence)
         selection = gate.hold_for_next_ca(selection, ours, node)
         if not options.names:
-            due = {one.spec.authority.name for one in selection.items} | {one.authority for one in selection.failed}
+            due = {item.spec.authority.name for item in selection.items} | {one.authority for one in selection.failed}
             attempts = transaction.attempts
             attempts.note(attempts.authorities.keys() - due, {}, now())  # their certificates are no longer due
             selection = gate.hold(selection, settings, None if is_terminal else attempts, now())
@@ -140,9 +140,12 @@ def _prepare_and_issue(
     ):
         if options.all_or_nothing:
             results = [one.result() for one in making]
-            earlier += [one for one in results if isinstance(one, Outcome)]
+            earlier += [result for result in results if isinstance(result, Outcome)]
             if earlier:
-                unasked = [*(one.prepared for one in kept), *(one for one in results if isinstance(one, Prepared))]
+                unasked = [
+                    *(one.prepared for one in kept),
+                    *(result for result in results if isinstance(result, Prepared)),
+                ]
                 return [], earlier, unasked
         issued, unmade = issue_all(run, making, reached(), expected)
     return [*kept, *issued], [*earlier, *unmade], []
@@ -150,7 +153,7 @@ def _prepare_and_issue(
 
 def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expected) -> list[Answered]:
     """Return answers that an earlier run verified and did not install; no CA is asked for them again."""
-    answered = {one.name: one for one in run.requests if one.answer is not None}
+    answered = {request.name: request for request in run.requests if request.answer is not None}
     earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
     for one in earlier:
@@ -202,7 +205,7 @@ class Rehearsal:
     @property
     def exit_code(self) -> int:
         """The exit code that a renewal with these results would have."""
-        return Exit.worst([*(one.exit_code for one in self.failed), *(one.exit_code for one in self.errors)])
+        return Exit.worst([*(one.exit_code for one in self.failed), *(error.exit_code for error in self.errors)])
 
 
 def rehearse(settings: Settings, options: RunOptions, now: Now, progress: Progress) -> Rehearsal:
@@ -233,7 +236,7 @@ def _within(selection: Selection, settings: Settings, now: datetime, ahead: time
 
 
 def _without_open(selection: Selection, run: Run) -> Selection:
-    waiting = {one.name for one in run.requests if one.is_waiting}
+    waiting = {request.name for request in run.requests if request.is_waiting}
     names = [item.spec.name for item in selection.items if item.spec.name in waiting]
     notes = (f"{name} is not rehearsed: a CA has a request for it already" for name in names)
     items = tuple(item for item in selection.items if item.spec.name not in waiting)

@@ -83,7 +83,7 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
     there = {item.spec.name for item in node.items if item.state == "present"}
     report = proof.look(node, run.settings, run.now())
     seen = {finding.certificate for finding in report.findings} - {finding.certificate for finding in report.wrong}
-    waiting = {*(unproven.names if unproven is not None else ()), *(one.name for one in pairs)}
+    waiting = {*(unproven.names if unproven is not None else ()), *(pair.name for pair in pairs)}
     proven = (there & (seen | silent)) - waiting
     if unseen := [one for one in due if one.name not in proven]:
         run.progress.note(f"renewal.revoke: not revoked, since the successor is not seen in use: {_names(unseen)}")

@@ -119,7 +119,7 @@ def select(
         settings=settings,
         options=options,
         now=now,
-        asked_for={one.name: one.request.replaces for one in requests},
+        asked_for={request.name: request.request.replaces for request in requests},
         waiting=waiting,
         desired=desired or {},
         lost_keys=lost_keys(node),
@@ -129,12 +129,12 @@ def select(
     unused = {item.spec.name for item in node.items if choice.is_unused(item)}
     every = [*chosen, *sorted(set(options.names) - {ALL} - set(chosen))]
     verdicts = [choice.of(name) for name in every if name not in unused]
-    items = tuple(one for one in verdicts if isinstance(one, Item))
+    items = tuple(verdict for verdict in verdicts if isinstance(verdict, Item))
     known, names = {*options.names, *choice.asked_for}, {item.spec.name for item in items}
     return Selection(
         items=items,
-        failed=tuple(one for one in verdicts if isinstance(one, Outcome)),
-        skipped=tuple(one for one in verdicts if isinstance(one, str)),
+        failed=tuple(verdict for verdict in verdicts if isinstance(verdict, Outcome)),
+        skipped=tuple(verdict for verdict in verdicts if isinstance(verdict, str)),
         waived=tuple(choice.waived),
         powerful=tuple(_powerful(items, known)),
         costs=tuple(_costs(items, node)),

@@ -103,7 +103,7 @@ def _changed(
 
 def _lacking(api: Api, component: Component) -> set[str]:
     """Return the control-plane nodes where the component's mirror pod has no flag for a pair (NoAnswerError)."""
-    nodes = {text_of(one, "metadata", "name") for one in items(api.get(CONTROL_PLANE_NODES), "items")}
+    nodes = {text_of(item, "metadata", "name") for item in items(api.get(CONTROL_PLANE_NODES), "items")}
     if not nodes:
         raise NoAnswerError(f"there are no {CONTROL_PLANE_NODES} to be seen")
     having = {

@@ -189,7 +189,9 @@ class Transaction:
             return result
         if self._run.settings.restart.method == "none":  # each later run reports it
             unproven, ours = obligations.unproven_file(self._run.store).read(), self._run.record.run_id
-            is_ours = unproven is not None and any(one.newest_run == ours for one in unproven.certificates)
+            is_ours = unproven is not None and any(
+                certificate.newest_run == ours for certificate in unproven.certificates
+            )
             return dataclasses.replace(result, left_to_people=is_ours)
         from bridge.renewal import activate  # noqa: PLC0415 (see above)
 
@@ -270,9 +272,9 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
     """Add what restarts and proof found to an installation's result; certificates `apart` are not rolled back."""
     outcomes, errors = result.outcomes, done.errors
     if (back := done.rolled_back) is not None:
-        outcomes = tuple(one if one.name in apart else _rolled_back(one, back) for one in outcomes)
+        outcomes = tuple(outcome if outcome.name in apart else _rolled_back(outcome, back) for outcome in outcomes)
         # an installation of CA files alone has no outcome that could carry the error
-        carried = any(one.error is back for one in outcomes)
+        carried = any(outcome.error is back for outcome in outcomes)
         errors = tuple(error for error in errors if error is not back or not carried)
     return dataclasses.replace(
         result,
@@ -285,7 +287,9 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
 
 def _assert_not_begun(run: Run, node: Node) -> None:
     """Refuse a new node whose bootstrap is unfinished, since that installs all files at once (NotReadyError)."""
-    open_ = [one for one in run.requests if one.request.replaces is None and node.live(one.name) is None]
+    open_ = [
+        request for request in run.requests if request.request.replaces is None and node.live(request.name) is None
+    ]
     if open_ and run.store.bootstrap.exists():
         raise NotReadyError(
             f"wanted a node that is made, found one whose bootstrap waits with {counted(len(open_), 'request')}; nothing was replaced",
@@ -302,9 +306,10 @@ def with_pairs(run: Run, result: Result) -> Result:
 
     done = pairs.finish(run)
     outcomes = tuple(
-        _rolled_back(one, done.back[one.name]) if one.name in done.back else one for one in result.outcomes
+        _rolled_back(outcome, done.back[outcome.name]) if outcome.name in done.back else outcome
+        for outcome in result.outcomes
     )
-    earlier = [error for error in done.back.values() if all(one.error is not error for one in outcomes)]
+    earlier = [error for error in done.back.values() if all(outcome.error is not error for outcome in outcomes)]
     return dataclasses.replace(
         result,
         outcomes=outcomes,

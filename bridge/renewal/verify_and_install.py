@@ -135,7 +135,7 @@ def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
             behind.append(str(kubeconfig_dir / spec.base))
     if not behind:
         return None
-    ca = next(one.path for one in node.authorities if one.authority == CA)
+    ca = next(authority.path for authority in node.authorities if authority.authority == CA)
     return NotReadyError(
         f"wanted the first CA of {ca} in each kubeconfig, since it signs the new certificates; "
         f"found only the old one in {', '.join(behind)}",

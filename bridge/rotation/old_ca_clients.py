@@ -200,10 +200,10 @@ def refusals(logs: Sequence[Path]) -> list[Refusal]:
 
 
 def _refused(line: str) -> Iterator[str]:
-    if found := _HANDSHAKE.search(line):
-        yield f"a client at {found[1]} does not trust the API server's certificate"
-    if found := _UNKNOWN.search(line):
-        whose = f"serial number {int(found[1]):X}, of the CA with the key identifier {found[2] or '(none)'}"
+    if match := _HANDSHAKE.search(line):
+        yield f"a client at {match[1]} does not trust the API server's certificate"
+    if match := _UNKNOWN.search(line):
+        whose = f"serial number {int(match[1]):X}, of the CA with the key identifier {match[2] or '(none)'}"
         yield f"the client certificate with {whose}, is of no CA that the API server trusts"
 
 

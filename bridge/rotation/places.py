@@ -103,7 +103,7 @@ def with_ca(path: Path, data: bytes, change: Change, bundle: Bundle) -> bytes:
 
 def assert_has_next(settings: Settings) -> None:
     """Check that the settings name a next CA (BridgeError)."""
-    if not any(ours.next for ours in settings.authorities.values()):
+    if not any(authority.next for authority in settings.authorities.values()):
         raise BridgeError(
             "the settings have no authority with a next CA",
             hint='[authority.ca.next] with anchor = "FILE" names it; `ca-bridge help replace-the-ca` has the rest',
@@ -194,8 +194,8 @@ def signing_flags(node: Node, one: Replaced) -> list[str]:
     if one.state.authority != CA:
         return []
     wanted = os.path.realpath(one.state.path)
-    found = endpoints.signing_files(node.flags(Component.CONTROLLER_MANAGER))
-    return [flag for flag, path in found.items() if os.path.realpath(path) == wanted]
+    signing_files = endpoints.signing_files(node.flags(Component.CONTROLLER_MANAGER))
+    return [flag for flag, path in signing_files.items() if os.path.realpath(path) == wanted]
 
 
 def key_place(node: NodeSettings, one: Replaced) -> Path:
@@ -227,8 +227,8 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
 
 def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path) -> Iterator[str | KeyLeftError]:
     """Move each CA's key into a directory; yield sentences, and errors, after which a repeat continues."""
-    for one in cas:
-        place, target = key_place(node, one), directory / f"{one.name}.key"
+    for ca in cas:
+        place, target = key_place(node, ca), directory / f"{ca.name}.key"
         try:
             data, there = read(place), read(target)
             if data is None:
@@ -246,4 +246,4 @@ def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path)
         except (OSError, UnreadableError) as e:
             yield KeyLeftError(f"{place}: wanted it away from this node, found: {e}")
         else:
-            yield f"{one.name}: its former key is {target} now, and no longer {place}: take it off this node"
+            yield f"{ca.name}: its former key is {target} now, and no longer {place}: take it off this node"

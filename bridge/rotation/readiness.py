@@ -192,7 +192,7 @@ class RotationOptions:
 
 def has_asked(run: Run, authority: str) -> bool:
     """Whether the next CA already has requests of this node; other nodes' statements were recent when it got them."""
-    taken = {one.request.spec.authority.name for one in run.requests if one.was_taken}
+    taken = {request.request.spec.authority.name for request in run.requests if request.was_taken}
     return authority in taken and authority in (next_ca_file(run.store).read() or ())
 
 

@@ -173,7 +173,7 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
     files = [str(reader.path) for ca in ours for reader in readers(node, ca)]
     ends = (*(f"/{SPECS[name].base}" for name in _KUBECONFIGS), *files)
     findings = proof.by_files(node, run.settings, run.now()).findings
-    return [found for found in findings if found.state == "stale" and found.what.endswith(ends)]
+    return [finding for finding in findings if finding.state == "stale" and finding.what.endswith(ends)]
 
 
 # --- what must be true before a verb begins ---------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def silent_backends(settings: Settings, cas: Iterable[Replaced]) -> Iterator[str
 
 def _to_be_asked(settings: Settings, cas: Iterable[Replaced]) -> list[tuple[Replaced, registry.Configured]]:
     """List the new CAs that must sign themselves and are not trusted yet, with their backends."""
-    new = {one.name: one for one in cas if one.standing.phase is Phase.OLD and _must_sign_itself(settings, one.name)}
+    new = {ca.name: ca for ca in cas if ca.standing.phase is Phase.OLD and _must_sign_itself(settings, ca.name)}
     backends = registry.configured(for_next(settings, new), new) if new else {}
     return [(one, backends[name]) for name, one in new.items()]
 
@@ -443,12 +443,12 @@ def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:
 def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection[str]) -> None:
     """Refuse open requests at the CA that signs now (OrderError): its answer would be the wrong certificate."""
     next_cas = next_ca_file(run.store).read() or ()
-    for one in run.requests:
-        authority = one.request.spec.authority.name
-        if one.is_waiting and one.name in names and authority in authorities and authority not in next_cas:
+    for request in run.requests:
+        authority = request.request.spec.authority.name
+        if request.is_waiting and request.name in names and authority in authorities and authority not in next_cas:
             raise OrderError(
-                f"{one.name}: wanted no open request at the CA that is replaced, found one of {minute(one.created)}",
-                hint=f"wait for its answer, or `ca-bridge pending cancel {one.name}`; no CA was asked",
+                f"{request.name}: wanted no open request at the CA that is replaced, found one of {minute(request.created)}",
+                hint=f"wait for its answer, or `ca-bridge pending cancel {request.name}`; no CA was asked",
             )
 
 

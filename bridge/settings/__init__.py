@@ -58,16 +58,16 @@ class Source:
 
     @cached_property
     def _lines(self) -> Mapping[Key, int]:
-        found: dict[Key, int] = {}
+        lines: dict[Key, int] = {}
         table: Key | None = ()
         for number, statement, document in _statements(self._text):
             is_header = statement.startswith("[")
             keys = list(_keys(document, () if is_header else table))
             for key in keys:
-                found.setdefault(key, number)
+                lines.setdefault(key, number)
             if is_header:  # tables in a list have no key
                 table = None if statement.startswith("[[") else keys[-1]
-        return found
+        return lines
 
     def problem(self, key: Key, wanted: str, found: str) -> SettingsProblem:
         """A problem with the file's name and the key's line."""
@@ -263,7 +263,11 @@ class Reader:
 def _bare(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         rest = [part for part in typing.get_args(hint) if part is not type(None)]
-        return rest[0] if len(rest) == 1 else Literal[tuple(one for part in rest for one in typing.get_args(part))]
+        return (
+            rest[0]
+            if len(rest) == 1
+            else Literal[tuple(get_argument for part in rest for get_argument in typing.get_args(part))]
+        )
     return hint
 
 

@@ -112,7 +112,9 @@ def overridden(
 
 #: Tables whose keys are fixed.
 _TABLES: dict[str, type[Any]] = {
-    one.name: cast("type[Any]", one.default_factory) for one in fields(Settings) if is_dataclass(one.default_factory)
+    field.name: cast("type[Any]", field.default_factory)
+    for field in fields(Settings)
+    if is_dataclass(field.default_factory)
 }
 
 
@@ -163,7 +165,7 @@ def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tupl
     others = {name: one for name, one in table.items() if name != KUBELET_SERVER}
     if not others:
         return ()
-    found = []
+    pairs = []
     for name, one in others.items():
         key = ("certificate", name)
         if name in SPECS:
@@ -172,14 +174,16 @@ def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tupl
         elif not is_pair_name(name):
             reader.add(key, f"{KUBELET_SERVER}, or a pair's name: {WANTED_PAIR_NAME}", repr(name))
         elif (pair := _pair(reader, one, key)) is not None:
-            found.append(pair)
+            pairs.append(pair)
     taken = [node.pki_dir / f"{spec.base}.{suffix}" for spec in SPECS.values() for suffix in ("crt", "key")]
-    taken += [node.pki_dir / f"{one.base}.{suffix}" for one in AUTHORITIES.values() for suffix in ("crt", "key")]
+    taken += [
+        node.pki_dir / f"{authority.base}.{suffix}" for authority in AUTHORITIES.values() for suffix in ("crt", "key")
+    ]
     taken += [node.kubeconfig_dir / spec.base for spec in SPECS.values() if spec.kubeconfig]
     taken += [node.pki_dir / "sa.key", node.pki_dir / "sa.pub", node.kubeconfig_dir / "manifests"]
-    for name, wanted, file in collisions(found, [*taken, node.kubelet_dir / "pki", node.state_dir]):
+    for name, wanted, file in collisions(pairs, [*taken, node.kubelet_dir / "pki", node.state_dir]):
         reader.add(("certificate", name), wanted, file)
-    return tuple(found)
+    return tuple(pairs)
 
 
 def _pair(reader: Reader, table: object, key: Key) -> PairSettings | None:

@@ -67,9 +67,9 @@ class PairFiles:
 
     def paths(self) -> list[tuple[str, Path]]:
         """Each file with its settings key."""
-        found = [("certificate_file", self.certificate_file), ("key_file", self.key_file)]
-        found += [("ca_file", self.ca_file)] if self.ca_file is not None else []
-        return found if self.key_file != self.certificate_file else found[:1] + found[2:]
+        paths = [("certificate_file", self.certificate_file), ("key_file", self.key_file)]
+        paths += [("ca_file", self.ca_file)] if self.ca_file is not None else []
+        return paths if self.key_file != self.certificate_file else paths[:1] + paths[2:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -717,6 +717,8 @@ def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Se
             authorities[name], backend=backend, cross=cross if over else authorities[name].cross
         )
         own[name] = {**kept, **{key: value for key, value in over.items() if key not in _OURS}}
-    replaced = {one.backend for one in settings.authorities.values()} - {one.backend for one in authorities.values()}
+    replaced = {authority.backend for authority in settings.authorities.values()} - {
+        authority.backend for authority in authorities.values()
+    }
     backends = {name: table for name, table in settings.backends.items() if name not in replaced}
     return replace(settings, authorities=authorities, authority_tables=own, backends=backends)

@@ -90,8 +90,8 @@ class Store:
 
     def backup_directories(self) -> list[Path]:
         """The directories of all backups, finished or not."""
-        found = self.backups.iterdir() if self.backups.is_dir() else ()
-        return [path for path in found if re.fullmatch(_BACKUP, path.name) and path.is_dir()]
+        backup_directories = self.backups.iterdir() if self.backups.is_dir() else ()
+        return [path for path in backup_directories if re.fullmatch(_BACKUP, path.name) and path.is_dir()]
 
     @property
     def is_interrupted(self) -> bool:

@@ -96,10 +96,10 @@ def event_of(error: BridgeError) -> str:
 @lru_cache(maxsize=_REMEMBERED)
 def _facts(certificate: x509.Certificate) -> Mapping[str, str]:
     """A new certificate's facts; without an unreadable issuer, since a CA's answer is recorded before it is verified."""
-    found = {"certificateSha256": fingerprint(certificate), "serialNumber": serial_hex(certificate)}
+    facts = {"certificateSha256": fingerprint(certificate), "serialNumber": serial_hex(certificate)}
     with contextlib.suppress(*UNREADABLE):
-        found["issuer"] = name_text(certificate.issuer)
-    return found
+        facts["issuer"] = name_text(certificate.issuer)
+    return facts
 
 
 class Record:

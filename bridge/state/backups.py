@@ -414,12 +414,14 @@ def _unproven(
     except UnreadableError as e:
         yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=str(e))
         return
-    for one in pairs.findings(item.spec, certificates, key_pem, expected, live):
-        violation = one.violation
-        if one.kind in ("certificate", "incomparable"):
+    for finding in pairs.findings(item.spec, certificates, key_pem, expected, live):
+        violation = finding.violation
+        if finding.kind in ("certificate", "incomparable"):
             yield Problem(certificate=name, subject=violation.subject, wanted=violation.want, found=violation.got)
         else:
-            yield Problem(certificate=name, wanted=_PAIR, found=violation.got if one.kind == "unusable" else _NO_PAIR)
+            yield Problem(
+                certificate=name, wanted=_PAIR, found=violation.got if finding.kind == "unusable" else _NO_PAIR
+            )
 
 
 # --- put back, or deleted ---------------------------------------------------------------------------------------------
@@ -453,7 +455,9 @@ class Rollback:
 def with_pairs(backup: Backup, node: Node) -> tuple[Backup, tuple[str, ...]]:
     """The backup without certificates of which only the key existed, and their names; whole if it has no others."""
     two = {item.spec.name for item in node.items if item.key_path is not None and item.current is None}
-    made = {str(one.get("name")) for one in backup.certificates if one.get("old_serial") is None} & two
+    made = {
+        str(certificate.get("name")) for certificate in backup.certificates if certificate.get("old_serial") is None
+    } & two
     half = [name for name in backup.names if name in made and len({f.was_there for f in files_of(backup, name)}) > 1]
     if len(half) == len(backup.names):
         return backup, ()

@@ -245,7 +245,7 @@ def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedErr
     logins = (
         one for one in found if one.reported is None and not one.is_key_alone and one.name != "gateway.kubeconfig"
     )
-    return [CredentialEndedError(one, now) for one in logins if one.has_ended(now)]
+    return [CredentialEndedError(login, now) for login in logins if login.has_ended(now)]
 
 
 def metrics(found: Sequence[Credential], before: Before) -> str:

@@ -55,14 +55,14 @@ class NotProven:
     @property
     def names(self) -> list[str]:
         """The certificates' names."""
-        return [one.name for one in self.certificates]
+        return [certificate.name for certificate in self.certificates]
 
     def with_installed(
         self, outcomes: Iterable[Outcome], run_id: str, failed: Callable[[str], frozenset[str]] = lambda _: frozenset()
     ) -> NotProven:
         """A copy with the certificates that a run is about to install; an unproven one keeps its backup and `before`."""
-        every = {one.name: one for one in self.certificates}
-        for name, new in ((one.name, one.new) for one in outcomes if one.new is not None):
+        every = {certificate.name: certificate for certificate in self.certificates}
+        for name, new in ((outcome.name, outcome.new) for outcome in outcomes if outcome.new is not None):
             one = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))
             every[name] = dataclasses.replace(one, runs={**one.runs, serial_hex(new): run_id})
         return dataclasses.replace(self, certificates=tuple(every.values()))
@@ -71,7 +71,11 @@ class NotProven:
         """Return a copy without outdated certificates, which were not installed or were replaced by another program."""
         live = live_serials(node)
         unreadable = {item.spec.name for item in self.unreadable_on(node)}
-        ours = tuple(one for one in self.certificates if live.get(one.name) in one.runs or one.name in unreadable)
+        ours = tuple(
+            certificate
+            for certificate in self.certificates
+            if live.get(certificate.name) in certificate.runs or certificate.name in unreadable
+        )
         return dataclasses.replace(self, certificates=ours)
 
     def unreadable_on(self, node: Node) -> list[Item]:

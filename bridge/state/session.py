@@ -91,7 +91,7 @@ def claim(settings: Settings) -> None:
 def _has_node(settings: Settings) -> bool:
     """Whether both directories have files of a node: one path may be mistyped."""
     node, pki_dir = read_node(settings.node), settings.node.pki_dir
-    cas = [one.state for one in node.authorities if one.path.is_relative_to(pki_dir)]
+    cas = [authority.state for authority in node.authorities if authority.path.is_relative_to(pki_dir)]
     kubeconfigs = [item.state for item in node.items if item.spec.kubeconfig]  # an etcd host needs none
     return {"missing"} not in (set(cas), set(kubeconfigs))
 
@@ -129,9 +129,9 @@ def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery
     node = read_node(settings.node)
     try:
         requests = OpenRequests(store)
-        for one in requests:
-            if one.answer is not None and one.answer.leaf == node.live(one.name):
-                requests.drop(one.name)
+        for request in requests:
+            if request.answer is not None and request.answer.leaf == node.live(request.name):
+                requests.drop(request.name)
         requests.save()
     except StateError as e:
         tell(str(e))
@@ -181,13 +181,13 @@ def _signs(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:
 
 def _forget_outdated(run: Run, node: Node) -> None:
     """Give up requests whose live certificate was replaced; a certificate that can't be read now may return."""
-    for one in run.requests:
-        certificate = node.live(one.name)
-        if certificate is None or one.request.replaces in (certificate, None):
+    for request in run.requests:
+        certificate = node.live(request.name)
+        if certificate is None or request.request.replaces in (certificate, None):
             continue
-        if one.is_waiting:
-            give_up(run, one.name, "its certificate was replaced meanwhile")
-        run.requests.drop(one.name)
+        if request.is_waiting:
+            give_up(run, request.name, "its certificate was replaced meanwhile")
+        run.requests.drop(request.name)
     run.requests.save()
 
 

@@ -316,11 +316,13 @@ def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
 
 
 def _space(place: Path) -> DiskSpace:
-    found = os.statvfs(place)
+    statvfs = os.statvfs(place)
     for_us = os.geteuid() == 0  # the last few per cent are reserved for root
-    free = found.f_frsize * (found.f_bfree if for_us else found.f_bavail)
-    inodes = (found.f_ffree if for_us else found.f_favail) if found.f_files else None  # some file systems report 0
-    return DiskSpace(place=place, free=free, inodes=inodes, is_read_only=bool(found.f_flag & os.ST_RDONLY))
+    free = statvfs.f_frsize * (statvfs.f_bfree if for_us else statvfs.f_bavail)
+    inodes = (
+        (statvfs.f_ffree if for_us else statvfs.f_favail) if statvfs.f_files else None
+    )  # some file systems report 0
+    return DiskSpace(place=place, free=free, inodes=inodes, is_read_only=bool(statvfs.f_flag & os.ST_RDONLY))
 
 
 # --- files that are installed with the program ------------------------------------------------------------------------

@@ -102,9 +102,9 @@ def _holder(descriptor: int) -> Holder:
 
     def stated() -> Holder | None:
         try:
-            found = json.loads(os.pread(descriptor, 4096, 0))
-            since = datetime.fromisoformat(found["since"])
-            holder = Holder(pid=int(found["pid"]), command=str(found["command"]), since=since)
+            loads = json.loads(os.pread(descriptor, 4096, 0))
+            since = datetime.fromisoformat(loads["since"])
+            holder = Holder(pid=int(loads["pid"]), command=str(loads["command"]), since=since)
         except (ValueError, KeyError, TypeError):
             return None
         return holder if since.tzinfo is not None else None

@@ -182,7 +182,7 @@ def mounts() -> dict[str, str]:
     except OSError:
         return {}
     words = [line.split() for line in lines]
-    return {mounted_at(one[4]): one[one.index("-") + 1] for one in words if "-" in one[:-1]}
+    return {mounted_at(word[4]): word[word.index("-") + 1] for word in words if "-" in word[:-1]}
 
 
 def mounted_at(place: str) -> str:
