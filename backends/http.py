@@ -196,10 +196,10 @@ def retry_after_seconds(answer: Response) -> float | None:
 def _moment(date: str) -> datetime | None:
     """Parse a date (RFC 9110 §5.6.7); None: it is none, or has no time zone."""
     try:
-        found = parsedate_to_datetime(date)
+        moment = parsedate_to_datetime(date)
     except (ValueError, TypeError, OverflowError):
         return None
-    return found if found.tzinfo is not None else None
+    return moment if moment.tzinfo is not None else None
 
 
 def look_until(
@@ -233,16 +233,16 @@ def without(text: str, hidden: Iterable[str | None]) -> str:
 def json_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object in an answer; None: the answer is something else."""
     try:
-        found = of_server(body)
+        document = of_server(body)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return document if isinstance(document, dict) else None
 
 
 def object_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """The object below a key of an answer; empty if there is none."""
-    found = document.get(key)
-    return found if isinstance(found, dict) else {}
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def listed(names: Iterable[str]) -> str:

@@ -83,26 +83,26 @@ class CfsslBackend(OverHttp):
         offer = functools.cache(self._offer)
         no_entry = functools.cache(self._no_entry)
         unknown = f"no-such-profile-{secrets.token_hex(8)}"
-        found = {}
+        violations = {}
         for spec in specs:
             profile = self._profile(spec)
             usages = _usage_violations(spec, profile, offer(profile), lambda: offer(unknown))
-            found[spec.name] = usages or no_entry(profile, self._key_place(spec))
-        return {name: violations for name, violations in found.items() if violations}
+            violations[spec.name] = usages or no_entry(profile, self._key_place(spec))
+        return {name: violations for name, violations in violations.items() if violations}
 
     def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare the lifetimes that the profiles give; all else is copied from the CSR."""
         offer = functools.cache(self._offer)
-        found = {}
-        for one in wanted:
-            profile = self._profile(one.spec)
+        violations = {}
+        for planned in wanted:
+            profile = self._profile(planned.spec)
             gives = _go_duration(offer(profile).expiry)
-            if gives is not None and gives < one.at_least:
-                least = f"{one.at_least.days}d" if one.at_least.days else f"{one.at_least}"
+            if gives is not None and gives < planned.at_least:
+                least = f"{planned.at_least.days}d" if planned.at_least.days else f"{planned.at_least}"
                 want = f"at least {least}, or its answer is refused"
                 violation = Violation(subject=f"profile {profile}: expiry", want=want, got=offer(profile).expiry)
-                found[one.spec.name] = [violation]
-        return found
+                violations[planned.spec.name] = [violation]
+        return violations
 
     def advice(self, spec: CertificateSpec) -> str:
         """Name the profile, and the HMAC key for it."""

@@ -46,10 +46,10 @@ def signing_config(
     directory: PurePath = DIRECTORY,
 ) -> dict[str, object]:
     """cfssl's `-config` file for those live certificates that this authority signs (ValueError: there are none)."""
-    ours = _ours(authority, certificates)
+    of_authority = _ours(authority, certificates)
     profiles: dict[str, Mapping[str, object]] = {
-        usage: _profile({spec: cert for spec, cert in ours.items() if spec.usage == usage}, validity)
-        for usage in sorted({spec.usage for spec in ours})
+        usage: _profile({spec: cert for spec, cert in of_authority.items() if spec.usage == usage}, validity)
+        for usage in sorted({spec.usage for spec in of_authority})
     }
     return _config(authority, profiles, directory)
 
@@ -233,12 +233,12 @@ exec cfssl serve -address {address} -port {port} \
 def _ours(
     authority: Authority, certificates: Mapping[str, x509.Certificate]
 ) -> dict[CertificateSpec, x509.Certificate]:
-    ours = {
+    of_authority = {
         SPECS[name]: certificate for name, certificate in certificates.items() if SPECS[name].authority == authority
     }
-    if not ours:
+    if not of_authority:
         raise ValueError(f"no certificate of {authority.name} to sign again")
-    return ours
+    return of_authority
 
 
 def _profile(certificates: Mapping[CertificateSpec, x509.Certificate], validity: timedelta) -> dict[str, object]:

@@ -261,8 +261,8 @@ class CmpBackend(Backend):
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Send a general message to each path: is the server there, and does each side accept the other's messages?"""
         greet = functools.cache(self._greet)
-        found = {spec.name: greet(self._url(spec), self._profile(spec)) for spec in specs}
-        return {name: [violation] for name, violation in found.items() if violation}
+        greetings = {spec.name: greet(self._url(spec), self._profile(spec)) for spec in specs}
+        return {name: [violation] for name, violation in greetings.items() if violation}
 
     def identity(self) -> str:
         """The reference, or the subject of the client certificate."""
@@ -413,7 +413,7 @@ def _issued(ran: Ran) -> Issued:
     try:
         [leaf] = x509.load_pem_x509_certificates(ran.leaf_pem)
         others = x509.load_pem_x509_certificates(ran.others_pem) if ran.others_pem else []
-        _ = [(one.subject, one.issuer) for one in (leaf, *others)]  # which are read only now
+        _ = [(certificate.subject, certificate.issuer) for certificate in (leaf, *others)]  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion) as e:
         raise BackendRefusedError(f"cmp: wanted one certificate, found something else ({type(e).__name__})") from e
     return Issued(leaf=leaf, intermediates=tuple(other for other in others if other != leaf))
@@ -502,13 +502,13 @@ def _profile(
         yield from _patterns(patterns[spec.name]) if patterns else _names(spec, wanted.certificates[spec.name])
 
 
-def _patterns(one: NamePatterns) -> Iterator[str]:
+def _patterns(patterns: NamePatterns) -> Iterator[str]:
     """The names that pods may have; a template can't ask for less than a day."""
-    yield f"#    validity: the profile's, counted from its backdated beginning at most {int(one.longest.total_seconds())} s"
+    yield f"#    validity: the profile's, counted from its backdated beginning at most {int(patterns.longest.total_seconds())} s"
     yield "#    notBefore: less than 5 minutes ago; SANs critical below an empty subject"
-    for what, values in (("URI", one.uris), ("DNS", one.dns), ("CN", one.common_names)):
+    for what, values in (("URI", patterns.uris), ("DNS", patterns.dns), ("CN", patterns.common_names)):
         if values:
-            yield f"#      {one.spec.name}: {what} {', '.join(values)}"
+            yield f"#      {patterns.spec.name}: {what} {', '.join(values)}"
 
 
 def _names(spec: CertificateSpec, certificate: x509.Certificate) -> Iterator[str]:

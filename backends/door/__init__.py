@@ -128,7 +128,7 @@ class DoorBackend(OverHttp):
         if answer.status_code != HTTPStatus.OK:
             raise _error(answer)
         there = (json_object(answer.content) or {}).get("authorities")
-        if not isinstance(there, list) or not all(isinstance(one, str) for one in there):
+        if not isinstance(there, list) or not all(isinstance(line, str) for line in there):
             raise BackendRefusedError("door: wanted a list of authorities, found something else", hint=_NOT_OURS)
         got = one_line(", ".join(there)) or "none"
         return {
@@ -161,12 +161,12 @@ class DoorBackend(OverHttp):
         for request in requests:
             batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
         end = time.monotonic() + self._settings.wait.total_seconds()
-        found: dict[int, Issued | Pending | BackendError] = {}
+        answers: dict[int, Issued | Pending | BackendError] = {}
         posted = [(lot, self._posted(*made)) for batch in batches.values() for lot, made in _lots(batch)]
         for lot, waiting in posted:
             answer = self._awaited(waiting, end) if isinstance(waiting, Pending) else waiting
-            found |= {id(request): _given(answer, request) for request in lot}
-        return [found[id(request)] for request in requests]
+            answers |= {id(request): _given(answer, request) for request in lot}
+        return [answers[id(request)] for request in requests]
 
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Ask for the answer once; if the door has lost the request, send it again."""
@@ -354,21 +354,21 @@ def _allow_lines(wanted: SetupRequest) -> Iterator[str]:
     if wanted.validity > _LONGEST:
         yield f'#   max_validity = "{-(-wanted.validity // timedelta(days=1))}d"'
     group = (NameOID.ORGANIZATION_NAME.dotted_string, MASTERS)
-    masters = [name for name, one in wanted.certificates.items() if group in attributes(one.subject)]
+    masters = [name for name, certificate in wanted.certificates.items() if group in attributes(certificate.subject)]
     if masters:
         yield f"#   masters = [{', '.join(map(_quoted, masters))}]"
 
 
 def _certificate_lines(wanted: SetupRequest) -> Iterator[str]:
-    bare = [name for name, one in wanted.certificates.items() if not san_entries(one)]
+    bare = [name for name, certificate in wanted.certificates.items() if not san_entries(certificate)]
     if bare:
         yield f"# Without SANs, so that [allow] is enough: {', '.join(bare)}."
     if len(bare) < len(wanted.certificates):
         yield "# Each list is all that such a certificate may have, on every node that [allow] names; without the list it is"
         yield "# what the live one has, and a node without certificates gets kubeadm's own names alone."
         yield "# Other nodes have other addresses: add them, or a network such as 192.0.2.0/24."
-    for name, one in wanted.certificates.items():
-        entries = sorted(san_entries(one))
+    for name, certificate in wanted.certificates.items():
+        entries = sorted(san_entries(certificate))
         if not entries:
             continue
         yield f"\n[certificate.{_quoted(name)}]"

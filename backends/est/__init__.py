@@ -162,7 +162,7 @@ class EstBackend(OverHttp):
             hint = "does the server make keys by itself, or answer with an older request's certificate?"
             raise BackendRefusedError(f"est: {text}", hint=hint)
         known = [*found, *self._ca_certificates(label)]
-        if not any(certifies(one, leaf) for one in known):  # the CA has another certificate than at the last look
+        if not any(certifies(issuer, leaf) for issuer in known):  # the CA has another certificate than at the last look
             known = [*found, *self._ca_certificates(label, anew=True)]
         return Issued(leaf=leaf, intermediates=intermediates_of(leaf, known))
 
@@ -304,8 +304,11 @@ def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
     return Pending(reference=f"{_digest(request)}@{int(moment.timestamp())}", note=note)
 
 
-def _names(found: Sequence[x509.Certificate]) -> str:
-    return one_line(" and ".join(one.subject.rfc4514_string() or "a nameless one" for one in found)) or "none"
+def _names(certificates: Sequence[x509.Certificate]) -> str:
+    return (
+        one_line(" and ".join(certificate.subject.rfc4514_string() or "a nameless one" for certificate in certificates))
+        or "none"
+    )
 
 
 #: Below the server's root (RFC 7030 §3.2.2).
@@ -446,7 +449,9 @@ def certificates(body: bytes) -> list[x509.Certificate]:
     """
     try:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
-        _ = [(one.subject, one.issuer, one.not_valid_before_utc) for one in found]  # which are read only now
+        _ = [
+            (certificate.subject, certificate.issuer, certificate.not_valid_before_utc) for certificate in found
+        ]  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
         # ValueError: also a date in the year 0; TypeError: a type that does not fit an attribute
         raise ValueError(f"{len(body)} bytes in another form") from e
@@ -462,10 +467,10 @@ def _der(body: bytes) -> bytes:
     return base64.b64decode(text, validate=True)  # or foreign characters would be skipped
 
 
-def leaf_of(found: Sequence[x509.Certificate], csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
+def leaf_of(certificates: Sequence[x509.Certificate], csr: x509.CertificateSigningRequest) -> x509.Certificate | None:
     """The certificate for the CSR's key; of several the one that began last. None: there is none."""
-    ours = [certificate for certificate in found if is_for(certificate, csr)]
-    return max(ours, key=lambda certificate: certificate.not_valid_before_utc, default=None)
+    leaves = [certificate for certificate in certificates if is_for(certificate, csr)]
+    return max(leaves, key=lambda certificate: certificate.not_valid_before_utc, default=None)
 
 
 def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
@@ -473,7 +478,11 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
     All certificates that a path from leaf to anchor may need, the path first. Roots are known by their signature:
     roll-over certificates (RFC 7030 §4.1.3) also have the same subject and issuer, and are needed.
     """
-    left = [one for one in dict.fromkeys(pool) if one != leaf and not certifies(one, one)]
+    left = [
+        certificate
+        for certificate in dict.fromkeys(pool)
+        if certificate != leaf and not certifies(certificate, certificate)
+    ]
     path: list[x509.Certificate] = []
     below = leaf
     while issuer := next((certificate for certificate in left if certifies(certificate, below)), None):
@@ -485,8 +494,11 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
 
 def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
     """The CA's certificates, first those that certify no other one, since RFC 7030 §4.1.3 promises no order."""
-    found = list(dict.fromkeys(pool))
-    return sorted(found, key=lambda one: sum(certifies(one, other) for other in found if other != one))
+    certificates = list(dict.fromkeys(pool))
+    return sorted(
+        certificates,
+        key=lambda certificate: sum(certifies(certificate, other) for other in certificates if other != certificate),
+    )
 
 
 @functools.lru_cache(maxsize=256)  # the CA's own certificates come again with every leaf

@@ -102,7 +102,7 @@ class ExchangeBackend(Backend):
         batches: dict[str, list[SignRequest]] = {}
         for request in requests:
             batches.setdefault(request.continuity.batch if request.continuity else "", []).append(request)
-        answers = {batch: self._submit(bundle_of(ours)) for batch, ours in batches.items()}
+        answers = {batch: self._submit(bundle_of(requests)) for batch, requests in batches.items()}
         return [answers[request.continuity.batch if request.continuity else ""] for request in requests]
 
     def _submit(self, bundle: RequestBundle) -> Pending:
@@ -128,10 +128,10 @@ class ExchangeBackend(Backend):
         """Look for an answer bundle to the request bundle with this digest."""
         self.check(())
         answers, notes = self._inbox(_node_of(request), reference)
-        ours = self._outbox(request.continuity.node) if request.continuity is not None else ()
-        sent = [(path, there) for path, there in ours if digest(there) == reference]
+        outbox = self._outbox(request.continuity.node) if request.continuity is not None else ()
+        sent = [(path, there) for path, there in outbox if digest(there) == reference]
         given = _given(answers, request)
-        certificates = [one for _, one in given if isinstance(one, Issued)]
+        certificates = [answer for _, answer in given if isinstance(answer, Issued)]
         if certificates:  # whatever refusals there are beside them
             return certificates[0]
         for answer, refused in given:
@@ -148,7 +148,9 @@ class ExchangeBackend(Backend):
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """Certificates in all answer bundles to the request bundle with this digest, the latest first."""
         return [
-            one for _, one in _given(self._inbox(_node_of(request), reference)[0], request) if isinstance(one, Issued)
+            answer
+            for _, answer in _given(self._inbox(_node_of(request), reference)[0], request)
+            if isinstance(answer, Issued)
         ]
 
     def accepted(self, request: SignRequest, reference: str) -> None:
@@ -156,7 +158,7 @@ class ExchangeBackend(Backend):
         with contextlib.suppress(OSError, BackendUnavailableError):  # a bundle that stays does no harm
             answered = {name for answer in self._inbox(_node_of(request), reference)[0] for name in answer.answers}
             for path, bundle in self._outbox(_node_of(request)):
-                if digest(bundle) == reference and answered >= {one.name for one in bundle.requests}:
+                if digest(bundle) == reference and answered >= {request.name for request in bundle.requests}:
                     path.unlink(missing_ok=True)
 
     def put_away(self, reference: str) -> None:
@@ -255,8 +257,12 @@ def _written(path: Path) -> int:
 
 def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[AnswerBundle, Issued | Refusal]]:
     """Each answer to a request with its bundle, the latest first by the sender's own time of signing."""
-    latest = sorted(answers, key=lambda one: one.signed, reverse=True)
-    return [(answer, one) for answer in latest if (one := answer.answers.get(request.spec.name)) is not None]
+    latest = sorted(answers, key=lambda answer: answer.signed, reverse=True)
+    return [
+        (answer, answer_of_request)
+        for answer in latest
+        if (answer_of_request := answer.answers.get(request.spec.name)) is not None
+    ]
 
 
 def _to_carry(path: Path, bundle: RequestBundle) -> str:

@@ -128,8 +128,8 @@ class ExecBackend(Backend):
         lacking = sorted(NOT_OURS_TO_GIVE & set(_names(needed)) - self._settings.environment.keys())
         needs = [Violation(subject="the program's needs", want=name, got="nothing to set it from") for name in lacking]
         offered = _names(profiles)
-        found = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
-        return {name: violations for name, violations in found.items() if violations}
+        violations = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
+        return {name: violations for name, violations in violations.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
         """Run the program with FETCH-ROOTS, without naming an authority; none if it does not know that operation."""
@@ -141,7 +141,9 @@ class ExecBackend(Backend):
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and our callers want the signing certificate first
-        return sorted(issuers, key=lambda one: any(one.subject == other.issuer for other in issuers if other != one))
+        return sorted(
+            issuers, key=lambda issuer: any(issuer.subject == other.issuer for other in issuers if other != issuer)
+        )
 
     def _answer(self, request: SignRequest, ended: _Answer) -> Issued | Pending:
         try:
@@ -203,15 +205,15 @@ class ExecBackend(Backend):
     def _check_program(self) -> None:
         """Check that only root, we and the program's account may change it, as `sudo` does for its files."""
         try:
-            found = reached(partial(program_exposure, self._program, self._account.uid))
+            exposure = reached(partial(program_exposure, self._program, self._account.uid))
         except TimeoutError as e:
             raise BackendUnavailableError(f"exec: {self._program}: can't be run: {e.strerror}") from e
         except OSError as e:
             text = f"can't be run: {e.strerror}"
             raise self._refused(text, "`command` begins with its path", LocalFileError) from e
-        if found is not None:
-            text = f"{found.path}: wanted {found.wanted}, found {found.found}"
-            raise self._refused(text, found.hint, LocalFileError)
+        if exposure is not None:
+            text = f"{exposure.path}: wanted {exposure.wanted}, found {exposure.found}"
+            raise self._refused(text, exposure.hint, LocalFileError)
 
     def _stopped(self, operation: str, ended: Ended, answer: _Answer) -> BackendError:
         if isinstance(ended.error, TimeoutError):
@@ -295,13 +297,15 @@ _UNKNOWN_HINT = "a program ends with status 6 for operations that it does not kn
 
 def _issued(request: SignRequest, output: bytes) -> Issued:
     """The certificate for the CSR's key, and the other certificates, in no reliable order."""
-    found = certificates_of(output)
-    ours = [one for one in found if is_for(one, request.csr)]
-    if not ours:
-        raise ValueError(f"{len(found)} for other keys")
-    newest = max(ours, key=lambda certificate: certificate.not_valid_before_utc)
+    certificates = certificates_of(output)
+    leaves = [certificate for certificate in certificates if is_for(certificate, request.csr)]
+    if not leaves:
+        raise ValueError(f"{len(certificates)} for other keys")
+    newest = max(leaves, key=lambda certificate: certificate.not_valid_before_utc)
     # the rest may lead to its CA; `bridge.pki.verify` finds out which of them do
-    return Issued(leaf=newest, intermediates=tuple(one for one in found if one not in ours))
+    return Issued(
+        leaf=newest, intermediates=tuple(certificate for certificate in certificates if certificate not in leaves)
+    )
 
 
 def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:
@@ -369,14 +373,14 @@ def certificates_of(output: bytes) -> list[x509.Certificate]:
     if not output.strip():
         raise ValueError("nothing")
     if output.lstrip().startswith(b"{"):
-        return [found for text in _texts(output) for found in certificates_in(text.encode())]
+        return [certificate for text in _texts(output) for certificate in certificates_in(text.encode())]
     return certificates_in(output)
 
 
 def _texts(output: bytes) -> list[str]:
     try:
         document = of_server(output)
-        further = [one["certificate"] for key in ("chain", "roots") for one in document.get(key) or ()]
+        further = [entry["certificate"] for key in ("chain", "roots") for entry in document.get(key) or ()]
         texts = [document["certificate"], *further]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError('JSON without {"certificate": …, "chain": [{"certificate": …}]}') from None
@@ -404,10 +408,10 @@ def _delayed_cookie(output: bytes) -> tuple[int, str]:
         raise ValueError(
             f'"{display_text(first)}" in the place of the seconds' if seconds else "no line with the seconds"
         )
-    found = cookie_of(rest)
-    if not found:
+    cookie = cookie_of(rest)
+    if not cookie:
         raise ValueError("no cookie after the seconds")
-    return int(seconds), found
+    return int(seconds), cookie
 
 
 def display_text(data: bytes, *, keep_end: bool = False) -> str:

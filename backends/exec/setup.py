@@ -126,7 +126,10 @@ def _assignments(values: Mapping[str, str]) -> str:
 def subject_text(certificate: x509.Certificate) -> str:
     """The subject for `openssl req -subj`: in the certificate's own order, with special characters escaped."""
     special = re.compile(r"[/\\+]")
-    values = ((one.rfc4514_attribute_name, special.sub(r"\\\g<0>", str(one.value))) for one in certificate.subject)
+    values = (
+        (attribute.rfc4514_attribute_name, special.sub(r"\\\g<0>", str(attribute.value)))
+        for attribute in certificate.subject
+    )
     return "".join(f"/{name}={value}" for name, value in values)
 
 
@@ -232,10 +235,10 @@ def provisioners(wanted: SetupRequest, profile: Selector) -> SetupFile:
         provisioners="".join(
             _PROVISIONER.format(
                 template=_step_ca_template(names, wanted.certificates),
-                name=shlex.quote(found),
+                name=shlex.quote(provisioner),
                 seconds=-(-wanted.validity // timedelta(seconds=1)),
             )
-            for found, names in by_profile.items()
+            for provisioner, names in by_profile.items()
         ),
     )
     return SetupFile(name=file, text=text, executable=True, by_node="{node}" in profile.pattern)
@@ -253,24 +256,24 @@ def _step_ca_template(names: Iterable[str], certificates: Mapping[str, x509.Cert
         text = f"wanted a provisioner for one usage class, found one for {', '.join(names)}"
         raise BridgeError(text, hint="have {usage} in `profile`")
     entries = (
-        f"\n  {_quoted(one)} (list{''.join(f' {_quoted(san)}' for san in sorted(sans))})"
-        for one, sans in allowed.items()
+        f"\n  {_quoted(subject)} (list{''.join(f' {_quoted(san)}' for san in sorted(sans))})"
+        for subject, sans in allowed.items()
     )
-    return _STEP_CA_TEMPLATE.format(allowed="".join(entries), ekus=json.dumps(sorted(one.label for one in ekus.pop())))
+    return _STEP_CA_TEMPLATE.format(allowed="".join(entries), ekus=json.dumps(sorted(eku.label for eku in ekus.pop())))
 
 
 def _quoted_subject(name: str, certificate: x509.Certificate) -> str:
     """The subject as step-ca's `toJson` writes it."""
-    found: dict[str, list[str]] = {field: [] for field in _STEP_CA_FIELDS.values()}
+    values: dict[str, list[str]] = {field: [] for field in _STEP_CA_FIELDS.values()}
     for attribute in certificate.subject:
         field = _STEP_CA_FIELDS.get(attribute.oid)
-        if field is None or not isinstance(attribute.value, str) or (field in _SINGLE and found[field]):
+        if field is None or not isinstance(attribute.value, str) or (field in _SINGLE and values[field]):
             text = (
                 f"{name}: wanted a subject of attributes that step-ca knows, found {attribute.rfc4514_attribute_name}"
             )
             raise BridgeError(text, hint="have another CA renew this certificate")
-        found[field].append(attribute.value)
-    fields = {field: values[0] if field in _SINGLE else values for field, values in found.items() if values}
+        values[field].append(attribute.value)
+    fields = {field: values[0] if field in _SINGLE else values for field, values in values.items() if values}
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).translate(_ESCAPED)
 
 

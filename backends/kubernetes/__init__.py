@@ -283,25 +283,25 @@ class KubernetesBackend(OverHttp):
 
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask the API server for our rights, and compare usages with Kubernetes' signers; no API shows others."""
-        rights = [found for verb in ("create", "get") if (found := self._missing_right(verb))]
+        rights = [missing for verb in ("create", "get") if (missing := self._missing_right(verb))]
         by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
         return {name: violations for name, violations in by_name.items() if violations}
 
     def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare the validity with the API's limit, and the groups with those that it never accepts."""
-        found = {}
-        for one in wanted:
+        violations_by_name = {}
+        for planned in wanted:
             violations = []
-            if one.validity < SHORTEST:
-                violations.append(Violation(subject="validity", want="10m or more", got=f"{one.validity}"))
-            groups = one.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+            if planned.validity < SHORTEST:
+                violations.append(Violation(subject="validity", want="10m or more", got=f"{planned.validity}"))
+            groups = planned.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
             is_master = any(group.value == MASTERS for group in groups)
-            if self._signer(one.spec) == "kubernetes.io/kube-apiserver-client" and is_master:
+            if self._signer(planned.spec) == "kubernetes.io/kube-apiserver-client" and is_master:
                 got = "it, which no API server takes for kubernetes.io/kube-apiserver-client"
                 violations.append(Violation(subject="O", want=f"no {MASTERS}", got=got))
             if violations:
-                found[one.spec.name] = violations
-        return found
+                violations_by_name[planned.spec.name] = violations
+        return violations_by_name
 
     def advice(self, spec: CertificateSpec) -> str:
         """Name the signer."""
@@ -329,7 +329,7 @@ class KubernetesBackend(OverHttp):
         if settings.kubeconfig is None:
             return [] if settings.token is None else list(token_end("token", settings.token, token))
         place = settings.access().token or Secret("file", str(settings.kubeconfig))
-        return [replace(one, key="kubeconfig") for one in token_end("token", place, token)]
+        return [replace(end, key="kubeconfig") for end in token_end("token", place, token)]
 
     def close(self) -> None:
         """Remove the objects that were answered, and close the connections."""
@@ -361,7 +361,7 @@ class KubernetesBackend(OverHttp):
 
         return look_until(
             look,
-            lambda found: isinstance(found, Issued),
+            lambda answer: isinstance(answer, Issued),
             self._settings.wait.total_seconds(),
             lambda looks, _: back_off_seconds(looks, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
         )
@@ -485,22 +485,24 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
     """The leaf, found by the CSR's key since the API allows any order, then the signer's other certificates."""
     hint = "the API stores what a signer writes; the signer's log may say more"
     try:
-        found = load_pem_certificates(base64.b64decode(str(text), validate=True))
+        certificates = load_pem_certificates(base64.b64decode(str(text), validate=True))
     except ValueError:
         text = f"kubernetes: {name}: wanted PEM certificates, found something else"
         raise BackendRefusedError(text, hint=hint) from None
-    ours = [one for one in found if is_for(one, request.csr)]
-    if not ours:
+    leaves = [certificate for certificate in certificates if is_for(certificate, request.csr)]
+    if not leaves:
         text = f"kubernetes: {name}: wanted a certificate for the CSR's key, found another"
         raise BackendRefusedError(text, hint=hint)
-    return Issued(leaf=ours[0], intermediates=tuple(one for one in found if one not in ours))
+    return Issued(
+        leaf=leaves[0], intermediates=tuple(certificate for certificate in certificates if certificate not in leaves)
+    )
 
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The object's true conditions, by type (the API demands that the three that count here are true)."""
     listed = object_of(document, "status").get("conditions")
-    conditions = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    return {str(one.get("type")): one for one in conditions if one.get("status") == "True"}
+    conditions = [condition for condition in listed if isinstance(condition, dict)] if isinstance(listed, list) else []
+    return {str(condition.get("type")): condition for condition in conditions if condition.get("status") == "True"}
 
 
 def _note(document: Mapping[str, Any]) -> str:

@@ -194,8 +194,8 @@ rules:
 
 def _admission(wanted: SetupRequest, signers: Sequence[str]) -> str:
     """The admission policy; none for Kubernetes' own signers, which others in that cluster also use."""
-    ours = [signer for signer in signers if not signer.partition("/")[0].endswith("kubernetes.io")]
-    if not ours:
+    own_signers = [signer for signer in signers if not signer.partition("/")[0].endswith("kubernetes.io")]
+    if not own_signers:
         return ""
     # named after the node: else the next node's file, which may have other signers, would leave these open
     name = f"{account(wanted.node)}-requests-{wanted.authority.name}"
@@ -210,7 +210,7 @@ spec:
     resourceRules:
     - {{apiGroups: [certificates.k8s.io], apiVersions: [v1], resources: [certificatesigningrequests], operations: [CREATE]}}
   matchConditions:
-  - {{name: signer, expression: {_quoted(f"object.spec.signerName in {json.dumps(ours)}")}}}
+  - {{name: signer, expression: {_quoted(f"object.spec.signerName in {json.dumps(own_signers)}")}}}
   validations:
   - expression: {_quoted(f"request.userInfo.username.startsWith('{_ACCOUNTS}')")}
     message: only accounts of nodes may ask this signer

@@ -315,7 +315,7 @@ class _Desk:
                 answers |= refused | self._sign_or_halve(beside, alike, orders)
             for reading in self.readings:
                 answers |= reading.result()
-        self.database.sync([one.leaf.serial_number for one in answers.values() if isinstance(one, Issued)])
+        self.database.sync([answer.leaf.serial_number for answer in answers.values() if isinstance(answer, Issued)])
         if self.fatal is None:
             return answers
         if not any(isinstance(answer, Issued) for answer in answers.values()):
@@ -443,8 +443,8 @@ def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
 def _sans_of(names: Names) -> str:
     """The SANs as an openssl.cnf has them; critical below an empty subject (RFC 5280 §4.2.1.6)."""
     lines = [
-        *(f"URI.{n} = {one}" for n, one in enumerate(names.uris)),
-        *(f"DNS.{n} = {one}" for n, one in enumerate(names.dns)),
+        *(f"URI.{n} = {uri}" for n, uri in enumerate(names.uris)),
+        *(f"DNS.{n} = {dns_name}" for n, dns_name in enumerate(names.dns)),
     ]
     if not lines:
         return ""
@@ -546,7 +546,11 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest, names: Names | 
         return "no names in this CSR, found some" if subject or list(csr.extensions) else _wrong_beside(names)
     if not subject:
         return "a subject, found an empty one"
-    unread = [f"{one.rfc4514_attribute_name} as {_string_type(one)}" for one in subject if not _is_readable(one)]
+    unread = [
+        f"{attribute.rfc4514_attribute_name} as {_string_type(attribute)}"
+        for attribute in subject
+        if not _is_readable(attribute)
+    ]
     return f"a subject in strings that openssl ca reads, found {', '.join(unread)}" if unread else ""
 
 

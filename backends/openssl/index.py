@@ -199,8 +199,8 @@ class Database:
             if not folder.is_dir():
                 hint = f"mkdir -m 0700 {folder}, as the CA's own user; or set `dir` to the CA's folder"
                 raise LocalFileError(f"there is no folder {folder}", hint=hint)
-            if (found := exposure(folder)) is not None:
-                raise LocalFileError(f"the CA's folder: {found}", hint=_owner_hint(folder, found))
+            if (weakness := exposure(folder)) is not None:
+                raise LocalFileError(f"the CA's folder: {weakness}", hint=_owner_hint(folder, weakness))
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise LocalFileError(
                     f"wanted a folder that we can write in, found {folder}",
@@ -235,22 +235,22 @@ class Database:
         """Whether the attributes say `unique_subject = no`; False: they say nothing."""
         text = (_read_if_there(self.attributes) or b"").decode(errors="surrogateescape")
         try:
-            found = parse_config(text, {}).get("default", "unique_subject")
+            value = parse_config(text, {}).get("default", "unique_subject")
         except ConfigDoubtError as e:
             raise BackendRefusedError(f"{self.attributes}:{e.line}: wanted {e.wanted}, found {e.found}") from e
         # openssl reads only the first letter, and takes any other value for a yes
-        if found is not None and found.text[:1] not in tuple("nNfF0"):
+        if value is not None and value.text[:1] not in tuple("nNfF0"):
             raise BackendRefusedError(
-                f"{self.attributes}:{found.line}: wanted unique_subject = no, found {found.text!r}",
+                f"{self.attributes}:{value.line}: wanted unique_subject = no, found {value.text!r}",
                 hint="with it no certificate can be renewed, and etcd-server and etcd-peer share a subject from the"
                 f" start; put the one line `unique_subject = no` into {self.attributes}",
             )
-        return found is not None
+        return value is not None
 
     def certificate(self, serial: int) -> x509.Certificate | None:
         """The certificate with this number; None: there is none in the folder, no whole one, or more than one."""
-        (found,) = self.certificates([serial])
-        return found
+        (certificate,) = self.certificates([serial])
+        return certificate
 
     def certificates(
         self, serials: Sequence[int], pattern: os.stat_result | None = None
@@ -271,8 +271,8 @@ class Database:
         earliest = moment.timestamp() - _TICK_SECONDS
         for entry in os.scandir(self.new_certs_dir):
             name = _CERTIFICATE_NAME.fullmatch(entry.name)
-            if name and entry.stat().st_mtime >= earliest and (found := self.certificate(int(name[1], 16))):
-                yield found
+            if name and entry.stat().st_mtime >= earliest and (certificate := self.certificate(int(name[1], 16))):
+                yield certificate
 
     def orphans(self, index: Snapshot) -> list[tuple[Path, x509.Certificate]]:
         """Certificates in the folder whose numbers are not in the index; incomplete files are moved aside."""
@@ -305,10 +305,10 @@ class Database:
         wanted = _INDEX_COPIES * index_size + _BYTES_PER_CERTIFICATE * (certificates + 1)
         for folder in {self.index.parent, self.new_certs_dir}:
             disk = os.statvfs(folder)
-            found = disk.f_bavail * disk.f_frsize
-            if found < wanted:
+            free_bytes = disk.f_bavail * disk.f_frsize
+            if free_bytes < wanted:
                 raise BackendUnavailableError(
-                    f"wanted {wanted} bytes of free space in {folder}, found {found}",
+                    f"wanted {wanted} bytes of free space in {folder}, found {free_bytes}",
                     hint="openssl ca damages its database when the disk is full; make room",
                 )
             if disk.f_files and disk.f_favail < certificates + _INDEX_COPIES:
@@ -450,19 +450,19 @@ def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
 
 def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
     try:
-        found = x509.load_pem_x509_certificates(data or b"")
+        certificate = x509.load_pem_x509_certificates(data or b"")
     except (ValueError, x509.InvalidVersion):
         return None
-    return found[0] if len(found) == 1 and len(data or b"") < _LARGEST_FILE else None
+    return certificate[0] if len(certificate) == 1 and len(data or b"") < _LARGEST_FILE else None
 
 
 def _adopt(fd: int, pattern: os.stat_result) -> None:
     """Give a file the owner and the mode of another; only root can give it away, other users keep it."""
-    found, mode = os.fstat(fd), pattern.st_mode & 0o666
-    if (found.st_uid, found.st_gid) != (pattern.st_uid, pattern.st_gid):
+    status, mode = os.fstat(fd), pattern.st_mode & 0o666
+    if (status.st_uid, status.st_gid) != (pattern.st_uid, pattern.st_gid):
         with suppress(PermissionError):
             os.fchown(fd, pattern.st_uid, pattern.st_gid)
-    if stat.S_IMODE(found.st_mode) != mode:
+    if stat.S_IMODE(status.st_mode) != mode:
         with suppress(PermissionError):
             os.fchmod(fd, mode)
 

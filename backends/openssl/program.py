@@ -287,8 +287,8 @@ def uri_problem(uri: str) -> tuple[str, str] | None:
         return "a pkcs11: URI in which other characters than letters, digits and ._~- are percent-encoded", masked(uri)
     names = [part.partition("=")[0] for part in _parts(uri)]
     if unknown := [name for name in names if name not in _NAMES]:
-        found = ", ".join(unknown)
-        return f"a URI of {', '.join(sorted(_NAMES))} alone; PIN and module stand in the table pkcs11", found
+        unknown_names = ", ".join(unknown)
+        return f"a URI of {', '.join(sorted(_NAMES))} alone; PIN and module stand in the table pkcs11", unknown_names
     if "token" not in names or not {"object", "id"} & set(names):
         return "a URI with token= and with object= or id=, or openssl would take some key", ", ".join(names)
     return None

@@ -127,8 +127,8 @@ class VaultBackend(OverHttp):
         paths = [self._sign_path(self._role(spec)) for spec in specs]
         answer = self._ask(lambda client: client.sys.get_capabilities(sorted(set(paths))))
         rights = {} if answer.forbidden else answer.or_raise().data
-        found = {spec.name: self._violations(spec, rights) for spec in specs}
-        return {name: violations for name, violations in found.items() if violations}
+        violations = {spec.name: self._violations(spec, rights) for spec in specs}
+        return {name: violations for name, violations in violations.items() if violations}
 
     def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare each role that the token may read with its certificate; `sign-verbatim` has no roles."""
@@ -136,15 +136,17 @@ class VaultBackend(OverHttp):
             return {}
         from backends.vault import setup as vault_setup  # noqa: PLC0415 (signing does not need it)
 
-        found = {}
-        for one in wanted:
-            role = self._role(one.spec)
+        violations_by_name = {}
+        for planned in wanted:
+            role = self._role(planned.spec)
             looked = self._read_role(role)
-            violations = [*vault_setup.unlike(looked, one), *self._another_issuer(looked)] if looked else []
+            violations = [*vault_setup.unlike(looked, planned), *self._another_issuer(looked)] if looked else []
             if violations:
                 place = f"role {role} of {self._settings.mount.strip('/')}"
-                found[one.spec.name] = [replace(v, subject=f"{place}: {v.subject}") for v in violations]
-        return found
+                violations_by_name[planned.spec.name] = [
+                    replace(v, subject=f"{place}: {v.subject}") for v in violations
+                ]
+        return violations_by_name
 
     def _another_issuer(self, role: Mapping[str, object]) -> Iterator[Violation]:
         """Find a role whose issuer is not the mount's default one, which `issuers` returns."""
@@ -208,12 +210,12 @@ class VaultBackend(OverHttp):
         """Search the certificates that the mount has stored, the newest first, for those of the first of `issuers`."""
         signers, leaves = self.issuers(), dict[_Kind, x509.Certificate]()
         wanted = [asked_key_and_usages(request.csr_pem, request.spec.ekus) for request in requests]
-        for kind, leaf in sorted(self._stored(since), key=lambda one: one[1].not_valid_before_utc, reverse=True):
+        for kind, leaf in sorted(self._stored(since), key=lambda entry: entry[1].not_valid_before_utc, reverse=True):
             is_wanted = kind in wanted and kind not in leaves and is_signed_by(leaf, signers[0])
             if is_wanted and not self.is_revoked(leaf):  # an operator may revoke a certificate that no node got
                 leaves[kind] = leaf
-        found = [leaves.get(kind) for kind in wanted]
-        return [Issued(leaf=leaf, intermediates=tuple(signers)) if leaf is not None else None for leaf in found]
+        answers = [leaves.get(kind) for kind in wanted]
+        return [Issued(leaf=leaf, intermediates=tuple(signers)) if leaf is not None else None for leaf in answers]
 
     def _stored(self, since: datetime) -> list[tuple[_Kind, x509.Certificate]]:
         """The mount's certificates that are not older than `since`; each is read once."""
@@ -234,7 +236,7 @@ class VaultBackend(OverHttp):
             new = [number for number in numbers if number not in known]
             with workers(_READ_AT_ONCE) as pool:  # what was read before an error is not read again
                 known.update(zip(new, pool.map(lambda number: self._read_one(number, limit), new), strict=True))
-            return [one for one in known.values() if one is not None and one[1].not_valid_before_utc >= oldest]
+            return [entry for entry in known.values() if entry is not None and entry[1].not_valid_before_utc >= oldest]
 
     def _read_one(self, number: str, oldest: datetime) -> tuple[_Kind, x509.Certificate] | None:
         answer = self._certificate(number.replace(":", "-"))

@@ -269,11 +269,11 @@ class Tokens:
         tls = (settings.ca_file, settings.client_cert, settings.client_key)
         key = (settings.url, settings.namespace, settings.auth, *tls, settings.timeout)
         with cls._sharing:
-            found = cls._open.get(key)
-            if found is None:
-                found = cls._open[key] = cls(settings)
-            found._users.add(user)
-            return found
+            server = cls._open.get(key)
+            if server is None:
+                server = cls._open[key] = cls(settings)
+            server._users.add(user)
+            return server
 
     def leave(self, user: object) -> None:
         """Drop a user; the last one revokes the tokens of our logins and closes the connections."""
@@ -281,7 +281,7 @@ class Tokens:
             self._users.discard(user)
             if self._users:
                 return
-            for key in [key for key, one in self._open.items() if one is self]:
+            for key in [key for key, server in self._open.items() if server is self]:
                 del self._open[key]
         self._revoke()
         self.server.http.close()
@@ -417,10 +417,10 @@ def _ends(key: str, secret: Secret, data: Mapping[str, object], begin: str, end:
 def _time(value: object) -> datetime | None:
     """Parse a time of the server; None: none, or Go's zero time, which means that it never expires."""
     try:
-        found = datetime.fromisoformat(str(value))
+        time = datetime.fromisoformat(str(value))
     except ValueError:
         return None
-    return found if found.tzinfo is not None and found.year > 1 else None
+    return time if time.tzinfo is not None and time.year > 1 else None
 
 
 #: Names that login methods put into a token's metadata. A secret id's own metadata is free text.

@@ -104,14 +104,14 @@ def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
                 hint="give the certificates different roles in the backend's table `roles`",
             )
     parameters = [key for key, texts in (("uri_sans", "uris"), ("alt_names", "dns"), ("common_name", "common_names"))
-                  if any(getattr(one, texts) for one in wanted.patterns)]  # fmt: skip
+                  if any(getattr(patterns, texts) for patterns in wanted.patterns)]  # fmt: skip
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, beside=parameters)
     cluster = f"-{wanted.cluster}" if wanted.cluster != DEFAULT_CLUSTER else ""
     name = f"ca-bridge{cluster}-{wanted.authority.name}"
     return commands(engine, payloads, policy_name=name, policy_text=allowed)
 
 
-def role_beside(one: NamePatterns) -> dict[str, object]:
+def role_beside(patterns: NamePatterns) -> dict[str, object]:
     """
     A role for an empty CSR. Its patterns are no guard (`*` also matches `/`, and a role can't demand names):
     the gateway's policy decides about names, and the gateway compares each answer with it.
@@ -119,8 +119,8 @@ def role_beside(one: NamePatterns) -> dict[str, object]:
     return {
         **_COMMON,
         "key_usage": ["DigitalSignature"],
-        "server_flag": EKU.SERVER_AUTH in one.spec.ekus,
-        "client_flag": EKU.CLIENT_AUTH in one.spec.ekus,
+        "server_flag": EKU.SERVER_AUTH in patterns.spec.ekus,
+        "client_flag": EKU.CLIENT_AUTH in patterns.spec.ekus,
         "use_csr_common_name": False,
         "use_csr_sans": False,
         "require_cn": False,
@@ -128,12 +128,12 @@ def role_beside(one: NamePatterns) -> dict[str, object]:
         "cn_validations": ["disabled"],
         "allow_bare_domains": True,
         "allow_glob_domains": True,
-        "allowed_domains": [*one.dns, *one.common_names],
-        "allowed_uri_sans": list(one.uris),
+        "allowed_domains": [*patterns.dns, *patterns.common_names],
+        "allowed_uri_sans": list(patterns.uris),
         "allow_ip_sans": False,
         "organization": [],
         "no_store": True,
-        "max_ttl": _duration(one.longest),
+        "max_ttl": _duration(patterns.longest),
     }
 
 
@@ -149,13 +149,13 @@ def roles(
     select: RoleOf = Selector(DEFAULT_ROLE),  # noqa: B008
 ) -> dict[str, dict[str, object]]:
     """One role for each live certificate, which allows only its like: payloads by role name (NoRoleError: none can)."""
-    found: dict[str, dict[str, object]] = {}
+    roles_by_name: dict[str, dict[str, object]] = {}
     for name, certificate in items.items():
         role, payload = select(SPECS[name]), _role(SPECS[name], certificate, validity)
-        if found.setdefault(role, payload) != payload:
+        if roles_by_name.setdefault(role, payload) != payload:
             message = f"{name}: wanted a role of its own, found role {role} shared with a certificate that differs"
             raise NoRoleError(message, hint="give the certificates different roles in the backend's table `roles`")
-    return found
+    return roles_by_name
 
 
 def _role(spec: CertificateSpec, certificate: x509.Certificate, validity: timedelta) -> dict[str, object]:
@@ -195,9 +195,9 @@ def _subject(spec: CertificateSpec, certificate: x509.Certificate) -> tuple[list
         elif oid in _SUBJECT_FIELDS:
             others.setdefault(_SUBJECT_FIELDS[oid], []).append(value)
         else:
-            found = certificates.oid_label(oid)
+            label = certificates.oid_label(oid)
             raise NoRoleError(
-                f"{spec.name}: wanted a subject of CN, O, OU, C, L, ST, street or postalCode, found {found}"
+                f"{spec.name}: wanted a subject of CN, O, OU, C, L, ST, street or postalCode, found {label}"
             )
     if len(common_names) != 1:
         raise NoRoleError(f"{spec.name}: wanted one CN in the subject, found {len(common_names)}")
@@ -364,11 +364,11 @@ def _round(value: timedelta) -> str:
 
 def _key(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     kind, bits = role.get("key_type"), role.get("key_bits")
-    ours = _KEY_TYPES[wanted.key.partition("-")[0]]
+    key_type = _KEY_TYPES[wanted.key.partition("-")[0]]
     if kind in ("any", None):
         return
-    if kind != ours:
-        yield Violation(subject="key_type", want=f"{ours} (for {wanted.key}) or any", got=one_line(kind))
+    if kind != key_type:
+        yield Violation(subject="key_type", want=f"{key_type} (for {wanted.key}) or any", got=one_line(kind))
     elif isinstance(bits, int) and bits > _BITS[wanted.key]:
         yield Violation(subject="key_bits", want=f"at most {_BITS[wanted.key]}", got=str(bits))
 
@@ -389,10 +389,12 @@ def _subject_unlike(role: Mapping[str, object], wanted: PlannedCertificate) -> I
 
 def _names(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     """CN and SANs that the role would refuse or leave out."""
-    for one in wanted.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
-        if not _allows_cn(role, str(one.value)):
+    for attribute in wanted.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        if not _allows_cn(role, str(attribute.value)):
             yield Violation(
-                subject="allowed_domains", want=one_line(one.value), got=listed(texts(role.get("allowed_domains")))
+                subject="allowed_domains",
+                want=one_line(attribute.value),
+                got=listed(texts(role.get("allowed_domains"))),
             )
     try:
         san = wanted.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -406,7 +408,7 @@ def _names(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[V
         yield Violation(subject="allowed_domains", want=listed(refused), got=listed(texts(role.get("allowed_domains"))))
     yield from _addresses(role, list(map(str, san.get_values_for_type(x509.IPAddress))))
     uris = [uri for uri in san.get_values_for_type(x509.UniformResourceIdentifier)
-            if not any(fnmatchcase(uri, one) for one in texts(role.get("allowed_uri_sans")))]  # fmt: skip
+            if not any(fnmatchcase(uri, pattern) for pattern in texts(role.get("allowed_uri_sans")))]  # fmt: skip
     if uris:
         yield Violation(subject="allowed_uri_sans", want=listed(uris), got=listed(texts(role.get("allowed_uri_sans"))))
 
@@ -447,7 +449,7 @@ def _allows(role: Mapping[str, object], name: str) -> bool:
     if lower == "localhost" and role.get("allow_localhost") is True:
         return True
     bare = [lower, lower.removeprefix("*.")] if role.get("allow_wildcard_certificates") is not False else [lower]
-    return any(_fits(role, one, domain.lower()) for one in bare for domain in texts(role.get("allowed_domains")))
+    return any(_fits(role, name, domain.lower()) for name in bare for domain in texts(role.get("allowed_domains")))
 
 
 def _fits(role: Mapping[str, object], name: str, domain: str) -> bool:

@@ -162,12 +162,12 @@ def specs_of(
     """Return the certificates that a new node of this role needs, without etcd's own if etcd is external."""
     if role == "worker":
         return [SPECS[KUBELET_CONF], SPECS[KUBELET_SERVER]]
-    ours = [spec for spec in SPECS.values() if role == "init" or spec.name != SUPER_ADMIN]
-    ours = [one for one in ours if not one.by_flag or one in servers]
+    specs = [spec for spec in SPECS.values() if role == "init" or spec.name != SUPER_ADMIN]
+    specs = [spec for spec in specs if not spec.by_flag or spec in servers]
     if external_etcd is None:
-        return ours
+        return specs
     of_etcd = [ETCD_CLIENT] if external_etcd.has_tls else []
-    return [one for one in ours if one.authority != ETCD_CA or one in of_etcd]
+    return [spec for spec in specs if spec.authority != ETCD_CA or spec in of_etcd]
 
 
 def live(path: Path) -> bytes | None:
@@ -221,7 +221,7 @@ def gather_authorities(
         raise CaKeyError(f"{path}: wanted no CA's private key on a node, found one")
     if ca_dir is not None:
         _assert_holds_some(ca_dir, places.authorities(role))
-    found: dict[str, tuple[x509.Certificate, ...]] = {}
+    certificates: dict[str, tuple[x509.Certificate, ...]] = {}
     for authority in places.authorities(role):
         named = carried.get(authority.name) or (_in_file(ca_dir / authority.certificate_file) if ca_dir else ())
         live = _in_file(places.authority(authority))
@@ -230,21 +230,21 @@ def gather_authorities(
                 f"{places.authority(authority)}: wanted {_about(named[0])}, found {_about(live[0])}",
                 hint="one of the two belongs to another cluster",
             )
-        ours = tuple(named or live)
-        if not ours and authority.name in settings.authorities:  # the one that signs, which kubeadm uses as the root
-            ours = signer_of(registry.configured(settings, [authority.name])[authority.name])
-        if not ours:
+        anchors = tuple(named or live)
+        if not anchors and authority.name in settings.authorities:  # the one that signs, which kubeadm uses as the root
+            anchors = signer_of(registry.configured(settings, [authority.name])[authority.name])
+        if not anchors:
             raise AuthorityError(f"{authority.name}: no file and no backend has the CA's certificate")
-        if (wrong := authority_trouble(ours, now)) is not None:
+        if (wrong := authority_trouble(anchors, now)) is not None:
             raise AuthorityError(f"{authority.name}: {wrong}")
-        found[authority.name] = ours
-    if (twice := shared_key(found)) is not None:
+        certificates[authority.name] = anchors
+    if (twice := shared_key(certificates)) is not None:
         raise AuthorityError(
             twice,
             hint="a certificate of one CA would be valid for the other: with front-proxy-ca it can act as any user, "
             "with etcd-ca it can read and write everything",
         )
-    return found
+    return certificates
 
 
 def _assert_holds_some(ca_dir: Path, wanted: Sequence[Authority]) -> None:
@@ -358,8 +358,8 @@ def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Map
 
 def shared(config: KubeadmConfig) -> KubeadmConfig:
     """Return the documents that are the same for all nodes."""
-    ours = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
-    return KubeadmConfig.of(tuple(document for document in config.documents if document.get("kind") in ours))
+    kinds = ("ClusterConfiguration", "KubeletConfiguration", "KubeProxyConfiguration")
+    return KubeadmConfig.of(tuple(document for document in config.documents if document.get("kind") in kinds))
 
 
 def join_configuration(
@@ -412,9 +412,9 @@ def assert_usable(config: KubeadmConfig, pki_dir: str, *, further: bool) -> None
         )
     if config.external_etcd is not None and config.external_etcd.has_tls:
         _assert_own_files(config.external_etcd, pki_dir)
-    found = config.certificates_dir
-    if found and found.rstrip("/") != pki_dir:
-        raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {found}")
+    directory = config.certificates_dir
+    if directory and directory.rstrip("/") != pki_dir:
+        raise KubeadmConfigError(f"certificatesDir: wanted node.pki_dir of the settings, {pki_dir}, found {directory}")
     for spec in ("apiserver", "etcd-server", "etcd-peer") if config.cluster else ():  # NoFactError: an invalid name
         naming(SPECS[spec], config.naming_facts(name, address))
 
@@ -438,8 +438,8 @@ def _assert_own_files(etcd: ExternalEtcd, pki_dir: str) -> None:
 
 def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return the mapping below a key; empty for anything else, which kubeadm rejects."""
-    found = mapping.get(key)
-    return found if isinstance(found, dict) else {}
+    value = mapping.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def read_configuration(path: Path) -> tuple[KubeadmConfig, bytes]:

@@ -94,7 +94,7 @@ class DesiredNode:
     @property
     def mark(self) -> str:
         """Everything that determines the files, as one text, to compare with an earlier run's."""
-        more = [one for one in self.serving if one != self.node]
+        more = [other for other in self.serving if other != self.node]
         return "\n".join([self.text.decode(), *more, self.server])
 
 
@@ -181,7 +181,7 @@ def of_join(settings: Settings, inputs: NodeInputs, role: Role | None) -> Desire
 def _cluster(inputs: NodeInputs) -> tuple[KubeadmConfig, KubeadmConfig]:
     """Return the cluster's configuration, which must be the same in all sources, and this node's own."""
     own = read_configuration(inputs.config)[0] if inputs.config is not None else KubeadmConfig()
-    sources = [one.cluster for one in (inputs.order, inputs.given) if one is not None]
+    sources = [order.cluster for order in (inputs.order, inputs.given) if order is not None]
     sources += [own] if own.cluster else []
     if not sources:
         raise KubeadmConfigError(
@@ -225,12 +225,12 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
 
 def _carried(inputs: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
     """Return the CAs of the order and of another node, which must agree, since each CA in a file is trusted."""
-    found: dict[str, tuple[x509.Certificate, ...]] = {}
+    order: dict[str, tuple[x509.Certificate, ...]] = {}
     for one in (inputs.order, inputs.given):
         for name, certificates in one.authorities.items() if one is not None else ():
-            if found.setdefault(name, certificates) != certificates:
+            if order.setdefault(name, certificates) != certificates:
                 raise OrderError(
                     f"authorities.{name}: wanted the same CA in the order and from the other node, found two",
                     hint="one of the two belongs to another cluster",
                 )
-    return found
+    return order

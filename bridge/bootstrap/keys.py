@@ -74,8 +74,8 @@ def by_kubeadm(
         _assert_valid(program, file)
         words = [program, "certs", "generate-csr", "--config", str(file)]
         _run([*words, "--cert-dir", str(pki), "--kubeconfig-dir", str(kubeconfigs)])
-        ours = [spec for spec in specs if spec.listed or spec.name == KUBELET_CONF]
-        return {spec.name: _read_pair(spec, pki, kubeconfigs) for spec in ours}
+        listed = [spec for spec in specs if spec.listed or spec.name == KUBELET_CONF]
+        return {spec.name: _read_pair(spec, pki, kubeconfigs) for spec in listed}
 
 
 def _run(words: Sequence[str]) -> list[str]:
@@ -167,9 +167,9 @@ def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:
 
 def assert_fits(made: Mapping[str, Made], node: str) -> None:
     """Refuse a CSR that does not match its key, or lacks the CN of its certificate."""
-    for name, one in made.items():
-        request = x509.load_pem_x509_csr(one.csr_pem)
-        key = csr.load_key(one.key_pem, request.public_key()).public_key()
+    for name, pair in made.items():
+        request = x509.load_pem_x509_csr(pair.csr_pem)
+        key = csr.load_key(pair.key_pem, request.public_key()).public_key()
         if spki(key) != spki(request.public_key()):
             raise KubeadmError(f"{name}: wanted a CSR of its key, found another key's")
         names = common_names(request.subject)
@@ -230,15 +230,15 @@ def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x5
     node = order.node
     if node is None:
         raise OrderError("the order names no node")
-    found: dict[str, dict[str, x509.Certificate]] = {}
+    certificates: dict[str, dict[str, x509.Certificate]] = {}
     servers = servers_of(order.cluster, Path(order.cluster.certificates_dir or "/etc/kubernetes/pki"))
     for spec in specs_of(node.role, order.cluster.external_etcd, servers):
         try:
-            ours = _naming(spec, node, order.cluster)
+            names = _naming(spec, node, order.cluster)
         except (NoFactError, KubeadmConfigError) as e:
             raise OrderError(f"{node.name}: {e}", hint=e.hint) from None
-        found.setdefault(spec.authority.name, {})[spec.name] = sample(ours, now)
-    return found
+        certificates.setdefault(spec.authority.name, {})[spec.name] = sample(names, now)
+    return certificates
 
 
 def _naming(spec: CertificateSpec, node: NewNode, cluster: KubeadmConfig) -> Naming:

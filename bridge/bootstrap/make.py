@@ -101,14 +101,14 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     run.record.write()
     if failed:
         return result(outcomes=tuple(failed), errors=tuple(strange))
-    await_validity([one.verified.leaf for one in proven])
-    certificates = [file for one in proven for file in one.files]
+    await_validity([answer.verified.leaf for answer in proven])
+    certificates = [file for answer in proven for file in answer.files]
     made = open_requests.sa_key.encode(), open_requests.sa_public.encode()
     files = [*certificates, *composer.beside_certificates(made)]
     put_in_place(run, desired, files, composer.kubelet_pem)
-    for one in proven:
-        run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
-    outcomes = tuple(one.outcome for one in proven)
+    for answer in proven:
+        run.record.add(audit.INSTALLED, answer.name, authority=answer.prepared.authority, new=answer.verified.leaf)
+    outcomes = tuple(answer.outcome for answer in proven)
     return result(outcomes=outcomes, files=len(files), is_complete=bool(files), errors=tuple(strange))
 
 
@@ -154,15 +154,15 @@ def put_back(run: Run, desired: DesiredNode, look: NodeLook) -> int:
     keep = desired.inputs.keep
     if keep is None or desired.inputs.anew or not (keep / f"{desired.node}.kept.json").exists():
         return 0
-    found = kept_file(keep, desired.node).read()
-    if found is None or (found.role, found.config) != (desired.role, desired.mark):
+    kept = kept_file(keep, desired.node).read()
+    if kept is None or (kept.role, kept.config) != (desired.role, desired.mark):
         raise OtherNodeDesiredError(
             f"{keep}: wanted copies for this configuration and role, found copies for another",
             hint="name another directory, or use --anew to have all signed again",
         )
-    pem = _assert_own(desired, look, [Path(one.path) for one in found.files])
+    pem = _assert_own(desired, look, [Path(file.path) for file in kept.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
-    files = [_replacement(desired.places, one.certificate, Path(one.path), one.data) for one in found.files]
+    files = [_replacement(desired.places, file.certificate, Path(file.path), file.data) for file in kept.files]
     _assert_free(files, desired.places)
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
@@ -177,8 +177,8 @@ def put_back(run: Run, desired: DesiredNode, look: NodeLook) -> int:
 def _assert_own(desired: DesiredNode, look: NodeLook, paths: Sequence[Path]) -> Path:
     """Make sure that the copies are this node's files; return the target of the kubelet's link."""
     places = desired.places
-    ours = {*look.files(), *desired.files} - {places.kubelet_current}
-    others = [path for path in paths if path not in ours]
+    own_files = {*look.files(), *desired.files} - {places.kubelet_current}
+    others = [path for path in paths if path not in own_files]
     if len(others) != 1 or others[0].parent != places.kubelet_pki or not _DATED.fullmatch(others[0].name):
         wanted = f"the files of {desired.node} and one {places.kubelet_pki}/kubelet-client-….pem"
         raise NotWholeError(
@@ -278,21 +278,21 @@ class Composer:
     authorities: Certificates
     now: datetime
 
-    def certificate(self, one: Prepared, verified: Verified) -> Iterator[Replacement]:
+    def certificate(self, prepared: Prepared, verified: Verified) -> Iterator[Replacement]:
         """Yield the key and certificate files, or the kubeconfig with both."""
         chain = pem(*verified.chain)
-        spec, places = one.item.spec, self.desired.places
+        spec, places = prepared.item.spec, self.desired.places
         if spec.name == KUBELET_CONF:
-            yield _replacement(places, spec.name, self.kubelet_pem, chain + one.key_pem)
+            yield _replacement(places, spec.name, self.kubelet_pem, chain + prepared.key_pem)
             # by reference: one place to renew, and a starting kubelet makes no copy
             data = self._kubeconfig(spec.name, verified.leaf).referring_text(str(places.kubelet_current))
             yield _replacement(places, spec.name, places.kubeconfigs / spec.base, data)
         elif spec.kubeconfig:
-            data = self._kubeconfig(spec.name, verified.leaf).text(chain, one.key_pem)
+            data = self._kubeconfig(spec.name, verified.leaf).text(chain, prepared.key_pem)
             yield _replacement(places, spec.name, places.kubeconfigs / spec.base, data)
         else:
             key, certificate = places.pair(spec)
-            yield _replacement(places, spec.name, key, one.key_pem)
+            yield _replacement(places, spec.name, key, prepared.key_pem)
             yield _replacement(places, spec.name, certificate, chain)
 
     @property
@@ -325,10 +325,10 @@ class Composer:
 def _begin(run: Run, desired: DesiredNode) -> Unfinished:
     """Continue an earlier run, or make keys and CSRs."""
     file = unfinished_file(run.store)
-    found, open_requests = file.read(), run.requests.by_name()
-    if found is not None and open_requests.keys() & set(found.names) and not desired.inputs.anew:
-        if (found.role, found.config) == (desired.role, desired.mark):
-            return found if set(found.names) <= open_requests.keys() else _begun(run, desired, found)
+    unfinished, open_requests = file.read(), run.requests.by_name()
+    if unfinished is not None and open_requests.keys() & set(unfinished.names) and not desired.inputs.anew:
+        if (unfinished.role, unfinished.config) == (desired.role, desired.mark):
+            return unfinished if set(unfinished.names) <= open_requests.keys() else _begun(run, desired, unfinished)
         if any(request.is_waiting for request in run.requests):
             raise OtherNodeDesiredError(
                 "wanted to continue with the requests that wait, found another configuration, name or role"
@@ -342,22 +342,22 @@ def _begin(run: Run, desired: DesiredNode) -> Unfinished:
     return _begun(run, desired)
 
 
-def _begun(run: Run, desired: DesiredNode, found: Unfinished | None = None) -> Unfinished:
+def _begun(run: Run, desired: DesiredNode, unfinished: Unfinished | None = None) -> Unfinished:
     """Make the missing keys and CSRs: all, or those whose requests were refused or cancelled since `found`."""
     made = _made_keys(run, desired)
     keys.assert_fits(made, desired.node)
-    for name, one in made.items():
+    for name, made_key in made.items():
         if run.requests.get(name) is None:
-            run.requests.put(_open(run, SPECS[name], one))
+            run.requests.put(_open(run, SPECS[name], made_key))
     claim(run.settings)
     run.requests.save()
     sa = ("", "") if desired.role != "init" else keys.sa_pair_if_new(desired.places, keys.algorithm_of(made))
-    if found is not None:
-        sa = found.sa_key, found.sa_public
+    if unfinished is not None:
+        sa = unfinished.sa_key, unfinished.sa_public
     fresh = Unfinished(
         role=desired.role,
         config=desired.mark,
-        servers={name: one.server for name, one in made.items() if one.server},
+        servers={name: made_key.server for name, made_key in made.items() if made_key.server},
         names=tuple(made),
         sa_key=sa[0],
         sa_public=sa[1],
@@ -394,7 +394,7 @@ def _made_keys(run: Run, desired: DesiredNode) -> dict[str, Made]:
         made = {KUBELET_CONF: keys.made_for(keys.kubelets(desired.node), desired.config.key, desired.server)}
     else:
         brought = desired.places.brought
-        specs = [one for one in desired.places.specs(desired.role) if one not in brought and not one.by_flag]
+        specs = [spec for spec in desired.places.specs(desired.role) if spec not in brought and not spec.by_flag]
         made = keys.by_kubeadm(desired.inputs.kubeadm, desired.config.version, desired.text, specs, run.store.directory)
         # the local endpoint, as kubeadm itself writes it at the next upgrade
         local = made["controller-manager.conf"].server
@@ -407,12 +407,12 @@ def _made_keys(run: Run, desired: DesiredNode) -> dict[str, Made]:
     return made
 
 
-def _open(run: Run, spec: CertificateSpec, one: Made) -> OpenRequest:
+def _open(run: Run, spec: CertificateSpec, made: Made) -> OpenRequest:
     renewal = run.settings.renewal
     is_short = spec.name == SUPER_ADMIN
     validity = min(renewal.validity, renewal.min_validity + _SUPER_ADMIN_MORE) if is_short else renewal.validity
-    request = SignRequest(spec=spec, csr_pem=one.csr_pem, validity=validity)
-    return OpenRequest(request=request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id)
+    request = SignRequest(spec=spec, csr_pem=made.csr_pem, validity=validity)
+    return OpenRequest(request=request, key_pem=made.key_pem, created=run.now(), run_id=run.record.run_id)
 
 
 def _item(spec: CertificateSpec, places: Places) -> Item:
@@ -476,34 +476,34 @@ def _gather_answers(
     run: Run, desired: DesiredNode, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]
 ) -> tuple[list[Answered], list[Outcome], list[BridgeError]]:
     """Take stored and carried answers, and request the rest; return answers, waiting requests and foreign answers."""
-    answered = [one for each in prepared if (one := _proven_before(each, expected)) is not None]
+    answered = [proven for each in prepared if (proven := _proven_before(each, expected)) is not None]
     strange: list[BridgeError] = []
     if desired.inputs.answers:
-        found = airgap.answers_in(run, desired.inputs.answers)
-        taken = [one for one in _rest(prepared, answered) if one.name in found.candidates]
-        answered += [airgap.answered_by(run, one, found, expected[one.authority]) for one in taken]
-        strange = found.strange
+        answers = airgap.answers_in(run, desired.inputs.answers)
+        taken = [item for item in _rest(prepared, answered) if item.name in answers.candidates]
+        answered += [airgap.answered_by(run, item, answers, expected[item.authority]) for item in taken]
+        strange = answers.strange
     rest = _rest(prepared, answered)
     if desired.inputs.request is not None and rest:
         assert_free(desired.inputs.request, RequestBundle, run.settings.node.node_name, run.settings.node.cluster)
         requests, _ = airgap.carry(run, rest, desired.inputs.request)
         why = f"{desired.inputs.request} is to be carried to the desk, fingerprint {short_fingerprint(requests)}"
-        return answered, [_waits(one, why) for one in rest], strange
-    at_desks = [one for one in rest if one.open and one.open.bundles]
+        return answered, [_waits(item, why) for item in rest], strange
+    at_desks = [item for item in rest if item.open and item.open.bundles]
     away = [at_desk for at_desk in at_desks if at_desk.authority not in run.settings.authorities]
-    answered += _ask_cas(run, [one for one in rest if one not in away], expected)
-    return answered, [_waits(one, "an operator has the request") for one in away], strange
+    answered += _ask_cas(run, [item for item in rest if item not in away], expected)
+    return answered, [_waits(item, "an operator has the request") for item in away], strange
 
 
 def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Prepared]:
-    answered_names = {one.prepared.name for one in answered}
-    return [one for one in prepared if one.name not in answered_names]
+    answered_names = {answer.prepared.name for answer in answered}
+    return [item for item in prepared if item.name not in answered_names]
 
 
 def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
     if not prepared:
         return []
-    items = [one.item for one in prepared]
+    items = [answer.item for answer in prepared]
     _assert_asks(run, [item.spec for item in items])
     with reaching(run, items, expected) as reached:
         return issue(run, prepared, reached(), expected)
@@ -513,19 +513,19 @@ def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:
     """Make sure that the settings name a CA for each of these."""
     lacking = [spec for spec in specs if spec.authority.name not in run.settings.authorities]
     if lacking:
-        authorities = ", ".join(name for name in AUTHORITIES if name in {one.authority.name for one in lacking})
-        text = f"{some(one.name for one in lacking)}: there is no CA and no desk for {authorities}"
+        authorities = ", ".join(name for name in AUTHORITIES if name in {spec.authority.name for spec in lacking})
+        text = f"{some(spec.name for spec in lacking)}: there is no CA and no desk for {authorities}"
         hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"
         raise BridgeError(text, hint=hint, exit_code=Exit.USAGE)
 
 
-def _proven_before(one: Prepared, expected: Mapping[str, verify.Expectation]) -> Answered | None:
+def _proven_before(prepared: Prepared, expected: Mapping[str, verify.Expectation]) -> Answered | None:
     """Return the answer that an earlier run has checked and stored, if it still holds."""
-    made, wanted = one.open, expected[one.authority]
-    if made is None or made.answer is None or verify.error_of(made.answer, one.request, wanted) is not None:
+    made, wanted = prepared.open, expected[prepared.authority]
+    if made is None or made.answer is None or verify.error_of(made.answer, prepared.request, wanted) is not None:
         return None
-    return Answered(prepared=one, expected=wanted, label=made.backend, answer=made.answer)
+    return Answered(prepared=prepared, expected=wanted, label=made.backend, answer=made.answer)
 
 
-def _waits(one: Prepared, why: str) -> Outcome:
-    return outcome_of(one.item, WaitingError(why, hint="run the same command again, with --answer FILE"))
+def _waits(prepared: Prepared, why: str) -> Outcome:
+    return outcome_of(prepared.item, WaitingError(why, hint="run the same command again, with --answer FILE"))

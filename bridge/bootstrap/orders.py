@@ -153,12 +153,12 @@ def loads(data: bytes) -> Order:
 
 def _cluster(text: str) -> KubeadmConfig:
     try:
-        found = parse_documents(text.encode())
+        documents = parse_documents(text.encode())
     except KubeadmConfigError as e:
         raise OrderError(f"cluster: {e}") from None
-    if not found.cluster:
+    if not documents.cluster:
         raise OrderError("cluster: there is no ClusterConfiguration in it")
-    return found
+    return documents
 
 
 def _authority(name: str, text: str) -> tuple[x509.Certificate, ...]:
@@ -205,24 +205,24 @@ def read_nodes(path: Path) -> list[NewNode]:
         raise OrderError(f"{path}: wanted a list of nodes, found: {e}", hint=hint) from None
     except ValueError as e:
         raise OrderError(f"{path}: {e}", hint=_LINE) from None
-    found: list[NewNode] = []
+    nodes: list[NewNode] = []
     for node in listed:
         where = f"{path}: line {node.line}"
         try:
-            found.append(new_node(node.role, node.name, node.addresses))
+            nodes.append(new_node(node.role, node.name, node.addresses))
         except OrderError as e:
             raise OrderError(f"{where}: {e}", hint=_LINE) from None
-        if [one.role for one in found].count("init") > 1:
+        if [node.role for node in nodes].count("init") > 1:
             raise OrderError(f"{where}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
-    if not found:
+    if not nodes:
         raise OrderError(f"{path}: there is no node in it", hint=_LINE)
-    return found
+    return nodes
 
 
 def order_for(cluster: KubeadmConfig, authorities: Mapping[str, tuple[x509.Certificate, ...]], node: NewNode) -> Order:
     """Return the order that an administrator's machine sends to a node; it holds no secret."""
-    ours = {name: found for name, found in authorities.items() if node.role != "worker" or name == "ca"}
-    return Order(cluster=shared(cluster), authorities=ours, node=node)
+    certificates = {name: anchors for name, anchors in authorities.items() if node.role != "worker" or name == "ca"}
+    return Order(cluster=shared(cluster), authorities=certificates, node=node)
 
 
 _PUBLIC = 0o644
@@ -233,16 +233,16 @@ def share(settings: Settings, config: Path | None, now: datetime, *, worker: boo
     """Return an order, as bytes, with everything that a further node needs from this one."""
     cluster = read_configuration(config or Places.of(settings).kubeadm_config)[0]
     places = Places.of(settings, cluster)
-    found = gather_authorities(settings, places, "worker" if worker else "control-plane", None, {}, now)
+    certificates = gather_authorities(settings, places, "worker" if worker else "control-plane", None, {}, now)
     if worker:
-        return dumps(Order(cluster=shared(cluster), authorities=found))
+        return dumps(Order(cluster=shared(cluster), authorities=certificates))
     key, public = live(places.sa_key), live(places.sa_public)
     if key is None or public is None or not is_sa_pair(key, public):
         raise OrderError(
             f"{places.sa_key}: there is no pair of the service account key and {places.sa_public.name}",
             hint="run it on a control-plane node; for a worker there is --worker",
         )
-    return dumps(Order(cluster=shared(cluster), authorities=found, sa=(key, public)))
+    return dumps(Order(cluster=shared(cluster), authorities=certificates, sa=(key, public)))
 
 
 def read_order(path: Path) -> Order:
@@ -255,9 +255,9 @@ def read_order(path: Path) -> Order:
         raise OrderError(f"{path}: wanted an order, found: {e}") from None
     except OrderError as e:
         raise OrderError(f"{path}: {e}", hint=e.hint) from None
-    if order.sa is not None and (found := open_secret(path)) is not None:
+    if order.sa is not None and (trouble := open_secret(path)) is not None:
         raise OrderError(
-            str(found), hint="a user who can read it can act as any service account: send it through a pipe"
+            str(trouble), hint="a user who can read it can act as any service account: send it through a pipe"
         )
     return order
 
@@ -301,8 +301,8 @@ def write_orders(
         if node.role != "worker":
             config_of_node = for_node(cluster, node.name, node.addresses[0])
             assert_usable(config_of_node, str(settings.node.pki_dir), further=node.role != "init")
-    found = gather_authorities(settings, Places.of(settings, cluster), "control-plane", ca_dir, {}, now)
-    made = {node: (directory / f"{node.name}.order.json", order_for(cluster, found, node)) for node in listed}
+    certificates = gather_authorities(settings, Places.of(settings, cluster), "control-plane", ca_dir, {}, now)
+    made = {node: (directory / f"{node.name}.order.json", order_for(cluster, certificates, node)) for node in listed}
     for path, order in made.values():
         if not _is_older(path, order):
             raise OrderError(f"{path}: another order is there already", hint="name an empty directory")
@@ -316,8 +316,8 @@ def write_orders(
 def _left_out(config: KubeadmConfig) -> Iterator[str]:
     """Yield a node's own fields that orders leave out: all but name and address, which the list has."""
     for key, value in (config.of_kind("InitConfiguration") or {}).items():
-        inner = [f"{key}.{one}" for one in value] if isinstance(value, dict) else [key]
-        yield from (one for one in inner if one not in _IN_ORDERS)
+        inner = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
+        yield from (name for name in inner if name not in _IN_ORDERS)
 
 
 def _is_older(path: Path, order: Order) -> bool:

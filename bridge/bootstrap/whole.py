@@ -72,13 +72,13 @@ class NodeLook:
     def files(self) -> list[Path]:
         """Return all files of a complete node, except kubeadm's configuration."""
         places = self.places
-        ours: list[Path] = []
+        paths: list[Path] = []
         if self.role != "worker":
-            ours += [places.authority(authority) for authority in places.authorities(self.role)]
-            ours += [places.sa_key, places.sa_public]
+            paths += [places.authority(authority) for authority in places.authorities(self.role)]
+            paths += [places.sa_key, places.sa_public]
         for spec in places.specs(self.role):
-            ours += self.files_of(spec)
-        return ours
+            paths += self.files_of(spec)
+        return paths
 
     def files_of(self, spec: CertificateSpec) -> list[Path]:
         """Return the files of one certificate."""
@@ -104,8 +104,8 @@ class NodeLook:
             except ValueError as e:
                 yield f"{path}: wanted the CA's certificate, found {e}"
                 continue
-            if (found := authority_trouble(certificates, self.now)) is not None:
-                yield f"{path}: {found}"
+            if (trouble := authority_trouble(certificates, self.now)) is not None:
+                yield f"{path}: {trouble}"
                 continue
             anchors[authority.name] = certificates
         if (twice := shared_key(anchors)) is not None:
@@ -180,14 +180,14 @@ class NodeLook:
         expected = verify.Expectation(
             anchors=anchors, anchor_name=name, now=self.now, min_validity=timedelta(), extra_subject=self.extra_subject
         )
-        found = list(pairs.findings(spec, certificates, key_pem, expected))
-        if any(one.kind == "other" for one in found):
+        findings = list(pairs.findings(spec, certificates, key_pem, expected))
+        if any(finding.kind == "other" for finding in findings):
             yield f"{path}: wanted the key of its certificate, found another one"
             return
         for violation in identity_violations(spec, certificates, anchors, name, self.extra_subject):
             yield f"{path}: {violation}"
-        for one in found:
-            yield f"{path}: {one.violation.got if one.kind == 'incomparable' else one.violation}"
+        for finding in findings:
+            yield f"{path}: {finding.violation.got if finding.kind == 'incomparable' else finding.violation}"
         yield from self._names(spec, path, leaf)
 
     def _names(self, spec: CertificateSpec, path: Path, leaf: x509.Certificate) -> Iterator[str]:
@@ -233,11 +233,11 @@ def check(
     settings: Settings, places: Places, role: Role, files: Sequence[Path], config: KubeadmConfig | None, now: datetime
 ) -> list[str]:
     """Return everything missing or wrong on a node before kubeadm runs, and change nothing."""
-    found = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
+    problems = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
     wanted = "kubeadm's configuration is missing, by which names are judged"
-    found += [f"{file}: {wanted}" for file in files if live(file) is None]
+    problems += [f"{file}: {wanted}" for file in files if live(file) is None]
     look = look_at(settings, places, role, config, live, now)
-    return [*found, *map(str, _open_keys(look)), *look.problems()]
+    return [*problems, *map(str, _open_keys(look)), *look.problems()]
 
 
 def look_at(
@@ -287,24 +287,24 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
 
 def _open_keys(look: NodeLook) -> Iterator[Exposure]:
     """Yield copied keys that other users can read: no run rewrites a right key, and kubeadm checks no modes."""
-    brought = [look.places.sa_key, *(look.places.pair(one)[0] for one in look.places.brought)]
+    brought = [look.places.sa_key, *(look.places.pair(spec)[0] for spec in look.places.brought)]
     for path in brought if look.role != "worker" else ():
-        if path.exists() and (found := open_secret(path)) is not None:
-            yield found
+        if path.exists() and (trouble := open_secret(path)) is not None:
+            yield trouble
 
 
 def assert_keys_closed(look: NodeLook) -> None:
     """Refuse a copied key that other users can read, before a CA is asked."""
-    if (found := next(_open_keys(look), None)) is not None:
-        raise NotWholeError(str(found), hint=found.hint)
+    if (open_key := next(_open_keys(look), None)) is not None:
+        raise NotWholeError(str(open_key), hint=open_key.hint)
 
 
 def assert_brought(look: NodeLook, cas: Certificates) -> None:
     """Refuse a wrong client pair of an external etcd, before a CA is asked for anything else."""
     brought = look.places.brought if look.role != "worker" else []
-    found = [text for one in brought for text in look.problems_of(one, cas[one.authority.name])]
-    if found:
-        raise NotWholeError("\n".join(found), hint="copy the right pair from an etcd host, or move this one away")
+    problems = [text for spec in brought for text in look.problems_of(spec, cas[spec.authority.name])]
+    if problems:
+        raise NotWholeError("\n".join(problems), hint="copy the right pair from an etcd host, or move this one away")
 
 
 def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:

@@ -197,12 +197,12 @@ class CA:
             if tries:  # a CA that broke off may have signed some
                 known = backend.recall(requests, tries[0])
             tries.append(datetime.now(UTC))
-            rest = [request for request, one in zip(requests, known, strict=True) if one is None]
+            rest = [request for request, answer in zip(requests, known, strict=True) if answer is None]
             answers = backend.sign_many(rest) if rest else ()
             if len(answers) != len(rest):
                 raise BridgeError(f"wanted {len(rest)} answers of the backend, got {len(answers)}: a bug in it")
             others = iter(answers)
-            return [one if one is not None else next(others) for one in known]
+            return [answer if answer is not None else next(others) for answer in known]
 
         try:
             return self._question(sign)
@@ -358,9 +358,11 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
 
 def owe_putting_away(settings: Settings, store: Store, answers: Iterable[tuple[str, str]]) -> None:
     """Record, before an installation or a cancellation, the answers (authority, reference) to put away after it."""
-    ours = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
-    configured = registry.configured(settings, dict.fromkeys(one.authority for one in ours)) if ours else {}
-    new = [one for one in ours if configured[one.authority].backend_type.can("put_away")]
+    collected = [Collected(authority=a, reference=r) for a, r in answers if r and a in settings.authorities]
+    configured = (
+        registry.configured(settings, dict.fromkeys(answer.authority for answer in collected)) if collected else {}
+    )
+    new = [answer for answer in collected if configured[answer.authority].backend_type.can("put_away")]
     if new:
         file = collected_file(store)
         file.put(tuple(dict.fromkeys([*(file.read() or ()), *new])))
@@ -372,8 +374,8 @@ def put_away(settings: Settings, store: Store, note: Callable[[str], None]) -> N
         return
     try:
         file = collected_file(store)
-        every, waiting = file.read() or (), {one.reference for one in (*OpenRequests(store), *OpenUsers(store))}
-        over = {one.reference: one.authority for one in every if one.reference not in waiting}
+        every, waiting = file.read() or (), {request.reference for request in (*OpenRequests(store), *OpenUsers(store))}
+        over = {answer.reference: answer.authority for answer in every if answer.reference not in waiting}
         names = [name for name in over.values() if name in settings.authorities]
         configured = registry.configured(settings, dict.fromkeys(names))
         for reference, name in over.items():
@@ -383,6 +385,6 @@ def put_away(settings: Settings, store: Store, note: Callable[[str], None]) -> N
                         ca.put_away(reference)
             except BackendError as e:
                 note(f"requests and answers that are over stay where they are: {e}; {e.hint}")
-        file.put(tuple(one for one in every if one.reference in waiting))
+        file.put(tuple(answer for answer in every if answer.reference in waiting))
     except (SettingsError, StateError) as e:
         note(str(e))

@@ -101,13 +101,13 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
 
 def credentials(settings: Settings, backends: Mapping[str, Configured]) -> list[CredentialFile]:
     """The files of all our credentials; `backends`, by authority, are not opened."""
-    found = list(own_places(settings))
-    for authority, one in backends.items():
+    places = list(own_places(settings))
+    for authority, backend in backends.items():
         over = settings.authority_tables.get(authority, {})
-        for key, path in one.settings.credentials():
-            table = f"authority.{authority}" if key.partition(".")[0] in over else f"backend.{one.name}"
-            found.append(CredentialFile(f"{table}.{key}", path))
-    return list(dict.fromkeys(found))
+        for key, path in backend.settings.credentials():
+            table = f"authority.{authority}" if key.partition(".")[0] in over else f"backend.{backend.name}"
+            places.append(CredentialFile(f"{table}.{key}", path))
+    return list(dict.fromkeys(places))
 
 
 def _given(settings: Settings) -> dict[str, Any]:
@@ -118,14 +118,16 @@ def _given(settings: Settings) -> dict[str, Any]:
 
 def _types(settings: Settings) -> tuple[dict[str, type[Backend]], list[SettingsProblem]]:
     """The type of each `[backend.NAME]` table, and the problems of tables without a known type."""
-    found, types, reader = installed(), {}, Reader(settings.source)
+    entry_points, types, reader = installed(), {}, Reader(settings.source)
     for name, table in settings.backends.items():
         type_name = str(table["type"])
-        if type_name in found:
-            types[name] = _loaded(found[type_name])
+        if type_name in entry_points:
+            types[name] = _loaded(entry_points[type_name])
         else:
-            known = ", ".join(sorted(found)) or "none is"
-            reader.add(("backend", name, "type"), f"an installed backend type: {known}", name_found(type_name, found))
+            known = ", ".join(sorted(entry_points)) or "none is"
+            reader.add(
+                ("backend", name, "type"), f"an installed backend type: {known}", name_found(type_name, entry_points)
+            )
     return types, reader.problems
 
 
@@ -158,8 +160,8 @@ def with_names_beside_csr() -> str:
 
 def keys_so_far(settings: Settings, authority: str, type_name: str) -> dict[str, Any]:
     """The settings of an authority's backend, by field; empty if its backend is not of this type."""
-    ours = settings.authorities.get(authority)
-    if ours is None or settings.backends[ours.backend].get("type") != type_name:
+    keys = settings.authorities.get(authority)
+    if keys is None or settings.backends[keys.backend].get("type") != type_name:
         return {}
     table, reader = merged(settings, authority)
     values = reader.values(_loaded(installed()[type_name]).settings_type, table, ("authority", authority))
@@ -225,12 +227,12 @@ def load_cross(path: Path) -> x509.Certificate:
     hint = "the administrator of the earlier CA makes it; without it take `cross` out of the settings"
     text = own_text(path, what, hint)
     try:
-        found = load_pem_certificates(text.encode())
+        certificates = load_pem_certificates(text.encode())
     except ValueError as e:
         raise SettingsError([SettingsProblem("", what, str(e), path)]) from None
-    if len(found) != 1:
-        raise SettingsError([SettingsProblem("", what, f"{len(found)} certificates", path)])
-    return found[0]
+    if len(certificates) != 1:
+        raise SettingsError([SettingsProblem("", what, f"{len(certificates)} certificates", path)])
+    return certificates[0]
 
 
 def is_cross_long_enough(cross: x509.Certificate, renewal: RenewalSettings, now: datetime) -> bool:
@@ -242,17 +244,17 @@ def cross_behind(
     settings: Settings, authority: str, anchor: x509.Certificate, now: datetime
 ) -> x509.Certificate | None:
     """Return what `cross_of` does; None also if it expires so soon that new certificates would be due at once."""
-    found = cross_of(settings, authority, anchor)
-    return found if found is not None and is_cross_long_enough(found, settings.renewal, now) else None
+    cross = cross_of(settings, authority, anchor)
+    return cross if cross is not None and is_cross_long_enough(cross, settings.renewal, now) else None
 
 
 def cross_of(settings: Settings, authority: str, anchor: x509.Certificate) -> x509.Certificate | None:
     """The cross certificate of the CA that signs for an authority; None: the settings name none (SettingsError: a wrong one)."""
-    ours = settings.authorities.get(authority)
-    if ours is None or ours.cross is None:
+    keys = settings.authorities.get(authority)
+    if keys is None or keys.cross is None:
         return None
-    found = load_cross(ours.cross)
-    if found.subject != anchor.subject or spki(found.public_key()) != spki(anchor.public_key()):
+    cross = load_cross(keys.cross)
+    if cross.subject != anchor.subject or spki(cross.public_key()) != spki(anchor.public_key()):
         want = f"a cross certificate for {name_text(anchor.subject)} and its key, which signs now"
-        raise SettingsError([SettingsProblem("", want, f"one for {name_text(found.subject)}", ours.cross)])
-    return found
+        raise SettingsError([SettingsProblem("", want, f"one for {name_text(cross.subject)}", keys.cross)])
+    return cross

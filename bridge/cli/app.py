@@ -331,22 +331,22 @@ class Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 (typer calls it)
         """Return the commands' names in the order of the help."""
-        return [name for ours in sections_of(self).values() for name in ours]
+        return [name for section in sections_of(self).values() for name in section]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Write a section for each task of the program, or one section for a group."""
         sections = sections_of(self)
         width = max(len(name) for section in sections.values() for name in section)
-        for heading, ours in sections.items():
+        for heading, commands in sections.items():
             with formatter.section(heading):
-                formatter.write_dl([(name.ljust(width), _hard(sentence)) for name, sentence in ours.items()])
+                formatter.write_dl([(name.ljust(width), _hard(sentence)) for name, sentence in commands.items()])
 
 
 def sections_of(group: Any) -> dict[str, dict[str, str]]:
     """Return by heading the first sentence of each command; the program's come from `TASKS`, and load no file."""
     if group.name == PROGRAM:
-        return {heading: {name: sentence for name, (_, sentence) in ours.items()} for heading, ours in TASKS.items()}
-    return {"Commands": {name: first_sentence(one.help or "") for name, one in group.commands.items()}}
+        return {heading: {name: sentence for name, (_, sentence) in tasks.items()} for heading, tasks in TASKS.items()}
+    return {"Commands": {name: first_sentence(command.help or "") for name, command in group.commands.items()}}
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

@@ -136,8 +136,8 @@ def _role(control_plane: bool, worker: bool) -> Role | None:
     return "control-plane" if control_plane else "worker" if worker else None
 
 
-def _both(one: str, other: str) -> SettingsError:
-    return SettingsError([SettingsProblem(one, f"either {one} or {other}", "both")])
+def _both(option: str, other: str) -> SettingsError:
+    return SettingsError([SettingsProblem(option, f"either {option} or {other}", "both")])
 
 
 def _said(
@@ -183,10 +183,10 @@ def share(
     The key is as powerful as a CA: its holder can act as any service account.
     """
     data = orders.share(common.settings(), kubeadm_config, utc_now(), worker=worker)
-    found = None if worker else _open_output()
-    if found is not None:
+    output = None if worker else _open_output()
+    if output is not None:
         raise orders.OrderError(
-            f"wanted a pipe or a file of your own for the service account key, found {found}",
+            f"wanted a pipe or a file of your own for the service account key, found {output}",
             hint="ssh cp-1 ca-bridge bootstrap share | ssh cp-2 ca-bridge bootstrap join --control-plane --shared - …; "
             "or `umask 077` before it",
         )
@@ -326,7 +326,7 @@ def _report(done: Bootstrapped) -> None:
     waiting = [o for o in done.outcomes if isinstance(o.error, WaitingError)]
     failed = [o for o in done.outcomes if o.error is not None and o not in waiting]
     if waiting:
-        say("\n".join(under_headings([(whereabouts(one), (one.name, "waits")) for one in waiting])))
+        say("\n".join(under_headings([(whereabouts(request), (request.name, "waits")) for request in waiting])))
     if waiting or failed:
         say_sentence("nothing was put in place; certificates that are signed already are kept, and not requested again")
     if waiting:

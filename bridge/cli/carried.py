@@ -87,7 +87,7 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
         rows.append((request.name, end_text(end, now), proof, again, f"by {request.authority}"))
     is_proven = [request.proof is not None for request in done.bundle.requests]
-    say_table(rows, (4, 3) if all(is_proven) else None, ["ok" if one else "warning" for one in is_proven])
+    say_table(rows, (4, 3) if all(is_proven) else None, ["ok" if proven else "warning" for proven in is_proven])
     held, fingerprint = counted(len(rows), "request"), bundle_format.short_fingerprint(done.bundle)
     say(f"\n{path} holds {held}; fingerprint {fingerprint}")
     say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
@@ -140,7 +140,9 @@ def inspect_bundle(
 def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     """Show the open requests: their age, the time left, who has them, and their fingerprints."""
     settings, now = common.settings_with_record(), utc_now()
-    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda one: (_days_left(one, now), one.name))
+    requests = sorted(
+        OpenRequests(Store(settings.node.state_dir)), key=lambda request: (_days_left(request, now), request.name)
+    )
     if output is Output.JSON:
         say_json(pending=[_pending_json(request, now) for request in requests])
     elif requests:
@@ -160,58 +162,58 @@ def pending_cancel(
     settings, options = common.settings(), RunOptions(names=tuple(names), wait=wait)
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         cancelled, missing = airgap.cancel(settings, options, utc_now, progress)
-    for one in cancelled:
-        say_sentence(f"{one.name}: cancelled; its key is removed, and an answer to it will be refused")
-        if one.reference:
-            log.warning("%s: %s may have the request, and sign it", one.name, one.backend)
+    for request in cancelled:
+        say_sentence(f"{request.name}: cancelled; its key is removed, and an answer to it will be refused")
+        if request.reference:
+            log.warning("%s: %s may have the request, and sign it", request.name, request.backend)
     hint = "`ca-bridge pending list` shows those that are"
     for name in missing:
         print_error(BridgeError("there is no open request", hint=hint), name)
     return Exit.FAILED if missing else Exit.DONE
 
 
-def _days_left(one: OpenRequest, now: datetime) -> int:
+def _days_left(request: OpenRequest, now: datetime) -> int:
     """Return whole days, to sort by: certificates of one `kubeadm init` end seconds apart, in no useful order."""
-    return seconds_left(one.deadline or now, now) // DAY
+    return seconds_left(request.deadline or now, now) // DAY
 
 
-def _pending_row(one: OpenRequest, now: datetime) -> tuple[str, ...]:
-    age = f"asked {residual(max(int((now - one.created).total_seconds()), 0))} ago"
-    shown = _fingerprint(one)
+def _pending_row(request: OpenRequest, now: datetime) -> tuple[str, ...]:
+    age = f"asked {residual(max(int((now - request.created).total_seconds()), 0))} ago"
+    shown = _fingerprint(request)
     # the heading may show it already, for all requests of a bundle
-    fingerprint = f"fingerprint {shown}" if shown not in _whereabouts(one) else ""
-    return one.name, age, end_text(one.deadline, now), fingerprint
+    fingerprint = f"fingerprint {shown}" if shown not in _whereabouts(request) else ""
+    return request.name, age, end_text(request.deadline, now), fingerprint
 
 
-def _whereabouts(one: OpenRequest) -> str:
-    if one.answer is not None:
+def _whereabouts(request: OpenRequest) -> str:
+    if request.answer is not None:
         return "answered and verified; the next run installs it"
-    if one.reference:
-        return printable(f"{one.backend}: {one.note}" if one.note else f"{one.backend} has it")
-    if one.bundles:
-        return f"an operator has it; fingerprint {_fingerprint(one)}"
+    if request.reference:
+        return printable(f"{request.backend}: {request.note}" if request.note else f"{request.backend} has it")
+    if request.bundles:
+        return f"an operator has it; fingerprint {_fingerprint(request)}"
     return "not asked yet; the next run asks"
 
 
-def _fingerprint(one: OpenRequest) -> str:
+def _fingerprint(request: OpenRequest) -> str:
     """Return the short fingerprint of the last bundle with the request; else the beginning of the CSR's SHA-256."""
-    digest = one.bundles[-1] if one.bundles else one.reference
+    digest = request.bundles[-1] if request.bundles else request.reference
     is_sha256 = re.fullmatch("[0-9a-f]{64}", digest) is not None
-    return fingerprint_text(digest) if is_sha256 else f"{csr_fingerprint(one.request.csr)[:16]}…"
+    return fingerprint_text(digest) if is_sha256 else f"{csr_fingerprint(request.request.csr)[:16]}…"
 
 
-def _pending_json(one: OpenRequest, now: datetime) -> dict[str, Any]:
+def _pending_json(request: OpenRequest, now: datetime) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "authority": one.request.spec.authority.name,
-        "created": rfc3339(one.created),
-        "deadline": rfc3339(one.deadline) if one.deadline is not None else None,
-        "secondsLeft": seconds_left(one.deadline, now) if one.deadline is not None else None,
-        "fingerprint": _fingerprint(one),
-        "csrSha256": csr_fingerprint(one.request.csr),
-        "backend": one.backend,
-        "reference": one.reference,
-        "note": one.note,
-        "bundles": one.bundles,
-        "state": "answered" if one.answer is not None else "waiting" if one.is_waiting else "prepared",
+        "name": request.name,
+        "authority": request.request.spec.authority.name,
+        "created": rfc3339(request.created),
+        "deadline": rfc3339(request.deadline) if request.deadline is not None else None,
+        "secondsLeft": seconds_left(request.deadline, now) if request.deadline is not None else None,
+        "fingerprint": _fingerprint(request),
+        "csrSha256": csr_fingerprint(request.request.csr),
+        "backend": request.backend,
+        "reference": request.reference,
+        "note": request.note,
+        "bundles": request.bundles,
+        "state": "answered" if request.answer is not None else "waiting" if request.is_waiting else "prepared",
     }

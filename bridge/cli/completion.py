@@ -60,7 +60,7 @@ def _found(command: Any, rest: Sequence[str], last: str, typed: Sequence[str]) -
     elif last.startswith("-") and "--" not in rest:
         yield from _options(command, rest)
     elif hasattr(command, "commands"):
-        yield from (offer for ours in sections_of(command).values() for offer in ours.items())
+        yield from (offer for section in sections_of(command).values() for offer in section.items())
     else:
         yield from _arguments(command, rest, options, typed)
 

@@ -64,9 +64,9 @@ def restart(
 def print_restarts(report: restarts.RestartReport, settings: Settings, output: Output) -> None:
     """Print which components were restarted, or which the operator has to restart."""
     advised = report.components if report.advised else ()
-    advice = {one.value: control_plane.how_to_restart(one, settings.node) for one in advised}
+    advice = {component.value: control_plane.how_to_restart(component, settings.node) for component in advised}
     if output is Output.JSON:
-        what = {"advice": advice} if report.advised else {"restarted": [_entry(one) for one in report.done]}
+        what = {"advice": advice} if report.advised else {"restarted": [_entry(restarted) for restarted in report.done]}
         unknown = None if report.unknown is None else report.unknown.reason
         say_json(exitCode=report.exit_code, **what, unknown=unknown)
     elif advice:
@@ -74,21 +74,23 @@ def print_restarts(report: restarts.RestartReport, settings: Settings, output: O
         for sentence in advice.values():
             say_sentence(sentence, "  ")
     elif report.done:
-        healthy = [one for one in report.done if one.seconds]
-        rows = [(one.component.value, f"restarted, healthy after {one.seconds:.1f} s") for one in healthy]
+        healthy = [restarted for restarted in report.done if restarted.seconds]
+        rows = [
+            (restarted.component.value, f"restarted, healthy after {restarted.seconds:.1f} s") for restarted in healthy
+        ]
         say_table(rows or [["nothing was restarted"]])
     elif report.unknown is None:
         say("nothing to restart: every component runs on the certificates that are installed")
-    for error in filter(None, (*(one.error for one in report.done), report.unknown)):
+    for error in filter(None, (*(restarted.error for restarted in report.done), report.unknown)):
         print_error(error)
 
 
-def _entry(one: restarts.Restarted) -> dict[str, object]:
+def _entry(restarted: restarts.Restarted) -> dict[str, object]:
     return {
-        "component": one.component,
-        "seconds": None if one.seconds is None else round(one.seconds, 1),
-        "exitCode": one.exit_code,
-        "error": one.error.reason if one.error is not None else None,
+        "component": restarted.component,
+        "seconds": None if restarted.seconds is None else round(restarted.seconds, 1),
+        "exitCode": restarted.exit_code,
+        "error": restarted.error.reason if restarted.error is not None else None,
     }
 
 
@@ -106,22 +108,22 @@ def prove(
     Run it on a control-plane node; it writes and restarts nothing. Exits with 7 if a component runs on an old
     certificate, one is refused, or something does not answer.
     """
-    found = proof.prove(common.settings(), utc_now, wait)
-    print_proof(found, output)
-    return found.exit_code
+    report = proof.prove(common.settings(), utc_now, wait)
+    print_proof(report, output)
+    return report.exit_code
 
 
-def print_proof(found: proof.ProofReport, output: Output) -> None:
+def print_proof(report: proof.ProofReport, output: Output) -> None:
     """Print a line for each component with its faults below it, then the verdict; with `-v` every check."""
     if output is Output.JSON:
-        say_json(exitCode=found.exit_code, stale=found.stale, findings=found.findings)
+        say_json(exitCode=report.exit_code, stale=report.stale, findings=report.findings)
         return
     if is_verbose():
         header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
-        say_table([header, *map(_proof_row, found.findings)])
+        say_table([header, *map(_proof_row, report.findings)])
     else:
-        _say_components(found)
-    count, wrong = len(found.findings), len(found.wrong)
+        _say_components(report)
+    count, wrong = len(report.findings), len(report.wrong)
     if wrong:
         say_verdict(f"{wrong} of {count} checks failed", "error")
     else:
@@ -144,8 +146,8 @@ def _say_components(found: proof.ProofReport) -> None:
 _WIDEST = max(len(component.value) for component in Component)
 
 
-def _proof_row(found: proof.ProofFinding) -> tuple[str, ...]:
-    texts = (_user(found.component), found.certificate, found.what, found.state, found.detail)
+def _proof_row(finding: proof.ProofFinding) -> tuple[str, ...]:
+    texts = (_user(finding.component), finding.certificate, finding.what, finding.state, finding.detail)
     return tuple(map(printable, texts))
 
 
@@ -169,7 +171,7 @@ def certs_on(common: Common, wait: WaitOption = timedelta()) -> int:
     settings = common.settings()
     components = serving.components(read_node(settings.node), settings)
     # a component that an earlier run left half done comes first, since a renewal would complain about it
-    for component in sorted(components, key=lambda one: not serving.is_half_done(settings, one)):
+    for component in sorted(components, key=lambda component: not serving.is_half_done(settings, component)):
         item = pairs.served_item(read_node(settings.node), component)
         if item is not None and item.state == "present" and item.named:
             continue

@@ -147,12 +147,12 @@ class _Story:
     def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> int:
         """Run a command, kill it after `renamed` files, show its first and last lines, and return its exit code."""
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
-        ours = {"CA_BRIDGE_CONFIG": str(self._base / "config.toml"), "COLUMNS": str(_WIDTH - len(_INDENT))}
+        variables = {"CA_BRIDGE_CONFIG": str(self._base / "config.toml"), "COLUMNS": str(_WIDTH - len(_INDENT))}
         with doing(f"running {typed}", is_plain=False):
             done = subprocess.run(
                 python_command(_RUN, renamed, str(self._kubernetes), *typed.split()[1:]),
                 cwd=self._base,
-                env={**os.environ, **ours},
+                env={**os.environ, **variables},
                 check=False,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -128,7 +128,7 @@ def _tell_troubles(job: Job) -> list[int]:
     """Print each reason once, with the certificates that it is about; return the errors' exit codes."""
     reasons: dict[tuple[str, int, str], list[str]] = {}
     errors: dict[str, BridgeError] = {
-        **{name: _refused(job, name, one) for name, one in job.answers.items() if isinstance(one, Refusal)},
+        **{name: _refused(job, name, answer) for name, answer in job.answers.items() if isinstance(answer, Refusal)},
         **job.troubles,
     }
     for name, error in errors.items():

@@ -207,14 +207,14 @@ def nagios_check(
     lost, near = _of_credentials(own, settings, now)
     errors = [*_critical(late), *_unlisted(late), *lost]
     replaced = None if failures is None else _replaced(settings, node)
-    slow = [f"{one.name} is in phase {one.standing.text} since {minute(one.since)}"
-            for one in replaced or () if one.is_late(now)]  # fmt: skip
+    slow = [f"{ca.name} is in phase {ca.standing.text} since {minute(ca.since)}"
+            for ca in replaced or () if ca.is_late(now)]  # fmt: skip
     warnings = [*_warning(early, late, failures, unused), *slow, *near]
     status = 2 if errors or early.troubles else 1 if warnings else 0
     what = ", ".join([*errors, *warnings]) or _good(early)
     unseen = "" if failures is not None else " (failed runs are for root to see)"
     later = {row.name: row for row in late.rows}  # another limit may give another order
-    data = " ".join(_performance(one, later[one.name]) for one in early.rows if one.chain)
+    data = " ".join(_performance(row, later[row.name]) for row in early.rows if row.chain)
     return f"CERTIFICATES {_WORDS[status]} - {what}{unseen}{' | ' if data else ''}{data}", list(early.troubles), status
 
 
@@ -260,10 +260,10 @@ def _warning(
     late_names = {row.name for row in late.rows if row.due}
     return [
         *(_ends(row) for row in early.rows if row.due and row.chain and row.name not in late_names),
-        *(f"{name}: {found}" for name, found in (failures or {}).items()),
+        *(f"{name}: {failure}" for name, failure in (failures or {}).items()),
         *(
-            f"{one.component.value if one.component else 'a program'} does not use its new {one.certificate} yet"
-            for one in unused
+            f"{certificate.component.value if certificate.component else 'a program'} does not use its new {certificate.certificate} yet"
+            for certificate in unused
         ),
     ]
 
@@ -272,8 +272,8 @@ def _ends(row: Row) -> str:
     return f"{row.name} ends in {residual(row.chain_seconds_left or 0)}"
 
 
-def _good(found: ExpiryReport) -> str:
-    left: Sequence[Row] = [row for row in found.rows if row.chain_seconds_left is not None]
+def _good(report: ExpiryReport) -> str:
+    left: Sequence[Row] = [row for row in report.rows if row.chain_seconds_left is not None]
     if not left:
         return "no certificates"
     first = min(left, key=lambda row: row.chain_seconds_left or 0)

@@ -54,8 +54,8 @@ def look(
     found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)
     if output == "table":
         lines = [
-            f"{one.name} is being replaced: phase {one.standing.text}, since {minute(one.since)}\n"
-            for one in replaced or ()
+            f"{ca.name} is being replaced: phase {ca.standing.text}, since {minute(ca.since)}\n"
+            for ca in replaced or ()
         ]
         text = "".join([table(found, renewal), _own_table(own or (), renewal, now), "\n" if lines else "", *lines])
     elif output == "prometheus":
@@ -72,22 +72,22 @@ def look(
     return text, list(found.troubles), code
 
 
-def table(found: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
+def table(report: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
     """Return kubeadm 1.37's two tables, and a third of the certificates that kubeadm does not list."""
-    styles = {row.name: _style(row, renewal or RenewalSettings()) for row in found.rows}
-    tables = [_table(_AUTHORITY_HEADER, found.authorities, styles)]
-    if found.certificates:  # kubeadm lists none of a worker's
-        tables.insert(0, _table(_HEADER, found.certificates, styles))
-    if found.extra:
-        place = 0 if any(row.first for row in found.extra) else len(tables)
-        tables.insert(place, _table(_EXTRA_HEADER, found.extra, styles))
-    return "\n".join([*tables, *_ends_first(found)])
+    styles = {row.name: _style(row, renewal or RenewalSettings()) for row in report.rows}
+    tables = [_table(_AUTHORITY_HEADER, report.authorities, styles)]
+    if report.certificates:  # kubeadm lists none of a worker's
+        tables.insert(0, _table(_HEADER, report.certificates, styles))
+    if report.extra:
+        place = 0 if any(row.first for row in report.extra) else len(tables)
+        tables.insert(place, _table(_EXTRA_HEADER, report.extra, styles))
+    return "\n".join([*tables, *_ends_first(report)])
 
 
-def _ends_first(found: ExpiryReport) -> list[str]:
+def _ends_first(report: ExpiryReport) -> list[str]:
     """Return a line for each CA that ends before its certificates, which kubeadm's columns do not show."""
     ends: dict[datetime, list[str]] = {}
-    for row in found.rows:
+    for row in report.rows:
         if row.outlasts_ca and not row.foreign:
             ends.setdefault(first_end(row.chain), []).append(row.name)
     return [f"their CA ends first, {minute(end)}: {', '.join(names)}\n" for end, names in ends.items()]
@@ -132,17 +132,17 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
     if not own:
         return ""
     styles, rows = {}, []
-    for one in own:
-        is_bad = one.ends is None or one.has_ended(now)
-        styles[one.name] = "error" if is_bad else "warning" if one.is_near(renewal.before, now) else "ok"
-        if one.ends is None:
-            cells = [f"{_MARKS['unreadable']} {one.name}", "", "", one.path]
+    for credential in own:
+        is_bad = credential.ends is None or credential.has_ended(now)
+        styles[credential.name] = "error" if is_bad else "warning" if credential.is_near(renewal.before, now) else "ok"
+        if credential.ends is None:
+            cells = [f"{_MARKS['unreadable']} {credential.name}", "", "", credential.path]
             rows.append(_Cells(cells, cells))
         else:
-            left = residual(seconds_left(one.ends, now))
-            itself = f" (renewed as {one.renewed_as})" if one.renewed_as else ""
-            place = f"{one.path or 'reported by the CA'}{itself}"
-            rows.append(_ending(one.name, one.ends, [left, place]))
+            left = residual(seconds_left(credential.ends, now))
+            itself = f" (renewed as {credential.renewed_as})" if credential.renewed_as else ""
+            place = f"{credential.path or 'reported by the CA'}{itself}"
+            rows.append(_ending(credential.name, credential.ends, [left, place]))
     return "\n" + _lines(_OWN_HEADER, rows, styles)
 
 
@@ -196,31 +196,31 @@ def _as_yaml(structure: Mapping[str, Any]) -> str:
 
 
 def _structure(
-    found: ExpiryReport, own: Sequence[Credential] | None, now: datetime, replaced: Sequence[Replaced] | None
+    report: ExpiryReport, own: Sequence[Credential] | None, now: datetime, replaced: Sequence[Replaced] | None
 ) -> dict[str, Any]:
     """Return kubeadm's structure (output.kubeadm.k8s.io/v1alpha3) in its order, with further keys."""
     return {
         "kind": "CertificateExpirationInfo",
         "apiVersion": "output.kubeadm.k8s.io/v1alpha3",
-        "certificates": [_entry(row) for row in found.certificates],
-        "certificateAuthorities": [_entry(row) for row in found.authorities],
-        "extraCertificates": [_entry(row) for row in found.extra],
-        "ownCredentials": own and [_own_entry(one, now) for one in own],
+        "certificates": [_entry(row) for row in report.certificates],
+        "certificateAuthorities": [_entry(row) for row in report.authorities],
+        "extraCertificates": [_entry(row) for row in report.extra],
+        "ownCredentials": own and [_own_entry(credential, now) for credential in own],
         "replacedAuthorities": replaced
-        and [{"name": one.name, "phase": one.standing.text, "since": rfc3339(one.since)} for one in replaced],
+        and [{"name": ca.name, "phase": ca.standing.text, "since": rfc3339(ca.since)} for ca in replaced],
         "schemaVersion": SCHEMA_VERSION,
     }
 
 
-def _own_entry(one: Credential, now: datetime) -> dict[str, Any]:
+def _own_entry(credential: Credential, now: datetime) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "expirationDate": None if one.ends is None else rfc3339(one.ends),
-        "residualTime": 0 if one.ends is None else seconds_left(one.ends, now),
-        "path": one.path,
-        "reportedByCA": None if one.reported is None else rfc3339(one.reported),
-        "trouble": one.trouble or None,
-        "renewedAs": one.renewed_as or None,
+        "name": credential.name,
+        "expirationDate": None if credential.ends is None else rfc3339(credential.ends),
+        "residualTime": 0 if credential.ends is None else seconds_left(credential.ends, now),
+        "path": credential.path,
+        "reportedByCA": None if credential.reported is None else rfc3339(credential.reported),
+        "trouble": credential.trouble or None,
+        "renewedAs": credential.renewed_as or None,
     }
 
 

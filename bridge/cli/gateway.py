@@ -53,10 +53,10 @@ def gateway(
 
 
 def _check(service: Service) -> int:
-    found = list(service.check())
-    for text in found:
+    problems = list(service.check())
+    for text in problems:
         print_error(BridgeError(text, hint="`ca-bridge help gateway` says what the CA has to allow"))
-    if found:
+    if problems:
         return Exit.REFUSED
     for text in service.notes():
         say_sentence(text)
@@ -116,9 +116,9 @@ def _replaced(text: str, old: str, new: str) -> str:
 
 def _with_signers(text: str, signers: Mapping[str, SignerRules]) -> str:
     """Put the policy's signers in; those that people approve are not reserved for the gateway."""
-    ours = [name for name, rules in signers.items() if rules.approval != "required"]
+    signers_of_csrs = [name for name, rules in signers.items() if rules.approval != "required"]
     head = f"  - name: approved_here\n    expression: 'object.spec.signerName in {_SHIPPED_SIGNERS}'"
-    text = text.replace(head, head.replace(_SHIPPED_SIGNERS, json.dumps(ours)))
+    text = text.replace(head, head.replace(_SHIPPED_SIGNERS, json.dumps(signers_of_csrs)))
     return text.replace(_SHIPPED_SIGNERS, json.dumps(list(signers) or [_NO_SIGNER]))
 
 
@@ -127,7 +127,7 @@ def _with_block(text: str, key: str, content: str) -> str:
     lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         if has_controls(line.replace("\t", " ")):
-            found = repr(next(one for one in line if has_controls(one) and one != "\t"))
+            found = repr(next(character for character in line if has_controls(character) and character != "\t"))
             hint = "take it out of that line; where a text needs it, write it as TOML's \\u and four digits"
             raise BridgeError(f"{key}, line {number}: wanted no control characters, found {found}", hint=hint)
     block = "".join(f"    {line}".rstrip() + "\n" for line in lines)
@@ -295,7 +295,7 @@ def publish(
             if output is Output.TEXT:
                 say_sentence(f"{signer}: {_WORDS[outcome].format(name=entry['name'])}")
         entries.append(entry)
-    code = Exit.worst([one.exit_code for one in found.values() if isinstance(one, BridgeError)])
+    code = Exit.worst([outcome.exit_code for outcome in found.values() if isinstance(outcome, BridgeError)])
     if output is Output.JSON:
         say_json(exitCode=code, bundles=entries)
     return code

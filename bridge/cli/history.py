@@ -45,12 +45,12 @@ def recover(
         say_sentence(f"{moved.why}; it is {moved.kept} now")
         for sentence in filter(None, moved.afterwards):
             say_sentence(sentence, "  ")
-    found: list[Recovery | str] = []
-    with alone(settings, timedelta(), found.append) as (store, record):
+    recoveries: list[Recovery | str] = []
+    with alone(settings, timedelta(), recoveries.append) as (store, record):
         late = copies.finish(settings, store, record)
-        say("\n".join(map(str, found)) if found else "nothing to recover")
-    for one in found:
-        for path in one.paths if isinstance(one, Recovery) else ():
+        say("\n".join(map(str, recoveries)) if recoveries else "nothing to recover")
+    for recovery in recoveries:
+        for path in recovery.paths if isinstance(recovery, Recovery) else ():
             say(f"  {path}")
     return _exit_code_of_late(late)
 
@@ -71,17 +71,20 @@ def list_backups(
     output: OutputOption = Output.TEXT,
 ) -> int:
     """List the backups, newest first: when, by whom, and how many certificates; or show one of them whole."""
-    found, broken = backups.read_all(Store(common.settings_with_record().node.state_dir))
+    records, broken = backups.read_all(Store(common.settings_with_record().node.state_dir))
     if backup_id is not None:
-        found, known = [one for one in found if one.backup_id == backup_id], [one.backup_id for one in found]
-        if not found:
+        records, known = (
+            [backup for backup in records if backup.backup_id == backup_id],
+            [backup.backup_id for backup in records],
+        )
+        if not records:
             raise SettingsError([SettingsProblem("ID", "a backup that is here", name_found(backup_id, known))])
     if output is Output.JSON:
-        say_json(backups=[_backup_json(backup) for backup in found])
+        say_json(backups=[_backup_json(backup) for backup in records])
     elif backup_id is not None:
-        _say_backup(found[0])
-    elif found:
-        say_table([_backup_row(backup) for backup in found], (1,))
+        _say_backup(records[0])
+    elif records:
+        say_table([_backup_row(backup) for backup in records], (1,))
     elif not broken:
         say("no backups: nothing was replaced here")
     for error in broken:
@@ -214,13 +217,13 @@ def audit_show(
     if not is_known and not any(audit.events(store, None, name)):  # a pair that was removed may still have lines
         wanted = f"the name of a certificate or component ({', '.join(known)}), or `{USER.name} NAME`"
         raise SettingsError([SettingsProblem("--name", wanted, name_found(str(name), known))])
-    found = list(audit.events(store, begin, name))
+    events = list(audit.events(store, begin, name))
     if output is Output.JSON:
-        say_json(events=found)
-    elif found:
+        say_json(events=events)
+    elif events:
         keys = ("time", "run", "user", "event", "name", "serialNumber", "backend", "result")
-        rows = [[printable(event.get(key, "")) for key in keys] for event in found]
-        say_table(rows, (1, 5, 2, 6), [_EVENT_STYLES.get(str(event.get("event")), "") for event in found], styled=3)
+        rows = [[printable(event.get(key, "")) for key in keys] for event in events]
+        say_table(rows, (1, 5, 2, 6), [_EVENT_STYLES.get(str(event.get("event")), "") for event in events], styled=3)
     else:
         say("nothing recorded")
 

@@ -266,13 +266,13 @@ class ChangeOptions:
 def _sans(option: str, given: Sequence[str] | None) -> dict[str, tuple[x509.GeneralName, ...]]:
     from bridge.pki.csr import general_name  # noqa: PLC0415 (as above)
 
-    found: dict[str, list[x509.GeneralName]] = {}
+    names: dict[str, list[x509.GeneralName]] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         try:
             if not equals or not name:
                 raise ValueError(f"wanted NAME=SAN such as apiserver=api.example.com, found {text[:60]!r}")  # noqa: TRY301
-            found.setdefault(name, []).append(general_name(value))
+            names.setdefault(name, []).append(general_name(value))
         except ValueError as e:
             raise typer.BadParameter(f"{option}: {e}") from None
-    return {name: tuple(dict.fromkeys(sans)) for name, sans in found.items()}
+    return {name: tuple(dict.fromkeys(sans)) for name, sans in names.items()}
