@@ -181,7 +181,12 @@ def _not_in_use(settings: Settings, store: Store, now: datetime) -> tuple[tuple[
     from bridge.renewal import pairs  # noqa: PLC0415 (40 ms, each night)
 
     late = pairs.late(settings, read_node(settings.node), now)
-    return tuple(dict.fromkeys((one.certificate, one.component.value if one.component else "") for one in late))
+    return tuple(
+        dict.fromkeys(
+            (certificate.certificate, certificate.component.value if certificate.component else "")
+            for certificate in late
+        )
+    )
 
 
 def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
@@ -189,10 +194,10 @@ def _phases(settings: Settings) -> Iterator[tuple[str, datetime]]:
     from bridge.rotation import places  # noqa: PLC0415 (only while a CA is replaced)
 
     with contextlib.suppress(BridgeError, OSError):
-        for name, one in places.look(settings, read_node(settings.node), ()).items():
-            here = one.standing
+        for name, ca in places.look(settings, read_node(settings.node), ()).items():
+            here = ca.standing
             phase = "unknown" if here.phase is None else here.phase.value
-            yield labels(authority=name, phase=phase, half_done="" if here.next is None else here.next.value), one.since
+            yield labels(authority=name, phase=phase, half_done="" if here.next is None else here.next.value), ca.since
 
 
 def known_here(settings: Settings, now: datetime) -> Remembered | None:
@@ -247,14 +252,14 @@ def _is_ours(item: Item) -> bool:
     return (item.managed or item.spec.component is not Component.KUBELET) and not item.foreign
 
 
-def text(found: ExpiryReport, due: Mapping[str, datetime], known: Remembered | None) -> str:
+def text(report: ExpiryReport, due: Mapping[str, datetime], known: Remembered | None) -> str:
     """Return all metrics, from the rows, the due times by name, and the state if this user may read it."""
-    return "".join([*_of_files(found, due), *(_of_state(known) if known is not None else ())])
+    return "".join([*_of_files(report, due), *(_of_state(known) if known is not None else ())])
 
 
-def _of_files(found: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]:
-    leaves = [row for row in found.rows if row.authority and not row.left_alone]
-    cas = [*found.authorities, *(row for row in found.extra if not row.authority and not row.foreign)]
+def _of_files(report: ExpiryReport, due: Mapping[str, datetime]) -> Iterator[str]:
+    leaves = [row for row in report.rows if row.authority and not row.left_alone]
+    cas = [*report.authorities, *(row for row in report.extra if not row.authority and not row.foreign)]
     yield metric(
         "ca_bridge_certificate_not_after_seconds",
         "End of a certificate's validity, or of its intermediate's or CA's if that is sooner.",
@@ -297,8 +302,8 @@ def _of_state(known: Remembered) -> Iterator[str]:
         "ca_bridge_certificate_pending_since_seconds",
         "When a request was made that a CA has and has not answered.",
         (
-            (labels(name=one.name, authority=one.request.spec.authority.name), _timestamp(one.created))
-            for one in known.pending
+            (labels(name=request.name, authority=request.request.spec.authority.name), _timestamp(request.created))
+            for request in known.pending
         ),
     )
     yield known.own

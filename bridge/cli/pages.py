@@ -86,7 +86,7 @@ def fitted(text: str, width: int, page: str) -> Iterator[str]:
             yield from _code(line[indent:] if not line[:indent].strip() else line, width)
         elif line.startswith("| "):
             end = next((n for n in range(number, len(lines)) if not lines[n].startswith("|")), len(lines))
-            yield from _table([_cells(_followed(one, page)) for one in [line, *lines[number + 1 : end]]], width)
+            yield from _table([_cells(_followed(row, page)) for row in [line, *lines[number + 1 : end]]], width)
             number = end
         elif not line.startswith("<!--"):
             mark = re.match(r"\s*(?:[-*] |\d+\. |)", line)
@@ -99,16 +99,16 @@ def _code(line: str, width: int) -> Iterator[str]:
     if len(line) <= width or not before.strip():
         yield line
         return
-    yield from (f"# {one}" for one in wrapped(comment, width - len("# "), 0))
+    yield from (f"# {piece}" for piece in wrapped(comment, width - len("# "), 0))
     yield before.rstrip()
 
 
 def _followed(line: str, page: str) -> str:
     """Replace links by their text and the topic to type."""
 
-    def link(found: re.Match[str]) -> str:
-        words, target = found[1], found[2]
-        if found[0].startswith("!"):
+    def link(match: re.Match[str]) -> str:
+        words, target = match[1], match[2]
+        if match[0].startswith("!"):
             return f"(picture: {words})"
         if target == f"../{_ADMINISTRATORS}.md":
             return f"{words} ({_ADMINISTRATORS})"

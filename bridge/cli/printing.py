@@ -95,7 +95,7 @@ def wrapped(line: str, width: int | None, hanging: int) -> list[str]:
         break_on_hyphens=False,
         drop_whitespace=True,
     )
-    return [one for one in found if one.strip()]
+    return [text for text in found if text.strip()]
 
 
 def say_table(
@@ -163,7 +163,7 @@ def _rows(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[str
         cells = [cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)]
         texts = [_GAP.join(cells[column] for column in part).rstrip() for part in parts]
         lines = [texts[0], *(f"{_CONTINUED}{text}" for text in texts[1:] if text)]
-        yield [one for line in lines for one in wrapped(line, width, len(_CONTINUED) + 2)]
+        yield [piece for line in lines for piece in wrapped(line, width, len(_CONTINUED) + 2)]
 
 
 def _parts(widths: Sequence[int], most: int | None) -> list[list[int]]:

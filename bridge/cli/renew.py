@@ -170,7 +170,9 @@ class _Plan:
             cas=list(_about_cas(node, settings, now)),
             shorter=[item.spec.name for item in selection.items if shortened(item, settings, now)],
             components=control_plane.stale(specs, reloading, settings.restart.components),
-            copies=[one for one in copies.look(settings, node) if one.error is not None or replaced & set(one.names)],
+            copies=[
+                copy for copy in copies.look(settings, node) if copy.error is not None or replaced & set(copy.names)
+            ],
         )
 
 
@@ -194,10 +196,14 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
         say_json(**_plan_json(found, settings))
     elif found.selection.items:
         is_early = [bool(item.certificates) and first_end(item.ending) > now for item in found.selection.items]
-        styles = ["warning" if one else "error" for one in is_early]
+        styles = ["warning" if early else "error" for early in is_early]
         say_table([_plan_row(item, settings, now) for item in found.selection.items], (3,), styles)
         say_table(
-            [(f"copy of {', '.join(one.names)}", f"refresh {one.path}") for one in found.copies if one.error is None]
+            [
+                (f"copy of {', '.join(copy.names)}", f"refresh {copy.path}")
+                for copy in found.copies
+                if copy.error is None
+            ]
         )
         print_restart("After that, these must be restarted to use the new ones", found.components, settings)
     elif not found.selection.failed:
@@ -212,19 +218,19 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
     return failed or (Exit.DUE if found.selection.items else Exit.DONE)
 
 
-def _warn(found: _Plan, settings: Settings, now: datetime) -> None:
-    for sentence in found.selection.notes:
+def _warn(plan: _Plan, settings: Settings, now: datetime) -> None:
+    for sentence in plan.selection.notes:
         log.warning("%s", sentence)
-    for one in (*found.drifted, *found.cas):
-        level = logging.INFO if one.level == "note" else logging.WARNING
-        log.log(level, "%s: %s", one.about, one.text)
-        if one.hint:
-            log.log(level, "%s", one.hint, extra={"is_hint": True})
-    if found.shorter:
+    for finding in (*plan.drifted, *plan.cas):
+        level = logging.INFO if finding.level == "note" else logging.WARNING
+        log.log(level, "%s: %s", finding.about, finding.text)
+        if finding.hint:
+            log.log(level, "%s", finding.hint, extra={"is_hint": True})
+    if plan.shorter:
         validity, shorter = settings.renewal.validity, settings.renewal.shorter
         becomes = "is taken" if shorter == "allow" else 'is refused; set shorter = "allow" in [renewal] if it is meant'
         ends = f"{duration_text(validity)} ends {minute(now + validity)}, before the live certificate does"
-        names = ", ".join(found.shorter)
+        names = ", ".join(plan.shorter)
         log.warning("%s: renewal.validity = %s: such an answer %s", names, ends, becomes)
 
 
@@ -246,8 +252,8 @@ def _replaced(item: Item) -> str:
     return " and ".join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])
 
 
-def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
-    selection = found.selection
+def _plan_json(plan: _Plan, settings: Settings) -> dict[str, Any]:
+    selection = plan.selection
     return {
         "renew": [
             {
@@ -258,24 +264,24 @@ def _plan_json(found: _Plan, settings: Settings) -> dict[str, Any]:
                 "replace": list(
                     dict.fromkeys(map(str, filter(None, (item.key_path, item.certificate_path, item.current))))
                 ),
-                "changes": one.notes if (one := selection.desired.get(item.spec.name)) is not None else [],
+                "changes": desired.notes if (desired := selection.desired.get(item.spec.name)) is not None else [],
             }
             for item in selection.items
         ],
-        "shorter": found.shorter,
+        "shorter": plan.shorter,
         "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
         "skipped": selection.skipped,
-        "restart": found.components,
+        "restart": plan.components,
         "copies": [
-            {"path": str(copy.path), "of": copy.names, "error": copy.error and str(copy.error)} for copy in found.copies
+            {"path": str(copy.path), "of": copy.names, "error": copy.error and str(copy.error)} for copy in plan.copies
         ],
-        "drift": [_finding_json(one) for one in found.drifted],
-        "authorities": [_finding_json(ca) for ca in found.cas],
+        "drift": [_finding_json(finding) for finding in plan.drifted],
+        "authorities": [_finding_json(ca) for ca in plan.cas],
     }
 
 
-def _finding_json(one: Finding) -> dict[str, str]:
-    return {"check": one.check, "about": one.about, "text": one.text, "hint": one.hint}
+def _finding_json(finding: Finding) -> dict[str, str]:
+    return {"check": finding.check, "about": finding.about, "text": finding.text, "hint": finding.hint}
 
 
 def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: datetime) -> int:
@@ -287,11 +293,13 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
     for sentence in selection.waived:
         log.warning("%s", sentence)
     made = prepare(selection.items, settings)
-    prepared = [one for one in made if isinstance(one, Prepared)]
+    prepared = [item for item in made if isinstance(item, Prepared)]
     if prepared:
         write_csr_files(prepared, directory)
-    rows = [(str(directory / f"{one.item.spec.name}.csr"), f"for {one.item.spec.authority.name}") for one in prepared]
-    failed = [*selection.failed, *(one for one in made if isinstance(one, Outcome))]
+    rows = [
+        (str(directory / f"{item.item.spec.name}.csr"), f"for {item.item.spec.authority.name}") for item in prepared
+    ]
+    failed = [*selection.failed, *(item for item in made if isinstance(item, Outcome))]
     if rows:
         say_table(rows)
     elif not failed:
@@ -316,9 +324,12 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
 
 def _print(result: Rehearsal) -> None:
     rows = []
-    for one in result.passed:
-        end, revoked = f"until {minute(one.leaf.not_valid_after_utc)}", "revoked" if one.revoked else "not revoked"
-        rows.append((one.outcome.name, end, f"by {one.outcome.backend}", revoked))
+    for outcome in result.passed:
+        end, revoked = (
+            f"until {minute(outcome.leaf.not_valid_after_utc)}",
+            "revoked" if outcome.revoked else "not revoked",
+        )
+        rows.append((outcome.outcome.name, end, f"by {outcome.outcome.backend}", revoked))
     say_table(rows, (2,), ["ok"] * len(rows))
     for sentence in result.skipped:
         log.info("%s", sentence)
@@ -332,13 +343,13 @@ def _json(result: Rehearsal) -> dict[str, Any]:
         "exitCode": result.exit_code,
         "rehearsed": [
             {
-                **about(one.outcome),
-                "notAfter": rfc3339(one.leaf.not_valid_after_utc),
-                "serialNumber": serial_hex(one.leaf),
-                "issuer": name_text(one.leaf.issuer),
-                "revoked": one.revoked,
+                **about(renewed.outcome),
+                "notAfter": rfc3339(renewed.leaf.not_valid_after_utc),
+                "serialNumber": serial_hex(renewed.leaf),
+                "issuer": name_text(renewed.leaf.issuer),
+                "revoked": renewed.revoked,
             }
-            for one in result.passed
+            for renewed in result.passed
         ],
         "failed": failed_json(result.failed),
         "skipped": result.skipped,

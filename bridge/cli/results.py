@@ -84,9 +84,9 @@ def _print_result(result: Result, node: Node, settings: Settings, now: datetime)
 def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     """Print a row for each waiting certificate, below its CA and the CA's note."""
     rows = []
-    for one in waiting:
-        end = one.old.not_valid_after_utc if one.old is not None else None
-        rows.append((whereabouts(one), (one.name, "waiting", end_text(end, now))))
+    for outcome in waiting:
+        end = outcome.old.not_valid_after_utc if outcome.old is not None else None
+        rows.append((whereabouts(outcome), (outcome.name, "waiting", end_text(end, now))))
     if rows:
         say("\n".join(under_headings(rows)))
 
@@ -211,8 +211,8 @@ def certificates_json(outcome: Outcome) -> dict[str, Any]:
 
 def failed_json(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
     """Return the certificates that failed, each with its error."""
-    errors = [(one, one.error) for one in failed if one.error is not None]
-    return [{**about(one), "exitCode": e.exit_code, "error": e.reason, "hint": hint_of(e)} for one, e in errors]
+    errors = [(outcome, outcome.error) for outcome in failed if outcome.error is not None]
+    return [{**about(outcome), "exitCode": e.exit_code, "error": e.reason, "hint": hint_of(e)} for outcome, e in errors]
 
 
 def errors_json(errors: Sequence[BridgeError]) -> list[dict[str, Any]]:

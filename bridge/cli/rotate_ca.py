@@ -103,13 +103,13 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
     _say_watched(watched, logs.requests)
 
 
-def _watched(settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions) -> Watched | None:
+def _watched(settings: Settings, node: Node, replaced: Mapping[str, Replaced], logs: _LogOptions) -> Watched | None:
     """Count requests for a while, by the ends of their certificates; None: without --requests."""
     if not logs.requests:
         return None
-    if CA.name not in found:
+    if CA.name not in replaced:
         raise typer.BadParameter("--requests is about clients of the CA ca, which is not replaced here")
-    new = old_ca_clients.leaves_of_the_new_ca(node, found[CA.name].change, logs.issued or [])
+    new = old_ca_clients.leaves_of_the_new_ca(node, replaced[CA.name].change, logs.issued or [])
     with doing("counting requests"):
         return old_ca_clients.watched(node, settings, new, logs.requests, utc_now)
 
@@ -123,19 +123,19 @@ def _say_watched(watched: Watched | None, period: timedelta) -> None:
 
 
 def _old_ca_clients(
-    settings: Settings, node: Node, found: Mapping[str, Replaced], logs: _LogOptions
+    settings: Settings, node: Node, replaced: Mapping[str, Replaced], logs: _LogOptions
 ) -> tuple[Users | None, list[Refusal] | None]:
     """Find clients of the old CA in the named logs; None: no log was named."""
     if not (logs.audit_log or logs.server_log):
         return None, None
-    if CA.name not in found:
+    if CA.name not in replaced:
         text = "--audit-log and --server-log are about clients of the CA ca, which is not replaced here"
         raise typer.BadParameter(text)
     with doing("reading the logs"):
         refusals = old_ca_clients.refusals(logs.server_log) if logs.server_log else None
         if not logs.audit_log:
             return None, refusals
-        known = old_ca_clients.known(node, Store(settings.node.state_dir), found[CA.name].change, logs.issued or [])
+        known = old_ca_clients.known(node, Store(settings.node.state_dir), replaced[CA.name].change, logs.issued or [])
         return old_ca_clients.users(logs.audit_log, known), refusals
 
 
@@ -152,24 +152,24 @@ def _say_old_ca_clients(users: Users | None, refusals: Sequence[Refusal] | None)
         say_sentence("no client in the API server's log turned away, or was turned away", "  ")
 
 
-def _lagging(settings: Settings, node: Node, one: Replaced) -> list[Held]:
+def _lagging(settings: Settings, node: Node, ca: Replaced) -> list[Held]:
     """Return the cluster's objects that are behind this node's phase, if this node may read them."""
-    phase = one.standing.phase
+    phase = ca.standing.phase
     if phase is None or not node.manifests or node.is_etcd_host:
         return []
-    return trust_copies.look(neighbours.connect(node, settings), one.name, one.change, phase)
+    return trust_copies.look(neighbours.connect(node, settings), ca.name, ca.change, phase)
 
 
-def _json(one: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
-    now = one.standing
+def _json(ca: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
+    now = ca.standing
     return {
-        "name": one.name,
+        "name": ca.name,
         "phase": None if now.phase is None else now.phase.value,
         "halfDone": None if now.next is None else now.next.value,
-        "kind": "the same key, and another certificate" if one.change.keeps_key else "another key",
-        "old": {"subject": name_text(one.change.old.subject), "sha256": fingerprint(one.change.old)},
-        "new": {"subject": name_text(one.change.new.subject), "sha256": fingerprint(one.change.new)},
-        "since": rfc3339(one.since),
+        "kind": "the same key, and another certificate" if ca.change.keeps_key else "another key",
+        "old": {"subject": name_text(ca.change.old.subject), "sha256": fingerprint(ca.change.old)},
+        "new": {"subject": name_text(ca.change.new.subject), "sha256": fingerprint(ca.change.new)},
+        "since": rfc3339(ca.since),
         "odd": list(now.differing),
         "objects": [held.text for held in lagging],
         "commands": [held.command for held in lagging if held.command],
@@ -202,18 +202,18 @@ def plan(common: Common, ca: CaOption = None) -> int:
     return Exit.REFUSED if trouble else Exit.DONE
 
 
-def _effect(node: Node, one: Replaced, phase: Phase, *, at_once: bool = False) -> str:
+def _effect(node: Node, ca: Replaced, phase: Phase, *, at_once: bool = False) -> str:
     """Describe a phase of one CA, or all remaining phases `at_once`."""
-    names = [item.spec.name for item in one.items]
+    names = [item.spec.name for item in ca.items]
     what = (
-        f"issues {', '.join(names)} from the new CA, in one step with {one.state.path}"
-        if phase is Phase.ISSUED or (at_once and one.standing.phase is not Phase.ISSUED)
-        else (f"writes {one.state.path}" + (f" and the CA data of {len(one.confs)} kubeconfigs" if one.confs else ""))
+        f"issues {', '.join(names)} from the new CA, in one step with {ca.state.path}"
+        if phase is Phase.ISSUED or (at_once and ca.standing.phase is not Phase.ISSUED)
+        else (f"writes {ca.state.path}" + (f" and the CA data of {len(ca.confs)} kubeconfigs" if ca.confs else ""))
     )
-    of_trust, of_certificates = _COSTS[one.name]
-    reads_cas = phase is not Phase.ISSUED or (one.standing.phase is Phase.OLD and one.change.spares is not None)
-    verifies = _VERIFIES if reads_cas and one.name == CA.name and steps.readers(node, one) else ""
-    ends = f"; {_ENDS}" if phase is Phase.ISSUED and one.name == CA.name else ""
+    of_trust, of_certificates = _COSTS[ca.name]
+    reads_cas = phase is not Phase.ISSUED or (ca.standing.phase is Phase.OLD and ca.change.spares is not None)
+    verifies = _VERIFIES if reads_cas and ca.name == CA.name and steps.readers(node, ca) else ""
+    ends = f"; {_ENDS}" if phase is Phase.ISSUED and ca.name == CA.name else ""
     return f"{what}; {of_trust if reads_cas else of_certificates}{verifies}{ends}"
 
 
@@ -321,10 +321,8 @@ def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> i
     """Print the cost, and do nothing, so that an operator who goes on has seen it."""
     node = read_node(settings.node)
     found = places.look(settings, node, options.ca or [])
-    left = [one for one in found.values() if not planning.straight_to_the_new_ca(one).is_there]
-    sentences = [
-        f"{one.name}: {_effect(node, one, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[one.name]}" for one in left
-    ]
+    left = [ca for ca in found.values() if not planning.straight_to_the_new_ca(ca).is_there]
+    sentences = [f"{ca.name}: {_effect(node, ca, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[ca.name]}" for ca in left]
     sentences += _EVERY_EMERGENCY
     if options.output is Output.JSON:
         say_json(exitCode=Exit.USAGE, costs=sentences)

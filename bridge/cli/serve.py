@@ -112,21 +112,21 @@ def fleet(
     return Exit.DUE if any(node.state in rules.RED for node in nodes) else Exit.DONE
 
 
-def _node_row(one: FleetNode) -> tuple[str, ...]:
-    ends = f"{one.name} ends {minute(one.ends)}" if one.ends is not None else "no certificate"
-    heard = f"asked {minute(one.heard)}" if one.heard is not None else "never asked"
-    return tuple(map(printable, (one.state, one.node, ends, one.cluster, heard, one.why)))
+def _node_row(node: FleetNode) -> tuple[str, ...]:
+    ends = f"{node.name} ends {minute(node.ends)}" if node.ends is not None else "no certificate"
+    heard = f"asked {minute(node.heard)}" if node.heard is not None else "never asked"
+    return tuple(map(printable, (node.state, node.node, ends, node.cluster, heard, node.why)))
 
 
-def _node_json(one: FleetNode) -> dict[str, Any]:
+def _node_json(node: FleetNode) -> dict[str, Any]:
     return {
-        "node": one.node,
-        "cluster": one.cluster,
-        "state": one.state,
-        "ends": rfc3339(one.ends) if one.ends is not None else None,
-        "certificate": one.name,
-        "heard": rfc3339(one.heard) if one.heard is not None else None,
-        "why": one.why,
+        "node": node.node,
+        "cluster": node.cluster,
+        "state": node.state,
+        "ends": rfc3339(node.ends) if node.ends is not None else None,
+        "certificate": node.name,
+        "heard": rfc3339(node.heard) if node.heard is not None else None,
+        "why": node.why,
     }
 
 
@@ -141,8 +141,8 @@ def status(common: Common) -> None:
 
     with doors.opened(common.settings()) as (memory, _):
         say_table([("STATE", "REQUESTS"), *((state, str(count)) for state, count in sorted(memory.counts().items()))])
-        for one in memory.in_state("left"):
-            say_sentence(f"{one.digest[:16]} of {one.node}: {one.note}")
+        for row in memory.in_state("left"):
+            say_sentence(f"{row.digest[:16]} of {row.node}: {row.note}")
 
 
 @command(database, "backup")
@@ -255,9 +255,9 @@ def list_enrolments(common: Common, output: OutputOption = Output.TEXT) -> None:
 
     found, now = enrolments.listed(common.settings_with_record()), utc_now()
     if output is Output.JSON:
-        say_json(enrolments=[_enrolment_json(one, one.state(now)) for one in found])
+        say_json(enrolments=[_enrolment_json(enrolment, enrolment.state(now)) for enrolment in found])
     elif found:
-        say_table([_enrolment_row(one, one.state(now)) for one in found], (5, 6))
+        say_table([_enrolment_row(enrolment, enrolment.state(now)) for enrolment in found], (5, 6))
     else:
         say("no enrolments: `ca-bridge enroll NODE` makes one")
 
@@ -270,30 +270,38 @@ def withdraw(
     assert_installed("ca-bridge enrolments")
     from bridge.door import enrolments  # noqa: PLC0415 (as above)
 
-    one = enrolments.withdraw(common.settings_with_record(), number, utc_now())
-    say(f"enrolment {one.id} of {printable(one.node)} is withdrawn")
-    if one.used is not None:
-        log.warning("it was used %s: `ca-bridge audit show` has what was signed since", minute(one.used))
+    enrolment = enrolments.withdraw(common.settings_with_record(), number, utc_now())
+    say(f"enrolment {enrolment.id} of {printable(enrolment.node)} is withdrawn")
+    if enrolment.used is not None:
+        log.warning("it was used %s: `ca-bridge audit show` has what was signed since", minute(enrolment.used))
 
 
-def _enrolment_row(one: Enrolment, state: str) -> tuple[str, ...]:
-    names = ", ".join(one.certificates) or "all"
-    found = (str(one.id), state, one.node, one.cluster, f"until {minute(one.ends)}", f"by {one.created_by}", names)
+def _enrolment_row(enrolment: Enrolment, state: str) -> tuple[str, ...]:
+    names = ", ".join(enrolment.certificates) or "all"
+    found = (
+        str(enrolment.id),
+        state,
+        enrolment.node,
+        enrolment.cluster,
+        f"until {minute(enrolment.ends)}",
+        f"by {enrolment.created_by}",
+        names,
+    )
     return tuple(map(printable, found))
 
 
-def _enrolment_json(one: Enrolment, state: str) -> dict[str, Any]:
+def _enrolment_json(enrolment: Enrolment, state: str) -> dict[str, Any]:
     return {
-        "number": one.id,
+        "number": enrolment.id,
         "state": state,
-        "node": one.node,
-        "cluster": one.cluster,
-        "certificates": list(one.certificates),
-        "created": rfc3339(one.created),
-        "createdBy": one.created_by,
-        "ends": rfc3339(one.ends),
-        "used": rfc3339(one.used) if one.used is not None else None,
-        "withdrawn": rfc3339(one.withdrawn) if one.withdrawn is not None else None,
+        "node": enrolment.node,
+        "cluster": enrolment.cluster,
+        "certificates": list(enrolment.certificates),
+        "created": rfc3339(enrolment.created),
+        "createdBy": enrolment.created_by,
+        "ends": rfc3339(enrolment.ends),
+        "used": rfc3339(enrolment.used) if enrolment.used is not None else None,
+        "withdrawn": rfc3339(enrolment.withdrawn) if enrolment.withdrawn is not None else None,
     }
 
 
@@ -313,11 +321,11 @@ DigestArgument = Annotated[
 def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
     """List the requests that wait for people: digest, node, and what each of their certificates means."""
     with closing(_reviewer(common)) as reviewer:
-        found = reviewer.waiting()
+        request = reviewer.waiting()
     if output is Output.JSON:
-        say_json(approver=found.get("approver"), requests=found["requests"])
+        say_json(approver=request.get("approver"), requests=request["requests"])
         return
-    for one in found["requests"]:
+    for one in request["requests"]:
         row = (
             str(one.get("digest"))[:_SHORT],
             one.get("node"),
@@ -327,7 +335,7 @@ def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
         say_table([tuple(map(printable, row))], (3,))
         for certificate in _certificates(one):
             say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"), "  ")
-    if not found["requests"]:
+    if not request["requests"]:
         say("no request waits for people")
 
 
@@ -389,15 +397,20 @@ def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: 
         say_sentence(printable(text))
 
 
-def _certificates(one: dict[str, Any]) -> list[dict[str, Any]]:
-    found = one.get("certificates")
+def _certificates(request: dict[str, Any]) -> list[dict[str, Any]]:
+    found = request.get("certificates")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _refusals(document: Mapping[str, Any]) -> list[str]:
     found = document.get("policy")
     reasons = found.items() if isinstance(found, dict) else ()
-    return [f"{name}: the policy refuses it: {one}" for name, some in reasons if isinstance(some, list) for one in some]
+    return [
+        f"{name}: the policy refuses it: {reason}"
+        for name, some in reasons
+        if isinstance(some, list)
+        for reason in some
+    ]
 
 
 def _print(review: Review) -> None:

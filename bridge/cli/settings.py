@@ -94,9 +94,9 @@ def settings_check(common: Common) -> None:
         raise SettingsError(
             [problem], hint="the defaults are in force; `ca-bridge settings init KIND` writes a commented file"
         )
-    for one in (settings, for_rehearsal(settings), for_next(settings, settings.authorities)):
+    for variant in (settings, for_rehearsal(settings), for_next(settings, settings.authorities)):
         try:
-            registry.configured(one, () if problems else one.authorities)
+            registry.configured(variant, () if problems else variant.authorities)
         except SettingsError as e:
             problems += [problem for problem in e.problems if problem not in problems]
     if problems:
@@ -145,7 +145,9 @@ def _texts(table: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", text) for name, text in value.items())
         else:
-            yield from ((key, one) for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, str))
+            yield from (
+                (key, item) for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)
+            )
 
 
 def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:
@@ -343,7 +345,7 @@ def _certificates(
 
 def _expectation(node: Node, settings: Settings, authority: str, backend: Backend, now: datetime) -> verify.Expectation:
     """Return the expectation for the test, with the node's own CA certificate as anchor, or else the backend's."""
-    files = {one.authority.name: str(one.path) for one in node.authorities}
+    files = {authority.authority.name: str(authority.path) for authority in node.authorities}
     anchors, name = node.bundles.get(authority, ()), files.get(authority, "")
     if not anchors:
         anchors, name = tuple(backend.issuers()[-1:]), "the CA's own word"

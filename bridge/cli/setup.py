@@ -109,7 +109,7 @@ def _assert_options_fit(kind: str, of_cas: dict[str, object], of_jobs: dict[str,
 
 def for_next_cas(settings: Settings) -> Settings:
     """Return the settings as they are once the next CAs sign (SettingsError: no authority has a next CA)."""
-    names = [name for name, ours in settings.authorities.items() if ours.next]
+    names = [name for name, keys in settings.authorities.items() if keys.next]
     if not names:
         problem = settings.source.problem(("authority",), 'a table `next` with `anchor = "FILE"`', "none")
         raise SettingsError([problem], hint="`ca-bridge help replace-the-ca` has an example")
@@ -170,7 +170,7 @@ def _renamed(live: ByAuthority, names: Mapping[str, str]) -> ByAuthority:
     """Return another node's certificates: this node's with the names replaced."""
     if all(here == there for here, there in names.items()):
         return live
-    return {ca: {name: renamed(one, names) for name, one in items.items()} for ca, items in live.items()}
+    return {ca: {name: renamed(item, names) for name, item in items.items()} for ca, items in live.items()}
 
 
 def _for_pods(settings: Settings, type_name: str, backend_type: type[Backend]) -> list[SetupFile]:
@@ -257,13 +257,13 @@ def _servers(settings: Settings) -> dict[str, x509.Certificate]:
     """Return sample certificates with the names of components' serving certificates that do not exist yet."""
     node = read_node(settings.node)
     names = tuple(item.spec.name for item in node.items if item.spec.by_flag and item.state == "missing")
-    like, found = node.live("apiserver"), {}
+    like, decision = node.live("apiserver"), {}
     for name, one in decide(node, settings, RunOptions(names=names)).items() if names else ():
         if isinstance(one, BridgeError):
             raise one
         if like is not None:
-            found[name] = named(like, one.naming)
-    return found
+            decision[name] = named(like, one.naming)
+    return decision
 
 
 def _with_next_names(item: Item, settings: Settings) -> x509.Certificate | None:

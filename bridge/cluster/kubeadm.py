@@ -74,8 +74,8 @@ def read_cluster(api: Api) -> Cluster:
     return _parsed(found.text)
 
 
-def _none(place: ConfigMapKey, found: Found) -> NoConfigError:
-    return NoConfigError(f"{place} is missing, or has no {place.key} (HTTP {found.status})")
+def _none(place: ConfigMapKey, config_map: Found) -> NoConfigError:
+    return NoConfigError(f"{place} is missing, or has no {place.key} (HTTP {config_map.status})")
 
 
 def _parsed(text: str) -> Cluster:

@@ -46,7 +46,11 @@ def reloading(node: Node, settings: NodeSettings, proc: Path = processes.PROC) -
     }
     if (version := settings.kubernetes_version) is not None:
         versions[Component.APISERVER] = (version.major, version.minor)
-    return frozenset(one for one, found in versions.items() if found is not None and found >= FIRST_RELOADING[one])
+    return frozenset(
+        component
+        for component, version in versions.items()
+        if version is not None and version >= FIRST_RELOADING[component]
+    )
 
 
 def _is_older_than_manifest(component: Component, manifest: Manifest, settings: NodeSettings, proc: Path) -> bool:

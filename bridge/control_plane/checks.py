@@ -527,10 +527,10 @@ def _was_written_by_a_kubelet(path: Path) -> bool:
 _WRITING_SECONDS = 60.0
 
 
-def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, ours: x509.Certificate) -> bool:
+def is_rotated(copy: Path, used: x509.Certificate, kubelet_conf: Path, anchor: x509.Certificate) -> bool:
     """Whether a kubelet's copy is younger than kubelet.conf and its certificate, and so from a signer in the cluster."""
     is_later = copy.stat().st_mtime > kubelet_conf.stat().st_ctime
-    return is_later and used.not_valid_before_utc > ours.not_valid_before_utc
+    return is_later and used.not_valid_before_utc > anchor.not_valid_before_utc
 
 
 def _kubeconfig(look: Look, name: str) -> Iterator[Check]:

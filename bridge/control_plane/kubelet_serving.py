@@ -128,8 +128,8 @@ class _Switch:
         if self.node.is_worker:
             return
         self._map(asks=True)
-        wrong = [one for one in all_served(self.api, self.trust, self.flags) if one.trouble]
-        self.left += [f"{one.node}: {one.trouble}" for one in wrong]
+        wrong = [kubelet for kubelet in all_served(self.api, self.trust, self.flags) if kubelet.trouble]
+        self.left += [f"{kubelet.node}: {kubelet.trouble}" for kubelet in wrong]
         if not wrong:
             self._authority(str(self.ca_file))
 
@@ -226,9 +226,9 @@ class _Switch:
             verb = "verifies kubelets" if value else "verifies no kubelet"
             self._note(f"the API server of {self.name} {verb}, and is healthy", component.value)
 
-    def _assert_ours(self, found: str | None, place: str) -> None:
-        if found not in {None, str(self.ca_file)}:
-            text = f"wanted {AUTHORITY}={self.ca_file} or none in {place}, found {found}"
+    def _assert_ours(self, value: str | None, place: str) -> None:
+        if value not in {None, str(self.ca_file)}:
+            text = f"wanted {AUTHORITY}={self.ca_file} or none in {place}, found {value}"
             raise NotHereError(text, hint="ca-bridge did not write it: decide by hand which file it names")
 
     @property
@@ -294,11 +294,11 @@ class _Switch:
                 return Served(node=self.name, trouble=str(e))
 
         with doing("waiting for the kubelet's serving certificate"):
-            return wait_until(look, lambda found: not found.trouble, self.wait, pause_seconds=_POLL_SECONDS)
+            return wait_until(look, lambda served: not served.trouble, self.wait, pause_seconds=_POLL_SECONDS)
 
-    def _without_certificate(self, found: Served) -> BridgeError:
+    def _without_certificate(self, served: Served) -> BridgeError:
         within = duration_text(self.wait)
-        text = f"kubelet: wanted it to serve a certificate of the cluster's CA within {within}, found: {found.trouble}"
+        text = f"kubelet: wanted it to serve a certificate of the cluster's CA within {within}, found: {served.trouble}"
         if request := request_of(self.api, self.name):
             text += f"; {request}"
         return BridgeError(text, hint="a signer of the cluster has to answer: `ca-bridge help gateway`")
@@ -327,7 +327,7 @@ def _contents(path: Path) -> bytes:
 
 
 def _first_error(done: Sequence[Restarted]) -> BridgeError | None:
-    return next((one.error for one in done if one.error is not None), None)
+    return next((outcome.error for outcome in done if outcome.error is not None), None)
 
 
 def _write(path: Path, trial: Trial, content: bytes) -> None:
@@ -410,7 +410,7 @@ def all_served(api: Api, trust_pem: bytes, flags: Flags) -> list[Served]:
     """Check the kubelet of each Node object, as an API server with these flags does (NoAnswerError: none answers)."""
     every = list(nodes(api))
     with workers(_AT_ONCE) as pool:
-        return list(pool.map(lambda one: _look(one, trust_pem, flags), every))
+        return list(pool.map(lambda kubelet: _look(kubelet, trust_pem, flags), every))
 
 
 def served(api: Api, name: str, trust_pem: bytes, flags: Flags) -> Served:
@@ -471,10 +471,10 @@ def request_of(api: Api, node: str) -> str:
         found = items(api.get(_REQUESTS), "items")
     except NoAnswerError:
         return ""
-    ours = [one for one in found if text_of(one, "spec", "username") == f"system:node:{node}"]
+    ours = [request for request in found if text_of(request, "spec", "username") == f"system:node:{node}"]
     if not ours:
         return "it has not asked for one"
-    newest = max(ours, key=lambda one: text_of(one, "metadata", "creationTimestamp"))
+    newest = max(ours, key=lambda request: text_of(request, "metadata", "creationTimestamp"))
     types = [text_of(item, "type") for item in items(newest, "status", "conditions")]
     messages = [text_of(item, "message") for item in items(newest, "status", "conditions")]
     is_signed = bool(text_of(newest, "status", "certificate"))

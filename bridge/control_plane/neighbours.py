@@ -121,7 +121,7 @@ def look_at_etcd(node: Node) -> Neighbours:
     if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members announce are for gRPC only
         others = [replace(other, url=other.url and _beside(other.url, own_url)) for other in others]
     with workers(_AT_ONCE) as pool:
-        states = list(pool.map(lambda one: _member_state(etcd, one), others))
+        states = list(pool.map(lambda member: _member_state(etcd, member), others))
     names = {member.id: member.name or member.id for member in listed}
     own = replace(own, voter=not any(member.learner for member in listed if _is_own(member, own_id, flags)))
     alarm_notes = tuple(f"etcd of {names.get(id_, id_)}: alarm {alarm}" for id_, alarm in alarms)
@@ -201,7 +201,7 @@ def _look_at_api(api: Api, node: Node, node_name: str) -> Neighbours:
     if not api.clients:
         return Neighbours(unseen=unseen)
     with workers(_AT_ONCE) as pool:
-        return Neighbours(instances=tuple(pool.map(lambda one: _ready(api, one), instances)), unseen=unseen)
+        return Neighbours(instances=tuple(pool.map(lambda server: _ready(api, server), instances)), unseen=unseen)
 
 
 def _api_server(name: str, url: str, *, own: bool) -> Instance:
@@ -215,9 +215,9 @@ def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
     # before 1.21 there is no such API, and the nodes' addresses have to do
     slices = {} if reply.status == HTTPStatus.NOT_FOUND else reply.found(_ENDPOINTS)
     endpoints = {
-        address: str(one.get("port"))
+        address: str(port.get("port"))
         for piece in items(slices, "items")
-        for one in items(piece, "ports")
+        for port in items(piece, "ports")
         for endpoint in items(piece, "endpoints")
         for address in endpoint.get("addresses") or []
     }
@@ -231,8 +231,8 @@ def api_servers(api: Api, node: Node) -> list[tuple[str, str]]:
 
 
 def _addresses(node: Mapping[str, Any]) -> list[str]:
-    addresses = sorted(items(node, "status", "addresses"), key=lambda one: one.get("type") != "InternalIP")
-    return [str(one.get("address")) for one in addresses if one.get("type") != "Hostname"]
+    addresses = sorted(items(node, "status", "addresses"), key=lambda address: address.get("type") != "InternalIP")
+    return [str(address.get("address")) for address in addresses if address.get("type") != "Hostname"]
 
 
 def _ready(api: Api, instance: Instance) -> Instance:
@@ -343,9 +343,9 @@ def _after_an_election(component: Component, node: Node, settings: Settings) -> 
     )
 
 
-def _refusal(component: Component, neighbours: Neighbours, found: Sequence[str], rules: ClusterSettings) -> str:
+def _refusal(component: Component, neighbours: Neighbours, reasons: Sequence[str], rules: ClusterSettings) -> str:
     waited = f" within {duration_text(rules.neighbour_wait)}" if rules.neighbours == "wait" else ""
     if component is Component.ETCD and neighbours.quorum_without_own is False:
-        found = [*found, "etcd would be without its quorum"]
+        reasons = [*reasons, "etcd would be without its quorum"]
     wanted = f"wanted all other control-plane nodes healthy before its restart{waited}"
-    return f"{component.value}: {wanted}, found {'; '.join(found)}"
+    return f"{component.value}: {wanted}, found {'; '.join(reasons)}"

@@ -99,7 +99,7 @@ def within(
     with doing("proving that every component works on its certificates"):
         return wait_until(
             lambda: look(read(), settings, now()),
-            lambda found: not any(map(counts, found.wrong)),
+            lambda report: not any(map(counts, report.wrong)),
             limit,
             pause_seconds=_PAUSE_SECONDS,
         )

@@ -74,20 +74,26 @@ class Restarts:
 
     def all(self, components: Sequence[Component]) -> list[Restarted]:
         """Restart these in order until one fails; return a result for each, and for every other unhealthy component."""
-        ordered = [one for one in control_plane.ORDER if one in components]
-        errors = {one: obstacle(one, self.node, self.settings) or self._too_soon(one) for one in ordered}
-        left = [one for one, error in errors.items() if error is None]
+        ordered = [component for component in control_plane.ORDER if component in components]
+        errors = {
+            component: obstacle(component, self.node, self.settings) or self._too_soon(component)
+            for component in ordered
+        }
+        left = [component for component, error in errors.items() if error is None]
         done: list[Restarted] = []
         try:
             if left:
                 with self._turn() as may_restart:
-                    for one in self._one_by_one(left, may_restart):
-                        self.record.add(audit.RESTARTED, one.component.value, error=one.error)
+                    for restarted in self._one_by_one(left, may_restart):
+                        self.record.add(audit.RESTARTED, restarted.component.value, error=restarted.error)
                         self.record.write_late()  # a crash in the next restart takes nothing from the record
-                        done.append(one)
+                        done.append(restarted)
         except BridgeError as e:  # it is not our turn
             done += [Restarted(component=component, error=e) for component in left[len(done) :]]
-        return [*(Restarted(component=one, error=error) for one, error in errors.items() if error is not None), *done]
+        return [
+            *(Restarted(component=component, error=error) for component, error in errors.items() if error is not None),
+            *done,
+        ]
 
     def with_text(self, component: Component, content: bytes | None) -> tuple[list[Restarted], list[Restarted]]:
         """Restart with a new manifest (None: the serving pair's), or else with the old one; return both results."""
@@ -119,10 +125,10 @@ class Restarts:
     ) -> Iterator[Restarted]:
         for number, component in enumerate(ordered):
             to_come = ordered[number + 1 :]
-            one = self._after_the_others(component, to_come, may_restart)
-            yield one
-            if one.error is not None:
-                yield from (Restarted(component=left, error=_not_tried(left, one)) for left in to_come)
+            waited = self._after_the_others(component, to_come, may_restart)
+            yield waited
+            if waited.error is not None:
+                yield from (Restarted(component=left, error=_not_tried(left, waited)) for left in to_come)
                 return
         # the others may have lost their leases or connections meanwhile: they get the same time to recover
         rest = [component for component in _present(self.node) if component not in ordered]
@@ -179,13 +185,16 @@ class Restarts:
             )
 
     def _unhealthy(self, components: Sequence[Component]) -> dict[Component, str]:
-        found = {one: probes.trouble(one, self.node, self.settings.node.kubeconfig_dir) for one in components}
+        found = {
+            component: probes.trouble(component, self.node, self.settings.node.kubeconfig_dir)
+            for component in components
+        }
         return {component: text for component, text in found.items() if text is not None}
 
     def _wait_until_healthy(self, components: Sequence[Component]) -> dict[Component, str]:
         return wait_until(
             lambda: self._unhealthy(components),
-            lambda found: not found,
+            lambda troubles: not troubles,
             self.settings.restart.timeout,
             pause_seconds=_POLL_SECONDS,
         )
@@ -270,8 +279,8 @@ def _not_tried(component: Component, failed: Restarted) -> BridgeError:
     return kind(f"{component.value}: not restarted, since {failed.component.value} was not", hint=hint)
 
 
-def _sentence(found: Mapping[Component, str]) -> str:
-    return "; ".join(f"{component.value}: {text}" for component, text in found.items())
+def _sentence(troubles: Mapping[Component, str]) -> str:
+    return "; ".join(f"{component.value}: {text}" for component, text in troubles.items())
 
 
 def _present(node: Node) -> list[Component]:
@@ -387,7 +396,7 @@ class RestartReport:
     @property
     def exit_code(self) -> int:
         """The worst exit code: 7 where the operator has to restart something."""
-        codes = [one.exit_code for one in self.done]
+        codes = [restarted.exit_code for restarted in self.done]
         if self.advised and self.components:
             codes.append(Exit.NOT_LIVE)
         if self.unknown is not None:
@@ -403,7 +412,7 @@ def restart_stale(
     with session.alone(settings, wait) as (store, record):
         node = read_node(settings.node)
         if _ALL in names:
-            named = [one for one in named if _has(node, one) or settings.restart.command(one)]
+            named = [component for component in named if _has(node, component) or settings.restart.command(component)]
         components, unknown = (named, None) if named else _by_settings(node, settings, now())
         if settings.restart.method == "none":
             return RestartReport(components=tuple(components), advised=True, unknown=unknown)
@@ -440,7 +449,7 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
         return [], BridgeError(text, hint=hint)
     if wanted.which != "needed":
         every = control_plane.ORDER if node.is_worker else manifests.COMPONENTS
-        return [one for one in wanted.listed or every if one in _present(node)], None
+        return [component for component in wanted.listed or every if component in _present(node)], None
     found = proof.look(node, settings, now)
     pairs = {item.spec.name for item in node.items if item.pair is not None and item.spec.component is None}
     unseen = [
@@ -448,6 +457,8 @@ def _by_settings(node: Node, settings: Settings, now: datetime) -> tuple[list[Co
         for finding in found.findings
         if finding.state in ("unknown", "no-answer") and finding.certificate not in pairs
     ]
-    names = dict.fromkeys(one.certificate or "" if one.component is None else one.component.value for one in unseen)
+    names = dict.fromkeys(
+        check.certificate or "" if check.component is None else check.component.value for check in unseen
+    )
     text = f"no answer from {', '.join(names)}, so it is unknown on which certificates all components run"
     return found.stale, BridgeError(text, hint=hint, exit_code=found.exit_code) if unseen else None

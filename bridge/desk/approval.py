@@ -223,18 +223,18 @@ def standing(decisions: Sequence[Decision | str], matter: Matter, trust: Trust) 
             void.append(reason)
         else:
             good.setdefault(decision.approver, decision)
-    refused = next((one for one in good.values() if one.verdict == "refused"), None)
-    approved = tuple(one for one in good.values() if one.verdict == "approved")
+    refused = next((decision for decision in good.values() if decision.verdict == "refused"), None)
+    approved = tuple(decision for decision in good.values() if decision.verdict == "approved")
     return Standing(approved=approved, refused=refused, void=tuple(void))
 
 
-def lacking(names: Sequence[str], rules: ApprovalRules, found: Standing, terminal: str = "") -> str:
+def lacking(names: Sequence[str], rules: ApprovalRules, standing: Standing, terminal: str = "") -> str:
     """
     What these certificates still need before they can be signed; empty: nothing.
 
     `terminal` is the login name of a person who agreed at the desk, which counts like a decision without a signature.
     """
-    people = {one.approver for one in found.approved}
+    people = {decision.approver for decision in standing.approved}
     note = ""
     if terminal and (terminal not in rules.approvers or rules.evidence == "signature"):
         note = f" ({terminal} at the terminal does not count"
@@ -260,9 +260,12 @@ def audit_facts(decision: Decision) -> Mapping[str, str]:
     }
 
 
-def summary(found: Standing, terminal: str = "") -> str:
+def summary(standing: Standing, terminal: str = "") -> str:
     """The approvers, for messages and answers."""
-    people = [f"{one.approver}{' (signed)' if one.evidence == 'signature' else ''}" for one in found.approved]
+    people = [
+        f"{decision.approver}{' (signed)' if decision.evidence == 'signature' else ''}"
+        for decision in standing.approved
+    ]
     return ", ".join([*people, *([terminal] if terminal and terminal not in people else [])])
 
 

@@ -106,17 +106,17 @@ def _request(spec: CertificateSpec, path: Path, validity: timedelta) -> BundledR
     )
 
 
-def deliver(found: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
+def deliver(directory: CsrDirectory, target: Path, answers: Mapping[str, Issued], ca: x509.Certificate | None) -> None:
     """Write `….crt` beside the CSRs and complete kubeconfigs, through directories that are held open."""
     for name, issued in answers.items():
-        relative = found.files[name]
+        relative = directory.files[name]
         chain = pem(issued.leaf, *issued.intermediates)
         _write(target, relative.with_suffix(".crt"), chain, _CERTIFICATE_MODE)
         relative = relative.with_suffix("")  # admin.conf.csr belongs to admin.conf
         if SPECS[name].kubeconfig and ca is not None:
-            config = _kubeconfig(found.directory / relative)
+            config = _kubeconfig(directory.directory / relative)
             if config is not None:
-                data = _completed(found.directory / relative, config, issued, chain, ca)
+                data = _completed(directory.directory / relative, config, issued, chain, ca)
                 _write(target, relative, data, SECRET_MODE)
 
 

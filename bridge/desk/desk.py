@@ -224,7 +224,7 @@ class Desk:
         self._workers: Workers | None = None
         self._configured = registry.configured(settings, settings.authorities)
         if not waits:
-            self._configured = {name: at_once(one) for name, one in self._configured.items()}
+            self._configured = {name: at_once(ca) for name, ca in self._configured.items()}
         self._cas: dict[str, _Authority] = {}
         #: Jobs in progress at CAs, by certificate name, CSR and a user's lifetime, until their answers are in the archive.
         self._asking: dict[tuple[str, bytes, timedelta | None], Job] = {}
@@ -246,7 +246,7 @@ class Desk:
                 verdict = job.verdicts[request.name] = self._verdict(job, request)
                 problems[request.name] = [*_problems_of(job.origin), *verdict.problems]
         self._find_revoked(job, problems)
-        for request in [one for one in job.bundle.requests if one.name not in job.troubles]:
+        for request in [request for request in job.bundle.requests if request.name not in job.troubles]:
             if problems[request.name]:
                 job.answers[request.name] = refusal("; ".join(problems[request.name]))
             elif request.name in job.answered:
@@ -258,7 +258,7 @@ class Desk:
 
     def _assert_approved(self, job: Job) -> None:
         """If one request needs approval, the whole bundle waits for it; a bundle that people refused is refused."""
-        needed = [one.name for one in job.to_sign if self._policy.needs_approval(one.name)]
+        needed = [request.name for request in job.to_sign if self._policy.needs_approval(request.name)]
         refused = job.standing.refused
         if refused is not None:
             text = refusal(f"not approved: {refused.reason} ({refused.approver})")
@@ -288,11 +288,11 @@ class Desk:
 
     def _find_revoked(self, job: Job, problems: Mapping[str, list[str]]) -> None:
         """Add a problem to each request whose proof is by a revoked certificate; all CAs are queried at once."""
-        proofs = {one.name: _proof_of(job, one) for one in job.to_sign if not problems[one.name]}
+        proofs = {request.name: _proof_of(job, request) for request in job.to_sign if not problems[request.name]}
         proven = {name: old for name, old in proofs.items() if old is not None}
 
-        requests = [one for one in job.to_sign if one.name in proven]
-        lists = {authority: self._listed(authority) for authority in {one.authority for one in requests}}
+        requests = [request for request in job.to_sign if request.name in proven]
+        lists = {authority: self._listed(authority) for authority in {request.authority for request in requests}}
 
         def look(request: BundledRequest) -> None:
             old, authority = proven[request.name], self._cas[request.authority]
@@ -303,7 +303,7 @@ class Desk:
             except BackendError as e:
                 job.troubles[request.name] = e
 
-        unlisted = [one for one in requests if lists[one.authority] is None]
+        unlisted = [request for request in requests if lists[request.authority] is None]
         if len(unlisted) > 1 and any(ca.ca.backend.can("is_revoked") for ca in self._cas.values()):
             list(self._lookups.map(look, requests))
         else:
@@ -382,7 +382,7 @@ class Desk:
 
     def troubles(self) -> dict[str, BridgeError]:
         """Why reached CAs can't be used, by authority."""
-        return {name: one.ca.trouble for name, one in self._cas.items() if one.ca.trouble is not None}
+        return {name: ca.ca.trouble for name, ca in self._cas.items() if ca.ca.trouble is not None}
 
     def _open(self, authority: str) -> _Authority:
         """Reach a CA, and check everything that can be checked before a signature is spent."""
@@ -593,7 +593,7 @@ class Desk:
                 self._record(job, record)
         record.write()
         for job, where in zip(window, self._delivered(window), strict=True):
-            certificates = {one.leaf for one in job.answers.values() if isinstance(one, Issued)}
+            certificates = {answer.leaf for answer in job.answers.values() if isinstance(answer, Issued)}
             if where:
                 journal.forget(job.requests.values())
                 journal.recorded -= certificates
@@ -606,7 +606,7 @@ class Desk:
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
         deliveries = [job.delivery(self._answer_bundle(job)) if job.is_complete else None for job in window]
-        errors = write_together([one.files if one is not None else () for one in deliveries])
+        errors = write_together([delivery.files if delivery is not None else () for delivery in deliveries])
         return [
             _concluded(job, delivery, error) if delivery is not None else ""
             for job, delivery, error in zip(window, deliveries, errors, strict=True)
@@ -619,7 +619,7 @@ class Desk:
         if chunk is None or not self._workers:
             return None
         answered = [
-            (job.ahead.number, {name: one for name, one in job.answers.items() if isinstance(one, Issued)})
+            (job.ahead.number, {name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)})
             for job in jobs
             if job.ahead is not None
         ]
@@ -649,7 +649,7 @@ class Desk:
             for decision in job.standing.decisions:
                 event = audit.APPROVED if decision.verdict == "approved" else audit.NOT_APPROVED
                 record.add(event, result=f"{about}, digest {job.digest}", more=approval.audit_facts(decision))
-        for request in [one for one in job.bundle.requests if not job.was_recorded(one.name)]:
+        for request in [request for request in job.bundle.requests if not job.was_recorded(request.name)]:
             answer, trouble = job.answers.get(request.name), job.troubles.get(request.name)
             configured = self._configured.get(request.authority)
             record.describe(request.name, job.requests[request.name], configured.label if configured else "", None)

@@ -421,7 +421,7 @@ class Session:
         earlier = _beside(csrs, target, self._settings.renewal, now)
 
         def delivery(answer: AnswerBundle) -> Delivery:
-            issued = {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
+            issued = {name: issued for name, issued in answer.answers.items() if isinstance(issued, Issued)}
             write = partial(csr_directory.deliver, csrs, target, issued, desk.anchor("ca"))
             return Delivery(where=str(target), files=(), conclude=write)
 
@@ -483,16 +483,16 @@ def _earlier(path: Path, request_digest: str) -> dict[str, Issued]:
     with contextlib.suppress(UnreadableError, BundleError):
         answer = loads(read(path) or b"")
         if isinstance(answer, AnswerBundle) and answer.request_digest == request_digest:
-            return {name: one for name, one in answer.answers.items() if isinstance(one, Issued)}
+            return {name: issued for name, issued in answer.answers.items() if isinstance(issued, Issued)}
     return {}
 
 
 def _beside(
-    found: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
+    csrs: csr_directory.CsrDirectory, target: Path, renewal: RenewalSettings, now: datetime
 ) -> dict[str, Issued]:
     """Certificates from an earlier run that are not due; they are verified later."""
     earlier = {}
-    for name, relative in found.files.items():
+    for name, relative in csrs.files.items():
         with contextlib.suppress(UnreadableError, ValueError):
             leaf, *intermediates = load_pem_certificates(read(target / relative.with_suffix(".crt")) or b"")
             if not is_due((leaf, *intermediates), renewal.before, renewal.validity, now):

@@ -285,8 +285,8 @@ def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
 def _certificates(reader: Reader, tables: Mapping[str, Any]) -> dict[str, CertificateRules]:
     wanted, key = f"one of {', '.join(SPECS)}, or the name of a node's further pair", ("certificate",)
     rules = reader.each(CertificateRules, tables, key, lambda name: name in SPECS or is_pair_name(name), wanted)
-    for name, one in rules.items():
-        for problem in one.pair_problems(is_pair=name not in SPECS):
+    for name, table in rules.items():
+        for problem in table.pair_problems(is_pair=name not in SPECS):
             reader.add((*key, name, problem.key), problem.wanted, problem.found)
     return rules
 
@@ -296,8 +296,8 @@ def _est(
 ) -> dict[str, EstRules]:
     wanted = "a label of small letters, digits, hyphens and dots that no operation of EST is called like"
     rules = reader.each(EstRules, tables, ("est",), is_label, wanted)
-    for label, one in rules.items():
-        name = one.certificate or label
+    for label, table in rules.items():
+        name = table.certificate or label
         if name not in SPECS and name not in certificates:
             wanted = f"one of {', '.join(SPECS)}, or one with a table [certificate.{name}]"
             reader.add(("est", label, "certificate"), wanted, repr(name))
@@ -526,12 +526,12 @@ def name_problems(
 
 
 def _subject_problems(
-    name: str, found: Sequence[tuple[str, str]], policy: Policy, node: str, replaced: x509.Certificate | None
+    name: str, attributes_: Sequence[tuple[str, str]], policy: Policy, node: str, replaced: x509.Certificate | None
 ) -> Iterator[str]:
     rules, old = policy.rules(name), attributes(replaced.subject) if replaced is not None else None
-    if (O_OID, MASTERS) in found:
+    if (O_OID, MASTERS) in attributes_:
         yield from _masters_problem(old, may_be=name in policy.allow.masters)
-    rest = sorted(item for item in found if item != (O_OID, MASTERS))
+    rest = sorted(item for item in attributes_ if item != (O_OID, MASTERS))
     if rules.subjects is not None:
         if not any(rest == subject_pattern(text, node) for text in rules.subjects):
             allowed = [text.replace("{node}", node) for text in rules.subjects]
@@ -545,12 +545,12 @@ def _subject_problems(
             yield f"subject: wanted {wanted}, found {oid}={one_line(value, _LONGEST_SHOWN)}"
 
 
-def _cn_problem(name: str, found: Sequence[str], node: str) -> Iterator[str]:
+def _cn_problem(name: str, common_names: Sequence[str], node: str) -> Iterator[str]:
     cn, _ = kubeadms_subject(name)
     wanted = cn.replace("{node}", node)
-    if found != [wanted]:
+    if common_names != [wanted]:
         where = f" ({node} is node.name in the node's settings)" if wanted != cn else ""
-        yield f"CN: wanted {wanted}, found {_some(found) or 'none'}{where}"
+        yield f"CN: wanted {wanted}, found {_some(common_names) or 'none'}{where}"
 
 
 def _groups(name: str, rules: CertificateRules, old: Sequence[tuple[str, str]] | None) -> Sequence[str]:
@@ -560,8 +560,8 @@ def _groups(name: str, rules: CertificateRules, old: Sequence[tuple[str, str]] |
     return kubeadms_subject(name)[1] if old is None else [value for oid, value in old if oid == O_OID]
 
 
-def _group_problems(found: Iterable[str], groups: Sequence[str]) -> Iterator[str]:
-    for value in found:
+def _group_problems(organizations: Iterable[str], groups: Sequence[str]) -> Iterator[str]:
+    for value in organizations:
         if value not in groups:
             yield f"group: wanted {one_of(groups)}, found {one_line(value, _LONGEST_SHOWN)}"
 
@@ -580,31 +580,31 @@ def _masters_problem(old: Sequence[tuple[str, str]] | None, *, may_be: bool) -> 
 
 
 def _san_problems(
-    name: str, found: Counter[San], rules: CertificateRules, node: str, replaced: x509.Certificate | None
+    name: str, counted: Counter[San], rules: CertificateRules, node: str, replaced: x509.Certificate | None
 ) -> Iterator[str]:
     """Problems by the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
     old = Counter[San]() if replaced is None else san_counts(replaced)
     most = max(_MOST_SANS, old.total())
-    if found.total() > most:
-        yield f"SAN: wanted at most {most}, found {found.total()}"
-    if len(found) > most:  # comparing a megabyte of a stranger's names with each rule takes seconds
+    if counted.total() > most:
+        yield f"SAN: wanted at most {most}, found {counted.total()}"
+    if len(counted) > most:  # comparing a megabyte of a stranger's names with each rule takes seconds
         return
     if rules.sans is None and replaced is not None:
-        wanted, others = "those of the replaced certificate", found.keys() - old.keys()
+        wanted, others = "those of the replaced certificate", counted.keys() - old.keys()
     else:
-        wanted, others = _beyond_rules(name, found, rules.sans, node)
+        wanted, others = _beyond_rules(name, counted, rules.sans, node)
     if others:
         yield f"SAN: wanted {wanted}, found {_some(f'{kind}:{value}' for kind, value in sorted(others))}"
-    repeated = {san: times for san, times in found.items() if times > max(old[san], 1)}
+    repeated = {san: times for san, times in counted.items() if times > max(old[san], 1)}
     if repeated:
         texts = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(repeated.items())]
         yield f"SAN: wanted each once, found {_some(texts)}"
 
 
-def _beyond_rules(name: str, found: Iterable[San], sans: Sequence[str] | None, node: str) -> tuple[str, set[San]]:
+def _beyond_rules(name: str, names: Iterable[San], sans: Sequence[str] | None, node: str) -> tuple[str, set[San]]:
     """What the policy, or else kubeadm, allows, as text; and the names that it does not allow."""
     texts = [text.replace("{node}", node) for text in (_SANS.get(name, ()) if sans is None else sans)]
-    wanted, others = one_of(texts), {san for san in found if not any(_matches(*san, text) for text in texts)}
+    wanted, others = one_of(texts), {san for san in names if not any(_matches(*san, text) for text in texts)}
     if sans is None:
         by_inventory = ", or desk.inventory," if name in _BY_INVENTORY else ""
         wanted += f" (the policy's [certificate.{name}] sans{by_inventory} says what else)"

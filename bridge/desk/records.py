@@ -140,7 +140,11 @@ class _AtDesk:
 
 
 _DESK = Kind(
-    name="desk", type=_AtDesk, key_of=lambda one: one.key, what="what CAs were asked and answered", lies_on_disk=True
+    name="desk",
+    type=_AtDesk,
+    key_of=lambda entry: entry.key,
+    what="what CAs were asked and answered",
+    lies_on_disk=True,
 )
 
 
@@ -155,17 +159,17 @@ class Journal:
         self.recorded: set[x509.Certificate] = set()
         self._log = RequestLog(path, _DESK, self._is_fresh)
 
-    def _is_fresh(self, one: _AtDesk) -> bool:
-        return self._now - one.written <= _KEPT
+    def _is_fresh(self, entry: _AtDesk) -> bool:
+        return self._now - entry.written <= _KEPT
 
     def get(self, request: SignRequest) -> Issued | Pending | Submitted | None:
         """A CA's latest known answer to exactly this request."""
-        one = self._log.get(key_of(request))
-        if one is None:
+        entry = self._log.get(key_of(request))
+        if entry is None:
             return None
-        if one.reference is not None:
-            return Pending(reference=one.reference, note=one.note or "")
-        return one.chain or Submitted(since=one.written)
+        if entry.reference is not None:
+            return Pending(reference=entry.reference, note=entry.note or "")
+        return entry.chain or Submitted(since=entry.written)
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         """Record answers, safe on disk when this returns (StateError: only the CA knows them)."""

@@ -109,7 +109,7 @@ def _read_one(number: int, data: bytes, by: Judgement) -> ReadBundle | BundleErr
     except BundleError as e:
         return e
     found = verdicts(bundle, by)
-    if not all(one.problems for one in found.values()):  # else it may be a stranger's
+    if not all(verdict.problems for verdict in found.values()):  # else it may be a stranger's
         _known[number] = bytes(ForkingPickler.dumps(bundle))
         while sum(map(len, _known.values())) > _LARGEST_KNOWN_BYTES:
             del _known[next(iter(_known))]
@@ -158,8 +158,8 @@ def reason_against(issued: Issued, request: SignRequest, expected: Expectation) 
 
 def serve() -> None:
     """Run as a worker: read tasks from standard input, and write answers to standard output, until the input ends."""
-    for one in (signal.SIGINT, signal.SIGTERM):  # the desk handles Ctrl-C and the end of a unit
-        signal.signal(one, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the desk handles Ctrl-C and the end of a unit
+        signal.signal(number, signal.SIG_IGN)
     tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # nothing else may write to the answers' output
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
@@ -180,7 +180,7 @@ def _in_bytes(policy: Policy) -> tuple[Callable[[bytes], Policy], tuple[bytes]]:
     """Pickle a policy once as bytes: one with an inventory of thousands of nodes takes longer than a bundle."""
     kept = vars(policy)
     if "in_bytes" not in kept:
-        kept["in_bytes"] = bytes(ForkingPickler.dumps({one.name: kept[one.name] for one in fields(policy)}))
+        kept["in_bytes"] = bytes(ForkingPickler.dumps({field.name: kept[field.name] for field in fields(policy)}))
     return _policy, (kept["in_bytes"],)
 
 
@@ -190,9 +190,9 @@ def _policy(in_bytes: bytes) -> Policy:
 
 
 # both sides are this program, so bytes that were checked once are only parsed
-ForkingPickler.register(x509.Certificate, lambda one: (_certificate, (one.public_bytes(Encoding.DER),)))
+ForkingPickler.register(x509.Certificate, lambda certificate: (_certificate, (certificate.public_bytes(Encoding.DER),)))
 ForkingPickler.register(Policy, _in_bytes)
-ForkingPickler.register(x509.CertificateSigningRequest, lambda one: (_csr, (one.public_bytes(Encoding.DER),)))
+ForkingPickler.register(x509.CertificateSigningRequest, lambda csr: (_csr, (csr.public_bytes(Encoding.DER),)))
 
 
 # --- at the desk ------------------------------------------------------------------------------------------------------
@@ -269,8 +269,8 @@ def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
 def _arrived(
     files: Sequence[_File], numbers: Iterable[int], chunk: int, answer: Future[list[ReadBundle | BundleError] | None]
 ) -> Iterator[tuple[_File, ReadBundle | None]]:
-    for file, number, one in zip(files, numbers, answer.result() or (None for _ in files), strict=True):
-        yield file, replace(one, number=number, chunk=chunk) if isinstance(one, ReadBundle) else None
+    for file, number, result in zip(files, numbers, answer.result() or (None for _ in files), strict=True):
+        yield file, replace(result, number=number, chunk=chunk) if isinstance(result, ReadBundle) else None
 
 
 class Workers:

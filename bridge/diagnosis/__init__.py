@@ -77,15 +77,15 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
             text = cause(finding.text, finding.about)
         shared_hint = "" if finding.check == _WOULD_SIGN else hint
         groups.setdefault((finding.level, finding.check, shared_hint, text), []).append(finding)
-    return sorted(map(_merged, groups.values()), key=lambda one: LEVELS.index(one.level))
+    return sorted(map(_merged, groups.values()), key=lambda finding: LEVELS.index(finding.level))
 
 
-def _merged(found: Sequence[Finding]) -> Cause:
-    first, paths = found[0], list(dict.fromkeys(one.path for one in found))
+def _merged(findings: Sequence[Finding]) -> Cause:
+    first, paths = findings[0], list(dict.fromkeys(finding.path for finding in findings))
     return Cause(
         level=first.level,
         check=first.check,
-        about=tuple(dict.fromkeys(one.about for one in found)),
+        about=tuple(dict.fromkeys(finding.about for finding in findings)),
         text=_with_paths(first.text, first, paths, ", "),
         hint=ROOT_HINT if lacks_rights(first.text) else _with_paths(first.hint, first, paths),
     )
@@ -96,7 +96,7 @@ def _with_paths(text: str, finding: Finding, paths: Sequence[str], separator: st
     return text.replace(finding.path, separator.join(paths)) if finding.path else text
 
 
-def exit_code(found: Sequence[Finding] | Sequence[Cause]) -> int:
+def exit_code(findings: Sequence[Finding] | Sequence[Cause]) -> int:
     """Return 1 if there is an error, 3 if there is a warning, else 0."""
-    levels = {one.level for one in found}
+    levels = {finding.level for finding in findings}
     return Exit.FAILED if "error" in levels else Exit.DUE if "warning" in levels else Exit.DONE

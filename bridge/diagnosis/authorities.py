@@ -70,11 +70,11 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Yield a finding about each CA that is being replaced: its phase, and since when."""
     try:
-        found = places.look(settings, node, ())
+        replaced = places.look(settings, node, ())
     except BridgeError as e:
         yield from_error("ca-replacement", "CAs", e)
         return
-    for one in found.values():
+    for one in replaced.values():
         about, standing = f"CA {one.name}", one.standing
         since = f"since {minute(one.since)} ({duration_text(timedelta(days=max((now - one.since).days, 0)))})"
         old, new = text(one.change.old), text(one.change.new)
@@ -177,9 +177,9 @@ def _ask(
         for name, error in wrong.items():
             yield from_error("what-the-ca-would-sign", name, error)
         yield from _clock(backend, configured)
-        for key, one in reached.ask_ends(f"backend.{configured.name}").items():
-            path = "" if one.file is None else str(one.file)
-            yield _end(Credential(name=key, path=path, ends=one.ends, begins=one.begins, reported=now), settings, now)
+        for key, end in reached.ask_ends(f"backend.{configured.name}").items():
+            path = "" if end.file is None else str(end.file)
+            yield _end(Credential(name=key, path=path, ends=end.ends, begins=end.begins, reported=now), settings, now)
         if not wrong:
             yield Finding.ok("backend", _about(configured), _answers(reached, spends))
     finally:
@@ -213,16 +213,22 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
 
 def _credentials(settings: Settings, places: Iterable[CredentialFile], now: datetime) -> Iterator[Finding]:
     """Return findings about credential files alone; `_ask` reports what a CA says about a token."""
-    return (_end(one, settings, now) for one in credentials.look(settings, places, None))
+    return (_end(credential, settings, now) for credential in credentials.look(settings, places, None))
 
 
-def _end(one: Credential, settings: Settings, now: datetime) -> Finding:
-    is_near = one.ends is None or one.is_near(settings.renewal.before, now)
-    if one.ends is not None and not is_near:
-        return Finding.ok("credential", one.name, expiry.left_text(one.ends, now))
-    is_bad = one.ends is None or one.has_ended(now)
-    level: Level = "error" if is_bad and not one.is_key_alone else "warning"
-    return Finding(level=level, check="credential", about=one.name, text=one.text(now), hint=CredentialEndedError.hint)
+def _end(credential: Credential, settings: Settings, now: datetime) -> Finding:
+    is_near = credential.ends is None or credential.is_near(settings.renewal.before, now)
+    if credential.ends is not None and not is_near:
+        return Finding.ok("credential", credential.name, expiry.left_text(credential.ends, now))
+    is_bad = credential.ends is None or credential.has_ended(now)
+    level: Level = "error" if is_bad and not credential.is_key_alone else "warning"
+    return Finding(
+        level=level,
+        check="credential",
+        about=credential.name,
+        text=credential.text(now),
+        hint=CredentialEndedError.hint,
+    )
 
 
 # --- what earlier runs found, and when the next may act ----------------------------------------------------------------

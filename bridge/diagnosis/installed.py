@@ -55,7 +55,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _node_name(node, settings)
     anchors = {state.authority.name: state.certificates for state in node.authorities}
     # the kubelet's client certificate comes first: without it a rebooted node stays down
-    for item in sorted(node.items, key=lambda one: one.spec.name != KUBELET_CONF):
+    for item in sorted(node.items, key=lambda item: item.spec.name != KUBELET_CONF):
         if item.pair is not None:  # `use.look_at_pairs` looks at it
             continue
         if item.foreign:
@@ -329,7 +329,10 @@ def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding
 def _no_path(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> str:
     """Return why no path exists at any time, or an empty text; other checks look at dates."""
     chain = (leaf, *intermediates, anchor)
-    end, begin = min(one.not_valid_after_utc for one in chain), max(one.not_valid_before_utc for one in chain)
+    end, begin = (
+        min(certificate.not_valid_after_utc for certificate in chain),
+        max(certificate.not_valid_before_utc for certificate in chain),
+    )
     if end <= begin:  # such as a leaf that ended before its CA had a new certificate with the same key
         return "" if leads_to(chain[:-1], [anchor]) else "another signature"
     time = max(end - timedelta(seconds=1), begin)
@@ -485,7 +488,7 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
     if apiserver is None:
         return
     signing = endpoints.file(apiserver.flags, "--service-account-signing-key-file")
-    others = [Path("/", one) for one in apiserver.every("--service-account-key-file") if one]
+    others = [Path("/", path) for path in apiserver.every("--service-account-key-file") if path]
     paths = [
         (signing or settings.node.pki_dir / "sa.key", "sa.key"),
         *((path, "sa.pub") for path in others or [settings.node.pki_dir / "sa.pub"]),
@@ -512,8 +515,8 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
 
 def _is_without_public_key(key: bytes, *public: bytes) -> bool:
     """Whether none of these files, which may hold several keys each, has the key's public half."""
-    blocks = [block[0] for one in public for block in _PUBLIC_KEY.finditer(one)]
-    return all(b"PUBLIC KEY" in one for one in public) and not any(is_sa_pair(key, one) for one in blocks)
+    blocks = [block[0] for data in public for block in _PUBLIC_KEY.finditer(data)]
+    return all(b"PUBLIC KEY" in data for data in public) and not any(is_sa_pair(key, block) for block in blocks)
 
 
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:

@@ -277,8 +277,8 @@ def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[
         trust = file_contents(settings.node.pki_dir / CA.certificate_file)
         authorities = kubelet_serving.authorities(api, settings.node.node_name, manifest.flags)
         verifying = [name for name, authority in authorities.items() if authority]
-        for one in kubelet_serving.all_served(api, trust, manifest.flags):
-            yield _of_kubelet(one, verifying, now)
+        for kubelet in kubelet_serving.all_served(api, trust, manifest.flags):
+            yield _of_kubelet(kubelet, verifying, now)
         yield from _of_api_servers(api, authorities)
         yield _of_map(api)
     except BridgeError as e:
@@ -287,15 +287,17 @@ def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[
         yield Finding.error("kubelets", "cluster", str(e))
 
 
-def _of_kubelet(one: Served, verifying: list[str], now: datetime) -> Finding:
-    if one.end is not None:
-        text = f"its kubelet serves {one.place} with a certificate of the cluster's CA, {left_text(one.end, now)}"
-        return Finding.ok("kubelet-serving", one.node, text)
-    text = f"wanted a kubelet whose certificate the cluster's CA has signed, found: {one.trouble}"
+def _of_kubelet(kubelet: Served, verifying: list[str], now: datetime) -> Finding:
+    if kubelet.end is not None:
+        text = (
+            f"its kubelet serves {kubelet.place} with a certificate of the cluster's CA, {left_text(kubelet.end, now)}"
+        )
+        return Finding.ok("kubelet-serving", kubelet.node, text)
+    text = f"wanted a kubelet whose certificate the cluster's CA has signed, found: {kubelet.trouble}"
     if verifying:
         text += f"; the API server of {', '.join(verifying)} verifies it, so that logs and exec do not work"
     make = Finding.error if verifying else Finding.warning
-    return make("kubelet-serving", one.node, text, "`ca-bridge kubelets on` on that node")
+    return make("kubelet-serving", kubelet.node, text, "`ca-bridge kubelets on` on that node")
 
 
 def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Finding]:

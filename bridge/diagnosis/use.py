@@ -123,11 +123,11 @@ def _authorities(node: Node) -> Iterator[Finding]:
 
 def _not_in_use(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Yield findings about installed certificates whose components have not restarted yet."""
-    for one in late(settings, node, now):
-        if one.component is not None:
-            text = f"{one.component.value} was not seen to use the installed certificate: {one.what}: {one.detail}"
-            hint = control_plane.how_to_restart(one.component, settings.node)
-            yield Finding.warning("not-in-use", one.certificate, text, hint)
+    for certificate in late(settings, node, now):
+        if certificate.component is not None:
+            text = f"{certificate.component.value} was not seen to use the installed certificate: {certificate.what}: {certificate.detail}"
+            hint = control_plane.how_to_restart(certificate.component, settings.node)
+            yield Finding.warning("not-in-use", certificate.certificate, text, hint)
 
 
 def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
@@ -185,7 +185,7 @@ def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
 
 def _addresses(node: Node) -> Iterator[Finding]:
     """Check that certificates have the addresses that their components' flags advertise or listen on."""
-    api, etcd = (node.manifests.get(one) for one in (Component.APISERVER, Component.ETCD))
+    api, etcd = (node.manifests.get(component) for component in (Component.APISERVER, Component.ETCD))
     wanted: dict[str, list[str | None]] = {}
     if api is not None:
         wanted["apiserver"] = [endpoints.name(api.flags), _service_address(api.flags)]
@@ -341,11 +341,11 @@ def look_at_pairs(node: Node, settings: Settings, now: datetime) -> Iterator[Fin
     for item in node.items:
         if item.pair is not None:
             yield from _pair(item, item.pair, node.authorities, settings, now)
-    for one in late(settings, node, now):
-        if one.component is None:
-            text = f"its program was not seen to use the installed pair: {one.what}: {one.state}: {one.detail}"
-            hints = [how(item) for item in node.items if item.spec.name == one.certificate]
-            yield Finding.warning("not-in-use", one.certificate, text, *hints)
+    for certificate in late(settings, node, now):
+        if certificate.component is None:
+            text = f"its program was not seen to use the installed pair: {certificate.what}: {certificate.state}: {certificate.detail}"
+            hints = [how(item) for item in node.items if item.spec.name == certificate.certificate]
+            yield Finding.warning("not-in-use", certificate.certificate, text, *hints)
 
 
 def _pair(

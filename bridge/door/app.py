@@ -247,52 +247,52 @@ class Door:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, text, retry_after=str(_SOON_SECONDS))
         data = json_body(environ)
         try:
-            one = self.signing.read(data, environ["REMOTE_ADDR"])
+            read = self.signing.read(data, environ["REMOTE_ADDR"])
         except BundleError as e:
             return Reply.error(HTTPStatus.BAD_REQUEST, e)
         except BusyError as e:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
-        kept = self.memory.find(one.digest, "digest")
-        request_id = kept.id if kept else self._receive(environ, data, one)
+        kept = self.memory.find(read.digest, "digest")
+        request_id = kept.id if kept else self._receive(environ, data, read)
         self.arrived.set()
-        document = {"id": request_id, "digest": one.digest, "state": "waiting" if kept is None else kept.state}
-        place, soon = f"/v1/requests/{request_id}", str(self._soon_seconds(one.digest))
+        document = {"id": request_id, "digest": read.digest, "state": "waiting" if kept is None else kept.state}
+        place, soon = f"/v1/requests/{request_id}", str(self._soon_seconds(read.digest))
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=soon)
 
-    def _receive(self, environ: Environ, data: bytes, one: ReadBundle) -> str:
+    def _receive(self, environ: Environ, data: bytes, read: ReadBundle) -> str:
         """Store a new request, and return its id."""
-        peer, bundle = environ["REMOTE_ADDR"], one.bundle
+        peer, bundle = environ["REMOTE_ADDR"], read.bundle
         try:
-            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), one)
+            used = self._enrolment(str(environ.get("HTTP_AUTHORIZATION", "")), read)
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
-            if one.by is None or vouched:
-                one = self.signing.judged(one, vouched)
-            if reason := self.signing.refused(one):
-                raise _refused(one, peer, reason)
+            if read.by is None or vouched:
+                read = self.signing.judged(read, vouched)
+            if reason := self.signing.refused(read):
+                raise _refused(read, peer, reason)
             self.assert_room(peer, is_judged=self.signing.judges(bundle), size=len(data))
             who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
             number = used.id if used is not None else None
-            request_id = self.memory.receive(data, digest=one.digest, now=self.now(), enrolment=number, **who)
+            request_id = self.memory.receive(data, digest=read.digest, now=self.now(), enrolment=number, **who)
             with self._mutex:
-                remember(self._turns, one.digest, self._answered + self.to_sign, self._settings.waiting)
+                remember(self._turns, read.digest, self._answered + self.to_sign, self._settings.waiting)
             if not vouched:  # a round judges an enrolled request again
-                self.signing.expect(data, one)
+                self.signing.expect(data, read)
             self.brought(environ, request_id)
         except EnrolmentError as e:
-            raise _refused(one, peer, e) from None
-        text, short = "request %s of %s was received", one.digest[:16]
+            raise _refused(read, peer, e) from None
+        text, short = "request %s of %s was received", read.digest[:16]
         log.info(text, short, bundle.node, extra={"request": short, "requester": peer})
         return request_id
 
-    def _enrolment(self, authorization: str, one: ReadBundle) -> Enrolment | None:
+    def _enrolment(self, authorization: str, read: ReadBundle) -> Enrolment | None:
         """Return the enrolment that the header proves; a bad one is no error if another request has a continuity proof."""
         if not authorization:
             return None
         try:
-            return enrolments.proven_by(self.memory, authorization, one.bundle, one.digest, self.now())
+            return enrolments.proven_by(self.memory, authorization, read.bundle, read.digest, self.now())
         except EnrolmentError as e:
-            if any(request.proof is not None for request in one.bundle.requests):  # the policy refuses the others
-                log.warning("request %s of %s: %s", one.digest[:16], one.bundle.node, e)
+            if any(request.proof is not None for request in read.bundle.requests):  # the policy refuses the others
+                log.warning("request %s of %s: %s", read.digest[:16], read.bundle.node, e)
                 return None
             raise
 
@@ -386,9 +386,9 @@ def json_body(environ: Environ) -> bytes:
     return body_of(environ)
 
 
-def _refused(one: ReadBundle, peer: str, reason: BridgeError | str) -> TurnedAwayError:
-    text, short = "request %s of %s from %s is refused: %s", one.digest[:16]
-    log.warning(text, short, one.bundle.node, peer, one_line(reason, 2000), extra={"request": short})
+def _refused(read: ReadBundle, peer: str, reason: BridgeError | str) -> TurnedAwayError:
+    text, short = "request %s of %s from %s is refused: %s", read.digest[:16]
+    log.warning(text, short, read.bundle.node, peer, one_line(reason, 2000), extra={"request": short})
     return away(HTTPStatus.FORBIDDEN, reason)
 
 

@@ -96,7 +96,7 @@ class Case:
     @property
     def requests(self) -> list[BundledRequest]:
         """The bundle's requests, those that need approval first: often one of a whole node's thirteen."""
-        return sorted(self.bundle.requests, key=lambda one: one.name not in self.need_approval)
+        return sorted(self.bundle.requests, key=lambda request: request.name not in self.need_approval)
 
     def sentence(self, request: BundledRequest) -> str:
         """Return what the requested certificate means, in a sentence."""
@@ -137,11 +137,11 @@ class Approvals:
 
     def waiting(self) -> Iterator[Case]:
         """Yield the requests that wait for approvers, the oldest first, and parse each only in its turn."""
-        for one in self.memory.in_state("undecided", MOST):
+        for row in self.memory.in_state("undecided", MOST):
             try:
-                yield self._case(one)
+                yield self._case(row)
             except UnknownError as e:  # an unreadable request must not block the others
-                log.error("request %s: %s", one.digest[:16], e)  # noqa: TRY400
+                log.error("request %s: %s", row.digest[:16], e)  # noqa: TRY400
 
     def case(self, digest: str) -> Case:
         """Return the request with this digest, in any state (UnknownError)."""
@@ -202,7 +202,9 @@ class Approvals:
         return self._store_decision(case, decision)
 
     def _store_decision(self, case: Case, decision: Decision) -> Case:
-        earlier = [one.verdict for one in case.standing.decisions if one.approver == decision.approver]
+        earlier = [
+            decision_.verdict for decision_ in case.standing.decisions if decision_.approver == decision.approver
+        ]
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
         is_kept = not earlier and self.memory.decide(
             case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True
@@ -234,7 +236,7 @@ class Approvals:
         try:
             person = self.person(environ)
             if request_digest is None:
-                found = [self._listed(one) for one in self.waiting()]
+                found = [self._listed(case) for case in self.waiting()]
                 return Reply.of(HTTPStatus.OK, {"approver": person.name, "requests": found})
             case = self.case(request_digest) if method == "GET" else self._post(environ, person, request_digest)
             return Reply.of(HTTPStatus.OK, {"approver": person.name, **self._entry(case)})
@@ -264,7 +266,7 @@ class Approvals:
             **self._listed(case),
             "bundle": json.loads(case.kept.bundle),
             "differs": {request.name: list(differences(request)) for request in case.bundle.requests},
-            "policy": {name: list(one.problems) for name, one in case.verdicts.items()},
+            "policy": {name: list(verdict.problems) for name, verdict in case.verdicts.items()},
             "cas": {name: pem(*some).decode() for name, some in self.signing.cas.items()},
             "decisions": [
                 {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
@@ -397,7 +399,10 @@ class Pages:
 
     def _certificates(self, person: Person, query: str) -> Reply:
         now = self._now()
-        rows = [{"one": one, "days": (one.ends - now).days} for one in self._memory.ending(query, now, MOST)]
+        rows = [
+            {"one": certificate, "days": (certificate.ends - now).days}
+            for certificate in self._memory.ending(query, now, MOST)
+        ]
         return self._html("certificates.html", person=person, rows=rows, query=query, most=MOST, title="Certificates")
 
     def _record(self, person: Person, query: str) -> Reply:

@@ -232,22 +232,22 @@ def _now(connection: sa.Connection) -> datetime:
 # --- what a door must find out before it signs (pure) -----------------------------------------------------------------
 
 
-def is_foreign(one: Kept, created: datetime, door: str, restored: datetime | None) -> bool:
+def is_foreign(kept: Kept, created: datetime, door: str, restored: datetime | None) -> bool:
     """Return whether a CA may have signed a request for another door, or for one that the database has forgotten."""
-    if one.signer == "":  # an operator has looked
+    if kept.signer == "":  # an operator has looked
         return False
-    if one.signer not in {None, door}:
+    if kept.signer not in {None, door}:
         return True
     is_older = restored is not None and created < restored + _NODE_SLACK
-    return is_older and (one.begun is None or restored is None or one.begun < restored)
+    return is_older and (kept.begun is None or restored is None or kept.begun < restored)
 
 
-def left_text(one: Kept, doors: Mapping[str, str]) -> str:
+def left_text(kept: Kept, doors: Mapping[str, str]) -> str:
     """Return why an operator must decide about another door's request whose CA can't tell what it has signed."""
-    where = doors.get(one.signer or "", "a door that the database has forgotten")
+    where = doors.get(kept.signer or "", "a door that the database has forgotten")
     return (
         f"a CA may have signed it for {where}, and can't tell: start that door again, or look for the certificate at "
-        f"the CA, then `ca-bridge serve-database again {one.digest[:16]}` has it signed"
+        f"the CA, then `ca-bridge serve-database again {kept.digest[:16]}` has it signed"
     )
 
 

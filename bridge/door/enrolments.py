@@ -104,7 +104,11 @@ def proven_by(memory: Memory, authorization: str, bundle: RequestBundle, digest:
 
 def for_requests(memory: Memory, ids: Collection[str]) -> dict[str, Enrolment]:
     """Return the enrolments that these requests used, by request id."""
-    return {one.request: one for one in _found(memory, ENROLMENTS.c.request.in_(ids)) if one.request is not None}
+    return {
+        enrolment.request: enrolment
+        for enrolment in _found(memory, ENROLMENTS.c.request.in_(ids))
+        if enrolment.request is not None
+    }
 
 
 def _found(memory: Memory, which: sa.ColumnElement[bool]) -> list[Enrolment]:

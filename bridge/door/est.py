@@ -171,11 +171,11 @@ class Est:
             raise _away(HTTPStatus.BAD_REQUEST, str(e)) from None
         return ReadBundle(bundle=bundle, digest=request_digest)
 
-    def _receive(self, one: ReadBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ) -> Kept:
+    def _receive(self, read: ReadBundle, asker: Asker, used: Enrolment | None, again: str, environ: Environ) -> Kept:
         """Store a request if it may be signed, so that a client without a proof can't fill the disk."""
-        bundle, peer, short = one.bundle, environ["REMOTE_ADDR"], one.digest[:16]
+        bundle, peer, short = read.bundle, environ["REMOTE_ADDR"], read.digest[:16]
         [request], about = bundle.requests, {"request": short, "requester": peer}
-        if reason := self._reason(one, asker, used):
+        if reason := self._reason(read, asker, used):
             text = "request of %s for %s, %s, from %s is refused: %s"
             log.warning(text, bundle.node, request.name, asker.text, peer, one_line(reason, 2000), extra=about)
             raise _away(HTTPStatus.FORBIDDEN, reason)
@@ -183,7 +183,7 @@ class Est:
         who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
         who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
-            request_id = self._door.memory.receive(dumps(bundle), digest=one.digest, now=asker.received, **who)
+            request_id = self._door.memory.receive(dumps(bundle), digest=read.digest, now=asker.received, **who)
         except EnrolmentError as e:  # another request used the secret first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
@@ -193,9 +193,9 @@ class Est:
             raise _later("the request was received, and then removed")
         return kept
 
-    def _reason(self, one: ReadBundle, asker: Asker, used: Enrolment | None) -> str:
+    def _reason(self, read: ReadBundle, asker: Asker, used: Enrolment | None) -> str:
         """Return why a request must not be stored; empty: it may."""
-        bundle, signing = one.bundle, self._door.signing
+        bundle, signing = read.bundle, self._door.signing
         [request] = bundle.requests
         if used is not None:
             try:
@@ -204,7 +204,7 @@ class Est:
                 return str(e)
         vouched = [request.name] if used is None else used.vouches(bundle)
         reason = origin_problem(asker, request, bundle.node, signing.policy, signing.cas)
-        return reason or signing.refused(signing.judged(one, frozenset(vouched), held=asker.renews))
+        return reason or signing.refused(signing.judged(read, frozenset(vouched), held=asker.renews))
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

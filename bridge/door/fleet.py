@@ -52,7 +52,7 @@ def fleet(memory: Memory, before: Before, now: datetime) -> list[FleetNode]:
     covered, last = _covered(memory), _last(memory)
     places = dict.fromkeys((*covered, *last, *_enrolled(memory, now)))
     found = [_node(place, covered.get(place, ()), last.get(place), before, now) for place in places]
-    return sorted(found, key=lambda one: (STATES.index(one.state), one.ends or now, one.cluster, one.node))
+    return sorted(found, key=lambda node: (STATES.index(node.state), node.ends or now, node.cluster, node.node))
 
 
 _Place = tuple[str, str]  # node, cluster
@@ -68,8 +68,8 @@ def _node(
     now: datetime,
 ) -> FleetNode:
     heard = last[0] if last is not None else None
-    counted = [one for one in covered if not _is_superseded(one, covered)]
-    name, begins, ends = min(counted, key=lambda one: one[2], default=("", now, None))
+    counted = [certificate for certificate in covered if not _is_superseded(certificate, covered)]
+    name, begins, ends = min(counted, key=lambda row: row[2], default=("", now, None))
     state, why = _state(last)
     if ends is not None:
         due = ends - min(before.of(ends - begins), (ends - begins) / 3)
@@ -80,9 +80,9 @@ def _node(
     return FleetNode(node=place[0], cluster=place[1], state=state, ends=ends, name=name, heard=heard, why=why)
 
 
-def _is_superseded(one: _Covered, covered: Sequence[_Covered]) -> bool:
+def _is_superseded(certificate: _Covered, covered: Sequence[_Covered]) -> bool:
     """Return whether a kubelet has rotated it: others of its node, valid as long, were renewed here without it."""
-    name, begins, ends = one
+    name, begins, ends = certificate
     return name in _KUBELETS and any(
         other_begins - begins > _ONE_RUN and other_ends - other_begins >= ends - begins
         for _, other_begins, other_ends in covered
@@ -135,8 +135,8 @@ def metrics(nodes: Sequence[FleetNode]) -> str:
     by_state = ((labels(state=state), count) for state, count in counts.items())
 
     def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
-        known = ((one, time) for one, time in zip(nodes, times, strict=True) if time is not None)
-        samples = ((labels(cluster=one.cluster, node=one.node), f"{time.timestamp():.0f}") for one, time in known)
+        known = ((node, time) for node, time in zip(nodes, times, strict=True) if time is not None)
+        samples = ((labels(cluster=node.cluster, node=node.node), f"{time.timestamp():.0f}") for node, time in known)
         return metric(f"{PREFIX}_node_{name}_timestamp_seconds", text, samples)
 
     states = metric(f"{PREFIX}_nodes", "Nodes by state; expired, silent and failed ones need a person.", by_state)

@@ -252,23 +252,23 @@ class Https(wsgi.Server):
 
     ConnectionClass = _Connection
 
-    def __init__(self, ours: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes) -> None:
-        self.exchange_seconds = ours.exchange_for.total_seconds()
+    def __init__(self, settings: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes) -> None:
+        self.exchange_seconds = settings.exchange_for.total_seconds()
         super().__init__(
-            address_of(ours.listen), application, numthreads=ours.threads, max=ours.threads, server_name="ca-bridge",
+            address_of(settings.listen), application, numthreads=settings.threads, max=settings.threads, server_name="ca-bridge",
             request_queue_size=_BACKLOG, timeout=_IDLE_SECONDS, shutdown_timeout=int(self.exchange_seconds),
         )  # fmt: skip
-        self.ssl_adapter = _Tls(ours.certificate, ours.key, anchors)
+        self.ssl_adapter = _Tls(settings.certificate, settings.key, anchors)
         self.max_request_header_size = _LONGEST_HEAD_BYTES
         self.max_request_body_size = LARGEST_REQUEST_BYTES
-        self.keep_alive_conn_limit = ours.connections
-        self.limits = ours
+        self.keep_alive_conn_limit = settings.connections
+        self.limits = settings
         self.chunked_below = chunked_below
         self.mutex = threading.Lock()
         self.working: set[_Connection] = set()
         self.open: set[_Connection] = set()
         self.peers: Counter[str] = Counter()
-        self.shares = FairQueue[_Connection](ours.threads)
+        self.shares = FairQueue[_Connection](settings.threads)
         self.turned_away = 0
 
     @property
@@ -355,19 +355,19 @@ class Https(wsgi.Server):
 
 
 @contextlib.contextmanager
-def serving(ours: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes = b"") -> Iterator[Https]:
+def serving(settings: ServeSettings, application: Any, anchors: Anchors, chunked_below: bytes = b"") -> Iterator[Https]:
     """
     Serve while the block runs; at its end, open exchanges get their time, and no new one begins.
 
     Each connection calls `anchors`, from any thread. Below the path `chunked_below` a body may come in chunks, as Go's
     clients send a body of unknown length; empty: nowhere.
     """
-    server = Https(ours, application, anchors, chunked_below)
+    server = Https(settings, application, anchors, chunked_below)
     os.environ.pop("LISTEN_PID", None)  # cheroot would take any descriptor 3 for its socket
     try:
         server.prepare()
     except OSError as e:
-        text = f"serve.listen: can't listen at {ours.listen}: {e.strerror or e}"
+        text = f"serve.listen: can't listen at {settings.listen}: {e.strerror or e}"
         raise BridgeError(text, hint="another port, or another address of this machine") from None
     over = threading.Event()
 

@@ -264,7 +264,7 @@ def _persons(settings: Settings, others: Sequence[x509.Certificate]) -> tuple[x5
         persons = tuple(read_ca_file(path))
     except UnreadableError as e:
         raise SettingsError([SettingsProblem("serve.approvers_ca", wanted, f"{path}: {e}")]) from None
-    if any(_shares_key(one, others) for one in persons):
+    if any(_shares_key(person, others) for person in persons):
         problem = SettingsProblem("serve.approvers_ca", wanted, f"{path}: a CA that signs for nodes or agents")
         raise SettingsError([problem])
     return persons

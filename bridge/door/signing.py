@@ -160,8 +160,8 @@ class Signing:
         with self._at_workers.taken(peer, _WORKER_SECONDS) as has_place:
             if not has_place:
                 raise BusyError
-            if (one := self._by_worker(data, over)) is not None:
-                return one
+            if (read := self._by_worker(data, over)) is not None:
+                return read
             with self._judging:
                 bundle, request_digest = loads_digested(data)
                 return ReadBundle(bundle=bundle, digest=request_digest)
@@ -184,7 +184,9 @@ class Signing:
             raise one
         return replace(one, by=by, number=number, chunk=number)
 
-    def judged(self, one: ReadBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False) -> ReadBundle:
+    def judged(
+        self, read: ReadBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False
+    ) -> ReadBundle:
         """
         Add the desk's verdicts to a bundle before it is stored, so that a client without a proof can't fill the disk;
         from any thread. Before the CAs are reached, there are no verdicts.
@@ -195,14 +197,14 @@ class Signing:
         if by is not None:
             by = replace(by, now=self._now(), without_proof=without_proof)
         with self._judging:
-            found = verdicts(one.bundle, by, held=held) if by is not None else {}
-        return replace(one, by=by, verdicts=found, chunk=None)
+            found = verdicts(read.bundle, by, held=held) if by is not None else {}
+        return replace(read, by=by, verdicts=found, chunk=None)
 
-    def refused(self, one: ReadBundle) -> str:
+    def refused(self, read: ReadBundle) -> str:
         """Return why no request of a bundle can be signed; empty: some may be, or their CA was not reached yet."""
         reasons = dict[str, str]()
-        for request in one.bundle.requests:
-            verdict = one.verdicts.get(request.name)
+        for request in read.bundle.requests:
+            verdict = read.verdicts.get(request.name)
             if request.authority not in self._settings.authorities:
                 wanted = " or ".join(sorted(self._settings.authorities))
                 reasons[request.name] = f"wanted a request for {wanted}, found one for {request.authority}"
@@ -217,18 +219,18 @@ class Signing:
         ours = self._settings.authorities
         return all(request.authority in self.cas or request.authority not in ours for request in bundle.requests)
 
-    def expect(self, data: bytes, one: ReadBundle) -> None:
+    def expect(self, data: bytes, read: ReadBundle) -> None:
         """Keep a parsed bundle for its round, which then need not parse and judge it again; from any thread."""
         if sum(map(len, [*self._read, data])) > _LARGEST_READ_BYTES:  # other doors signed them, or people refused them
             self._read.clear()
-        self._read[data] = one
+        self._read[data] = read
 
-    def _is_fresh(self, one: ReadBundle) -> bool:
+    def _is_fresh(self, read: ReadBundle) -> bool:
         """
         Return whether a bundle's verdicts from its arrival still hold: by the same policy and CAs, with no proof
         waived, moments ago. They do not cover revocation, which each round checks.
         """
-        by, now = one.by, self._judgement
+        by, now = read.by, self._judgement
         if by is None or now is None or abs(self._now() - by.now) > _FRESH:
             return False
         return (by.policy, by.cas, by.without_proof) == (now.policy, now.cas, frozenset())
@@ -269,35 +271,39 @@ class Signing:
         assert_not_behind(self.doors.recorded, self.doors.round())
         restored, ours = self.doors.restored(), []
         most, self._held = _MOST + self._held, 0
-        for one in self.doors.to_sign(most):
-            if restored is None and one.signer in {None, "", self.doors.door}:  # as is_foreign says, without the bundle
-                ours.append(one)
+        for kept in self.doors.to_sign(most):
+            if restored is None and kept.signer in {
+                None,
+                "",
+                self.doors.door,
+            }:  # as is_foreign says, without the bundle
+                ours.append(kept)
                 continue
             try:
-                bundle = loads_request(one.bundle)
+                bundle = loads_request(kept.bundle)
             except BundleError as e:  # it was intact when it came
-                log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
+                log.error("request %s of %s: %s", kept.digest[:16], kept.node, e)  # noqa: TRY400
                 continue
-            if is_foreign(one, bundle.created, self.doors.door, restored):
+            if is_foreign(kept, bundle.created, self.doors.door, restored):
                 unknown = self._unanswered(bundle, archive, journal)
                 if any(request.spec.authority.name in self.troubles for request in unknown):
                     self._held += 1  # whether the CA can tell is unknown while it is down
                     continue
                 if not all(desk.recalls(request.spec.authority.name) for request in unknown):
                     self._held += 1
-                    if one.state != "left":
-                        text = left_text(one, self.doors.names())
-                        log.error("request %s of %s is left to people: %s", one.digest[:16], one.node, text)
-                        self._memory.move(one.id, "left", before=UNANSWERED, note=text)
+                    if kept.state != "left":
+                        text = left_text(kept, self.doors.names())
+                        log.error("request %s of %s is left to people: %s", kept.digest[:16], kept.node, text)
+                        self._memory.move(kept.id, "left", before=UNANSWERED, note=text)
                     continue
                 # CAs may have signed these: the desk asks them before it requests anything
                 journal.add((request, Submitted(bundle.created - _SLACK)) for request in unknown)
-            ours.append(one)
-        number, claimed = self.doors.begin([one.id for one in ours], self._now())
+            ours.append(kept)
+        number, claimed = self.doors.begin([kept.id for kept in ours], self._now())
         self.doors.recorded = max(number, self.doors.recorded)
         record.common = {"door": self.doors.door, "round": number}
         journal.before_asking = self.doors.assert_ours
-        return [one for one in ours if one.id in claimed]
+        return [kept for kept in ours if kept.id in claimed]
 
     def _unanswered(self, bundle: RequestBundle, archive: Archive, journal: Journal) -> list[SignRequest]:
         """Return the requests whose certificate is neither in a door's answers nor in our archive and journal."""
@@ -326,25 +332,25 @@ class Signing:
         return self._desk
 
     def _jobs(self, kept: Sequence[Kept], archive: Archive) -> Iterator[Job]:
-        used = enrolments.for_requests(self._memory, [one.id for one in kept])
-        for one in kept:
+        used = enrolments.for_requests(self._memory, [row.id for row in kept])
+        for row in kept:
             try:
                 # found by the database's bytes, which are what gets signed
-                expected = self._read.pop(one.bundle, None)
-                bundle = expected.bundle if expected is not None else loads_request(one.bundle)
+                expected = self._read.pop(row.bundle, None)
+                bundle = expected.bundle if expected is not None else loads_request(row.bundle)
                 job = job_of(
-                    bundle, one.digest, one.bundle, archive, label=f"request {one.digest[:16]}", where=one.id,
-                    place=lambda _: (), conclude=partial(self._conclude, one, bundle),
+                    bundle, row.digest, row.bundle, archive, label=f"request {row.digest[:16]}", where=row.id,
+                    place=lambda _: (), conclude=partial(self._conclude, row, bundle),
                 )  # fmt: skip
-                job.origin, job.vouched = self._proven(one, bundle, used.get(one.id))
+                job.origin, job.vouched = self._proven(row, bundle, used.get(row.id))
                 job.answered = {**self._answered(bundle), **job.answered}
                 if expected is not None and self._is_fresh(expected) and job.origin is None and not job.vouched:
                     job.ahead = expected
-                job.standing = self.standing(one, bundle)
-                job.noted = one.note or ""
+                job.standing = self.standing(row, bundle)
+                job.noted = row.note or ""
                 yield job
             except (BundleError, DatabaseError) as e:  # it was intact when it came
-                log.error("request %s of %s: %s", one.digest[:16], one.node, e)  # noqa: TRY400
+                log.error("request %s of %s: %s", row.digest[:16], row.node, e)  # noqa: TRY400
 
     def _answered(self, bundle: RequestBundle) -> dict[str, Answered]:
         """Return any door's answers to the same CSRs of nodes, by name; the archive has this door's, and users'."""
@@ -358,20 +364,20 @@ class Signing:
                 found[name] = Answered(signed=leaf.not_valid_before_utc, issued=issued)
         return found
 
-    def _conclude(self, one: Kept, bundle: RequestBundle, answer: AnswerBundle, written: bytes) -> None:
+    def _conclude(self, kept: Kept, bundle: RequestBundle, answer: AnswerBundle, written: bytes) -> None:
         refused = [f"{name}: {each.reason}" for name, each in answer.answers.items() if isinstance(each, Refusal)]
-        self._memory.conclude(one.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
+        self._memory.conclude(kept.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
 
     def _note(self, kept: Sequence[Kept], left: _Left) -> None:
-        for one in kept:
-            if one.digest in left.undecided:
-                self._memory.move(one.id, "undecided", before=TO_SIGN, note=left.notes[one.digest])
-            elif (text := left.notes.get(one.digest)) is not None and text != one.note:
-                self._memory.note(one.id, text)
+        for row in kept:
+            if row.digest in left.undecided:
+                self._memory.move(row.id, "undecided", before=TO_SIGN, note=left.notes[row.digest])
+            elif (text := left.notes.get(row.digest)) is not None and text != row.note:
+                self._memory.note(row.id, text)
 
-    def standing(self, one: Kept, bundle: RequestBundle) -> Standing:
+    def standing(self, kept: Kept, bundle: RequestBundle) -> Standing:
         """Return people's decisions about a request, verified by the current policy; from any thread."""
-        rows = self._memory.decisions(one.id)
+        rows = self._memory.decisions(kept.id)
         decided = [row for row in rows if row.verdict != "asked"]
         if not decided:  # most requests need no approval
             return Standing()
@@ -382,37 +388,39 @@ class Signing:
                 decisions.append(Decision.kept(**about, decided=row.decided, evidence=row.signature or b""))
             except ValueError as e:
                 decisions.append(str(e))
-        found = approval.standing(decisions, self.matter(one, bundle, rows), self.trust())
+        found = approval.standing(decisions, self.matter(kept, bundle, rows), self.trust())
         for text in found.void:
-            log.warning("request %s: a decision does not count: %s", one.digest[:16], text)
+            log.warning("request %s: a decision does not count: %s", kept.digest[:16], text)
         return found
 
-    def matter(self, one: Kept, bundle: RequestBundle, decisions: Sequence[DecisionRow]) -> Matter:
+    def matter(self, kept: Kept, bundle: RequestBundle, decisions: Sequence[DecisionRow]) -> Matter:
         """Return a request for approvers, with the people who submitted it or enrolled its node; from any thread."""
         asked_by = {row.approver for row in decisions if row.verdict == "asked"}
-        asked_by |= {used.created_by for used in enrolments.for_requests(self._memory, [one.id]).values()}
+        asked_by |= {used.created_by for used in enrolments.for_requests(self._memory, [kept.id]).values()}
         return Matter(bundle=bundle, digest=digest(bundle), rules=self.policy.approvals, asked_by=asked_by)
 
-    def verdicts(self, one: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
+    def verdicts(self, kept: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
         """Return the current policy's verdicts by certificate name; none before a CA is reached; from any thread."""
-        by, used = self._judgement, enrolments.for_requests(self._memory, [one.id]).get(one.id)
+        by, used = self._judgement, enrolments.for_requests(self._memory, [kept.id]).get(kept.id)
         if by is None:
             return {}
-        origin, vouched = self._proven(one, bundle, used)
+        origin, vouched = self._proven(kept, bundle, used)
         rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(vouched))
         found = verdicts(bundle, rules, held=origin is not None and origin.held)
         if origin is not None and origin.problem:
-            return {name: replace(one, problems=(origin.problem, *one.problems)) for name, one in found.items()}
+            return {
+                name: replace(verdict, problems=(origin.problem, *verdict.problems)) for name, verdict in found.items()
+            }
         return found
 
     def _proven(
-        self, one: Kept, bundle: RequestBundle, used: Enrolment | None
+        self, kept: Kept, bundle: RequestBundle, used: Enrolment | None
     ) -> tuple[Origin | None, Mapping[str, str]]:
         """Return an EST request's origin by the current policy and CAs, and what TLS or an enrolment vouches for."""
         vouched = used.vouches(bundle) if used is not None else {}
-        if one.origin is None:
+        if kept.origin is None:
             return None, vouched
-        asker, [request] = _asker(one), bundle.requests
+        asker, [request] = _asker(kept), bundle.requests
         problem = origin_problem(asker, request, bundle.node, self.policy, self.cas)
         signers, shown = self.cas.get(request.authority, ()), asker.certificate
         is_ours = shown is not None and any(is_signed_by(shown, ca) for ca in signers)

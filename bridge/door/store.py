@@ -217,8 +217,8 @@ class DecisionRow:
 
 #: Statements for every request, built once, because building one takes longer than executing it.
 _REQUEST_BY = {
-    one.name: sa.select(REQUESTS).where(one == sa.bindparam("value"))
-    for one in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
+    column.name: sa.select(REQUESTS).where(column == sa.bindparam("value"))
+    for column in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
 }
 _CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
 _CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
@@ -331,7 +331,7 @@ class Memory:
     ) -> None:
         """Store an answer, the issued certificates and the refusals in one transaction; rows that exist stay as they are."""
         values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
-        rows = [asdict(one) | {"request": request_id} for one in issued]
+        rows = [asdict(row) | {"request": request_id} for row in issued]
         with asking(), self.engine.begin() as connection:
             connection.execute(_CONCLUDE, {"which": request_id, **values})  # the first answer stays
             if rows:
@@ -394,7 +394,9 @@ class Memory:
         """Return requests whose node, cluster, digest, state or approver contains this text, the newest first."""
         people = sa.select(DECISIONS.c.request).where(DECISIONS.c.approver.contains(text, autoescape=True))
         ours = REQUESTS.c
-        named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.digest, ours.state)]
+        named = [
+            column.contains(text, autoescape=True) for column in (ours.node, ours.cluster, ours.digest, ours.state)
+        ]
         return self._kept(sa.or_(*named, ours.id.in_(people)), ours.received.desc(), most=most)
 
     # --- certificates -------------------------------------------------------------------------------------------------
@@ -406,14 +408,14 @@ class Memory:
     def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
         """Return valid certificates, next to expire first, whose node, cluster, name or serial number contains this text."""
         ours = CERTIFICATES.c
-        named = [one.contains(text, autoescape=True) for one in (ours.node, ours.cluster, ours.name, ours.serial)]
+        named = [column.contains(text, autoescape=True) for column in (ours.node, ours.cluster, ours.name, ours.serial)]
         query = _ISSUED.where(sa.or_(*named), ours.ends > now).order_by(ours.ends).limit(most)
         return [IssuedRow(**row) for row in self.select(query)]
 
-    def signed_for(self, found: str) -> tuple[IssuedRow, bytes] | None:
+    def signed_for(self, text: str) -> tuple[IssuedRow, bytes] | None:
         """Return the certificate with this fingerprint, and its request's bundle, which is empty once it was dropped."""
         query = _ISSUED.add_columns(REQUESTS.c.bundle).join(REQUESTS, REQUESTS.c.id == CERTIFICATES.c.request)
-        for row in self.select(query.where(CERTIFICATES.c.fingerprint == found)):
+        for row in self.select(query.where(CERTIFICATES.c.fingerprint == text)):
             columns = dict(row)
             bundle = columns.pop("bundle")
             return IssuedRow(**columns), bundle

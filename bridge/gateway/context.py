@@ -144,28 +144,28 @@ _AGAIN_SECONDS = 5.0
 Line = dict[str, Any]  #: One event of one request, for `Record.add`, with or without `event`.
 
 
-def spec_for(one: AnyObject) -> CertificateSpec:
+def spec_for(subject: AnyObject) -> CertificateSpec:
     """Return the spec, which also names the CA, for an object of one of our signers."""
-    spec = POD_SPECS["peer"] if isinstance(one, PodObject) else spec_of(one.request.signer)
+    spec = POD_SPECS["peer"] if isinstance(subject, PodObject) else spec_of(subject.request.signer)
     if spec is None:
         raise AssertionError("only signers that have a spec are looked at")
     return spec
 
 
-def facts_of(one: AnyObject, authority: AuthorityOfSigners | None = None) -> Line:
+def facts_of(subject: AnyObject, authority: AuthorityOfSigners | None = None) -> Line:
     """Return the fields that all audit lines about an object share; the requester chose the names in them."""
-    spec = spec_for(one)
+    spec = spec_for(subject)
     found = {
-        "request": one.uid,
-        "object": one_line(one.name),
-        "signer": one.request.signer,
-        "requester": one_line(one.request.username),
-        "csrSha256": digest(one.request.pem),
+        "request": subject.uid,
+        "object": one_line(subject.name),
+        "signer": subject.request.signer,
+        "requester": one_line(subject.request.username),
+        "csrSha256": digest(subject.request.pem),
         "backend": authority.ca.label if authority is not None else "",
         "identity": authority.identity if authority is not None else "",
     }
-    if isinstance(one, PodObject):
-        request = one.request
+    if isinstance(subject, PodObject):
+        request = subject.request
         pod = {"namespace": request.namespace, "pod": request.pod, "serviceAccount": request.service_account}
         pod |= {"podUID": request.pod_uid, "requester": f"system:node:{request.node}"}
         found |= {key: one_line(value) for key, value in pod.items()}

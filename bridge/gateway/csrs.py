@@ -72,24 +72,24 @@ class Judge:
                 return self._nodes.reserve(job.look.key, now)
             return self._requesters.reserve(user, now)
 
-    def look(self, one: AnyObject) -> Look:
+    def look(self, csr: AnyObject) -> Look:
         """
         Compare a request with the files alone; a node that only `inventory_command` could name counts as allowed here.
         A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
-        one = cast(SigningRequest, one)
-        world = self._world(one, time.monotonic() - _RECENT_SECONDS)
-        if world is None or len(one.request.pem) > USUAL_BYTES:
+        csr = cast(SigningRequest, csr)
+        world = self._world(csr, time.monotonic() - _RECENT_SECONDS)
+        if world is None or len(csr.request.pem) > USUAL_BYTES:
             return Look()
-        node = node_of(one.request)
+        node = node_of(csr.request)
         entry = world.inventory.nodes.get(node) if node is not None else None
         if entry is not None:
-            state = NodeState(exists=one.request.username == f"{NODE_USER}{node}")
+            state = NodeState(exists=csr.request.username == f"{NODE_USER}{node}")
             world = replace(world, entry=entry, state=state)
-        verdict = judge(one.request, world)
+        verdict = judge(csr.request, world)
         is_hostile, is_known = isinstance(verdict, Hostile), entry is not None
         counts = isinstance(verdict, Allowed) if is_known else node is not None and not is_hostile
-        return Look(key=key_of(one, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
+        return Look(key=key_of(csr, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
         """Return the policy's verdict; files and Node object are at most a second old, and read anew for a write."""
@@ -114,13 +114,13 @@ class Judge:
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
         needs_person = isinstance(verdict, Allowed) and world.policy.signers[one.request.signer].approval == "required"
         if needs_person and not one.is_approved_by_person:
-            found = "only a controller has approved it, which does not count" if one.has(watch.APPROVED) else ""
-            return Later(f"{found or 'it was not approved yet'} (approval = required)")
+            csr = "only a controller has approved it, which does not count" if one.has(watch.APPROVED) else ""
+            return Later(f"{csr or 'it was not approved yet'} (approval = required)")
         return verdict
 
-    def _world(self, one: SigningRequest, since: float) -> World | None:
+    def _world(self, csr: SigningRequest, since: float) -> World | None:
         """Return the facts for a verdict; None: the policy had no table for the signer when the gateway started."""
-        context, spec = self._context, spec_of(one.request.signer)
+        context, spec = self._context, spec_of(csr.request.signer)
         if spec is None or spec.authority.name not in context.authorities:
             return None
         policy, inventory = context.nodes.files(since)
@@ -168,19 +168,19 @@ class Writer:
                 break
         return True
 
-    def trouble(self, verdict: Allowed, found: Verified) -> str:
+    def trouble(self, verdict: Allowed, verified: Verified) -> str:
         """Return no trouble: the API server takes any certificate for these objects."""
-        del verdict, found
+        del verdict, verified
         return ""
 
-    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
+    def issue(self, job: Job, verdict: Allowed, verified: Verified) -> bool:
         """Approve the object, unless another client did, and write the certificate; False: the object has changed."""
         del verdict
         self._context.assert_fresh(job)
         if not (job.one.has(watch.APPROVED) or self._marked(job, "approval", watch.APPROVED, watch.ALLOWS)):
             return False
         self._context.assert_fresh(job)  # the approval may have taken a while
-        reply = self._patched(job, "status", with_certificate(job.one, pem(*found.chain)))
+        reply = self._patched(job, "status", with_certificate(job.one, pem(*verified.chain)))
         return reply.status == HTTPStatus.OK
 
     # --- objects ----------------------------------------------------------------------------------------------------
@@ -208,11 +208,11 @@ class Writer:
 
     def _marked(self, job: Job, subresource: str, kind: str, reason: str) -> bool:
         """Add a condition; False: the object has changed."""
-        one, body = job.one, with_condition(job.one, kind, reason, self._context.now())
+        csr, body = job.one, with_condition(job.one, kind, reason, self._context.now())
         reply = self._patched(job, subresource, body)
         if reply.status != HTTPStatus.OK:
             return False
-        job.one = replace(one, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
+        job.one = replace(csr, version=_version(reply), conditions=tuple(body["status"]["conditions"]))
         return True
 
     def _patched(self, job: Job, subresource: str, body: Mapping[str, Any]) -> Reply:
@@ -252,11 +252,11 @@ def _version(reply: Reply) -> str:
     return version
 
 
-def name_in(one: AnyObject, leaf: x509.Certificate) -> str:
+def name_in(csr: AnyObject, leaf: x509.Certificate) -> str:
     """Return the node's or user's name, kubeadm's name of the certificate, or a pod's namespace and service account."""
-    if isinstance(one, PodObject):
-        return f"{one.request.namespace}/{one.request.service_account}"
-    spec = spec_of(one.request.signer)
+    if isinstance(csr, PodObject):
+        return f"{csr.request.namespace}/{csr.request.service_account}"
+    spec = spec_of(csr.request.signer)
     if spec is not None and spec.name not in GATEWAY_SPECS:
         return spec.name
     cn = next((value for oid, value in attributes(leaf.subject) if oid == CN_OID), "")
@@ -278,25 +278,25 @@ def condition_of(kind: str, reason: str, message: str, now: datetime) -> dict[st
     return {"type": kind, "status": "True", "reason": reason, "message": message, "lastTransitionTime": rfc3339(now)}
 
 
-def with_condition(one: AnyObject, kind: str, reason: str, now: datetime) -> dict[str, Any]:
+def with_condition(csr: AnyObject, kind: str, reason: str, now: datetime) -> dict[str, Any]:
     """Return a body with one more condition and all others, since a merge patch replaces the whole list."""
     condition = {**condition_of(kind, reason, _TEXTS[reason], now), "lastUpdateTime": rfc3339(now)}
-    others = one.conditions if kind == watch.APPROVED else _without_waiting(one)
-    return {"metadata": identity_of(one), "status": {"conditions": [*others, condition]}}
+    others = csr.conditions if kind == watch.APPROVED else _without_waiting(csr)
+    return {"metadata": identity_of(csr), "status": {"conditions": [*others, condition]}}
 
 
-def with_certificate(one: AnyObject, chain_pem: bytes) -> dict[str, Any]:
+def with_certificate(csr: AnyObject, chain_pem: bytes) -> dict[str, Any]:
     """Return the body for /status with the certificate chain, leaf first."""
     status: dict[str, Any] = {"certificate": base64.b64encode(chain_pem).decode("ascii")}
-    if one.has(watch.PENDING_AT_CA):
-        status["conditions"] = _without_waiting(one)
-    return {"metadata": identity_of(one), "status": status}
+    if csr.has(watch.PENDING_AT_CA):
+        status["conditions"] = _without_waiting(csr)
+    return {"metadata": identity_of(csr), "status": status}
 
 
-def identity_of(one: AnyObject) -> dict[str, str]:
+def identity_of(csr: AnyObject) -> dict[str, str]:
     """Return the uid and version, so that a write fails on a new object of the same name or another version."""
-    return {"uid": one.uid, "resourceVersion": one.version}
+    return {"uid": csr.uid, "resourceVersion": csr.version}
 
 
-def _without_waiting(one: AnyObject) -> list[Mapping[str, Any]]:
-    return [condition for condition in one.conditions if condition.get("type") != watch.PENDING_AT_CA]
+def _without_waiting(csr: AnyObject) -> list[Mapping[str, Any]]:
+    return [condition for condition in csr.conditions if condition.get("type") != watch.PENDING_AT_CA]

@@ -91,27 +91,27 @@ class Issuing:
         #: Uids of objects with our certificate or refusal; the watch may still deliver older versions of them.
         self._answered: OrderedDict[str, None] = OrderedDict()
 
-    def _judge_of(self, one: AnyObject) -> Judge | PodJudge:
-        return self._pod_judge if isinstance(one, PodObject) else self._judge
+    def _judge_of(self, request: AnyObject) -> Judge | PodJudge:
+        return self._pod_judge if isinstance(request, PodObject) else self._judge
 
-    def _writer_of(self, one: AnyObject) -> Writer:
-        return self._pod_writer if isinstance(one, PodObject) else self._writer
+    def _writer_of(self, request: AnyObject) -> Writer:
+        return self._pod_writer if isinstance(request, PodObject) else self._writer
 
     # --- events of the watch ----------------------------------------------------------------------------------------
 
-    def changed(self, one: AnyObject) -> None:
+    def changed(self, request: AnyObject) -> None:
         """Take in an object that is new or has changed, and has no answer of ours."""
         context = self._context
-        if one.is_finished:
-            if context.queue.remove(one.uid):
+        if request.is_finished:
+            if context.queue.remove(request.uid):
                 return  # usually our own write, which is counted where it is made
-            context.give_up(one.uid, "the object was deleted, or another client has answered it")
-            if one.certificate:
+            context.give_up(request.uid, "the object was deleted, or another client has answered it")
+            if request.certificate:
                 with contextlib.suppress(ValueError, BridgeError):
-                    leaf = load_pem_certificates(chain_of(one))[0]
-                    context.metrics.saw(one.request.signer, name_in(one, leaf), leaf.not_valid_after_utc)
+                    leaf = load_pem_certificates(chain_of(request))[0]
+                    context.metrics.saw(request.request.signer, name_in(request, leaf), leaf.not_valid_after_utc)
             return
-        for uid in context.queue.put(one, self._judge_of(one).look):
+        for uid in context.queue.put(request, self._judge_of(request).look):
             context.give_up(uid, "a newer request of the same node has come")
 
     def is_answered(self, uid: str) -> bool:
@@ -235,9 +235,9 @@ class Issuing:
         if not self._context.queue.is_newest(job):
             raise GoneError("a newer request of the same node has come")
 
-    def _assert_of_use(self, job: Job, verdict: Allowed, found: Verified, *, is_new: bool) -> None:
-        refused, trouble = self._writer_of(job.one).trouble(verdict, found), ""
-        if found.leaf.not_valid_after_utc - self._context.now() < timedelta():
+    def _assert_of_use(self, job: Job, verdict: Allowed, verified: Verified, *, is_new: bool) -> None:
+        refused, trouble = self._writer_of(job.one).trouble(verdict, verified), ""
+        if verified.leaf.not_valid_after_utc - self._context.now() < timedelta():
             trouble = "the certificate has ended before it could be written"
         elif job.signed_for != _content(verdict):
             trouble = "the policy gives another certificate than when it was signed"
@@ -254,11 +254,11 @@ class Issuing:
         with self._mutex:
             remember(self._answered, job.one.uid, None, _MOST_ANSWERED)
 
-    def _written(self, job: Job, name: str, found: Verified) -> None:
-        context, end = self._context, found.leaf.not_valid_after_utc
+    def _written(self, job: Job, name: str, verified: Verified) -> None:
+        context, end = self._context, verified.leaf.not_valid_after_utc
         context.metrics.signed(job.one.request.signer, name, end, time.monotonic() - job.arrived, context.now())
         log.info("signed %s, until %s", one_line(name), minute(end), extra=extra(job, "signed"))
-        context.ledger.note(job.facts, audit.INSTALLED, new=found.leaf)
+        context.ledger.note(job.facts, audit.INSTALLED, new=verified.leaf)
         context.drop_pending(job.one.uid)
 
     # --- asking the CA ----------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class Issuing:
             hint = f" ({e.hint})" if e.hint else ""
             raise LeftError("ca-refused", f"{e}{hint}", after_refusal(job)) from None
 
-    def _request(self, one: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
+    def _request(self, request: AnyObject, verdict: Allowed, at_ca: PendingAtCa | None) -> SignRequest:
         validity = timedelta(seconds=at_ca.validity_seconds) if at_ca is not None else verdict.validity
         return SignRequest(
             spec=verdict.spec,
@@ -307,11 +307,11 @@ class Issuing:
             names=verdict.names,
             validity=timedelta(seconds=int(validity.total_seconds())),
             continuity=Continuity(
-                batch=_batch(one.uid),
+                batch=_batch(request.uid),
                 node=verdict.name,
                 cluster=self._context.settings.node.cluster,
                 proof=None,
-                asked=one.created.replace(microsecond=0),
+                asked=request.created.replace(microsecond=0),
             ),
         )
 
@@ -358,15 +358,15 @@ class Issuing:
 
     def _keep(self, asking: _Asking, answer: Pending) -> None:
         """Store the CA's reference before the object says that it waits."""
-        context, at_ca, one = self._context, asking.at_ca, asking.job.one
+        context, at_ca, request = self._context, asking.at_ca, asking.job.one
         if at_ca is None and len(context.pending_at_ca) >= MOST_PENDING_AT_CA:
             raise LeftError("left", f"more than {MOST_PENDING_AT_CA} requests are at the CA")
         if at_ca is None or at_ca.reference != answer.reference:
             context.pending_at_ca.put(
                 PendingAtCa(
-                    uid=one.uid,
-                    object_name=one.name,
-                    signer=one.request.signer,
+                    uid=request.uid,
+                    object_name=request.name,
+                    signer=request.request.signer,
                     csr_sha256=digest(asking.request.csr_pem),
                     reference=answer.reference,
                     validity_seconds=int(asking.request.validity.total_seconds()),

@@ -239,7 +239,7 @@ def host_of(address: str) -> str | None:
     """Return the name of an address, if it resolves back to the address."""
     try:
         host = socket.gethostbyaddr(address)[0].lower().rstrip(".")
-        addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return None
     return host if address in addresses else None

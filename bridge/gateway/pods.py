@@ -81,9 +81,9 @@ class PodJudge:
                 longest = max(longest, wait)
         return longest
 
-    def look(self, one: AnyObject) -> Look:
+    def look(self, request: AnyObject) -> Look:
         """Return nothing known: a kubelet may have several requests at a time, and none supersedes another."""
-        del one
+        del request
         return Look()
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
@@ -198,8 +198,8 @@ def _key_types(spec: Mapping[str, Any], request: PodRequest) -> Iterator[str]:
                     yield str(source.get("keyType", ""))
 
 
-def _request(one: AnyObject) -> PodRequest:
-    return cast(PodObject, one).request
+def _request(request: AnyObject) -> PodRequest:
+    return cast(PodObject, request).request
 
 
 class PodWriter(Writer):
@@ -252,18 +252,18 @@ class PodWriter(Writer):
                 self._cannot_tell = True
                 log.warning("no events of pods: HTTP %d %s", reply.status, one_line(reply.message))
 
-    def trouble(self, verdict: Allowed, found: Verified) -> str:
+    def trouble(self, verdict: Allowed, verified: Verified) -> str:
         """Return why the API server would reject this certificate now; empty: it would not."""
-        begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
+        begin, end = verified.leaf.not_valid_before_utc, verified.leaf.not_valid_after_utc
         return dates_problem(begin, end, verdict.most, self._context.now())
 
-    def issue(self, job: Job, verdict: Allowed, found: Verified) -> bool:
+    def issue(self, job: Job, verdict: Allowed, verified: Verified) -> bool:
         """Write the certificate with its dates; False: the object has changed."""
         self._context.assert_fresh(job)
-        begin, end = found.leaf.not_valid_before_utc, found.leaf.not_valid_after_utc
+        begin, end = verified.leaf.not_valid_before_utc, verified.leaf.not_valid_after_utc
         status = {
             "conditions": [condition_of("Issued", watch.ALLOWS, "", self._context.now())],
-            "certificateChain": pem(found.leaf, *found.intermediates).decode("ascii"),
+            "certificateChain": pem(verified.leaf, *verified.intermediates).decode("ascii"),
             "notBefore": rfc3339(begin),
             "notAfter": rfc3339(end),
             "beginRefreshAt": rfc3339(refresh_at(begin, end, verdict.refresh)),

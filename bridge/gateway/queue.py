@@ -60,9 +60,9 @@ class Job:
     delay: int = 0  #: The number of its delay while it waits for its time; 0: it is not delayed.
 
 
-def key_of(one: AnyObject, node: str | None) -> str:
+def key_of(request: AnyObject, node: str | None) -> str:
     """Return signer, user and node as a key; only its newest job counts, as a kubelet reads only its newest request."""
-    return f"{one.request.signer}\n{one.request.username}\n{node}"
+    return f"{request.request.signer}\n{request.request.username}\n{node}"
 
 
 class _Lane:
@@ -120,38 +120,38 @@ class Queue:
         self._bytes = 0
         self.overflowed = False
 
-    def put(self, one: AnyObject, look: Callable[[AnyObject], Look]) -> list[str]:
+    def put(self, request: AnyObject, look: Callable[[AnyObject], Look]) -> list[str]:
         """Take in an object that is new or has changed; return the uids of the older objects that it supersedes."""
         with self._changed:
-            if self._is_known(one):
+            if self._is_known(request):
                 return []
-            if not self._make_room(one):
+            if not self._make_room(request):
                 self.overflowed = True
                 return []
-        found = look(one)  # without the lock, since it takes a while
+        found = look(request)  # without the lock, since it takes a while
         with self._changed:
-            if self._is_known(one):  # it may have one now
+            if self._is_known(request):  # it may have one now
                 return []
-            superseded = self._supersede(one, found.key)
-            if superseded is None or not self._make_room(one):
+            superseded = self._supersede(request, found.key)
+            if superseded is None or not self._make_room(request):
                 return []
-            job = Job(one=one, look=found, arrived=time.monotonic(), lane=self._lane(one))
+            job = Job(one=request, look=found, arrived=time.monotonic(), lane=self._lane(request))
             self._add(job)
             self._line_up(job)
             return superseded
 
-    def _is_known(self, one: AnyObject) -> bool:
+    def _is_known(self, request: AnyObject) -> bool:
         """Whether the object has a job; if so, give the job this version."""
-        if (worked_at := self._working.get(one.uid)) is not None:
-            worked_at.later, worked_at.removed = one, False
+        if (worked_at := self._working.get(request.uid)) is not None:
+            worked_at.later, worked_at.removed = request, False
             return True
-        known = self._jobs.get(one.uid)
+        known = self._jobs.get(request.uid)
         if known is None:
             return False
-        if known.one.version != one.version:
+        if known.one.version != request.version:
             self._count(known.one, -1)
-            known.one = one
-            self._count(one, 1)
+            known.one = request
+            self._count(request, 1)
             if known.delay:
                 self._line_up(known)
         return True
@@ -161,12 +161,12 @@ class Queue:
         with self._changed:
             return 2 * self._bytes <= MOST_BYTES and 2 * len(self._jobs) <= MOST_JOBS
 
-    def _make_room(self, one: AnyObject) -> bool:
+    def _make_room(self, request: AnyObject) -> bool:
         """Whether the object fits, after requesters with more waiting than its own have lost some."""
-        user = one.request.username
-        while self._bytes + one.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
+        user = request.request.username
+        while self._bytes + request.size > MOST_BYTES or len(self._jobs) >= MOST_JOBS:
             greediest = self.greediest()
-            if self._shares[greediest] <= self._shares[user] + one.size:
+            if self._shares[greediest] <= self._shares[user] + request.size:
                 return False
             candidates = [job for job in self._jobs.values() if job.one.request.username == greediest]
             # prefer a job without any work yet: the others may have a certificate already
@@ -202,24 +202,24 @@ class Queue:
             self._count(job.one, -1)
         return job
 
-    def _count(self, one: AnyObject, sign: int) -> None:
-        user = one.request.username
-        self._bytes += sign * one.size
-        self._shares[user] += sign * one.size
+    def _count(self, request: AnyObject, sign: int) -> None:
+        user = request.request.username
+        self._bytes += sign * request.size
+        self._shares[user] += sign * request.size
         if self._shares[user] <= 0:
             del self._shares[user]
 
-    def _supersede(self, one: AnyObject, key: str) -> list[str] | None:
+    def _supersede(self, request: AnyObject, key: str) -> list[str] | None:
         """Return the uids that this object supersedes; None: a newer object is known."""
         if not key:
             return []
         known = self._newest.get(key)
-        if known is not None and known[1] == one.uid:
+        if known is not None and known[1] == request.uid:
             return []
-        if one.uid in self._older or (known is not None and known[0] > one.age_key):
-            remember(self._older, one.uid, None, _MOST_REMEMBERED)
+        if request.uid in self._older or (known is not None and known[0] > request.age_key):
+            remember(self._older, request.uid, None, _MOST_REMEMBERED)
             return None
-        remember(self._newest, key, (one.age_key, one.uid), _MOST_REMEMBERED)
+        remember(self._newest, key, (request.age_key, request.uid), _MOST_REMEMBERED)
         if known is None:
             return []
         remember(self._older, known[1], None, _MOST_REMEMBERED)

@@ -140,15 +140,15 @@ class Service:
             self.context = Context(
                 settings=self.settings, api=self.api, nodes=self.nodes, authorities=self.authorities,
                 ledger=ledger, pending_at_ca=PendingRequests(store), metrics=self.metrics, holder=self.holder, now=self._now,
-                queue=Queue(lambda one: spec_for(one).authority.name, most_at_one_ca(count, len(self.authorities))),
+                queue=Queue(lambda signer: spec_for(signer).authority.name, most_at_one_ca(count, len(self.authorities))),
             )  # fmt: skip
             self._issuing = Issuing(self.context)
             self._started = True
             cas = list(self._look_at_cas())
             self.holder.start(lambda: not ledger.trouble)
             threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(count)]
-            threads += [threading.Thread(target=self._watch_on, args=(one,), name=f"watch of {one.what}", daemon=True)
-                        for one in self._watching]  # fmt: skip
+            threads += [threading.Thread(target=self._watch_on, args=(watch,), name=f"watch of {watch.what}", daemon=True)
+                        for watch in self._watching]  # fmt: skip
             if self.pod_signers:
                 threads.append(threading.Thread(target=self._keep_roots, name="roots", daemon=True))
             for thread in threads:
@@ -294,15 +294,18 @@ class Service:
             states = {"waiting": waiting, "working": working, "at-ca": len(self.context.pending_at_ca)}
             flags = {
                 "queue_overflowed": queue.overflowed,
-                "watch_complete": all(one.has_seen_all() for one in self._watching),
+                "watch_complete": all(watch.has_seen_all() for watch in self._watching),
                 "leader": self.holder.is_ours(),
-                "api_up": not any(one.trouble for one in self._watching),
+                "api_up": not any(watch.trouble for watch in self._watching),
                 "inventory_good": not self.nodes.trouble,
             }
             self.metrics.gauges = {
                 **{("queue", f'{{state="{state}"}}'): float(count) for state, count in states.items()},
                 **{(name, ""): float(value) for name, value in flags.items()},
-                **{("roots_published", f'{{signer="{one}"}}'): float(good) for one, good in self._roots.good.items()},
+                **{
+                    ("roots_published", f'{{signer="{signer}"}}'): float(good)
+                    for signer, good in self._roots.good.items()
+                },
             }
         own = credentials.look(self.settings, self._places, None)
         return HTTPStatus.OK, self.metrics.text() + credentials.metrics(own, self.settings.renewal.before)
@@ -320,8 +323,8 @@ class Service:
         """Yield troubles that a restart may end."""
         if ended := [thread.name for thread in self._threads if not (thread.is_alive() or self._ending)]:
             yield f"threads have ended: {', '.join(ended)}"
-        for one in self._watching:
-            silence = time.monotonic() - one.alive
+        for watch in self._watching:
+            silence = time.monotonic() - watch.alive
             if silence > 2 * SILENCE_SECONDS:
                 yield f"nothing was heard from the watch for {silence:.0f} s"
         if self._started and self.context.ledger.failing_seconds() > _LONGEST_FAILING_SECONDS:
@@ -334,11 +337,11 @@ class Service:
         yield self.nodes.trouble
         yield self.context.ledger.trouble if self._started else "it is starting"
         if self.holder.is_ours():
-            for one in self._watching:
-                yield one.trouble
-                age = time.monotonic() - one.began
-                if age > _LONGEST_READING_SECONDS and not one.has_seen_all():
-                    yield f"the watch has not read all {one.what} for {age:.0f} s"
+            for watch in self._watching:
+                yield watch.trouble
+                age = time.monotonic() - watch.began
+                if age > _LONGEST_READING_SECONDS and not watch.has_seen_all():
+                    yield f"the watch has not read all {watch.what} for {age:.0f} s"
         elif isinstance(self.holder, Leader) and time.monotonic() - self.holder.last_answer > SILENCE_SECONDS:
             yield self.holder.said or "the API server does not answer"
 

@@ -201,7 +201,7 @@ def _is_refused(line: bytes) -> bool:
     """Whether the status alone shows a denied or failed object without a certificate; False: parse the whole object."""
     try:
         status = json_of(line[line.rindex(_STATUS + b"{") + len(_STATUS) : -2], Budget(len(line)))
-        found = [one["type"] for one in status["conditions"] if one["status"] == "True"]
+        found = [condition["type"] for condition in status["conditions"] if condition["status"] == "True"]
     except (ValueError, KeyError, TypeError):
         return False
     has_certificate = status.get("certificate") or status.get("certificateChain")
@@ -215,14 +215,14 @@ def _text(value: Any) -> str:
 
 
 def _texts(value: Any) -> list[str]:
-    return [_text(one) for one in value or []]
+    return [_text(text) for text in value or []]
 
 
-def chain_of(one: AnyObject) -> bytes:
+def chain_of(request: AnyObject) -> bytes:
     """Return an object's certificates as PEM."""
-    if isinstance(one, PodObject):
-        return one.certificate.encode()
-    return base64.b64decode(one.certificate, validate=True)
+    if isinstance(request, PodObject):
+        return request.certificate.encode()
+    return base64.b64decode(request.certificate, validate=True)
 
 
 #: A bookmark comes each minute, so a longer silence means a dead connection.

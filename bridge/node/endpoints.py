@@ -56,7 +56,7 @@ def bound(component: Component, flags: Flags) -> list[Address]:
     """A Kubernetes component's addresses; for all addresses, loopback and the one that an API server advertises."""
     host, port = flags.get("--bind-address", ""), int(flags.get("--secure-port", PORTS[component]))
     hosts = [loopback(host), flags.get("--advertise-address")] if is_any(host) else [host]
-    return [Address(one, port) for one in dict.fromkeys(hosts) if one and port]
+    return [Address(host, port) for host in dict.fromkeys(hosts) if host and port]
 
 
 def name(flags: Flags) -> str | None:
@@ -68,9 +68,9 @@ def name(flags: Flags) -> str | None:
 def listening(flags: Flags, names: Sequence[str], advertised: str) -> list[Address]:
     """etcd's TLS addresses, by these flags; if it listens on all, loopback and the advertised address."""
     places = []
-    for place in (Server(url).place for one in names for url in urls(flags, one)):
+    for place in (Server(url).place for name in names for url in urls(flags, name)):
         hosts = [loopback(place.host), host(flags, advertised)] if is_any(place.host) else [place.host]
-        places += [Address(found, place.port) for found in hosts if found]
+        places += [Address(host, place.port) for host in hosts if host]
     return list(dict.fromkeys(places))
 
 

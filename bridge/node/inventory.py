@@ -246,7 +246,7 @@ def _specs(role: Role, kubeconfig_dir: Path) -> list[CertificateSpec]:
 
 def troubles_of(items: Sequence[Item], authorities: Sequence[AuthorityState]) -> Iterator[str]:
     """A line for each problem; the kubelet's client certificate comes first, since a rebooted node needs it."""
-    for item in sorted(items, key=lambda one: one.spec != _KUBELET):
+    for item in sorted(items, key=lambda item: item.spec != _KUBELET):
         if trouble := item.trouble or item.key_trouble:
             yield f"{item.spec.name}: {trouble}"
     for state in authorities:
@@ -332,11 +332,11 @@ def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[st
     return found, troubles
 
 
-def _has_local_etcd(found: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
+def _has_local_etcd(manifests_: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """Whether etcd runs on this node; without an API server's manifest it counts as local, as for kubeadm."""
     traces = [pki_dir / f"{SPECS[name].base}.crt" for name in ("etcd-server", "etcd-peer")]
     traces.append(manifests.path_of(Component.ETCD, kubeconfig_dir))
-    return Component.APISERVER not in found or any(map(_exists, traces))
+    return Component.APISERVER not in manifests_ or any(map(_exists, traces))
 
 
 def _exists(path: Path) -> bool:
@@ -466,11 +466,11 @@ def _component_server(
     spec: CertificateSpec,
     authority: AuthorityState,
     pki_dir: Path,
-    found: Mapping[Component, Manifest],
+    manifests_: Mapping[Component, Manifest],
     others: Sequence[Item],
 ) -> list[Item]:
     """A component's serving certificate, at the path in its manifest or else at our own; None if the file is another pair's."""
-    manifest = None if spec.component is None else found.get(spec.component)
+    manifest = None if spec.component is None else manifests_.get(spec.component)
     if manifest is None:
         return []
     path, key_path, trouble = pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key", None
@@ -481,7 +481,7 @@ def _component_server(
         key_path = Path("/", manifest.flags.get(TLS_KEY, ""))
         if TLS_KEY not in manifest.flags:
             trouble = f"the manifest has {TLS_CERTIFICATE}, and no {TLS_KEY}"
-    if _real(path) in {_real(one) for item in others for one in (item.certificate_path, item.key_path) if one}:
+    if _real(path) in {_real(path) for item in others for path in (item.certificate_path, item.key_path) if path}:
         return []
     files = _certificates_in(path) if trouble is None else _Found(state="broken", trouble=trouble)
     item = _item(spec, authority, files, path, key_path, listed=False)
@@ -532,14 +532,14 @@ def _older(current: Path) -> str:
 def _item(
     spec: CertificateSpec,
     authority: AuthorityState,
-    found: _Found,
+    files: _Found,
     certificate_path: Path,
     key_path: Path | None,
     *,
     managed: bool = True,
     listed: bool = True,
 ) -> Item:
-    anchor = anchor_of(found.certificates, authority.certificates) if found.certificates else None
+    anchor = anchor_of(files.certificates, authority.certificates) if files.certificates else None
     return Item(
         spec=spec,
         authority_external=authority.key == "external",
@@ -547,23 +547,23 @@ def _item(
         key_path=key_path,
         embedded=key_path is None,
         anchor_path=authority.path,
-        certificates=found.certificates,
-        state=found.state,
-        trouble=found.trouble,
+        certificates=files.certificates,
+        state=files.state,
+        trouble=files.trouble,
         managed=managed,
         listed=listed,
-        obstacle=found.obstacle,
+        obstacle=files.obstacle,
         anchor=anchor,
         is_anchor_first=anchor in (None, *authority.certificates[:1]),
-        key_trouble=_key_trouble(found, certificate_path, key_path) if found.certificates else None,
+        key_trouble=_key_trouble(files, certificate_path, key_path) if files.certificates else None,
     )
 
 
-def _key_trouble(found: _Found, certificate_path: Path, key_path: Path | None) -> str | None:
+def _key_trouble(files: _Found, certificate_path: Path, key_path: Path | None) -> str | None:
     """The problem of a certificate's key; a file with only the key is not opened, see `other_key`."""
     wanted = f"wanted the key of {certificate_path}"
     if key_path is None or _real(key_path) == _real(certificate_path):
-        return f"{wanted} in it, found none or another certificate's" if found.has_key is False else None
+        return f"{wanted} in it, found none or another certificate's" if files.has_key is False else None
     try:
         status = key_path.stat()
     except FileNotFoundError:

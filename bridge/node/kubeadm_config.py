@@ -216,7 +216,7 @@ class _Values:
 
     def texts(self, *keys: str) -> tuple[str, ...]:
         texts = self.at(*keys)
-        if texts is None or (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
+        if texts is None or (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
             return tuple(texts or ())
         self._report(keys, "a list of texts")
         return ()
@@ -227,9 +227,9 @@ class _Values:
         if isinstance(flags, Mapping):
             flags = [{"name": name, "value": value} for name, value in flags.items()]
         named = [flag for flag in flags if isinstance(flag, Mapping)] if isinstance(flags, list) else []
-        values = [one.get("value") for one in named if one.get("name") == "node-ip"]
-        found = [one.strip() for one in str(values[-1]).split(",")] if values else []
-        return tuple(one for one in found if is_address(one))
+        values = [argument.get("value") for argument in named if argument.get("name") == "node-ip"]
+        found = [address.strip() for address in str(values[-1]).split(",")] if values else []
+        return tuple(address for address in found if is_address(address))
 
     def external_etcd(self) -> ExternalEtcd | None:
         """`etcd.external`."""

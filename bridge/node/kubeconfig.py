@@ -119,12 +119,12 @@ def with_cas(data: bytes, edit: Callable[[bytes], bytes | None]) -> bytes:
     return _with(data, lambda root: list(_edits_of_cas(root, edit)))
 
 
-def _with(data: bytes, found: Callable[[YamlNode], Sequence[tuple[YamlNode, bytes]]]) -> bytes:
+def _with(data: bytes, edits: Callable[[YamlNode], Sequence[tuple[YamlNode, bytes]]]) -> bytes:
     """Replace the data of each value that `found` returns; every other byte stays."""
 
     def edited() -> bytes:
         bom, text = split_bom(data)
-        return (bom + _edited(text, found(document(text)))).encode()
+        return (bom + _edited(text, edits(document(text)))).encode()
 
     return _reading(edited)
 
@@ -344,7 +344,7 @@ def _embedded_users(root: YamlNode) -> Iterator[EmbeddedUser]:
     for number, (name, path) in enumerate(_users(root)):
         for key in (_CERTIFICATE, _KEY) if path else ():
             _own(path[-1], key)
-        certificate, private = (_data(path[-1], one) if path else None for one in (_CERTIFICATE, _KEY))
+        certificate, private = (_data(path[-1], key) if path else None for key in (_CERTIFICATE, _KEY))
         if certificate and private:
             yield EmbeddedUser(number=number, name=name, certificate_pem=certificate, key_pem=private)
 

@@ -124,8 +124,8 @@ def _listed(text: str, component: Component, key: str) -> list[YamlNode]:
 
 
 def _is_mounted(text: str, component: Component, path: str) -> bool:
-    found = [one.get("mountPath") for one in _listed(text, component, "volumeMounts")]
-    return any(one is not None and PurePath(path).is_relative_to(one.text()) for one in found)
+    found = [mount.get("mountPath") for mount in _listed(text, component, "volumeMounts")]
+    return any(mount is not None and PurePath(path).is_relative_to(mount.text()) for mount in found)
 
 
 def _with_entry(text: str, entries: Sequence[YamlNode], lines: Sequence[str]) -> str:
@@ -167,7 +167,7 @@ def arguments(cluster: Mapping[str, Any], component: Component) -> dict[str, str
     listed = part.get("extraArgs") if isinstance(part, Mapping) else None
     if isinstance(listed, Mapping):
         return {str(name): str(value) for name, value in listed.items()}
-    entries = [one for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+    entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list) else []
     return {str(entry.get("name")): str(entry.get("value")) for entry in entries}
 
 
@@ -186,11 +186,11 @@ def with_arguments(
         kept: Any = {name: value for name, value in (listed or {}).items() if name not in changes}
         part["extraArgs"] = {**kept, **{name: value for name, value in changes.items() if value is not None}}
     else:
-        kept = [one for one in listed or [] if one.get("name") not in changes]
+        kept = [argument for argument in listed or [] if argument.get("name") not in changes]
         added = [{"name": name, "value": value} for name, value in changes.items() if value is not None]
         part["extraArgs"] = [*kept, *added]
     names = {unmount, mount.name if mount is not None else ""}
-    volumes = [one for one in part.get("extraVolumes") or [] if one.get("name") not in names]
+    volumes = [volume for volume in part.get("extraVolumes") or [] if volume.get("name") not in names]
     if mount is not None:
         path = {"hostPath": mount.path, "mountPath": mount.path}
         volumes.append({"name": mount.name, **path, "readOnly": True, "pathType": "DirectoryOrCreate"})
