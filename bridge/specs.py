@@ -298,7 +298,16 @@ WANTED_PAIR_NAME = (
     "small letters, digits and hyphens, at most 63, and no name of kubeadm's certificates, CAs or components"
 )
 _TAKEN = frozenset(
-    {*SPECS, *GATEWAY_SPECS, *SIGNING_AUTHORITIES, *(one.value for one in Component), "all", "server", "client", "peer"}
+    {
+        *SPECS,
+        *GATEWAY_SPECS,
+        *SIGNING_AUTHORITIES,
+        *(component.value for component in Component),
+        "all",
+        "server",
+        "client",
+        "peer",
+    }
 )
 
 

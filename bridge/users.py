@@ -102,7 +102,7 @@ def stem_of(name: str) -> str:
 
 def write_request(user: User, directory: Path, algorithm: KeyAlgorithm) -> tuple[Path, Path]:
     """Write a new key and its CSR, `NAME.key` (0600) and `NAME.csr`: both or neither, and never over an older file."""
-    if wrong := [SettingsProblem(what, user_rules.NAME_FORM, found) for what, found in user_rules.misnamed(user)]:
+    if wrong := [SettingsProblem(what, user_rules.NAME_FORM, value) for what, value in user_rules.misnamed(user)]:
         raise SettingsError(wrong)
     key_path, csr_path = (directory / f"{stem_of(user.name)}.{kind}" for kind in ("key", "csr"))
     key, private = csr.generate_key(algorithm), Attributes.private()
@@ -149,14 +149,14 @@ def load_csr(path: Path, user: User) -> bytes:
 
 def _csr_problems(request: x509.CertificateSigningRequest, user: User) -> list[str]:
     problems = []
-    found = attributes(request.subject)
-    names = [value for oid, value in found if oid == CN_OID]
-    groups = [value for oid, value in found if oid == O_OID]
+    pairs = attributes(request.subject)
+    names = [value for oid, value in pairs if oid == CN_OID]
+    groups = [value for oid, value in pairs if oid == O_OID]
     if names != [user.name]:
         problems.append(f"CN: wanted {user.name}, found {_listed(names)}")
     if sorted(groups) != sorted(user.groups):
         problems.append(f"O: wanted {_listed(user.groups)} (--group), found {_listed(groups)}")
-    if others := [oid for oid, _ in found if oid not in (CN_OID, O_OID)]:
+    if others := [oid for oid, _ in pairs if oid not in (CN_OID, O_OID)]:
         problems.append(f"subject: wanted CN and O alone, found {_listed(others)} too")
     if extensions := requested(request):
         problems.append(f"extensions: wanted none, found {_listed(extensions)}")
@@ -237,7 +237,7 @@ def issue(
         cross=registry.cross_behind(settings, CLUSTER_CA.name, anchors[0], now()),
     )
     outage = WaitPolicy(configured.settings.retry_for, configured.label, progress.note)
-    with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
+    with alone(settings, wait, lambda recovery: progress.note(str(recovery))) as (store, record):
         put_away(settings, store, progress.note)
         open_user = _resumed_or_new(store, record, order, given, validity, configured.label, now(), older)
         with contextlib.closing(CA.of(configured, outage)) as ca:
@@ -274,18 +274,18 @@ def _assert_may_write(order: UserOrder) -> Kubeconfig | None:
 
 def _older(path: Path, order: UserOrder) -> Kubeconfig | None:
     """Return the same user's kubeconfig, which will be replaced, or None; any other file is an error."""
-    found: Kubeconfig | None = None
+    older: Kubeconfig | None = None
     with contextlib.suppress(UnreadableError, kubeconfig.KubeconfigError):
         try:
-            found = kubeconfig.parse(read_once(path)[0])
+            older = kubeconfig.parse(read_once(path)[0])
         except FileNotFoundError:
             return None
-    if found is None or found.user != order.user.name or found.has_others or not found.certificate_data:
+    if older is None or older.user != order.user.name or older.has_others or not older.certificate_data:
         raise BridgeError(
             f"{order.out}: wanted no file, or an older kubeconfig of {order.user.name} alone, found something else",
             hint="name another file with -o",
         )
-    return found
+    return older
 
 
 def _anchors(settings: Settings, order: UserOrder) -> tuple[tuple[x509.Certificate, ...], str]:

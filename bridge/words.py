@@ -44,7 +44,7 @@ def steady(text: str) -> str:
 
 def escaped(json: str) -> str:
     """Escape characters of a JSON text that would control a terminal or end a line in YAML."""
-    return re.sub(_STEERS, lambda found: f"\\u{ord(found[0]):04x}", json)
+    return re.sub(_STEERS, lambda match: f"\\u{ord(match[0]):04x}", json)
 
 
 def counted(number: int, what: str) -> str:

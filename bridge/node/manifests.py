@@ -89,7 +89,7 @@ def container(root: YamlNode, name: str) -> YamlNode:
     containers = [] if listed is None else listed.items()
     if not containers:
         raise YamlError("there is no pod with a container")
-    return next((one for one in containers if one.text_of("name") == name), containers[0])
+    return next((container for container in containers if container.text_of("name") == name), containers[0])
 
 
 def flags_of(words: Sequence[str]) -> dict[str, str]:

@@ -82,8 +82,8 @@ def added(node: Node, settings: NodeSettings) -> Node:
 def _authority(node: Node, settings: NodeSettings, name: str) -> AuthorityState:
     """The pair's CA; if a node of this role lacks it, it is read from kubeadm's path."""
     authority = AUTHORITIES[name]
-    found = next((one for one in node.authorities if one.authority == authority), None)
-    return found or authority_state(authority, settings.pki_dir / authority.certificate_file, None, listed=False)
+    state = next((state for state in node.authorities if state.authority == authority), None)
+    return state or authority_state(authority, settings.pki_dir / authority.certificate_file, None, listed=False)
 
 
 def _item(pair: PairSettings, authority: AuthorityState) -> Item:
@@ -105,8 +105,8 @@ def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterat
             yield f"wanted a certificate of {pair.authority} in {item.certificate_path}, found another CA's"
         if not _is_named(leaf, pair.naming):
             yield f"wanted {pair.naming.text} as [certificate.{pair.name}] says, found other names"
-        found = extended_key_usages(leaf)
-        if found != frozenset({eku.value for eku in pair.spec.ekus}):
+        usages = extended_key_usages(leaf)
+        if usages != frozenset({eku.value for eku in pair.spec.ekus}):
             wanted = ", ".join(eku.label for eku in EKU if eku in pair.spec.ekus)
             yield f"wanted {wanted} as [certificate.{pair.name}] says, found other usages"
     except UNREADABLE:
@@ -165,16 +165,16 @@ def proves_itself(item: Item) -> bool:
 
 def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) -> dict[str, BridgeError]:
     """Pairs with a file that, by its real path, is kubeadm's, the kubelet's, ours or another pair's."""
-    ours = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
-    ours += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
+    paths = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
+    paths += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
     for authority in AUTHORITIES.values():
-        ours += [settings.pki_dir / authority.certificate_file, settings.pki_dir / authority.key_file]
-    ours += [settings.pki_dir / "sa.key", settings.pki_dir / "sa.pub"]
+        paths += [settings.pki_dir / authority.certificate_file, settings.pki_dir / authority.key_file]
+    paths += [settings.pki_dir / "sa.key", settings.pki_dir / "sa.pub"]
     places = [settings.kubeconfig_dir / "manifests", settings.kubelet_dir / "pki", settings.state_dir]
     real = [dataclasses.replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]
     return {
         name: PairPlaceError(f"wanted {wanted}, found {file}", hint=f"name other files in [certificate.{name}]")
-        for name, wanted, file in collisions(real, [real_path(path) for path in (*ours, *places)])
+        for name, wanted, file in collisions(real, [real_path(path) for path in (*paths, *places)])
     }
 
 
@@ -197,10 +197,10 @@ def _obstacle_at(files: PairFiles) -> BridgeError | None:
     for _, path in files.paths():
         if not path.parent.is_dir():
             return PairPlaceError(f"there is no directory for {path}", hint=f"mkdir -p {path.parent}")
-        found = foreign_link(path) or exposure(real_path(path).parent)
-        if found is not None:
-            wanted = f"wanted {path} in a directory that only root can change, found {found}"
-            return PairPlaceError(wanted, hint=f"{found.hint}; the file itself may belong to another user (owner)")
+        trouble = foreign_link(path) or exposure(real_path(path).parent)
+        if trouble is not None:
+            wanted = f"wanted {path} in a directory that only root can change, found {trouble}"
+            return PairPlaceError(wanted, hint=f"{trouble.hint}; the file itself may belong to another user (owner)")
     try:
         account(files.owner)
     except LookupError:
@@ -213,10 +213,10 @@ def account(owner: str) -> tuple[int, int]:
     if not owner:
         return os.geteuid(), os.getegid()
     user, _, group = owner.partition(":")
-    found = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    account_ = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     if not group:
-        return found.pw_uid, found.pw_gid
-    return found.pw_uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        return account_.pw_uid, account_.pw_gid
+    return account_.pw_uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
 
 
 def attributes_for(files: PairFiles, path: Path) -> Attributes:
@@ -243,8 +243,8 @@ class PairFinding:
 
 def key_finding(certificate: x509.Certificate, key_pem: bytes | None) -> PairFinding | None:
     """The problem of a certificate's key (PEM, perhaps after certificates); None: it is the right key."""
-    found = _key_or_finding(certificate, key_pem)
-    return found if isinstance(found, PairFinding) else None
+    key = _key_or_finding(certificate, key_pem)
+    return key if isinstance(key, PairFinding) else None
 
 
 def _key_or_finding(certificate: x509.Certificate, key_pem: bytes | None) -> csr.PrivateKey | PairFinding:
@@ -264,8 +264,8 @@ def _key_or_finding(certificate: x509.Certificate, key_pem: bytes | None) -> csr
     return key
 
 
-def _of_key(kind: Kind, found: str) -> PairFinding:
-    return PairFinding(kind=kind, violation=Violation(subject="key", want="the certificate's private key", got=found))
+def _of_key(kind: Kind, cause: str) -> PairFinding:
+    return PairFinding(kind=kind, violation=Violation(subject="key", want="the certificate's private key", got=cause))
 
 
 def findings(

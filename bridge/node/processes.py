@@ -121,13 +121,15 @@ def _boot_id() -> str:
 
 def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC) -> datetime | None:
     """The start of a component's oldest process that names one of these files; None: no process is visible."""
-    found = (one.started for one in running(component.value, proc) if any(_names(one, path) for path in named))
+    found = (
+        process.started for process in running(component.value, proc) if any(_names(process, path) for path in named)
+    )
     return next(found, None)
 
 
 def reader_of(component: Component, path: Path) -> Process | None:
     """A component's oldest process that has this very file among its arguments; None: no process is visible."""
-    found = (one for one in running(component.value) if any(_is_same(file, path) for file in _files(one)))
+    found = (process for process in running(component.value) if any(_is_same(file, path) for file in _files(process)))
     return next(found, None)
 
 
@@ -157,10 +159,10 @@ def compare_age(
     if changed > datetime.now(UTC):
         text = f"{path} was changed at {moment_text(changed)}, which is in the future: was the clock set back?"
         return Age(None, text)
-    found = running(component.value, proc)
-    ours = [process for process in found if any(_names(process, one) for one in (path, *by))]
-    if found and not ours:
-        pids = ", ".join(str(process.pid) for process in found)
+    processes = running(component.value, proc)
+    ours = [process for process in processes if any(_names(process, place) for place in (path, *by))]
+    if processes and not ours:
+        pids = ", ".join(str(process.pid) for process in processes)
         named = " or ".join(dict.fromkeys(map(str, (path, *by))))
         return Age(None, f"wanted {component.value} with {named} among its arguments, found process {pids} without it")
     started = ours[0].started if ours else _container_made(component)
@@ -234,9 +236,11 @@ _NAMESPACE = "io.kubernetes.pod.namespace"
 def _container_made(component: Component) -> datetime | None:
     """When a component's oldest running container was made, other namespaces excluded; None: the runtime can't tell."""
     try:
-        found = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
-        ours = [one for one in found["containers"] if one["labels"][_NAMESPACE] == "kube-system"]
-        nanoseconds = [int(container["createdAt"]) for container in ours]
+        answer = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
+        containers = [
+            container for container in answer["containers"] if container["labels"][_NAMESPACE] == "kube-system"
+        ]
+        nanoseconds = [int(container["createdAt"]) for container in containers]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # no crictl, no runtime, or an unexpected answer
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None
@@ -288,10 +292,10 @@ def _crictl(*arguments: str) -> dict[str, Any]:
     ended = run(command, answer.extend)
     if ended.failure:
         raise OSError(f"crictl {ended.failure}")
-    found = of_server(bytes(answer))
-    if not isinstance(found, dict):
+    document = of_server(bytes(answer))
+    if not isinstance(document, dict):
         raise ValueError("something else")  # noqa: TRY004 (of a program, not of a caller)
-    return found
+    return document
 
 
 def _sandboxes(component: Component) -> dict[str, bool]:
@@ -302,14 +306,14 @@ def _sandboxes(component: Component) -> dict[str, bool]:
 
 def _static_pods(name: str) -> dict[str, Any]:
     """Static pods called NAME-NODE, with the value of kubeadm's label, which an `etcd-defrag` pod lacks."""
-    found = _crictl("pods", "--state", "ready")
+    answer = _crictl("pods", "--state", "ready")
     try:
-        called = [one for one in found.get("items") or () if one["metadata"]["name"].startswith(f"{name}-")]
-        static = [one for one in called if one.get("annotations", {}).get("kubernetes.io/config.source") == "file"]
-        return {f"pod {one['id'][:13]}": one.get("labels", {}).get("component") for one in static}
+        called = [pod for pod in answer.get("items") or () if pod["metadata"]["name"].startswith(f"{name}-")]
+        static = [pod for pod in called if pod.get("annotations", {}).get("kubernetes.io/config.source") == "file"]
+        return {f"pod {pod['id'][:13]}": pod.get("labels", {}).get("component") for pod in static}
     except (LookupError, AttributeError, TypeError) as e:
         raise ValueError("something else") from e
 
 
 def _in_process_table(component: Component) -> frozenset[str]:
-    return frozenset(f"process {one.pid}" for one in running(component.value))
+    return frozenset(f"process {process.pid}" for process in running(component.value))

@@ -122,11 +122,11 @@ class YamlNode:
         if self.tag is not None:
             raise YamlError(f"line {self.place.line}: wanted a {self.kind}, found a value with a tag")
         if self.kind == "sequence":
-            return [one.plain() for one in self.children]
+            return [child.plain() for child in self.children]
         for key in self.children[::2]:
             self.get(key.text())  # refuses duplicate and merge keys
         keys = [key.text() for key in self.children[::2]]
-        return dict(zip(keys, [one.plain() for one in self.children[1::2]], strict=True))
+        return dict(zip(keys, [child.plain() for child in self.children[1::2]], strict=True))
 
 
 def _plain_scalar(node: YamlNode) -> str | float | bool | None:

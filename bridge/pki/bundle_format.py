@@ -289,7 +289,11 @@ def _node(fields: Fields) -> str:
 def _ekus(fields: Fields) -> frozenset[EKU]:
     labels = {eku.label: eku for eku in EKU}
     value = fields.values["ekus"]
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one in labels for one in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(entry, str) and entry in labels for entry in value)
+    ):
         fields.fail("ekus", f"a list of {' and '.join(sorted(labels))}")
     if value != sorted(set(value)):
         fields.fail("ekus", "each once, in alphabetical order")
@@ -475,13 +479,13 @@ def _block(load: Callable[[bytes], _Signed], value: object, place: str, what: st
     return found
 
 
-def _damage(one: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
+def _damage(thing: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
     """Why a part of a CSR or certificate can't be read; all parts are read, since the library parses lazily."""
     try:
-        _ = one.subject, one.public_key(), san_counts(one), extended_key_usages(one)
-        if isinstance(one, x509.Certificate):
-            _ = one.issuer, serial_hex(one)
-            _ = minute(one.not_valid_before_utc), minute(one.not_valid_after_utc)
+        _ = thing.subject, thing.public_key(), san_counts(thing), extended_key_usages(thing)
+        if isinstance(thing, x509.Certificate):
+            _ = thing.issuer, serial_hex(thing)
+            _ = minute(thing.not_valid_before_utc), minute(thing.not_valid_after_utc)
     except (*UNREADABLE, OverflowError) as e:
         return f"{type(e).__name__}: {one_line(e)}"
     return None
@@ -504,17 +508,21 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
 def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
     """A summary that highlights unusual parts: proofs, other CAs, changes, and the group with all rights."""
     every = bundle.requests
-    proven = [one for one in every if (proof_problem(one, bundle) or usages_problem(one)) is None]
-    ours = [one for one in every if one.authority in cas and origin_problem(one, cas[one.authority]) is None]
+    proven = [request for request in every if (proof_problem(request, bundle) or usages_problem(request)) is None]
+    provable = [
+        request
+        for request in every
+        if request.authority in cas and origin_problem(request, cas[request.authority]) is None
+    ]
     parts = [
         f"{len(proven)} of {counted(len(every), 'proof')} {'holds' if len(every) == 1 else 'hold'}",
-        f"{counted(len(ours), 'replaced certificate')} {'is' if len(ours) == 1 else 'are'} of these CAs"
+        f"{counted(len(provable), 'replaced certificate')} {'is' if len(provable) == 1 else 'are'} of these CAs"
         if cas
         else "no CA is here to compare with",
     ]
-    if changed := sum(any(_changes(one)) for one in every):
+    if changed := sum(any(_changes(request)) for request in every):
         parts.append(f"{changed} CHANGED")
-    if masters := sum(MASTERS in subject_line(one.csr) for one in every):
+    if masters := sum(MASTERS in subject_line(request.csr) for request in every):
         parts.append(f"{masters} in {MASTERS}")
     return ", ".join(parts)
 

@@ -57,10 +57,10 @@ _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 def load_pem_certificates(data: bytes) -> list[x509.Certificate]:
     """All certificates of a PEM text, in order; like Go's `cert.ParseCertsPEM` it skips all else; a damaged block is an error."""
-    found = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
-    if not found:
+    certificates = [_load(body, number) for number, body in enumerate(_bodies(data), start=1) if b":" not in body]
+    if not certificates:
         raise ValueError("no PEM block of type CERTIFICATE")
-    return found
+    return certificates
 
 
 def _bodies(data: bytes) -> Iterator[bytes]:
@@ -124,8 +124,8 @@ def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
 
 def attributes(name: x509.Name) -> list[tuple[str, str]]:
     """The (dotted OID, value) of every attribute, in the certificate's order; a value that is no text as `#HEX`."""
-    found = [(attribute.oid.dotted_string, attribute.value) for attribute in name]
-    return [(oid, value if isinstance(value, str) else f"#{value.hex()}") for oid, value in found]
+    pairs = [(attribute.oid.dotted_string, attribute.value) for attribute in name]
+    return [(oid, value if isinstance(value, str) else f"#{value.hex()}") for oid, value in pairs]
 
 
 def subject_pattern(text: str, node: str) -> list[tuple[str, str]] | None:
@@ -244,11 +244,13 @@ def certificates_in(data: bytes) -> list[x509.Certificate]:
 
 def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> list[x509.Certificate]:
     try:
-        found = load(data)
-        _ = [(one.subject, one.issuer) for one in found]  # the library reads them only now
+        certificates = load(data)
+        _ = [
+            (certificate.subject, certificate.issuer) for certificate in certificates
+        ]  # the library reads them only now
     except UNREADABLE:
         raise ValueError("no certificate in PEM, DER or PKCS#7") from None
-    return found
+    return certificates
 
 
 def is_for(certificate: x509.Certificate, csr: x509.CertificateSigningRequest) -> bool:

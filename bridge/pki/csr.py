@@ -53,7 +53,7 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
         found = algorithm_name(certificate.public_key())
     except UNREADABLE as e:
         found = f"one that can't be read ({e})"
-    if (known := next((one for one in KEY_ALGORITHMS if one == found), None)) is not None:
+    if (known := next((algorithm for algorithm in KEY_ALGORITHMS if algorithm == found), None)) is not None:
         return known
     raise CannotCarryError(
         f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {found} in the live certificate",
@@ -64,7 +64,7 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
 def known_algorithm(key: CertificatePublicKeyTypes) -> KeyAlgorithm | None:
     """A key's algorithm, if kubeadm makes such keys; None: it does not."""
     found = algorithm_name(key)
-    return next((one for one in KEY_ALGORITHMS if one == found), None)
+    return next((algorithm for algorithm in KEY_ALGORITHMS if algorithm == found), None)
 
 
 def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
@@ -385,10 +385,10 @@ def _strict_subject(csr: x509.CertificateSigningRequest) -> tuple[tuple[str, str
 
 def odd_attributes(csr: x509.CertificateSigningRequest) -> list[str]:
     """OIDs of attributes other than one extensionRequest, since CAs written in Go read each list of extensions."""
-    found = [attribute.oid.dotted_string for attribute in csr.attributes]
-    if _EXTENSION_REQUEST in found:
-        found.remove(_EXTENSION_REQUEST)  # only the first; searching back for each takes seconds for a megabyte of them
-    return found
+    oids = [attribute.oid.dotted_string for attribute in csr.attributes]
+    if _EXTENSION_REQUEST in oids:
+        oids.remove(_EXTENSION_REQUEST)  # only the first; searching back for each takes seconds for a megabyte of them
+    return oids
 
 
 def requested(csr: x509.CertificateSigningRequest, *besides: x509.ObjectIdentifier) -> list[str]:

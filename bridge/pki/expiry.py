@@ -130,7 +130,7 @@ def parse_duration(value: object) -> timedelta:
 
 def duration_text(duration: timedelta) -> str:
     """A duration as in the settings, in the largest unit that fits; in days rather than weeks."""
-    for unit, name in reversed([one for one in _UNITS.items() if one[0] != "w"]):
+    for unit, name in reversed([unit for unit in _UNITS.items() if unit[0] != "w"]):
         whole, rest = divmod(duration, timedelta(**{name: 1}))
         if not rest and whole:
             return f"{whole}{unit}"

@@ -224,7 +224,7 @@ def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violat
 @lru_cache(maxsize=_REMEMBERED)
 def _raw_extensions(certificate: x509.Certificate) -> tuple[tuple[bytes, bytes], ...]:
     listed = [field for field in _parts(certificate).fields if field.tag == _EXTENSIONS]
-    each = [one.children() for field in listed for one in der.one(field.content, der.SEQUENCE).children()]
+    each = [name.children() for field in listed for name in der.one(field.content, der.SEQUENCE).children()]
     return tuple((parts[0].content, parts[-1].content) for parts in each)
 
 

@@ -180,7 +180,7 @@ class ListedNode:
 
 def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
     """Parse a node list: `NAME ADDRESS …` a line, after `ROLE` in a list with roles; `#` begins a comment."""
-    found: list[ListedNode] = []
+    nodes: list[ListedNode] = []
     names, known = set[str](), set[str]()
     for number, line in enumerate(text.splitlines(), start=1):
         fields = line.partition("#")[0].split()
@@ -196,8 +196,8 @@ def parse_nodes(text: str, *, with_roles: bool = False) -> list[ListedNode]:
             raise ValueError(f"line {number}: wanted a name and addresses of its own, found {line.strip()[:60]!r}")
         names.add(name)
         known |= set(canonical)
-        found.append(ListedNode(line=number, role=role, name=name, addresses=canonical))
-    return found
+        nodes.append(ListedNode(line=number, role=role, name=name, addresses=canonical))
+    return nodes
 
 
 def renamed(certificate: x509.Certificate, names: Mapping[str, str]) -> x509.Certificate:
@@ -291,10 +291,12 @@ def _foreign_issuer(
 
 def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
     """Kubernetes uses the CN as the user, and so does etcd with users."""
-    found = common_names(leaf.subject)
-    if len(found) != 1 or not any(_is_user(found[0], common_name, leaf) for common_name in spec.common_names):
+    common_names_ = common_names(leaf.subject)
+    if len(common_names_) != 1 or not any(
+        _is_user(common_names_[0], common_name, leaf) for common_name in spec.common_names
+    ):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
-        yield Violation(subject="CN", want=want, got=one_line(", ".join(found)) or "none")
+        yield Violation(subject="CN", want=want, got=one_line(", ".join(common_names_)) or "none")
 
 
 def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:

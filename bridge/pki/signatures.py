@@ -140,10 +140,10 @@ def usages_problem(request: BundledRequest) -> str | None:
     if request.replaces is None:
         return "the certificate that is replaced is missing"
     try:
-        found = extended_key_usages(request.replaces)
+        usages = extended_key_usages(request.replaces)
     except UNREADABLE as e:
         return f"wanted usages in the replaced certificate, found some that can't be read: {one_line(e)}"
-    lacking = sorted(eku.label for eku in request.spec.ekus if found is not None and eku.value not in found)
+    lacking = sorted(eku.label for eku in request.spec.ekus if usages is not None and eku.value not in usages)
     if not lacking:
         return None
     return f"wanted one by a certificate with the same usages, found one without {', '.join(lacking)}"

@@ -50,7 +50,7 @@ def problems(user: User, validity: timedelta, limits: Limits) -> list[str]:
 def name_problems(user: User, limits: Limits) -> list[str]:
     """The reasons against a user's name and groups."""
     return [
-        *(f"{what}: wanted {NAME_FORM}, found {found}" for what, found in misnamed(user)),
+        *(f"{what}: wanted {NAME_FORM}, found {value}" for what, value in misnamed(user)),
         *_problems_of("name", user.name, limits.names, limits),
         *(text for group in user.groups for text in _problems_of("group", group, limits.groups, limits)),
     ]

@@ -109,7 +109,7 @@ def check(issued: Issued, request: SignRequest, expected: Expectation) -> Verifi
         violations += broken
         if expected.cross is not None:
             below = _below_cross((issued.leaf, *path), expected.cross)
-            violations += [one for one in below if one not in violations]
+            violations += [violation for violation in below if violation not in violations]
     if violations:
         raise VerificationError(request.spec.name, violations)
     return Verified(leaf=issued.leaf, intermediates=path, cross=(expected.cross,) if expected.cross is not None else ())
@@ -151,13 +151,13 @@ def _unreadable(issued: Issued, expected: Expectation) -> Iterator[Violation]:
 
 @lru_cache(maxsize=_REMEMBERED)
 def _parts_unreadable(certificate: x509.Certificate) -> tuple[tuple[str, str], ...]:
-    found = []
+    parts = []
     for part, read in _PARTS.items():
         try:
             read(certificate)
         except UNREADABLE as e:
-            found.append((part, str(e)))
-    return tuple(found)
+            parts.append((part, str(e)))
+    return tuple(parts)
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
@@ -210,11 +210,11 @@ def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
     if names is None:
         want = san_counts(request.csr)
     else:
-        want = Counter([*(("URI", one) for one in names.uris), *(("DNS", one) for one in names.dns)])
+        want = Counter([*(("URI", uri) for uri in names.uris), *(("DNS", name) for name in names.dns)])
     got = san_counts(leaf)
     if got - want or set(want) - set(got):
         yield Violation(subject="SAN", want=_san_text(want), got=_san_text(got))
-    is_critical = any(one.critical for one in leaf.extensions if one.oid == x509.SubjectAlternativeName.oid)
+    is_critical = any(field.critical for field in leaf.extensions if field.oid == x509.SubjectAlternativeName.oid)
     if names is not None and not names.common_name and not is_critical:
         yield Violation(subject="SAN", want="critical, since the subject is empty", got="not critical")
 
@@ -384,21 +384,24 @@ def _path_violations(
 
 def _authority_key(certificate: x509.Certificate, issuer: x509.Certificate) -> Iterator[Violation]:
     """OpenSSL accepts no issuer with another key identifier, or another issuer and serial number (RFC 5280 §4.2.1.1)."""
-    found, key_id = extension(certificate, x509.AuthorityKeyIdentifier), extension(issuer, x509.SubjectKeyIdentifier)
-    if found is None:
+    identifier, key_id = (
+        extension(certificate, x509.AuthorityKeyIdentifier),
+        extension(issuer, x509.SubjectKeyIdentifier),
+    )
+    if identifier is None:
         return
-    if key_id is not None and found.key_identifier not in (None, key_id.digest):
+    if key_id is not None and identifier.key_identifier not in (None, key_id.digest):
         want = f"the subjectKeyIdentifier of {name_text(issuer.subject)}"
         yield Violation(subject="authorityKeyIdentifier", want=want, got="another one")
-    if found.authority_cert_serial_number not in (None, issuer.serial_number):
+    if identifier.authority_cert_serial_number not in (None, issuer.serial_number):
         want = f"the serial number of {name_text(issuer.subject)}, {issuer.serial_number:x}, or none"
-        yield Violation(subject="authorityKeyIdentifier", want=want, got=f"{found.authority_cert_serial_number:x}")
+        yield Violation(subject="authorityKeyIdentifier", want=want, got=f"{identifier.authority_cert_serial_number:x}")
 
 
 def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> Iterator[Violation]:
     """Reasons for OpenSSL not to accept the cross certificate as issuer: the AKI (RFC 5280 §4.2.1.1), or its path length."""
-    found = extension(chain[-1], x509.AuthorityKeyIdentifier)
-    if found is not None and found.authority_cert_serial_number is not None:
+    identifier = extension(chain[-1], x509.AuthorityKeyIdentifier)
+    if identifier is not None and identifier.authority_cert_serial_number is not None:
         want = "a key identifier alone, since the cross certificate has another issuer and serial number"
         yield Violation(subject="authorityKeyIdentifier", want=want, got="an issuer and serial number, too")
     else:

@@ -110,19 +110,19 @@ def assert_known(names: Collection[str], node: Node, more: Collection[str] = ())
     unknown = list(dict.fromkeys(name for name in names if name not in (ALL, *known, *more)))
     if unknown:
         wanted = f"names of certificates ({', '.join(known)}) or {ALL}"
-        found = ", ".join(name_found(name, [*known, ALL]) for name in unknown)
-        raise SettingsError([SettingsProblem("", wanted, found)])
+        meant = ", ".join(name_found(name, [*known, ALL]) for name in unknown)
+        raise SettingsError([SettingsProblem("", wanted, meant)])
 
 
 def lost_keys(node: Node) -> dict[str, str]:
     """Return, by certificate name, what is wrong with its key: missing, empty or another certificate's."""
-    found = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
+    lost = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
     for item in node.items:
-        if item.pair is not None and item.pair.copies and found[item.spec.name] is None:
+        if item.pair is not None and item.pair.copies and lost[item.spec.name] is None:
             from bridge.node.pairs import lost_copy  # noqa: PLC0415 (only where the settings name a copy)
 
-            found[item.spec.name] = lost_copy(item)
-    return {name: trouble for name, trouble in found.items() if trouble is not None}
+            lost[item.spec.name] = lost_copy(item)
+    return {name: trouble for name, trouble in lost.items() if trouble is not None}
 
 
 def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
@@ -134,8 +134,8 @@ def outcome_of(item: Item, error: BridgeError, backend: str = "") -> Outcome:
 def nothing_due(node: Node, settings: Settings, now: datetime) -> str:
     """Return the sentence for a run with nothing to do."""
     left_alone = settings.renewal.left_alone
-    ours = (item for item in node.items if item.managed and not item.foreign and item.spec.name not in left_alone)
-    present = [item for item in ours if item.state == "present"]
+    items = (item for item in node.items if item.managed and not item.foreign and item.spec.name not in left_alone)
+    present = [item for item in items if item.state == "present"]
     if not present:
         return "nothing is due: no certificates here"
     first = min(present, key=lambda item: expiry.first_end(item.ending))

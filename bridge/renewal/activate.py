@@ -166,8 +166,8 @@ def _all_in_use(findings: Iterable[ProofFinding]) -> bool:
 def _backup_of(run: Run, unproven: NotProven, *, newest: bool) -> backups.Backup | None:
     """Return the backup of the newest or of the first installation; None: it is gone."""
     wanted = {certificate.newest_run if newest else certificate.backup_of for certificate in unproven.certificates}
-    found = [one for one in backups.read_all(run.store)[0] if one.run_id in wanted]
-    return found[0 if newest else -1] if found else None
+    backups_of_runs = [backup for backup in backups.read_all(run.store)[0] if backup.run_id in wanted]
+    return backups_of_runs[0 if newest else -1] if backups_of_runs else None
 
 
 def _restart(
@@ -180,22 +180,22 @@ def _restart(
 
 
 def _errors_of(restarted: Sequence[Restarted]) -> list[BridgeError]:
-    return [one.error for one in restarted if one.error is not None]
+    return [restart.error for restart in restarted if restart.error is not None]
 
 
 def _is_stopped(restarted: Sequence[Restarted]) -> bool:
     """Whether a signal stopped the restarts: a component that may still be starting can't be proven."""
-    return any(isinstance(one.error, StoppedError) for one in restarted)
+    return any(isinstance(restart.error, StoppedError) for restart in restarted)
 
 
 def _look(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> tuple[ProofReport, list[Restarted]]:
     """Look until every check passes; restart a component that should have reloaded and did not."""
-    names, done = unproven.names, {one.component for one in restarted}
-    if any(isinstance(one.error, PostponedError) for one in restarted):
+    names, done = unproven.names, {restart.component for restart in restarted}
+    if any(isinstance(restart.error, PostponedError) for restart in restarted):
         return _look_until(
             run, lambda f: f.certificate in names and f.state in _FAILED and unproven.is_new(f.certificate, f.what)
         ), []
-    stuck = {one.component for one in restarted if isinstance(one.error, ImpossibleError)}
+    stuck = {restart.component for restart in restarted if isinstance(restart.error, ImpossibleError)}
 
     def counts(finding: ProofFinding) -> bool:
         return finding.certificate in names and not (finding.state == "stale" and finding.component in stuck)
@@ -206,7 +206,7 @@ def _look(run: Run, unproven: NotProven, restarted: Sequence[Restarted]) -> tupl
     if not more or run.settings.restart.components.which == "listed":
         return report, []
     again = _restart(run, run.read_node(), more, force=bool(unproven.stays))
-    stuck |= {one.component for one in again if isinstance(one.error, ImpossibleError)}
+    stuck |= {restart.component for restart in again if isinstance(restart.error, ImpossibleError)}
     return _look_until(run, counts), again
 
 
@@ -270,7 +270,7 @@ def rule(meanings: Collection[Meaning], *, postponed: bool, failed: bool, imposs
 
 def _judged(run: Run, unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport) -> Activation:
     """Judge an installation by its own certificates alone, ignoring faults that existed before it."""
-    postponed = {one.component: one.error for one in restarted if isinstance(one.error, PostponedError)}
+    postponed = {restart.component: restart.error for restart in restarted if isinstance(restart.error, PostponedError)}
     impossible = _impossible(unproven, restarted, report)
     failures = [e for e in _errors_of(restarted) if not isinstance(e, PostponedError | ImpossibleError)]
     seen = _meanings(run, unproven, postponed, impossible, report)
@@ -295,12 +295,12 @@ def _impossible(
     unproven: NotProven, restarted: Sequence[Restarted], report: ProofReport
 ) -> dict[Component | None, ImpossibleError]:
     """Find components that can't be restarted from here, and that no operator has visibly restarted by hand."""
-    ours = [finding for finding in report.findings if finding.certificate in unproven.names]
+    findings = [finding for finding in report.findings if finding.certificate in unproven.names]
     return {
-        one.component: one.error
-        for one in restarted
-        if isinstance(one.error, ImpossibleError)
-        and not _all_in_use(finding for finding in ours if finding.component is one.component)
+        restart.component: restart.error
+        for restart in restarted
+        if isinstance(restart.error, ImpossibleError)
+        and not _all_in_use(finding for finding in findings if finding.component is restart.component)
     }
 
 
@@ -314,14 +314,14 @@ def _meanings(
     listed = run.settings.restart.components.listed
     seen: dict[Meaning, list[ProofFinding]] = {}
     for finding in report.wrong:
-        found = meaning(
+        meaning_ = meaning(
             finding.state,
             postponed=finding.component in postponed,
             ours=(not listed or finding.component in listed) and finding.component not in impossible,
             new=unproven.is_new(finding.certificate, finding.what),
         )
-        if found is not None and finding.certificate in unproven.names:
-            seen.setdefault(found, []).append(finding)
+        if meaning_ is not None and finding.certificate in unproven.names:
+            seen.setdefault(meaning_, []).append(finding)
     return seen
 
 
@@ -366,7 +366,7 @@ def _hook_events(
     run: Run, unproven: NotProven, errors: Sequence[BridgeError], *, is_back: bool
 ) -> dict[str, HookEvent]:
     items = {item.spec.name: item for item in run.read_node().items}
-    replaced = {one.run_id: one for one in backups.read_all(run.store)[0]}
+    replaced = {backup.run_id: backup for backup in backups.read_all(run.store)[0]}
     serials = {
         (id_, certificate.get("name")): certificate.get("old_serial")
         for id_, backup in replaced.items()
@@ -374,13 +374,25 @@ def _hook_events(
     }
     hook_events = {}
     for run_id in dict.fromkeys(certificate.newest_run for certificate in unproven.certificates):
-        ours = [certificate for certificate in unproven.certificates if certificate.newest_run == run_id]
-        live = [] if is_back else [one.name for one in ours if one.name in items and items[one.name].certificates]
+        certificates = [certificate for certificate in unproven.certificates if certificate.newest_run == run_id]
+        live = (
+            []
+            if is_back
+            else [
+                certificate.name
+                for certificate in certificates
+                if certificate.name in items and items[certificate.name].certificates
+            ]
+        )
         new = {name: serial_hex(items[name].certificates[0]) for name in live}
-        old = {one.name: serials.get((one.backup_of, one.name)) for one in ours if one.name in new}
+        old = {
+            certificate.name: serials.get((certificate.backup_of, certificate.name))
+            for certificate in certificates
+            if certificate.name in new
+        }
         paths = [p for name in new for p in (items[name].certificate_path, items[name].key_path) if p is not None]
         hook_events[run_id] = HookEvent(
-            names=tuple(one.name for one in ours),
+            names=tuple(certificate.name for certificate in certificates),
             old_serials={name: serial for name, serial in old.items() if serial},
             new_serials=new,
             files=tuple(map(str, paths)),
@@ -410,16 +422,16 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
         has_begun = True
         if backup is not None:
             # these files were in use a minute ago, so only damage counts, not the rules for new certificates
-            late = backups.put_back(run, backup, run.read_node(), lambda one: not one.is_damage).late
+            late = backups.put_back(run, backup, run.read_node(), lambda problem: not problem.is_damage).late
     except BridgeError as e:
         text = f"installed, and not in use: {unproven.going_back}; it was not rolled back: {e}"
         return _result(run, unproven, [NotLiveError(text)], may_go_on=not has_begun)
     wanted, restarted = _restart_back(run, unproven)
-    done = {one.component for one in restarted if one.error is None}
+    done = {restart.component for restart in restarted if restart.error is None}
     left = tuple(component for component in wanted if component not in done)
     with contextlib.suppress(BridgeError):  # if it fails, the next run restarts more than it needs to
         unproven_file(run.store).put(dataclasses.replace(unproven, to_restart=left))
-    if left and all(isinstance(one.error, PostponedError) for one in restarted if one.component in left):
+    if left and all(isinstance(restart.error, PostponedError) for restart in restarted if restart.component in left):
         after = f"the next run goes on: {'; '.join(map(str, _errors_of(restarted)))}"
     else:
         after = _on_the_old_files(run, unproven, restarted)
@@ -432,17 +444,17 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
 
 def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
     """Merge the backups of one or several runs: files that were in use, and `more` (BridgeError: a backup is gone)."""
-    found = {one.run_id: one for one in backups.read_all(run.store)[0]}
-    missing = {certificate.backup_of for certificate in unproven.certificates} - found.keys()
+    by_run = {backup_.run_id: backup_ for backup_ in backups.read_all(run.store)[0]}
+    missing = {certificate.backup_of for certificate in unproven.certificates} - by_run.keys()
     if missing:
         raise BridgeError(f"there is no backup of run {', '.join(sorted(missing))}")
     sources = list(
-        {certificate.backup_of: found[certificate.backup_of] for certificate in unproven.certificates}.values()
+        {certificate.backup_of: by_run[certificate.backup_of] for certificate in unproven.certificates}.values()
     )
     files = [
         f
         for certificate in unproven.certificates
-        for f in found[certificate.backup_of].files
+        for f in by_run[certificate.backup_of].files
         if f.certificate == certificate.name
     ]
     files += [f for source in sources for f in source.files if f.certificate in more]
@@ -455,7 +467,7 @@ def _backup(run: Run, unproven: NotProven) -> backups.Backup:
     """Return `backup_of`, with the CAs that were replaced beside the files (BridgeError: it can't be put back)."""
     node, now = run.read_node(), run.now()
     backup = backup_of(run, unproven, *AUTHORITIES)
-    damage = [str(one) for one in backups.problems_of(backup, run.settings, node, now) if one.is_damage]
+    damage = [str(problem) for problem in backups.problems_of(backup, run.settings, node, now) if problem.is_damage]
     if damage:
         raise BridgeError("; ".join(damage))
     expired = [o.name for o in backups.outcomes_of(backup, node) if o.new and o.new.not_valid_after_utc <= now]

@@ -66,27 +66,27 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
         prepared = [result for result in results if isinstance(result, Prepared)]
         failed = (*selection.failed, *(result for result in results if isinstance(result, Outcome)))
         record_failed(run.record, failed)
-        for one in prepared:
-            if one.open is None and (old := run.requests.get(one.name)) is not None and old.is_waiting:
+        for item in prepared:
+            if item.open is None and (old := run.requests.get(item.name)) is not None and old.is_waiting:
                 progress.note(
-                    f"{one.name}: a new key and CSR, since another kind of key (renewal.key), another validity or other names are wanted now"
+                    f"{item.name}: a new key and CSR, since another kind of key (renewal.key), another validity or other names are wanted now"
                 )
         requests, prepared = carry(run, prepared, path) if prepared else (None, [])
-        again = tuple(one.name for one in prepared if one.open is not None)
+        again = tuple(item.name for item in prepared if item.open is not None)
         return Exported(bundle=requests, again=again, failed=failed, skipped=selection.skipped), node
 
 
 def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBundle, list[Prepared]]:
     """Save requests and their keys in the state directory, then write the requests into a bundle at a free path."""
     prepared = prepare.with_continuity(prepared, run.settings, run.now())
-    requests = bundle.bundle_of([one.request for one in prepared])
+    requests = bundle.bundle_of([item.request for item in prepared])
     data, digest = bundle_format.dumps(requests), bundle_format.digest(requests)
-    for one in prepared:
-        request = prepare.open_request(run, one)
+    for item in prepared:
+        request = prepare.open_request(run, item)
         carried = tuple(dict.fromkeys((*request.bundles, digest)))
-        run.requests.put(dataclasses.replace(request, request=one.request, bundles=carried))
-        run.record.describe(one.name, one.request, f"bundle {bundle_format.short_fingerprint(requests)}", None)
-        run.record.add(audit.ASKED, one.name, authority=one.authority)
+        run.requests.put(dataclasses.replace(request, request=item.request, bundles=carried))
+        run.record.describe(item.name, item.request, f"bundle {bundle_format.short_fingerprint(requests)}", None)
+        run.record.add(audit.ASKED, item.name, authority=item.authority)
     run.requests.save()
     run.record.write()
     try:
@@ -128,15 +128,15 @@ def import_answers(
         node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result(outcomes=())), node
-        found = answers_in(run, paths)
-        result = _finish_import(run, node, found, transaction)
+        answers = answers_in(run, paths)
+        result = _finish_import(run, node, answers, transaction)
         reported = {outcome.name for outcome in result.outcomes}
         left = [
             outcome_of(item, WaitingError("no answer to it was among these"), request.backend)
             for request in run.requests
             if request.is_waiting and request.name not in reported and (item := node.item(request.name)) is not None
         ]
-        outcomes, errors = (*result.outcomes, *left), (*result.errors, *found.strange)
+        outcomes, errors = (*result.outcomes, *left), (*result.errors, *answers.strange)
         return dataclasses.replace(result, outcomes=outcomes, errors=errors), node
 
 
@@ -157,14 +157,16 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
     return transaction.conclude(selection, transaction.activate(selection, result))
 
 
-def _answered(run: Run, node: Node, items: Sequence[Item], found: Found) -> tuple[list[Answered], list[Outcome]]:
+def _answered(run: Run, node: Node, items: Sequence[Item], answers: Found) -> tuple[list[Answered], list[Outcome]]:
     requests = run.requests.by_name()
     taken_up = [prepare.take_up(item, requests[item.spec.name], run.settings) for item in items]
-    prepared = [one for one in taken_up if isinstance(one, Prepared)]
-    failed = [one for one in taken_up if isinstance(one, Outcome)]
-    expected, unproved = expectations(node, run.settings, [one.item for one in prepared], run.now())
+    prepared = [item for item in taken_up if isinstance(item, Prepared)]
+    failed = [item for item in taken_up if isinstance(item, Outcome)]
+    expected, unproved = expectations(node, run.settings, [item.item for item in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
-    answered = [answered_by(run, one, found, expected[one.authority]) for one in prepared if one.name not in unproven]
+    answered = [
+        answered_by(run, item, answers, expected[item.authority]) for item in prepared if item.name not in unproven
+    ]
     return answered, [*failed, *unproved]
 
 
@@ -199,13 +201,13 @@ class Found:
 
     def keep(self, path: Path, loose: Iterable[x509.Certificate]) -> None:
         """Keep certificates whose dates can be read: the library parses dates late, and refuses the year 0."""
-        for one in loose:
+        for certificate in loose:
             try:
-                _ = one.not_valid_before_utc, one.not_valid_after_utc
+                _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
             except UNREADABLE as e:
                 self.refuse(path, f"wanted a certificate with dates, found: {e}")
             else:
-                self.loose.append((path, one))
+                self.loose.append((path, certificate))
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; `best` chooses between several."""
@@ -219,26 +221,26 @@ class Found:
             self.take(request.spec.name, Issued(leaf=leaf, intermediates=cas), path)
         return [leaf for _, leaf in leaves]
 
-    def best(self, one: Prepared, expected: verify.Expectation) -> Candidate:
+    def best(self, item: Prepared, expected: verify.Expectation) -> Candidate:
         """Return the latest certificate that passes, so that no decoy hides it; else the latest; else a refusal."""
-        candidates = self.candidates[one.name]
+        candidates = self.candidates[item.name]
         certificates = [(each, each.answer) for each in candidates if isinstance(each.answer, Issued)]
         certificates.sort(key=lambda pair: pair[1].leaf.not_valid_before_utc, reverse=True)
-        good = (each for each, issued in certificates if verify.error_of(issued, one.request, expected) is None)
+        good = (each for each, issued in certificates if verify.error_of(issued, item.request, expected) is None)
         return next(good, certificates[0][0] if certificates else candidates[0])
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
     """Read the answers to open requests in carried files; record answers to other requests."""
-    found = Found()
+    answers = Found()
     for path in dict.fromkeys(paths):
         is_directory = path.is_dir()
         for file in _files_in(path) if is_directory else [path]:
-            _read_answer(run, file, found, skip=is_directory)
-    _match_loose(run.requests, found)
-    for error in found.strange:
+            _read_answer(run, file, answers, skip=is_directory)
+    _match_loose(run.requests, answers)
+    for error in answers.strange:
         run.record.add(audit.REFUSED, error=error)
-    return found
+    return answers
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -248,7 +250,7 @@ def _files_in(directory: Path) -> list[Path]:
         raise BridgeError(f"{directory}: can't look for answers there: {e.strerror}") from None
 
 
-def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
+def _read_answer(run: Run, path: Path, answers: Found, *, skip: bool) -> None:
     try:
         data = read(path)
         if data is None:
@@ -256,13 +258,13 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         if data.lstrip().startswith(b"{"):
             answer = bundle_format.loads_answer(data)
             if _is_authentic(run, answer):
-                _take_bundle(run, path, answer, found)
+                _take_bundle(run, path, answer, answers)
             else:
-                found.refuse(path, f"{_SIGNED}, found one without its signature", _SIGNED_HINT)
+                answers.refuse(path, f"{_SIGNED}, found one without its signature", _SIGNED_HINT)
         elif (loose := certificates_in(data)) and run.settings.node.desk_key is not None:
-            found.refuse(path, f"{_SIGNED}, found loose certificates", _SIGNED_HINT)
+            answers.refuse(path, f"{_SIGNED}, found loose certificates", _SIGNED_HINT)
         else:
-            found.keep(path, loose)
+            answers.keep(path, loose)
     except BundleError as e:
         code = Exit.FAILED if isinstance(e, IncompleteBundleError) else Exit.REFUSED
         error = BridgeError(f"{path}: {e}", hint=e.hint, exit_code=code)
@@ -271,7 +273,7 @@ def _read_answer(run: Run, path: Path, found: Found, *, skip: bool) -> None:
         if e.found == bundle_format.REQUEST_SCHEMA:
             log.info("%s: passed over: it is the request", path)
         else:
-            found.strange.append(error)
+            answers.strange.append(error)
     except (UnreadableError, ValueError) as e:
         if not skip:
             raise BridgeError(
@@ -285,42 +287,46 @@ def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
     return bundle_format.is_authentic(answer, None if path is None else read_public_key(path, "node.desk_key"))
 
 
-def _take_bundle(run: Run, path: Path, answer: AnswerBundle, found: Found) -> None:
+def _take_bundle(run: Run, path: Path, answer: AnswerBundle, answers: Found) -> None:
     node = run.settings.node
     if (answer.node, answer.cluster) != (node.node_name, node.cluster):
         text = f"wanted an answer to node {node.node_name} of cluster {node.cluster}"
-        found.refuse(path, f"{text}, found one to node {answer.node} of cluster {answer.cluster}")
+        answers.refuse(path, f"{text}, found one to node {answer.node} of cluster {answer.cluster}")
         return
     matching = [request for request in run.requests if answer.request_digest in (*request.bundles, request.reference)]
     live = run.read_node() if answer.answers and not matching else None
-    if live and all(isinstance(one, Issued) and one.leaf == live.live(name) for name, one in answer.answers.items()):
+    if live and all(
+        isinstance(issued, Issued) and issued.leaf == live.live(name) for name, issued in answer.answers.items()
+    ):
         run.progress.note(f"{path}: all its certificates are installed already")
     elif not matching:
-        found.refuse(
+        answers.refuse(
             path,
             "wanted an answer to a request that waits here, found one to the bundle with the fingerprint "
             f"{fingerprint_text(answer.request_digest)}, which was cancelled, is done, or is older",
             "`ca-bridge pending list` shows the waiting requests; export again if there is none",
         )
-    for one in matching:
-        given = answer.answers.get(one.name)
+    for request in matching:
+        given = answer.answers.get(request.name)
         if isinstance(given, Refusal):
             again = "carry the same request there again; `ca-bridge pending cancel` gives it up"
             if node.desk_key is not None and not run.store.bootstrap.exists():  # a signed refusal ends the request
                 again = "`ca-bridge export` makes a new request"
             hint = f"once the desk's policy allows it, {again}"
-            found.take(one.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint), path)
+            answers.take(
+                request.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint), path
+            )
         elif given is not None:
-            found.take(one.name, given, path)
+            answers.take(request.name, given, path)
 
 
-def _match_loose(requests: OpenRequests, found: Found) -> None:
+def _match_loose(requests: OpenRequests, answers: Found) -> None:
     """Match loose certificates by public key; refuse, by name, a leaf that answers no open request."""
-    matched = {fingerprint(leaf) for request in requests for leaf in found.take_loose(request.request)}
-    for path, certificate in found.loose:
+    matched = {fingerprint(leaf) for request in requests for leaf in answers.take_loose(request.request)}
+    for path, certificate in answers.loose:
         if fingerprint(certificate) not in matched and not is_ca(certificate):
             text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
-            found.refuse(path, text, "it answers a cancelled or older request, or another node's")
+            answers.refuse(path, text, "it answers a cancelled or older request, or another node's")
 
 
 def _about(certificate: x509.Certificate) -> str:
@@ -330,14 +336,16 @@ def _about(certificate: x509.Certificate) -> str:
         return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 
-def answered_by(run: Run, one: Prepared, found: Found, expected: verify.Expectation, verb: str = "import") -> Answered:
+def answered_by(
+    run: Run, item: Prepared, answers: Found, expected: verify.Expectation, verb: str = "import"
+) -> Answered:
     """Return the best of the carried answers to a request, and record it."""
-    best = found.best(one, expected)
+    best = answers.best(item, expected)
     label = f"{verb} of {best.source}"
-    run.record.describe(one.name, one.request, label, None)
+    run.record.describe(item.name, item.request, label, None)
     if isinstance(best.answer, Issued):
-        run.record.add(audit.ISSUED, one.name, authority=one.authority, new=best.answer.leaf)
-    return Answered(prepared=one, expected=expected, label=label, answer=best.answer)
+        run.record.add(audit.ISSUED, item.name, authority=item.authority, new=best.answer.leaf)
+    return Answered(prepared=item, expected=expected, label=label, answer=best.answer)
 
 
 def cancel(
@@ -349,11 +357,11 @@ def cancel(
         requests = run.requests.by_name()
         assert_known(names, node, requests)
         cancelled = [request for request in requests.values() if ALL in names or request.name in names]
-        for one in cancelled:
-            run.requests.drop(one.name)
-            run.record.describe(one.name, one.request, one.backend or "bundle", None)
-            run.record.add(audit.CANCELLED, one.name, authority=one.request.spec.authority.name)
-        sent = [(one.request.spec.authority.name, one.reference) for one in cancelled]
+        for request in cancelled:
+            run.requests.drop(request.name)
+            run.record.describe(request.name, request.request, request.backend or "bundle", None)
+            run.record.add(audit.CANCELLED, request.name, authority=request.request.spec.authority.name)
+        sent = [(request.request.spec.authority.name, request.reference) for request in cancelled]
         with contextlib.suppress(SettingsError):  # a mistake in a CA's table does not keep its request open
             owe_putting_away(run.settings, run.store, sent)
         run.record.write()

@@ -76,8 +76,12 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
         try:
             if item.state == "missing" and name in names:
                 desired[name] = decision.desired_for(item)
-            elif item.certificates and (name in names or ALL in names) and (one := decision.changed(item)) is not None:
-                desired[name] = one
+            elif (
+                item.certificates
+                and (name in names or ALL in names)
+                and (changed := decision.changed(item)) is not None
+            ):
+                desired[name] = changed
         except BridgeError as e:
             desired[name] = e
     return desired
@@ -121,7 +125,7 @@ class _Decision:
         if not path.parent.is_dir():
             raise CannotMakeError(f"can't make {path}: there is no directory {path.parent}")
         try:
-            facts, found = self._facts()
+            facts, names = self._facts()
             naming = self._with_sans(item, kubeadm_names.naming(spec, facts))
             if facts.release is not None and (facts.release.major, facts.release.minor) < spec.since:
                 since = Release(*spec.since)
@@ -131,7 +135,7 @@ class _Decision:
             raise CannotMakeError(f"can't make {path} anew, since its names are unknown: {e}") from None
         notes = [
             f"{spec.name} is not on this node; it is made anew from {self.source}: {naming.text}",
-            f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {found}",
+            f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {names}",
             *([f"{spec.name}: it leads to {fresh.server}"] if fresh is not None else []),
             *self._rights(naming, spec, strictly=False),
         ]
@@ -210,7 +214,7 @@ class _Decision:
                 notes.append(f"{name}: the subject is kubeadm's of today")
             else:
                 naming = dataclasses.replace(naming, subject=subject)
-                texts = [Naming(subject=one).text for one in (subject, was.subject)]
+                texts = [Naming(subject=subject).text for subject in (subject, was.subject)]
                 notes.append(f"{name}: subject {texts[0]} instead of {texts[1]}")
                 notes += self._rights(naming, item.spec, strictly=True)
         return Desired(naming=naming, notes=tuple(notes)) if notes else None
@@ -245,21 +249,21 @@ class _Decision:
 
     def _needed(self) -> dict[str, dict[str, str]]:
         """By certificate, the hosts by which this node's files reach servers (or a load balancer), with the file."""
-        node, found = self.node, {name: dict[str, str]() for name in _SERVING}
+        node, names = self.node, {name: dict[str, str]() for name in _SERVING}
         if self._address:
-            found["apiserver"][self._address] = "kube-apiserver.yaml: --advertise-address"
+            names["apiserver"][self._address] = "kube-apiserver.yaml: --advertise-address"
         for url in endpoints.urls(node.flags(Component.APISERVER), "--etcd-servers") if node.local_etcd else ():
-            found["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
+            names["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
         for certificate, flag in (
             ("etcd-server", "--advertise-client-urls"),
             ("etcd-peer", "--initial-advertise-peer-urls"),
         ):
             if (host := endpoints.host(node.flags(Component.ETCD), flag)) is not None:
-                found[certificate][host] = f"etcd.yaml: {flag}"
+                names[certificate][host] = f"etcd.yaml: {flag}"
         for spec in SPECS.values():
             if spec.kubeconfig and (host := _server_of(self.settings.node.kubeconfig_dir / spec.base)):
-                found["apiserver"].setdefault(host, f"the server of {spec.base}")
-        return found
+                names["apiserver"].setdefault(host, f"the server of {spec.base}")
+        return names
 
     @functools.cached_property
     def api(self) -> Api:
@@ -272,13 +276,13 @@ class _Decision:
         if file is not None:
             return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
         try:
-            found = kubeadm.read(self.api, kubeadm.CLUSTER)
+            config_map = kubeadm.read(self.api, kubeadm.CLUSTER)
         except NoAnswerError as e:
             raise NoSourceError(f"wanted {self.source}, found {e}") from None
-        if found.text is None:
-            raise NoSourceError(f"there is no {self.source} (HTTP {found.status})")
+        if config_map.text is None:
+            raise NoSourceError(f"there is no {self.source} (HTTP {config_map.status})")
         try:
-            return kubeadm_config.parse(found.text.encode(), self.source)
+            return kubeadm_config.parse(config_map.text.encode(), self.source)
         except KubeadmConfigError as e:
             raise NoSourceError(str(e)) from None
 
@@ -289,7 +293,7 @@ class _Decision:
             return []
         rights = f"{spec.name}: its rights come from ClusterRoleBinding {needed.name} alone"
         try:
-            found = _missing(self.api, needed)
+            missing = _missing(self.api, needed)
         except NoAnswerError as e:
             if not strictly:
                 return [f"{rights}, which could not be checked: {e}"]
@@ -298,9 +302,9 @@ class _Decision:
                 hint="run it while the API server answers; until then leave the subject as it is",
                 exit_code=Exit.REFUSED,
             ) from None
-        if found:
+        if missing:
             raise BridgeError(
-                f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {found}",
+                f"{rights}; wanted it ({needed.role} for {needed.kind} {needed.who}), found {missing}",
                 hint=f"`kubeadm upgrade apply` makes it; or: kubectl create clusterrolebinding {needed.name} "
                 f"--clusterrole={needed.role} --{needed.kind.lower()}={needed.who}",
                 exit_code=Exit.REFUSED,

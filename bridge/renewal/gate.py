@@ -193,8 +193,8 @@ class Attempts:
         return selection.without({name: pauses[authority] for name, authority in names if authority in pauses})
 
     def _pause(self, name: str, selection: Selection, now: datetime) -> HeldOffError | None:
-        ours = [item for item in selection.items if item.spec.authority.name == name]
-        ends = [first_end(item.certificates) for item in ours if item.certificates]
+        items = [item for item in selection.items if item.spec.authority.name == name]
+        ends = [first_end(item.certificates) for item in items if item.certificates]
         failures = self.authorities[name]
         # a last try in the future was dated by a clock that was set back since: no reason to wait
         if not ends or not failures.last <= now < (until := next_try(failures, min(ends))):
@@ -211,15 +211,15 @@ class Attempts:
             if (error := failed.get(name)) is None:
                 self.authorities.pop(name, None)
                 continue
-            one, reason = before.get(name), error.reason[:_LONGEST_REASON]
-            count, since = (one.count, one.since) if one is not None else (0, now)
+            record, reason = before.get(name), error.reason[:_LONGEST_REASON]
+            count, since = (record.count, record.since) if record is not None else (0, now)
             self.authorities[name] = Failures(
                 count=count + 1, since=since, last=now, exit_code=error.exit_code, reason=reason
             )
         if self.authorities != before:
             self._file.put(self.authorities)
-        ours = [(name, one) for name, one in self.authorities.items() if name in failed]
-        return [NeedsAPersonError(name, one) for name, one in ours if one.needs_a_person]
+        records = [(name, record) for name, record in self.authorities.items() if name in failed]
+        return [NeedsAPersonError(name, record) for name, record in records if record.needs_a_person]
 
 
 def attempts_file(store: Store) -> StateFile[dict[str, Failures]]:

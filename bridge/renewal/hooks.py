@@ -216,9 +216,9 @@ class Hooks:
 
     def _remember(self, hooks: HooksToRun, *, is_over: bool = False) -> None:
         every = self._file.read() or ()
-        others = [one for one in every if (one.event, one.run_id) != (hooks.event, hooks.run_id)]
+        others = [hook for hook in every if (hook.event, hook.run_id) != (hooks.event, hooks.run_id)]
         if not is_over:
-            others = [one for one in others if not (one.event == hooks.event == FAILURE)]  # the newest is enough
+            others = [hook for hook in others if not (hook.event == hooks.event == FAILURE)]  # the newest is enough
             for other in others[: -(_MOST_REMEMBERED - 1)]:
                 log.warning(
                     "hook %s of run %s is given up: too many others have failed since", other.event, other.run_id

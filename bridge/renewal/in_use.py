@@ -41,7 +41,7 @@ def record_due(run: Run, done: Sequence[Outcome], file: StateFile[NotProven]) ->
         return bool(here & set(control_plane.stale([installed_spec(node, name)], reloads, Components("needed"))))
 
     unproven = unproven.live_on(node).with_installed(
-        (one for one in done if is_read_at_start(one.name)), run.record.run_id
+        (certificate for certificate in done if is_read_at_start(certificate.name)), run.record.run_id
     )
     if unproven.certificates:
         file.put(unproven)
@@ -65,17 +65,17 @@ def finish(run: Run, node: Node, unproven: NotProven) -> tuple[NotProven, list[B
     runs = {
         certificate.newest_run
         for certificate in live.certificates
-        if certificate.name in {found.certificate for found in late}
+        if certificate.name in {use.certificate for use in late}
     }
     left = dataclasses.replace(
         unproven,
         certificates=tuple(certificate for certificate in live.certificates if certificate.newest_run in runs),
-        to_restart=tuple(c for c in unproven.to_restart if c in {one.component for one in late}),
+        to_restart=tuple(c for c in unproven.to_restart if c in {use.component for use in late}),
     )
     reloads = control_plane.reloading(node, run.settings.node)
     users = {*control_plane.stale(map(node.spec, live.names), reloads, Components("needed")), *unproven.to_restart}
     can_not_be_seen = users - {finding.component for finding in findings}  # only this run's message names these
-    components = [c for c in control_plane.ORDER if c in can_not_be_seen or c in {one.component for one in late}]
+    components = [c for c in control_plane.ORDER if c in can_not_be_seen or c in {use.component for use in late}]
     if not components:
         return left, []
     hint = "; ".join(control_plane.how_to_restart(component, run.settings.node) for component in components)
@@ -93,12 +93,12 @@ def settle_postponed(run: Run) -> list[BridgeError]:
         unproven = file.read()
         if unproven is None:
             return []
-        ours = tuple(
+        certificates = tuple(
             certificate for certificate in unproven.certificates if certificate.newest_run == run.record.run_id
         )
-        earlier = tuple(certificate for certificate in unproven.certificates if certificate not in ours)
+        earlier = tuple(certificate for certificate in unproven.certificates if certificate not in certificates)
         left, errors = finish(run, run.read_node(), dataclasses.replace(unproven, certificates=earlier))
-        keep(file, dataclasses.replace(left, certificates=(*left.certificates, *ours)))
+        keep(file, dataclasses.replace(left, certificates=(*left.certificates, *certificates)))
     except StateError as e:
         return [e]
     return errors

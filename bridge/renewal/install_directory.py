@@ -98,12 +98,15 @@ def _installed(
 
 def _without_those_in_place(run: Run, node: Node, proven: Sequence[Proven]) -> list[Proven]:
     """Leave out pairs that are live already, with a note: another backup would push out a useful one."""
-    lost, same = lost_keys(node), {one.name for one in proven if one.verified.chain == one.prepared.item.certificates}
+    lost, same = (
+        lost_keys(node),
+        {item.name for item in proven if item.verified.chain == item.prepared.item.certificates},
+    )
     other = {item.spec.name for item in node.items if item.spec.name in lost or item.copy or item.unlike}
-    there = [one.name for one in proven if one.name in same - other]
+    there = [item.name for item in proven if item.name in same - other]
     if there:
         run.progress.note(f"{', '.join(there)}: left out, since this key and certificate are in place already")
-    return [one for one in proven if one.name not in there]
+    return [item for item in proven if item.name not in there]
 
 
 def _prepared(item: Item, settings: Settings, contents: Found) -> Prepared:
@@ -127,7 +130,7 @@ def _prepared(item: Item, settings: Settings, contents: Found) -> Prepared:
 
 def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> Found:
     """Read every file once: keys by kubeadm's names, certificates under any name."""
-    found = Found()
+    answers = Found()
     for path in _files(directory):
         relative = path.relative_to(directory)
         try:
@@ -141,23 +144,23 @@ def _read(directory: Path, pairs: Mapping[str, CertificateSpec]) -> Found:
         if spec is not None and key_pem is not None:
             _assert_ours(path, status)
             key = _private_key(path, key_pem)
-            if spec.name in found.keys:
-                other, _ = found.keys[spec.name]
+            if spec.name in answers.keys:
+                other, _ = answers.keys[spec.name]
                 raise DirectoryError(f"{path}: wanted one key for {spec.name}, found {other} too", hint="move one away")
-            found.keys[spec.name] = path, key
+            answers.keys[spec.name] = path, key
         elif b"PRIVATE KEY-----" not in data:
             try:
-                found.keep(path, certificates_in(data))
+                answers.keep(path, certificates_in(data))
             except ValueError as e:
                 log.info("%s: passed over: %s", path, e)
-    for error in found.strange:
+    for error in answers.strange:
         log.warning("%s", error)
-    if not found.keys:
+    if not answers.keys:
         raise DirectoryError(
             f"{directory}: there are no private keys named as kubeadm names them (apiserver.key, etcd/server.key)",
             hint="`ca-bridge renew --csr-only --csr-dir DIR` writes them; `ca-bridge import` takes certificates alone",
         )
-    return found
+    return answers
 
 
 def _files(directory: Path) -> list[Path]:

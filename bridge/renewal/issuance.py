@@ -76,21 +76,21 @@ def reaching(run: Run, items: Sequence[Item], expected: Expected) -> Iterator[Ca
 
     def reach_lot(names: Sequence[str]) -> dict[str, CA]:
         """Reach authorities that share a backend; the first of them opens it."""
-        found: dict[str, CA] = {}
+        cas: dict[str, CA] = {}
         opened = CLOSED
         for name in names:
-            ours = [item for item in items if item.spec.authority.name == name]
-            progress.signing(backends[name].label, [item.spec.name for item in ours])
+            items_of_ca = [item for item in items if item.spec.authority.name == name]
+            progress.signing(backends[name].label, [item.spec.name for item in items_of_ca])
             if opened is CLOSED:
                 _warn_of_open_secrets(backends[name])
-            specs, wanted = [item.spec for item in ours], expected[name]
-            found[name] = ca = CA.reach(backends[name], specs, lambda _, wanted=wanted: wanted, progress.note, opened)  # type: ignore[misc]
+            specs, wanted = [item.spec for item in items_of_ca], expected[name]
+            cas[name] = ca = CA.reach(backends[name], specs, lambda _, wanted=wanted: wanted, progress.note, opened)  # type: ignore[misc]
             if ca.backend.asks_validity:  # it would give exactly this validity, which we would refuse
-                ca.wrong = {**refused_as_shorter(ours, settings, wanted.now), **ca.wrong}
+                ca.wrong = {**refused_as_shorter(items_of_ca, settings, wanted.now), **ca.wrong}
             if opened is CLOSED:
                 ca.ends = ca.ask_ends(f"backend.{backends[name].name}")
             opened = ca.backend
-        return found
+        return cas
 
     with workers(len(AUTHORITIES)) as pool:
         lots = [pool.submit(reach_lot, lot) for lot in _sharing(backends)]
@@ -136,74 +136,76 @@ def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) ->
     """Issue each certificate once its key is made, or all at once if a CA wants that; return answers and failures."""
     new_keys.use_last_core()
     # for later runs that ask no CA
-    credentials.remember(run.store, {name: one for ca in reached.values() for name, one in ca.ends.items()}, run.now())
+    credentials.remember(run.store, {name: end for ca in reached.values() for name, end in ca.ends.items()}, run.now())
     at_once = any(ca.backend.carries or ca.backend.can("sign_many", "collect") for ca in reached.values())
     left, answered = set(making), {}
     while left:
         done, left = wait(left, return_when=ALL_COMPLETED if at_once else FIRST_COMPLETED)
         ready = [one for each in making if each in done and isinstance(one := each.result(), Prepared)]
-        answered.update({one.prepared.name: one for one in issue(run, ready, reached, expected)})
-    every = [one.result() for one in making]
-    done_in_order = [answered[one.name] for one in every if isinstance(one, Prepared)]
-    return done_in_order, [one for one in every if isinstance(one, Outcome)]
+        answered.update({answer.prepared.name: answer for answer in issue(run, ready, reached, expected)})
+    every = [future.result() for future in making]
+    done_in_order = [answered[item.name] for item in every if isinstance(item, Prepared)]
+    return done_in_order, [item for item in every if isinstance(item, Outcome)]
 
 
 def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Expected) -> list[Answered]:
     """Ask all CAs concurrently for certificates or pending answers; requests and audit log are on disk before."""
     prepared = _opened(run, prepared, reached)
-    for one in prepared:
-        ca = reached[one.authority]
-        run.record.describe(one.name, one.request, ca.label, ca.identity)
-        if ca.error(one.name) is None and not _owes(ca, one):
-            run.record.add(audit.ASKED, one.name, authority=one.authority)
+    for item in prepared:
+        ca = reached[item.authority]
+        run.record.describe(item.name, item.request, ca.label, ca.identity)
+        if ca.error(item.name) is None and not _owes(ca, item):
+            run.record.add(audit.ASKED, item.name, authority=item.authority)
     run.record.write()
     lots: dict[int, list[Prepared]] = defaultdict(list)
-    for one in prepared:  # authorities that share a backend are asked in one request
-        lots[id(reached[one.authority].backend)].append(one)
+    for item in prepared:  # authorities that share a backend are asked in one request
+        lots[id(reached[item.authority].backend)].append(item)
     answers: dict[str, Answer] = {}
     with workers(len(AUTHORITIES)) as pool:
         for part in pool.map(lambda lot: _ask(reached, expected, lot, run.progress), lots.values()):
             answers |= part
     answered = []
-    for one in prepared:
-        ca, answer, wanted = reached[one.authority], answers[one.name], expected[one.authority]
+    for item in prepared:
+        ca, answer, wanted = reached[item.authority], answers[item.name], expected[item.authority]
         if isinstance(answer, Issued):
-            run.record.add(audit.ISSUED, one.name, authority=one.authority, new=answer.leaf)
-        hint = ca.backend.advice(one.item.spec)
-        answered.append(Answered(prepared=one, expected=wanted, label=ca.label, answer=answer, advice=hint))
+            run.record.add(audit.ISSUED, item.name, authority=item.authority, new=answer.leaf)
+        hint = ca.backend.advice(item.item.spec)
+        answered.append(Answered(prepared=item, expected=wanted, label=ca.label, answer=answer, advice=hint))
     return answered
 
 
 def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Prepared]:
     """Save requests and keys before asking a CA that answers later; carried requests get the node's name."""
-    opened = {one.name: one for one in prepared}
+    opened = {item.name: item for item in prepared}
     to_carry: dict[tuple[int, str], list[Prepared]] = defaultdict(list)
-    for one in prepared:
-        ca = reached[one.authority]
-        if _owes(ca, one):
+    for item in prepared:
+        ca = reached[item.authority]
+        if _owes(ca, item):
             continue
-        _drop_unfit(run, one)
+        _drop_unfit(run, item)
         if ca.backend.carries:
-            made_before = one.request.continuity.batch if one.request.continuity else ""
-            to_carry[id(ca.backend), made_before].append(one)
-    for ours in to_carry.values():
-        opened |= {one.name: one for one in with_continuity(ours, run.settings, run.now())}
-    for one in opened.values():
-        ca = reached[one.authority]
-        if ca.backend.can("collect") and not _owes(ca, one):
-            request = open_request(run, one)
-            run.requests.put(dataclasses.replace(request, request=one.request, backend=ca.label, reference="", note=""))
+            made_before = item.request.continuity.batch if item.request.continuity else ""
+            to_carry[id(ca.backend), made_before].append(item)
+    for lot in to_carry.values():
+        opened |= {item.name: item for item in with_continuity(lot, run.settings, run.now())}
+    for item in opened.values():
+        ca = reached[item.authority]
+        if ca.backend.can("collect") and not _owes(ca, item):
+            request = open_request(run, item)
+            run.requests.put(
+                dataclasses.replace(request, request=item.request, backend=ca.label, reference="", note="")
+            )
     run.requests.save()
     return list(opened.values())
 
 
-def _drop_unfit(run: Run, one: Prepared) -> None:
+def _drop_unfit(run: Run, item: Prepared) -> None:
     """Drop an open request that `prepare` replaced by one with other names, another kind of key or validity."""
-    earlier = run.requests.get(one.name)
-    if earlier is not None and one.open is None:
+    earlier = run.requests.get(item.name)
+    if earlier is not None and item.open is None:
         if earlier.is_waiting:
-            give_up(run, one.name, "another kind of key, another validity or other names are wanted now")
-        run.requests.drop(one.name)
+            give_up(run, item.name, "another kind of key, another validity or other names are wanted now")
+        run.requests.drop(item.name)
 
 
 def _ask(reached: Reached, expected: Expected, prepared: Sequence[Prepared], progress: Progress) -> dict[str, Answer]:
@@ -211,14 +213,14 @@ def _ask(reached: Reached, expected: Expected, prepared: Sequence[Prepared], pro
     ca = reached[prepared[0].authority]
     answers: dict[str, Answer] = {}
     requests = []
-    for one in prepared:
-        if one.open is not None and ca.backend is not CLOSED and _owes(ca, one):
-            answers[one.name] = ca.collect(one.open.request, one.open.reference, expected[one.authority])
-            progress.signed(one.name)
-        elif (error := reached[one.authority].error(one.name)) is not None:
-            answers[one.name] = error
+    for item in prepared:
+        if item.open is not None and ca.backend is not CLOSED and _owes(ca, item):
+            answers[item.name] = ca.collect(item.open.request, item.open.reference, expected[item.authority])
+            progress.signed(item.name)
+        elif (error := reached[item.authority].error(item.name)) is not None:
+            answers[item.name] = error
         else:
-            requests.append(one.request)
+            requests.append(item.request)
 
     def signed(some: Sequence[tuple[SignRequest, object]]) -> None:
         for request, _ in some:
@@ -230,6 +232,6 @@ def _ask(reached: Reached, expected: Expected, prepared: Sequence[Prepared], pro
     return answers
 
 
-def _owes(ca: CA, one: Prepared) -> bool:
+def _owes(ca: CA, item: Prepared) -> bool:
     """Whether this CA has the request from an earlier run."""
-    return one.open is not None and bool(one.open.reference) and one.open.backend == ca.label
+    return item.open is not None and bool(item.open.reference) and item.open.backend == ca.label

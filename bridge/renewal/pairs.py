@@ -64,23 +64,23 @@ def _reloads(item: Item) -> bool:
 
 def record_due(run: Run, outcomes: Sequence[Outcome], *, by_hand: bool = False) -> Collection[str]:
     """Record, before the installation, which pairs must be seen in use; return the names of all `own` pairs."""
-    ours = own(run.read_node())
+    items = own(run.read_node())
     file = pairs_file(run.store)
-    earlier = {one.name: one for one in file.read() or ()}
+    earlier = {pair.name: pair for pair in file.read() or ()}
     for outcome in outcomes:
-        name, pair = outcome.name, ours[outcome.name].pair if outcome.name in ours else None
+        name, pair = outcome.name, items[outcome.name].pair if outcome.name in items else None
         if outcome.new is None or pair is None or (by_hand and not pair.prove):
             continue
         before = earlier.pop(name, None)
         unproven = (
             before.unproven if before is not None and not before.unproven.going_back else NotProven(certificates=())
         )
-        worked = before.worked if before is not None else _works(ours[name], run.now())
+        worked = before.worked if before is not None else _works(items[name], run.now())
         unproven = unproven.with_installed([outcome], run.record.run_id)
         earlier[name] = UnprovenPair(unproven=unproven, worked=worked, by_hand=by_hand)
     if earlier:
         file.put(tuple(earlier.values()))
-    return ours.keys()
+    return items.keys()
 
 
 def _works(item: Item, now: datetime) -> bool:
@@ -96,81 +96,81 @@ def finish(run: Run) -> Finished:
     done = Finished()
     try:
         file = pairs_file(run.store)
-        for one in file.read() or ():
-            _keep(run, one, _finish_one(run, one, done))
+        for pair in file.read() or ():
+            _keep(run, pair, _finish_one(run, pair, done))
     except (StateError, static_pods.StoppedError) as e:  # the remaining records stay on disk
         done.errors.append(e)
     return done
 
 
-def _keep(run: Run, one: UnprovenPair, left: UnprovenPair | None) -> None:
+def _keep(run: Run, pair: UnprovenPair, left: UnprovenPair | None) -> None:
     """Replace the record of one pair, or remove it (None); the records of other pairs stay."""
     file = pairs_file(run.store)
-    others = tuple(other for other in file.read() or () if other.name != one.name)
+    others = tuple(other for other in file.read() or () if other.name != pair.name)
     file.put((*others, left) if left is not None else others)
 
 
-def _finish_one(run: Run, one: UnprovenPair, done: Finished) -> UnprovenPair | None:
-    node = run.read_node(one.name)
-    item = own(node).get(one.name)
+def _finish_one(run: Run, pair: UnprovenPair, done: Finished) -> UnprovenPair | None:
+    node = run.read_node(pair.name)
+    item = own(node).get(pair.name)
     if item is None:
-        where = f"[certificate.{one.name}] is gone from the settings"
-        run.progress.note(f"{one.name}: {where}; whether it is in use was not seen")
+        where = f"[certificate.{pair.name}] is gone from the settings"
+        run.progress.note(f"{pair.name}: {where}; whether it is in use was not seen")
         return None
     if item.state in ("broken", "unreadable"):
         done.errors.append(UnprovenError(f"installed, and not proven: {item.spec.name}: {item.trouble}"))
-        return one
-    if one.unproven.going_back:
-        return _go_back(run, one, item, done)
-    if not one.unproven.live_on(node).certificates:
+        return pair
+    if pair.unproven.going_back:
+        return _go_back(run, pair, item, done)
+    if not pair.unproven.live_on(node).certificates:
         return None  # it was not installed, or was replaced meanwhile
-    if one.by_hand:
-        return _left_to_people(run, one, item, done)
-    return _take_up(run, one, item, done)
+    if pair.by_hand:
+        return _left_to_people(run, pair, item, done)
+    return _take_up(run, pair, item, done)
 
 
-def _left_to_people(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
-    found = proof.of_pair(item, run.now())
-    if found is None or found.state == "current":
+def _left_to_people(run: Run, pair: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
+    finding = proof.of_pair(item, run.now())
+    if finding is None or finding.state == "current":
         return None
-    if one.unproven.certificates[0].newest_run != run.record.run_id:
-        text = f"{one.name}: installed by an earlier run, and not seen in use: {found.detail}"
+    if pair.unproven.certificates[0].newest_run != run.record.run_id:
+        text = f"{pair.name}: installed by an earlier run, and not seen in use: {finding.detail}"
         done.errors.append(NotLiveError(text, hint=how(item)))
-    return one
+    return pair
 
 
-def _take_up(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
-    why = None if one.is_read else _have_read(run, item)
+def _take_up(run: Run, pair: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
+    why = None if pair.is_read else _have_read(run, item)
     if why is None:
-        if _reloads(item) and not one.is_read:
-            done.read.append(one.name)
-            one = dataclasses.replace(one, is_read=True)
-            _keep(run, one, one)  # a later run only looks
-        found = _until_current(run, item)
-        if found is None or found.state == "current":
-            done.proven += found is not None
+        if _reloads(item) and not pair.is_read:
+            done.read.append(pair.name)
+            pair = dataclasses.replace(pair, is_read=True)
+            _keep(run, pair, pair)  # a later run only looks
+        finding = _until_current(run, item)
+        if finding is None or finding.state == "current":
+            done.proven += finding is not None
             return None
-        if found.state == "unknown":
-            done.errors.append(UnprovenError(f"installed, and not proven: {one.name}: {found.detail}"))
-            return one
-        why = f"{found.state}: {found.detail}"
-    stays = _why_it_stays(run, one, item)
+        if finding.state == "unknown":
+            done.errors.append(UnprovenError(f"installed, and not proven: {pair.name}: {finding.detail}"))
+            return pair
+        why = f"{finding.state}: {finding.detail}"
+    stays = _why_it_stays(run, pair, item)
     if stays:
-        done.errors.append(NotLiveError(f"{one.name}: installed, and not in use: {why}; {stays}", hint=how(item)))
-        return one
-    log.error("%s: the new pair does not work, so the old one is put back: %s", one.name, why)
-    back = dataclasses.replace(one, unproven=dataclasses.replace(one.unproven, going_back=why))
-    _keep(run, one, back)
+        done.errors.append(NotLiveError(f"{pair.name}: installed, and not in use: {why}; {stays}", hint=how(item)))
+        return pair
+    log.error("%s: the new pair does not work, so the old one is put back: %s", pair.name, why)
+    back = dataclasses.replace(pair, unproven=dataclasses.replace(pair.unproven, going_back=why))
+    _keep(run, pair, back)
     return _go_back(run, back, item, done)
 
 
-def _why_it_stays(run: Run, one: UnprovenPair, item: Item) -> str:
+def _why_it_stays(run: Run, pair: UnprovenPair, item: Item) -> str:
     """Return why the old pair is not put back; empty: put it back."""
     if run.settings.restart.on_failure == "keep":
         return 'it stays, as restart.on_failure = "keep" says'
     if not _reloads(item):
         return "nothing says how its program reads it again"
-    if not one.worked:
+    if not pair.worked:
         return "it did not work before, either, so that nothing was put back"
     return ""
 
@@ -217,7 +217,7 @@ def _until_current(run: Run, item: Item) -> ProofFinding | None:
     with doing(f"proving that {item.spec.name} is in use"):
         return wait_until(
             lambda: proof.of_pair(item, run.now()),
-            lambda found: found is None or found.state == "current",
+            lambda finding: finding is None or finding.state == "current",
             run.settings.restart.prove_for,
             pause_seconds=_PAUSE_SECONDS,
         )
@@ -226,25 +226,25 @@ def _until_current(run: Run, item: Item) -> ProofFinding | None:
 # --- rollback --------------------------------------------------------------------------------------------------------
 
 
-def _go_back(run: Run, one: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
+def _go_back(run: Run, pair: UnprovenPair, item: Item, done: Finished) -> UnprovenPair | None:
     """Put the old files back and have the program read them, or continue a rollback that was cut off."""
-    node, why = run.read_node(), one.unproven.going_back
+    node, why = run.read_node(), pair.unproven.going_back
     try:
-        if one.unproven.live_on(node).certificates:
-            backup = backup_of(run, one.unproven)
+        if pair.unproven.live_on(node).certificates:
+            backup = backup_of(run, pair.unproven)
             if not any(file.was_there for file in backup.files):
                 raise BridgeError("there was no pair before it")  # noqa: TRY301
             backups.put_back(run, backup, node, lambda one: not one.is_damage)
     except BridgeError as e:
-        text = f"{one.name}: installed, and not in use: {why}; it was not rolled back: {e}"
+        text = f"{pair.name}: installed, and not in use: {why}; it was not rolled back: {e}"
         done.errors.append(NotLiveError(text, hint=how(item)))
-        return one
-    item = own(run.read_node()).get(one.name, item)
+        return pair
+    item = own(run.read_node()).get(pair.name, item)
     failure = _have_read(run, item)
-    if failure is None and (found := _until_current(run, item)) is not None and found.state != "current":
-        failure = found.detail
+    if failure is None and (finding := _until_current(run, item)) is not None and finding.state != "current":
+        failure = finding.detail
     after = "the old pair is in use again" if failure is None else f"the old one does not work, either: {failure}"
-    done.back[one.name] = RolledBackError(f"{one.name}: rolled back, since {why}; {after}")
+    done.back[pair.name] = RolledBackError(f"{pair.name}: rolled back, since {why}; {after}")
     return None
 
 

@@ -109,7 +109,7 @@ def prepare(
 ) -> list[Prepared | Outcome]:
     """Make keys and CSRs, and wait for them."""
     with preparing(items, settings, requests or {}, desired or {}) as making:
-        return [one.result() for one in making]
+        return [future.result() for future in making]
 
 
 def _prepare(item: Item, settings: Settings, open_: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
@@ -152,10 +152,14 @@ def _of_open(item: Item, open_: OpenRequest, was: Mapping[Path, str | None], set
     return Prepared(item=item, request=open_.request, key_pem=open_.key_pem, was=was, open=open_, kubeconfig=fresh)
 
 
-def open_request(run: Run, one: Prepared) -> OpenRequest:
+def open_request(run: Run, prepared: Prepared) -> OpenRequest:
     """Return the open request of a prepared certificate, or a new one that stores it."""
-    return one.open or OpenRequest(
-        request=one.request, key_pem=one.key_pem, created=run.now(), run_id=run.record.run_id, kubeconfig=one.kubeconfig
+    return prepared.open or OpenRequest(
+        request=prepared.request,
+        key_pem=prepared.key_pem,
+        created=run.now(),
+        run_id=run.record.run_id,
+        kubeconfig=prepared.kubeconfig,
     )
 
 
@@ -174,35 +178,40 @@ def take_up(item: Item, open_: OpenRequest, settings: Settings) -> Prepared | Ou
 
 def with_continuity(prepared: Sequence[Prepared], settings: Settings, now: datetime) -> list[Prepared]:
     """Have each request name its node and prove it, all in one batch; a batch that still holds stays as it is."""
-    batches = {(who.batch, who.asked) if (who := one.request.continuity) is not None else None for one in prepared}
-    if len(batches) == 1 and all(_is_continuity_current(one, settings, now) for one in prepared):
+    batches = {(who.batch, who.asked) if (who := item.request.continuity) is not None else None for item in prepared}
+    if len(batches) == 1 and all(_is_continuity_current(item, settings, now) for item in prepared):
         return list(prepared)
     batch, created = secrets.token_hex(16), now.replace(microsecond=0)
-    proofs = [(one, _continuity(one, settings, batch, created)) for one in prepared]
-    return [replace(one, request=replace(one.request, continuity=continuity)) for one, continuity in proofs]
+    proofs = [(item, _continuity(item, settings, batch, created)) for item in prepared]
+    return [replace(item, request=replace(item.request, continuity=continuity)) for item, continuity in proofs]
 
 
-def _is_continuity_current(one: Prepared, settings: Settings, now: datetime) -> bool:
-    found = one.request.continuity
-    if found is None or now - found.asked > _PROOF_ANEW:
+def _is_continuity_current(prepared: Prepared, settings: Settings, now: datetime) -> bool:
+    continuity = prepared.request.continuity
+    if continuity is None or now - continuity.asked > _PROOF_ANEW:
         return False
-    if (found.node, found.cluster) != (settings.node.node_name, settings.node.cluster):
+    if (continuity.node, continuity.cluster) != (settings.node.node_name, settings.node.cluster):
         return False
-    if one.request.replaces is None:
-        return found.proof is None
-    return found.proof is not None or _continuity(one, settings, found.batch, found.asked).proof is None
+    if prepared.request.replaces is None:
+        return continuity.proof is None
+    return (
+        continuity.proof is not None
+        or _continuity(prepared, settings, continuity.batch, continuity.asked).proof is None
+    )
 
 
-def _continuity(one: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
+def _continuity(prepared: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
     from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where an operator carries requests)
 
     identity = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     proof = None
-    if one.request.replaces is not None:  # a key proves nothing for a certificate that the request does not replace
+    if (
+        prepared.request.replaces is not None
+    ):  # a key proves nothing for a certificate that the request does not replace
         with contextlib.suppress(*NO_KEY):
-            key, validity = live_key(one.item), one.request.validity
-            about = {"name": one.name, **identity}
-            proof = signatures.sign_proof(key, one.request.csr, validity=validity, created=created, **about)
+            key, validity = live_key(prepared.item), prepared.request.validity
+            about = {"name": prepared.name, **identity}
+            proof = signatures.sign_proof(key, prepared.request.csr, validity=validity, created=created, **about)
     return Continuity(proof=proof, asked=created, **identity)
 
 
@@ -272,7 +281,7 @@ def _was_elsewhere(item: Item) -> dict[Path, str | None]:
     """Return the digests of all files of a further pair (BridgeError: one holds something else)."""
     if item.pair is None:
         return {}
-    found: dict[Path, str | None] = {}
+    digests: dict[Path, str | None] = {}
     for files in item.pair.places:
         for key, path in files.paths():
             wanted, marker = ("a private key", _PRIVATE_KEY) if key == "key_file" else ("certificates", _CERTIFICATE)
@@ -281,8 +290,8 @@ def _was_elsewhere(item: Item) -> dict[Path, str | None]:
                     f"{path}: wanted {wanted} in PEM, which is replaced, found something else",
                     hint=f"does [certificate.{item.spec.name}] name the right file? Move it away, and a renewal makes it",
                 )
-            found[path] = None if data is None else digest(data)
-    return found
+            digests[path] = None if data is None else digest(data)
+    return digests
 
 
 def _was_current(item: Item) -> dict[Path, str | None]:
@@ -309,8 +318,8 @@ def read_live(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None  # a renewal needs no old key
     except (OSError, ForeignLinkError, UnreadableError) as e:
-        found = e.strerror if isinstance(e, OSError) else e
-        raise MissingCertificateError(f"{path}: can't read it: {found}") from e
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise MissingCertificateError(f"{path}: can't read it: {reason}") from e
 
 
 def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
@@ -320,17 +329,17 @@ def write_csrs(prepared: Sequence[Prepared], directory: Path) -> None:
         assert_holds_keys(directory)
         make_directories(directory, DIRECTORY_MODE)
         assert_holds_keys(directory)  # another user may have made it meanwhile
-        for one in prepared:
-            for suffix, data in ((".key", one.key_pem), (".csr", one.request.csr_pem)):
-                path = directory / f"{one.name}{suffix}"
+        for item in prepared:
+            for suffix, data in ((".key", item.key_pem), (".csr", item.request.csr_pem)):
+                path = directory / f"{item.name}{suffix}"
                 write_staged(path, data, Attributes.private())
                 written.append(path)
         sync_directory(directory)
     except OSError as e:
         for path in written:
             path.unlink()
-        found = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-        text = f"can't write keys and CSRs to {directory}: {found}"
+        reason = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+        text = f"can't write keys and CSRs to {directory}: {reason}"
         raise BridgeError(text, hint="choose an empty --csr-dir") from e
 
 
@@ -401,7 +410,7 @@ def with_room(settings: Settings, selection: Selection) -> Selection:
     """Fail the pairs whose own disks are full or read-only (NotReadyError: the node's own disks are)."""
     assert_room(settings, [item for item in selection.items if item.pair is None])
     failing: dict[str, BridgeError] = {}
-    for item in (one for one in selection.items if one.pair is not None):
+    for item in (item for item in selection.items if item.pair is not None):
         try:
             assert_room(settings, [item])
         except NotReadyError as e:
@@ -411,11 +420,11 @@ def with_room(settings: Settings, selection: Selection) -> Selection:
 
 def assert_room(settings: Settings, items: Sequence[Item] = ()) -> None:
     """Check the disks that a renewal writes to (NotReadyError: one is full or read-only)."""
-    found = list(disk_spaces(directories(settings, items)))
-    if closed := [str(room.place) for room in found if room.is_read_only]:
+    spaces = list(disk_spaces(directories(settings, items)))
+    if closed := [str(room.place) for room in spaces if room.is_read_only]:
         text = f"file system of {', '.join(closed)}: wanted one that can be written to, found it read-only"
         raise NotReadyError(text, hint=f"{READ_ONLY_HINT}, then run again; no CA was asked")
-    if problems := [text for text in map(_too_little, found) if text]:
+    if problems := [text for text in map(_too_little, spaces) if text]:
         raise NotReadyError("; ".join(problems), hint="make room there, then run again; no CA was asked")
 
 

@@ -60,7 +60,9 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
             progress.note(sentence)
         selection = gate.hold_for_next_ca(selection, ours, node)
         if not options.names:
-            due = {item.spec.authority.name for item in selection.items} | {one.authority for one in selection.failed}
+            due = {item.spec.authority.name for item in selection.items} | {
+                outcome.authority for outcome in selection.failed
+            }
             attempts = transaction.attempts
             attempts.note(attempts.authorities.keys() - due, {}, now())  # their certificates are no longer due
             selection = gate.hold(selection, settings, None if is_terminal else attempts, now())
@@ -87,9 +89,9 @@ def _check(settings: Settings, run: Run) -> list[Credential]:
 def _warn(own: Sequence[Credential], result: Result, settings: Settings, now: datetime) -> None:
     """Warn of credentials that end soon, except those that an error reports."""
     reported = [error.name for error in result.errors if isinstance(error, credentials.CredentialEndedError)]
-    for one in own:
-        if one.needs_a_word(settings.renewal.before, now) and one.name not in reported:
-            log.warning("%s", one.text(now))
+    for credential in own:
+        if credential.needs_a_word(settings.renewal.before, now) and credential.name not in reported:
+            log.warning("%s", credential.text(now))
             log.warning("%s", credentials.CredentialEndedError.hint, extra={"is_hint": True})
 
 
@@ -139,11 +141,11 @@ def _prepare_and_issue(
         reaching(run, to_ask, expected) as reached,
     ):
         if options.all_or_nothing:
-            results = [one.result() for one in making]
+            results = [future.result() for future in making]
             earlier += [result for result in results if isinstance(result, Outcome)]
             if earlier:
                 unasked = [
-                    *(one.prepared for one in kept),
+                    *(answer.prepared for answer in kept),
                     *(result for result in results if isinstance(result, Prepared)),
                 ]
                 return [], earlier, unasked
@@ -156,21 +158,21 @@ def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expec
     answered = {request.name: request for request in run.requests if request.answer is not None}
     earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
     kept = []
-    for one in earlier:
-        if isinstance(one, Outcome) or (open_ := one.open) is None or open_.answer is None:
+    for answer in earlier:
+        if isinstance(answer, Outcome) or (open_ := answer.open) is None or open_.answer is None:
             continue
-        wanted, renewal = expected[one.authority], run.settings.renewal
+        wanted, renewal = expected[answer.authority], run.settings.renewal
         with contextlib.suppress(VerificationError):  # if it fails now, the CA is asked again
-            chain = verify.check(open_.answer, one.request, wanted).chain
+            chain = verify.check(open_.answer, answer.request, wanted).chain
             if not expiry.is_due(chain, renewal.before, renewal.validity, run.now()):
-                run.record.describe(one.name, one.request, open_.backend, None)
-                kept.append(Answered(prepared=one, expected=wanted, label=open_.backend, answer=open_.answer))
+                run.record.describe(answer.name, answer.request, open_.backend, None)
+                kept.append(Answered(prepared=answer, expected=wanted, label=open_.backend, answer=open_.answer))
     return kept
 
 
 def _to_ask(run: Run, items: Sequence[Item], kept: Sequence[Answered]) -> tuple[list[Item], list[Outcome]]:
     """Return the items to ask a backend for, and outcomes of items whose requests an operator carries."""
-    have = {one.prepared.name for one in kept}
+    have = {answer.prepared.name for answer in kept}
     rest, carried = [], []
     for item in items:
         open_ = run.requests.get(item.spec.name)
@@ -205,7 +207,9 @@ class Rehearsal:
     @property
     def exit_code(self) -> int:
         """The exit code that a renewal with these results would have."""
-        return Exit.worst([*(one.exit_code for one in self.failed), *(error.exit_code for error in self.errors)])
+        return Exit.worst(
+            [*(outcome.exit_code for outcome in self.failed), *(error.exit_code for error in self.errors)]
+        )
 
 
 def rehearse(settings: Settings, options: RunOptions, now: Now, progress: Progress) -> Rehearsal:
@@ -272,17 +276,17 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
     return Rehearsal(passed=tuple(passed), failed=failures, errors=tuple(errors), skipped=selection.skipped)
 
 
-def _expected(one: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
+def _expected(expectation: verify.Expectation, settings: Settings, authority: str) -> verify.Expectation:
     """Relax an expectation for a rehearsal: a scratch role may give a short life, and a scratch CA may differ."""
-    ours = settings.authorities.get(authority)
-    if ours is None or not ours.rehearsal:
-        return one
-    one = dataclasses.replace(one, min_validity=timedelta(), shorter_allowed=True)
-    if (named := ours.rehearsal.get("anchor")) is None:
-        return one
+    keys = settings.authorities.get(authority)
+    if keys is None or not keys.rehearsal:
+        return expectation
+    expectation = dataclasses.replace(expectation, min_validity=timedelta(), shorter_allowed=True)
+    if (named := keys.rehearsal.get("anchor")) is None:
+        return expectation
     path = Path(named)
     anchors = anchors_in(path, "the CA certificate of a rehearsal (anchor)", "put it there")
-    return dataclasses.replace(one, anchors=anchors, anchor_name=str(path))
+    return dataclasses.replace(expectation, anchors=anchors, anchor_name=str(path))
 
 
 def _impossible(settings: Settings, authorities: Collection[str]) -> Iterator[tuple[str, BridgeError]]:
@@ -324,7 +328,9 @@ def _thrown_away(
     unable: dict[str, list[str]] = {}
     for authority in (name for name in AUTHORITIES if name in reached):
         ca = reached[authority]
-        for name, leaf in _signed([one for one in answered if one.prepared.authority == authority], ca, run.now()):
+        for name, leaf in _signed(
+            [answer for answer in answered if answer.prepared.authority == authority], ca, run.now()
+        ):
             if not ca.backend.can("revoke"):
                 unable.setdefault(ca.label, []).append(name)
                 continue

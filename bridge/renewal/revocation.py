@@ -26,7 +26,7 @@ def record_due(run: Run, done: Sequence[Outcome]) -> None:
     if renewal.revoke == "never":
         return
     earlier = revocations_file(run.store).read() or ()
-    known = {one.certificate for one in earlier}
+    known = {superseded.certificate for superseded in earlier}
     able = _able(run, {outcome.authority for outcome in done})
     due = run.now() + renewal.revoke_after
     new = [
@@ -60,10 +60,10 @@ def finish(run: Run, node: Node) -> list[BridgeError]:
             run.progress.note(f'renewal.revoke is "never" now; these certificates are not revoked: {_names(every)}')
             file.remove()
             return []
-        left = [one for one in every if not one.is_outdated(node, run.now())]
-        due = _proven([one for one in left if one.due <= run.now()], run, node)
+        left = [superseded for superseded in every if not superseded.is_outdated(node, run.now())]
+        due = _proven([superseded for superseded in left if superseded.due <= run.now()], run, node)
         done, errors = _revoke_all(run, due, node)
-        file.put(tuple(one for one in left if one not in done))
+        file.put(tuple(superseded for superseded in left if superseded not in done))
     except StateError as e:
         errors = [e]
     return errors
@@ -85,21 +85,21 @@ def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]
     seen = {finding.certificate for finding in report.findings} - {finding.certificate for finding in report.wrong}
     waiting = {*(unproven.names if unproven is not None else ()), *(pair.name for pair in pairs)}
     proven = (there & (seen | silent)) - waiting
-    if unseen := [one for one in due if one.name not in proven]:
+    if unseen := [superseded for superseded in due if superseded.name not in proven]:
         run.progress.note(f"renewal.revoke: not revoked, since the successor is not seen in use: {_names(unseen)}")
-    return [one for one in due if one.name in proven]
+    return [superseded for superseded in due if superseded.name in proven]
 
 
 def _revoke_all(run: Run, due: Sequence[Superseded], node: Node) -> tuple[list[Superseded], list[BridgeError]]:
     """Ask the CAs to revoke; return the certificates that need no further try, and the errors."""
     done: list[Superseded] = []
     errors: list[BridgeError] = []
-    for authority in dict.fromkeys(one.authority_on(node) for one in due):
-        ours = [one for one in due if one.authority_on(node) == authority]
+    for authority in dict.fromkeys(superseded.authority_on(node) for superseded in due):
+        of_authority = [superseded for superseded in due if superseded.authority_on(node) == authority]
         try:
-            over, more = _revoke(run, authority, ours, node)
+            over, more = _revoke(run, authority, of_authority, node)
         except BridgeError as e:
-            over, more = [], [_not_now(ours, e)]
+            over, more = [], [_not_now(of_authority, e)]
         done += over
         errors += more
     for error in errors:
@@ -107,50 +107,50 @@ def _revoke_all(run: Run, due: Sequence[Superseded], node: Node) -> tuple[list[S
     return done, errors
 
 
-def _not_now(ours: Sequence[Superseded], cause: BridgeError) -> RevocationError:
+def _not_now(certificates: Sequence[Superseded], cause: BridgeError) -> RevocationError:
     hint = 'the next run tries again; `[renewal] revoke = "never"` ends that'
-    return RevocationError(f"not revoked: {_names(ours)}: {cause}", hint=hint, exit_code=cause.exit_code)
+    return RevocationError(f"not revoked: {_names(certificates)}: {cause}", hint=hint, exit_code=cause.exit_code)
 
 
 def _revoke(
-    run: Run, authority: str, ours: Sequence[Superseded], node: Node
+    run: Run, authority: str, certificates: Sequence[Superseded], node: Node
 ) -> tuple[list[Superseded], list[BridgeError]]:
     configured = registry.configured(run.settings, [authority])[authority]
     done: list[Superseded] = []
     errors: list[BridgeError] = []
     with contextlib.closing(CA.of(configured)) as ca:
         if not ca.backend.can("revoke", "revoke_proven"):
-            run.progress.note(f"renewal.revoke: {ca.label} can't revoke: {_names(ours)}")
-            return list(ours), []
-        for one in ours:
+            run.progress.note(f"renewal.revoke: {ca.label} can't revoke: {_names(certificates)}")
+            return list(certificates), []
+        for superseded in certificates:
             try:
                 if ca.backend.can("revoke_proven"):
-                    ca.revoke_proven(_holders_proof(one, run, node))
+                    ca.revoke_proven(_holders_proof(superseded, run, node))
                 else:
-                    ca.revoke(one.certificate)
+                    ca.revoke(superseded.certificate)
             except BackendUnavailableError as e:
-                errors.append(_not_now([one], e))
+                errors.append(_not_now([superseded], e))
                 continue
             except BridgeError as e:
                 hint = "it is not tried again: another CA's, or one that this CA does not know, can be revoked by hand"
-                text = f"not revoked: {one}: {ca.label}: {e}"
+                text = f"not revoked: {superseded}: {ca.label}: {e}"
                 errors.append(RevocationError(text, hint=hint, exit_code=e.exit_code))
             else:
-                run.record.add(audit.REVOKED, one.name, authority=authority, old=one.certificate)
-            done.append(one)
+                run.record.add(audit.REVOKED, superseded.name, authority=authority, old=superseded.certificate)
+            done.append(superseded)
     return done, errors
 
 
-def _holders_proof(one: Superseded, run: Run, node: Node) -> Revocation:
+def _holders_proof(superseded: Superseded, run: Run, node: Node) -> Revocation:
     """Prove that the successor's holder asks for the revocation (LocalFileError: the successor's key can't be used)."""
     from bridge.pki import node_proofs  # noqa: PLC0415 (15 ms; only where a door is asked)
 
-    ours = run.settings.node
-    [item] = [item for item in node.items if item.spec.name == one.name]
-    who = {"name": one.name, "node": ours.node_name, "cluster": ours.cluster}
+    places = run.settings.node
+    [item] = [item for item in node.items if item.spec.name == superseded.name]
+    who = {"name": superseded.name, "node": places.node_name, "cluster": places.cluster}
     try:
         key = prepare.live_key(item)
-        return node_proofs.revocation(key, old=one.certificate, successor=item.certificates[0], **who)
+        return node_proofs.revocation(key, old=superseded.certificate, successor=item.certificates[0], **who)
     except prepare.NO_KEY as e:
-        text = f"wanted the key of {one.name}, found one that can't be used: {type(e).__name__}"
+        text = f"wanted the key of {superseded.name}, found one that can't be used: {type(e).__name__}"
         raise LocalFileError(text) from None

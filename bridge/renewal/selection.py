@@ -142,7 +142,7 @@ def select(
             *(f"{name} is renewed for its key: {choice.lost_keys[name]}" for name in choice.lost_keys if name in names),
             *(f"{item.spec.name} is renewed as the settings say: {item.unlike}" for item in items if item.unlike),
         ),
-        desired={name: one for name, one in choice.desired.items() if not isinstance(one, BridgeError)},
+        desired={name: desired for name, desired in choice.desired.items() if not isinstance(desired, BridgeError)},
     )
 
 

@@ -70,7 +70,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
     """Put pairs into kubeadm-config once all control planes have them; return a note (NoAnswerError, NoConfigError)."""
     api = Api.of_node(read_node(settings.node), settings.node.kubeconfig_dir)
-    lacking = sorted({name for one in wanted for name in _lacking(api, one)} - {settings.node.node_name})
+    lacking = sorted({name for name_ in wanted for name in _lacking(api, name_)} - {settings.node.node_name})
     if lacking:
         return (
             f"kubeadm-config gets them once `ca-bridge serving-certs on` has run on {', '.join(lacking)}; until then "
@@ -163,7 +163,7 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
                     node=node, settings=settings, store=store, record=record, going_back=True, content=text
                 )
                 done += restarts.all([component])
-                if any(one.component is component and one.error is not None for one in done):
+                if any(restart.component is component and restart.error is not None for restart in done):
                     break
             _remove(item, store, record)
         return RestartReport(components=tuple(SERVERS), done=tuple(done))

@@ -108,21 +108,23 @@ class Transaction:
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
         """Record the work that follows, then install what passed in one step (BridgeError: nothing was replaced)."""
         if failed and self._options.all_or_nothing:
-            return verify_and_install.hold_back(self._run, [one.prepared for one in proven], failed)
+            return verify_and_install.hold_back(self._run, [item.prepared for item in proven], failed)
         if not proven:
             return Result(outcomes=tuple(failed))
-        done = [one.outcome for one in proven]
-        verify_and_install.await_validity([one.verified.leaf for one in proven])
+        done = [item.outcome for item in proven]
+        verify_and_install.await_validity([item.verified.leaf for item in proven])
         trust = self._options.trust
         self._run.record.write()  # the audit log comes before the installation
         with self.owing():
             trust.gate(proven)
             try:
                 self._owe(selection, done)
-                files = [*trust.files, *(trust.edit(file) for one in proven for file in one.files)]
+                files = [*trust.files, *(trust.edit(file) for item in proven for file in item.files)]
                 backup_id = verify_and_install.install_all(self._run, proven, files)
             except BridgeError as e:
-                verify_and_install.record_failed(self._run.record, [outcome_of(one.prepared.item, e) for one in proven])
+                verify_and_install.record_failed(
+                    self._run.record, [outcome_of(item.prepared.item, e) for item in proven]
+                )
                 raise
         return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
@@ -130,10 +132,15 @@ class Transaction:
         """Record the revocations, copies, hooks, restarts and proof to come; if that fails, nothing may be installed."""
         revocation.record_due(self._run, done)
         copies.record_due(
-            self._run.settings, self._run.store, self._run.read_node(), {one.name: one.old for one in done}
+            self._run.settings,
+            self._run.store,
+            self._run.read_node(),
+            {certificate.name: certificate.old for certificate in done},
         )
-        requests = ((one.authority, self._run.requests.get(one.name)) for one in done)
-        owe_putting_away(self._run.settings, self._run.store, [(name, one.reference) for name, one in requests if one])
+        requests = ((certificate.authority, self._run.requests.get(certificate.name)) for certificate in done)
+        owe_putting_away(
+            self._run.settings, self._run.store, [(name, request.reference) for name, request in requests if request]
+        )
         self._hooks.installing(HookEvent.of(selection.items, done))
         self.owe_use(done)
 
@@ -156,7 +163,7 @@ class Transaction:
             from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a pair)
 
             self._apart = pairs.record_due(self._run, done, by_hand=not self._options.restarts)
-            done = [one for one in done if one.name not in self._apart]
+            done = [certificate for certificate in done if certificate.name not in self._apart]
         if not done:
             return
         if not self._options.restarts:
@@ -280,7 +287,9 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
         result,
         outcomes=outcomes,
         errors=(*result.errors, *errors),
-        restarted=tuple(f"{one.component.value} in {one.seconds:.1f} s" for one in done.restarted if one.seconds),
+        restarted=tuple(
+            f"{restart.component.value} in {restart.seconds:.1f} s" for restart in done.restarted if restart.seconds
+        ),
         proven=done.proven,
     )
 
@@ -319,8 +328,8 @@ def with_pairs(run: Run, result: Result) -> Result:
     )
 
 
-def _rolled_back(one: Outcome, error: BridgeError) -> Outcome:
-    return dataclasses.replace(one, new=None, error=error) if one.new is not None else one
+def _rolled_back(outcome: Outcome, error: BridgeError) -> Outcome:
+    return dataclasses.replace(outcome, new=None, error=error) if outcome.new is not None else outcome
 
 
 def put_back_and_retire(
@@ -335,7 +344,7 @@ def put_back_and_retire(
         node = run.read_node()
         found, stays = backups.with_pairs(backups.find(store, backup_id), node)
         owe = Transaction(run, RunOptions(restarts=False)).owe_use
-        done = backups.put_back(run, found, node, lambda one: force and one.can_be_forced, owe=owe)
+        done = backups.put_back(run, found, node, lambda problem: force and problem.can_be_forced, owe=owe)
         backups.retire(store, settings, node, now())
         return dataclasses.replace(done, stays=stays, late=(*done.late, *record.end())), node
 
@@ -353,7 +362,9 @@ def by_authority(
             continue
         reached.setdefault(authority, []).extend(error for error in (own, *errors) if error is not None)
     failed = {
-        name: min(found, key=lambda e: Exit.PRECEDENCE.index(e.exit_code)) for name, found in reached.items() if found
+        name: min(errors, key=lambda e: Exit.PRECEDENCE.index(e.exit_code))
+        for name, errors in reached.items()
+        if errors
     }
     return list(reached), failed
 
@@ -413,8 +424,10 @@ def _of_the_interrupted(store: Store) -> tuple[str, ...]:
     except StateError:
         return ()
     there = [path for path in staged if path.exists()]
-    related = [one for one in backups.read_all(store)[0] if any(f"-{one.run_id}-" in path.name for path in staged)]
+    related = [
+        backup for backup in backups.read_all(store)[0] if any(f"-{backup.run_id}-" in path.name for path in staged)
+    ]
     return (
         *(f"{path} was staged and not installed; it stays" for path in there),
-        *(f"the old files of that run are in the backup {one.backup_id}" for one in related),
+        *(f"the old files of that run are in the backup {backup.backup_id}" for backup in related),
     )

@@ -131,7 +131,7 @@ def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
     behind = []
     for spec in (item.spec for item in node.items if item.spec.kubeconfig and item.state == "present"):
         trusted = _trusted(kubeconfig_dir / spec.base)
-        if not any(_is_same(one, new) for one in trusted) and leads_to(serving, trusted):
+        if not any(_is_same(anchor, new) for anchor in trusted) and leads_to(serving, trusted):
             behind.append(str(kubeconfig_dir / spec.base))
     if not behind:
         return None
@@ -153,84 +153,86 @@ def _trusted(path: Path) -> list[x509.Certificate]:
         return []
 
 
-def _is_same(one: x509.Certificate, other: x509.Certificate) -> bool:
+def _is_same(certificate: x509.Certificate, other: x509.Certificate) -> bool:
     """Whether both are certificates of one CA, perhaps renewed with the same key."""
     try:
-        return one.subject == other.subject and one.public_key() == other.public_key()
+        return certificate.subject == other.subject and certificate.public_key() == other.public_key()
     except UNREADABLE:
         return False
 
 
-def replacements(one: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
+def replacements(prepared: Prepared, verified: verify.Verified) -> Iterator[Replacement]:
     """Yield the replacements of one certificate's files, key first."""
     chain = pem(*verified.chain)
-    item, path = one.item, one.item.certificate_path
+    item, path = prepared.item, prepared.item.certificate_path
     if item.pair is not None:
         for files in item.pair.places:
-            yield from _pairs(one, files, chain, verified.intermediates)
+            yield from _pairs(prepared, files, chain, verified.intermediates)
     elif item.current is not None:
-        yield from _kubelets(one, item.current, chain)
+        yield from _kubelets(prepared, item.current, chain)
     elif item.key_path is None:
-        yield _replacing(one, path, KUBECONFIG_MASK, _embedding(one, _conf(one, chain), chain))
+        yield _replacing(prepared, path, KUBECONFIG_MASK, _embedding(prepared, _conf(prepared, chain), chain))
     elif item.in_one_file:
-        yield _replacing(one, path, KEY_MASK, chain + one.key_pem)
+        yield _replacing(prepared, path, KEY_MASK, chain + prepared.key_pem)
     else:
-        yield _replacing(one, item.key_path, KEY_MASK, one.key_pem, makes_directory=item.spec.by_flag)
+        yield _replacing(prepared, item.key_path, KEY_MASK, prepared.key_pem, makes_directory=item.spec.by_flag)
         new = dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE)
-        yield _replacing(one, path, CERTIFICATE_MASK, chain, attributes=new)
+        yield _replacing(prepared, path, CERTIFICATE_MASK, chain, attributes=new)
 
 
-def _replacing(one: Prepared, path: Path, mask: int, data: bytes | None, **more: Any) -> Replacement:
-    return Replacement(certificate=one.name, path=path, data=data, mode_mask=mask, was=one.was.get(path), **more)
+def _replacing(prepared: Prepared, path: Path, mask: int, data: bytes | None, **more: Any) -> Replacement:
+    return Replacement(
+        certificate=prepared.name, path=path, data=data, mode_mask=mask, was=prepared.was.get(path), **more
+    )
 
 
 def _pairs(
-    one: Prepared, files: PairFiles, chain: bytes, intermediates: Sequence[x509.Certificate]
+    prepared: Prepared, files: PairFiles, chain: bytes, intermediates: Sequence[x509.Certificate]
 ) -> Iterator[Replacement]:
     """Replace the files of a further pair at one place, key first; the settings name their owners."""
-    contents = {files.key_file: one.key_pem, files.certificate_file: chain}
+    contents = {files.key_file: prepared.key_pem, files.certificate_file: chain}
     if os.path.realpath(files.key_file) == os.path.realpath(files.certificate_file):
-        contents = {files.key_file: chain + one.key_pem}
+        contents = {files.key_file: chain + prepared.key_pem}
     if files.ca_file is not None:
-        contents[files.ca_file] = pem(*intermediates, *anchors_of(one.item))
+        contents[files.ca_file] = pem(*intermediates, *anchors_of(prepared.item))
     for path, data in contents.items():
         attributes = pairs.attributes_for(files, path)
         mask = pairs.KEY_MASK if path == files.key_file else CERTIFICATE_MASK
-        yield _replacing(one, path, mask, data, attributes=attributes, is_imposed=True)
+        yield _replacing(prepared, path, mask, data, attributes=attributes, is_imposed=True)
 
 
-def _kubelets(one: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
+def _kubelets(prepared: Prepared, current: Path, chain: bytes) -> Iterator[Replacement]:
     """Replace a pair as a kubelet does: a dated file, and the symlink to it, which the kubeconfig names afterwards."""
     base, moment = current.name.removesuffix("-current.pem"), datetime.now(UTC)  # of writing, as in a kubelet's names
-    directory, path = current.parent.resolve(), one.item.certificate_path
+    directory, path = current.parent.resolve(), prepared.item.certificate_path
     while (dated := directory / f"{base}-{moment.astimezone():%Y-%m-%d-%H-%M-%S}.pem").exists():
         moment += timedelta(seconds=1)
-    conf = None if one.item.key_path is not None else _conf(one, chain)
+    conf = None if prepared.item.key_path is not None else _conf(prepared, chain)
     try:
         attributes = Attributes.of(current) if current.exists() else None
     except OSError as e:
         raise MissingCertificateError(f"{e.filename}: can't read it: {e.strerror}") from e
-    pair = kubelet.OURS + chain + one.key_pem
-    yield _replacing(one, dated, KEY_MASK, pair, attributes=attributes)
-    yield _replacing(one, current, KEY_MASK, None, is_link=True, leads_to=str(dated))
+    pair = kubelet.OURS + chain + prepared.key_pem
+    yield _replacing(prepared, dated, KEY_MASK, pair, attributes=attributes)
+    yield _replacing(prepared, current, KEY_MASK, None, is_link=True, leads_to=str(dated))
     if conf is not None:  # an embedded copy, once expired, keeps the kubelet from starting (measured on 1.37)
         try:
             data = kubeconfig.with_references(conf, str(current))
         except kubeconfig.KubeconfigError:  # its form allows no references
-            data = _embedding(one, conf, chain)
-        yield _replacing(one, path, KUBECONFIG_MASK, data)
+            data = _embedding(prepared, conf, chain)
+        yield _replacing(prepared, path, KUBECONFIG_MASK, data)
 
 
-def _conf(one: Prepared, chain: bytes) -> bytes:
-    path, fresh = one.item.certificate_path, one.kubeconfig
-    return (read_live(path) or b"") if fresh is None else fresh.text(chain, one.key_pem)
+def _conf(prepared: Prepared, chain: bytes) -> bytes:
+    path, fresh = prepared.item.certificate_path, prepared.kubeconfig
+    return (read_live(path) or b"") if fresh is None else fresh.text(chain, prepared.key_pem)
 
 
-def _embedding(one: Prepared, conf: bytes, chain: bytes) -> bytes:
+def _embedding(prepared: Prepared, conf: bytes, chain: bytes) -> bytes:
     try:
-        return kubeconfig.with_credentials(conf, chain, one.key_pem)
+        return kubeconfig.with_credentials(conf, chain, prepared.key_pem)
     except kubeconfig.KubeconfigError as e:
-        raise e.of(one.item.certificate_path) from None
+        raise e.of(prepared.item.certificate_path) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,8 +253,10 @@ class Proven:
     @property
     def outcome(self) -> Outcome:
         """The outcome of its installation."""
-        one, new = self.prepared, self.verified.leaf
-        return Outcome(name=one.name, authority=one.authority, old=one.request.replaces, new=new, backend=self.label)
+        prepared, new = self.prepared, self.verified.leaf
+        return Outcome(
+            name=prepared.name, authority=prepared.authority, old=prepared.request.replaces, new=new, backend=self.label
+        )
 
 
 def verify_all(
@@ -263,42 +267,42 @@ def verify_all(
 ) -> tuple[list[Proven], list[Outcome]]:
     """Verify each answer now, since signing takes time; return those that passed, and the failures after `earlier`."""
     now, proven, failed = run.now(), [], list(earlier)
-    for one in answered:
+    for item in answered:
         try:
-            verified = _verified(one, now)
-            files = tuple(files_of(one.prepared, verified))
+            verified = _verified(item, now)
+            files = tuple(files_of(item.prepared, verified))
         except BridgeError as e:
-            failed.append(outcome_of(one.prepared.item, e, one.label))
+            failed.append(outcome_of(item.prepared.item, e, item.label))
         else:
-            issuers = (*verified.intermediates, *one.expected.anchors[:1])
+            issuers = (*verified.intermediates, *item.expected.anchors[:1])
             ca_end = min(issuer.not_valid_after_utc for issuer in issuers)
-            passed = Proven(prepared=one.prepared, label=one.label, verified=verified, ca_end=ca_end, files=files)
+            passed = Proven(prepared=item.prepared, label=item.label, verified=verified, ca_end=ca_end, files=files)
             proven.append(passed)
-            new, authority = verified.leaf, one.prepared.authority
+            new, authority = verified.leaf, item.prepared.authority
             run.record.add(audit.VERIFIED, passed.name, authority=authority, new=new, result=_shorter(passed) or "ok")
     record_failed(run.record, failed)
     return proven, failed
 
 
-def _verified(one: Answered, now: datetime) -> verify.Verified:
-    if isinstance(one.answer, BridgeError):
-        raise one.answer
-    if isinstance(one.answer, Pending):
-        raise WaitingError(one.answer.note or "the CA has the request, and has not answered yet")
+def _verified(item: Answered, now: datetime) -> verify.Verified:
+    if isinstance(item.answer, BridgeError):
+        raise item.answer
+    if isinstance(item.answer, Pending):
+        raise WaitingError(item.answer.note or "the CA has the request, and has not answered yet")
     try:
-        return verify.check(one.answer, one.prepared.request, dataclasses.replace(one.expected, now=now))
+        return verify.check(item.answer, item.prepared.request, dataclasses.replace(item.expected, now=now))
     except VerificationError as e:
-        e.hint = one.advice
+        e.hint = item.advice
         raise
 
 
 def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *, by_hand: bool = False) -> None:
     """Save passed and pending requests before a file is replaced; drop wrongly answered ones, unless `by_hand`."""
-    passed = {one.name for one in proven}
-    for one in answered:
-        name, answer, kept = one.prepared.name, one.answer, run.requests.get(one.prepared.name)
-        request = kept or open_request(run, one.prepared)
-        request = dataclasses.replace(request, request=one.prepared.request, backend=one.label)
+    passed = {item.name for item in proven}
+    for item in answered:
+        name, answer, kept = item.prepared.name, item.answer, run.requests.get(item.prepared.name)
+        request = kept or open_request(run, item.prepared)
+        request = dataclasses.replace(request, request=item.prepared.request, backend=item.label)
         if isinstance(answer, Pending):
             run.requests.put(dataclasses.replace(request, reference=answer.reference, note=answer.note))
         elif isinstance(answer, Issued) and name in passed:
@@ -345,7 +349,7 @@ def hold_back(run: Run, good: Sequence[Prepared], failed: Sequence[Outcome]) -> 
     error: BridgeError = HeldBackError("not installed, since others failed and --all-or-nothing was given")
     if all(isinstance(outcome.error, WaitingError) for outcome in failed):
         error = WaitingError("kept until the others are answered, since --all-or-nothing was given", hint="")
-    held = [outcome_of(one.item, error) for one in good]
+    held = [outcome_of(item.item, error) for item in good]
     record_failed(run.record, held)
     return Result(outcomes=(*failed, *held))
 
@@ -358,11 +362,11 @@ def await_validity(leaves: Sequence[x509.Certificate]) -> None:
 
 def install_all(run: Run, proven: Sequence[Proven], files: Sequence[Replacement]) -> str:
     """Install these files in one step, and drop the requests; return the backup's ID."""
-    replaced = ((one.name, one.prepared.request.replaces, one.verified.leaf) for one in proven)
+    replaced = ((item.name, item.prepared.request.replaces, item.verified.leaf) for item in proven)
     backup_id = install(run.store, files, run.record.run_id, audit.about(replaced))
-    for one in proven:
-        run.record.add(audit.INSTALLED, one.name, authority=one.prepared.authority, new=one.verified.leaf)
-        run.requests.drop(one.name)
+    for item in proven:
+        run.record.add(audit.INSTALLED, item.name, authority=item.prepared.authority, new=item.verified.leaf)
+        run.requests.drop(item.name)
     run.record.write_late()  # restart and proof may take minutes, and may be killed
     try:
         run.requests.save()
@@ -373,9 +377,9 @@ def install_all(run: Run, proven: Sequence[Proven], files: Sequence[Replacement]
     return backup_id
 
 
-def _shorter(one: Proven) -> str:
+def _shorter(item: Proven) -> str:
     """Return a sentence if a certificate ends before the one that it replaces; else an empty string."""
-    old, new = one.prepared.request.replaces, one.verified.leaf.not_valid_after_utc
+    old, new = item.prepared.request.replaces, item.verified.leaf.not_valid_after_utc
     if old is None or not verify.is_shorter(new, old):
         return ""
     return f'ends {minute(new)} instead of {minute(old.not_valid_after_utc)} (renewal.shorter = "allow")'
@@ -384,12 +388,12 @@ def _shorter(one: Proven) -> str:
 def _note_cut_short(run: Run, proven: Sequence[Proven]) -> None:
     """Report certificates that end with their CA's: the operator has to renew the CA."""
     cut: dict[datetime, list[str]] = {}
-    for one in proven:
-        end, wanted_end = one.verified.leaf.not_valid_after_utc, run.now() + one.prepared.request.validity
-        if end < wanted_end - verify.LONGEST_BACKDATING and one.ca_end - end < verify.LONGEST_BACKDATING:
-            cut.setdefault(one.ca_end, []).append(one.name)
-        if sentence := _shorter(one):
-            run.progress.note(f"{one.name}: {sentence}")
+    for item in proven:
+        end, wanted_end = item.verified.leaf.not_valid_after_utc, run.now() + item.prepared.request.validity
+        if end < wanted_end - verify.LONGEST_BACKDATING and item.ca_end - end < verify.LONGEST_BACKDATING:
+            cut.setdefault(item.ca_end, []).append(item.name)
+        if sentence := _shorter(item):
+            run.progress.note(f"{item.name}: {sentence}")
     for end, names in cut.items():
         run.progress.note(
             f"{', '.join(names)}: cut short, since the CA itself ends {minute(end)} (asked for: renewal.validity = "
@@ -401,9 +405,9 @@ def _note_short_lives(run: Run, proven: Sequence[Proven]) -> None:
     """Report lifetimes below `renewal.before`: each run would renew again, and succeed."""
     renewal, now = run.settings.renewal, run.now()
     short: dict[str, list[str]] = {}
-    for one in proven:
-        if is_due(one.verified.chain, renewal.before, renewal.validity, now):
-            short.setdefault(residual(seconds_left(first_end(one.verified.chain), now)), []).append(one.name)
+    for item in proven:
+        if is_due(item.verified.chain, renewal.before, renewal.validity, now):
+            short.setdefault(residual(seconds_left(first_end(item.verified.chain), now)), []).append(item.name)
     for lifetime, names in short.items():
         run.progress.note(
             f"{', '.join(names)}: wanted a lifetime of more than renewal.before ({renewal.before}), got {lifetime}: "

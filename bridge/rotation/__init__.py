@@ -134,12 +134,12 @@ def differences(seen: Seen, change: Change, phase: Phase) -> dict[str, str]:
     held = {path: data for path, data in seen.kubeconfigs.items() if set(data) != set(bundle)}
     if seen.bundle != bundle:
         held = {"CA file": seen.bundle, **held}
-    found = {place: f"{place}: wanted {texts(bundle)}, found {texts(data)}" for place, data in held.items()}
+    lines = {place: f"{place}: wanted {texts(bundle)}, found {texts(data)}" for place, data in held.items()}
     for name, ca in seen.leaves.items():
         if ca != signer and not change.keeps_key:  # with one key, each leaf leads to both CAs
             of_what = text(ca) if ca else "neither"
-            found[name] = f"{name}: wanted a certificate of {text(signer)}, found one of {of_what}"
-    return found
+            lines[name] = f"{name}: wanted a certificate of {text(signer)}, found one of {of_what}"
+    return lines
 
 
 def texts(bundle: Sequence[x509.Certificate]) -> str:
@@ -206,9 +206,9 @@ def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterato
 
 def _keys(new: x509.Certificate, others: Mapping[str, Iterable[x509.Certificate]]) -> Iterator[Violation]:
     """If two of the cluster's CAs share a key, each kubeconfig can open etcd, or be any user at the front proxy."""
-    ours = spki(new.public_key())
+    key = spki(new.public_key())
     for name, certificates in others.items():
-        if any(spki(certificate.public_key()) == ours for certificate in certificates):
+        if any(spki(certificate.public_key()) == key for certificate in certificates):
             yield Violation(subject="key", want=f"another than {name}'s", got="the same")
 
 
@@ -271,10 +271,10 @@ def _same_key(change: Change) -> Iterator[Violation]:
 
 
 def _key_id(ca: x509.Certificate) -> bytes | None:
-    found = extension(ca, x509.SubjectKeyIdentifier)
-    return None if found is None else found.digest
+    identifier = extension(ca, x509.SubjectKeyIdentifier)
+    return None if identifier is None else identifier.digest
 
 
 def _authority_key_id(leaf: x509.Certificate) -> bytes | None:
-    found = extension(leaf, x509.AuthorityKeyIdentifier)
-    return None if found is None else found.key_identifier
+    identifier = extension(leaf, x509.AuthorityKeyIdentifier)
+    return None if identifier is None else identifier.key_identifier

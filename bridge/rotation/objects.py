@@ -72,16 +72,16 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
     """Bring our objects to these phases, with our statements if `says`; return errors, after which a repeat goes on."""
     if node.is_etcd_host or not (node.is_worker or node.manifests):
         return []
-    found: list[BridgeError] = []
+    errors: list[BridgeError] = []
     try:
         if node.is_worker:
             api = Api.of_gateway(run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base)
         else:
             api = neighbours.connect(node, run.settings)
         if says and (statements := _statements(run, changes)):
-            found += _publish(api, run, statements)
+            errors += _publish(api, run, statements)
         if node.is_worker:
-            return found
+            return errors
         if CA.name in changes:
             change, phase = changes[CA.name]
             _cluster_info(api, change.bundle(phase))
@@ -89,10 +89,10 @@ def update(run: Run, node: Node, changes: Mapping[str, tuple[Change, Phase]], *,
             reply = api.ask("DELETE", AUTHENTICATION)
             if reply.status not in (HTTPStatus.OK, HTTPStatus.NOT_FOUND):
                 text = f"wanted extension-apiserver-authentication recreated, found HTTP {reply.status}"
-                found.append(ObjectError(f"{text} {reply.message}".rstrip()))
+                errors.append(ObjectError(f"{text} {reply.message}".rstrip()))
     except BridgeError as e:
-        found.append(ObjectError(str(e)))
-    return found
+        errors.append(ObjectError(str(e)))
+    return errors
 
 
 def _statements(run: Run, changes: Mapping[str, tuple[Change, Phase]]) -> dict[str, NodeStatement]:
@@ -127,22 +127,22 @@ def _publish(api: Api, run: Run, statements: Mapping[str, NodeStatement]) -> lis
     return [ObjectError(text.rstrip())]
 
 
-def _signed(run: Run, statements: Mapping[str, NodeStatement], ours: Mapping[str, str]) -> dict[str, str]:
+def _signed(run: Run, statements: Mapping[str, NodeStatement], own: Mapping[str, str]) -> dict[str, str]:
     """Return the annotations for this Node object, checked as other nodes do (ObjectError: they would not count)."""
     node = run.read_node()  # with the certificates of this phase
     item = node.item(KUBELET_CONF)
     trouble = "none in its kubelet.conf, or behind it"
     if item is not None and item.certificates:
         try:
-            key, unsigned = live_key(item), {"metadata": ours}
+            key, unsigned = live_key(item), {"metadata": own}
             said = {
-                KEYS[name]: signed_statement(one, name, unsigned, item.certificates, key)
-                for name, one in statements.items()
+                KEYS[name]: signed_statement(statement, name, unsigned, item.certificates, key)
+                for name, statement in statements.items()
             }
         except NO_KEY as e:
             trouble = f"no key of it that can sign ({one_line(e)})"
         else:
-            then = {"metadata": {**ours, "annotations": said}}
+            then = {"metadata": {**own, "annotations": said}}
             read = [statement_of(then, name, node.bundles[CA.name], run.now()) for name in statements]
             trouble = next((statement.trouble for statement in read if statement.trouble), "")
             if not trouble:

@@ -92,7 +92,7 @@ class Users:
 
 def users(logs: Sequence[Path], known: Collection[str]) -> Users:
     """List users in audit logs whose certificate is not in `known`, by SHA-256 (UnreadableLogError)."""
-    found: dict[str, User] = {}
+    by_digest: dict[str, User] = {}
     unread = 0
     for line in _lines(logs):
         if line and _IS_CERTIFICATE.encode() not in line:
@@ -100,12 +100,12 @@ def users(logs: Sequence[Path], known: Collection[str]) -> Users:
         event = _event(line)
         unread += event is None
         for user in _users_of(event) if event is not None else ():
-            is_new = user.sha256 not in found
-            if user.sha256 in known or (is_new and len(found) == _MOST_USERS):
+            is_new = user.sha256 not in by_digest
+            if user.sha256 in known or (is_new and len(by_digest) == _MOST_USERS):
                 continue
-            if is_new or found[user.sha256].time <= user.time:
-                found[user.sha256] = user
-    return Users(sorted(found.values(), key=lambda user: (user.name, user.time)), unread)
+            if is_new or by_digest[user.sha256].time <= user.time:
+                by_digest[user.sha256] = user
+    return Users(sorted(by_digest.values(), key=lambda user: (user.name, user.time)), unread)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
@@ -191,12 +191,12 @@ _UNKNOWN = re.compile(r"verifying certificate SN=(\d{1,50}), SKID=[0-9A-F:]{0,60
 
 def refusals(logs: Sequence[Path]) -> list[Refusal]:
     """List the refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for line in _lines(logs):
         for who in _refused(line.decode("utf-8", errors="replace")):
-            if who in found or len(found) < _MOST_USERS:
-                found[who] = found.get(who, 0) + 1
-    return [Refusal(who, count) for who, count in sorted(found.items(), key=lambda item: -item[1])]
+            if who in counts or len(counts) < _MOST_USERS:
+                counts[who] = counts.get(who, 0) + 1
+    return [Refusal(who, count) for who, count in sorted(counts.items(), key=lambda item: -item[1])]
 
 
 def _refused(line: str) -> Iterator[str]:
@@ -330,7 +330,7 @@ def watched(
 
 def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict[str, _Look], list[str]]:
     """Read the counters of each server; return readings by server, and why others failed."""
-    found, troubles = {}, []
+    counts, troubles = {}, []
     for name, api in apis.items():
         begin = now()
         try:
@@ -338,8 +338,8 @@ def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict
         except NoAnswerError as e:
             troubles.append(f"{name}: its metrics were not read: {e}")
         else:
-            found[name] = (now(), begin, counted)
-    return found, troubles
+            counts[name] = (now(), begin, counted)
+    return counts, troubles
 
 
 #: The end of a reading, its beginning, and the counters.

@@ -112,13 +112,13 @@ def assert_has_next(settings: Settings) -> None:
 
 def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Replaced]:
     """Read these CAs, or all with a next one, from the files (UnreadableCaError; SettingsError: one has no next)."""
-    ready = [name for name, ours in settings.authorities.items() if ours.next]
+    ready = [name for name, keys in settings.authorities.items() if keys.next]
     want = 'a table with `anchor = "FILE"`, the new CA\'s certificate'
     problems = [SettingsProblem(f"authority.{name}.next", want, "none") for name in names if name not in ready]
     if problems:
         raise SettingsError(problems)
-    found = {state.authority.name: state for state in node.authorities}
-    return {name: _look(settings, node, state) for name, state in found.items() if name in (names or ready)}
+    states = {state.authority.name: state for state in node.authorities}
+    return {name: _look(settings, node, state) for name, state in states.items() if name in (names or ready)}
 
 
 def new_ca(settings: Settings, name: str) -> x509.Certificate:
@@ -126,15 +126,15 @@ def new_ca(settings: Settings, name: str) -> x509.Certificate:
     path, what = Path(settings.authorities[name].next["anchor"]), f"the certificate of {name}'s next CA"
     text = own_text(path, what, "its owner has it; a copy that root alone can change will do")
     try:
-        found = load_pem_certificates(text.encode())
+        certificates = load_pem_certificates(text.encode())
     except ValueError as e:
         raise UnreadableCaError(f"{path}: wanted {what}, found: {e}") from None
-    if len(found) != 1:
+    if len(certificates) != 1:
         raise UnreadableCaError(
-            f"{path}: wanted one certificate, of the CA that signs, found {len(found)}",
+            f"{path}: wanted one certificate, of the CA that signs, found {len(certificates)}",
             hint="a CA above it would be trusted with all that it signs for others; leave it out",
         )
-    return found[0]
+    return certificates[0]
 
 
 def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
@@ -167,8 +167,8 @@ def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
 def _ca_data(place: str, data: bytes) -> Bundle:
     """Return the CA data of a kubeconfig; empty: it names a file, or relies on the system's CAs."""
     try:
-        found = kubeconfig.parse(data).ca_data
-        return tuple(load_pem_certificates(found)) if found else ()
+        data_ = kubeconfig.parse(data).ca_data
+        return tuple(load_pem_certificates(data_)) if data_ else ()
     except (KubeconfigError, ValueError) as e:
         raise UnreadableCaError(f"{place}: wanted its certificate-authority-data, found: {e}") from None
 
@@ -189,18 +189,18 @@ class KeyLeftError(BridgeError):
     hint = "the same command with another --keys-to takes it away; until `drop` is done on every node, it can sign for any user"
 
 
-def signing_flags(node: Node, one: Replaced) -> list[str]:
+def signing_flags(node: Node, ca: Replaced) -> list[str]:
     """Return the flags by which the controller manager signs with this CA's file, which may not hold two CAs then."""
-    if one.state.authority != CA:
+    if ca.state.authority != CA:
         return []
-    wanted = os.path.realpath(one.state.path)
+    wanted = os.path.realpath(ca.state.path)
     signing_files = endpoints.signing_files(node.flags(Component.CONTROLLER_MANAGER))
     return [flag for flag, path in signing_files.items() if os.path.realpath(path) == wanted]
 
 
-def key_place(node: NodeSettings, one: Replaced) -> Path:
+def key_place(node: NodeSettings, ca: Replaced) -> Path:
     """Return the path of a CA's key in kubeadm's layout."""
-    return node.pki_dir / one.state.authority.key_file
+    return node.pki_dir / ca.state.authority.key_file
 
 
 def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
@@ -216,8 +216,8 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
     except OSError as e:
         found = f"{directory}: {e.strerror}"
     real = real_path(directory)
-    ours = (node.pki_dir, node.kubeconfig_dir, node.state_dir)
-    inside = [path for path in ours if real.is_relative_to(path.resolve())]
+    own_directories = (node.pki_dir, node.kubeconfig_dir, node.state_dir)
+    inside = [path for path in own_directories if real.is_relative_to(path.resolve())]
     if inside:
         found = f"{directory}, which is below {inside[0]}"
     if found:

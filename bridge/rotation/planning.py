@@ -55,55 +55,55 @@ class NoWayBackError(BridgeError):
     hint = "`ca-bridge backups` lists what there is; while both CAs are trusted nothing has to go back"
 
 
-def planned(verb: Verb, one: Replaced, going_back: Phase | None) -> Step:
+def planned(verb: Verb, ca: Replaced, going_back: Phase | None) -> Step:
     """Plan the step of a verb, or of an interrupted `back` to `going_back` (OrderError: it is not the next step)."""
-    now, path = one.standing, one.change.path
+    now, path = ca.standing, ca.change.path
     if now.phase is None:
-        raise _of_no_phase(one)
+        raise _of_no_phase(ca)
     if verb is Verb.BACK:
-        if one.change.old == one.change.new:
+        if ca.change.old == ca.change.new:
             raise NoWayBackError(
-                f"{one.name}: no backup has the CA before {text(one.change.new)}",
-                hint=f"append its certificate to {one.state.path}, then this command again; nothing was replaced",
+                f"{ca.name}: no backup has the CA before {text(ca.change.new)}",
+                hint=f"append its certificate to {ca.state.path}, then this command again; nothing was replaced",
             )
-        before = now.phase if now.next is not None else one.change.before(now.phase) or now.phase
+        before = now.phase if now.next is not None else ca.change.before(now.phase) or now.phase
         target = going_back or before
-        return Step(ca=one, target=target, is_there=now.next is None and now.phase is target)
+        return Step(ca=ca, target=target, is_there=now.next is None and now.phase is target)
     goal = {Verb.TRUST: Phase.TRUSTED, Verb.ISSUE: Phase.ISSUED, Verb.DROP: Phase.NEW}[verb]
     target = goal if goal in path else path[-1]
     here, wanted = path.index(now.phase), path.index(target)
-    if verb is Verb.TRUST and one.change.spares is target and now.phase is Phase.OLD and now.next is None:
-        return Step(ca=one, target=now.phase, is_there=True)
-    if here < wanted - 1 and (now.phase, target) not in one.change.steps:
+    if verb is Verb.TRUST and ca.change.spares is target and now.phase is Phase.OLD and now.next is None:
+        return Step(ca=ca, target=now.phase, is_there=True)
+    if here < wanted - 1 and (now.phase, target) not in ca.change.steps:
         before = path[wanted - 1]
         raise OrderError(
-            f"{one.name}: wanted the phase “{before.value}” on this node before `{verb.value}`, found “{now.text}”",
+            f"{ca.name}: wanted the phase “{before.value}” on this node before `{verb.value}`, found “{now.text}”",
             hint="one phase comes after the other, each on every node: `ca-bridge rotate-ca plan` shows them",
         )
     if path.index(now.next or now.phase) > wanted:
         raise OrderError(
-            f"{one.name}: wanted a node that is not further than “{target.value}”, found “{now.text}”",
+            f"{ca.name}: wanted a node that is not further than “{target.value}”, found “{now.text}”",
             hint="`ca-bridge rotate-ca back` goes back by one phase",
         )
-    return Step(ca=one, target=target, is_there=here == wanted)
+    return Step(ca=ca, target=target, is_there=here == wanted)
 
 
-def straight_to_the_new_ca(one: Replaced) -> Step:
+def straight_to_the_new_ca(ca: Replaced) -> Step:
     """Plan the step of an emergency, from any phase (OrderError: it would not help)."""
-    now = one.standing
+    now = ca.standing
     if now.phase is None:
-        raise _of_no_phase(one)
-    if one.change.keeps_key and one.change.old != one.change.new:
+        raise _of_no_phase(ca)
+    if ca.change.keeps_key and ca.change.old != ca.change.new:
         raise OrderError(
-            f"{one.name}: wanted a CA with another key, found {text(one.change.new)} with the old one's",
+            f"{ca.name}: wanted a CA with another key, found {text(ca.change.new)} with the old one's",
             hint="a thief of the key has the next CA's, too; nothing was replaced",
         )
-    return Step(ca=one, target=Phase.NEW, is_there=now.phase is Phase.NEW)
+    return Step(ca=ca, target=Phase.NEW, is_there=now.phase is Phase.NEW)
 
 
-def _of_no_phase(one: Replaced) -> OrderError:
+def _of_no_phase(ca: Replaced) -> OrderError:
     return OrderError(
-        f"{one.name}: wanted the files of a phase, found {'; '.join(one.standing.differing)}",
+        f"{ca.name}: wanted the files of a phase, found {'; '.join(ca.standing.differing)}",
         hint="a replacement by other means may be under way: finish it by these; nothing was replaced",
     )
 
@@ -116,26 +116,26 @@ def assert_possible(
 ) -> None:
     """Refuse a new CA that can't work (NewCaError); `drop` ignores its cross certificate, since it makes no leaves."""
     for step in steps:
-        one = step.ca
+        ca = step.ca
         if step.target is Phase.NEW and not emergency:
-            one = dataclasses.replace(one, change=dataclasses.replace(one.change, cross=None))
-        found = list(violations(one, cas, settings, now, emergency=emergency))
-        if found:
-            raise NewCaError(f"{one.name}: {text(one.change.new)} can't take its place: {'; '.join(map(str, found))}")
+            ca = dataclasses.replace(ca, change=dataclasses.replace(ca.change, cross=None))
+        problems = list(violations(ca, cas, settings, now, emergency=emergency))
+        if problems:
+            raise NewCaError(f"{ca.name}: {text(ca.change.new)} can't take its place: {'; '.join(map(str, problems))}")
 
 
 def violations(
-    one: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
+    ca: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> Iterator[Violation]:
     """Yield why the new CA can't replace the old one here, or not yet; in an emergency its age does not count."""
-    others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != one.name}
-    leaves = {item.spec.name: item.certificates[0] for item in one.items}
-    if one.change.old != one.change.new:
-        yield from new_ca_violations(one.change, leaves, others, now)
-        if one.change.cross is not None and not registry.is_cross_long_enough(one.change.cross, settings.renewal, now):
+    others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != ca.name}
+    leaves = {item.spec.name: item.certificates[0] for item in ca.items}
+    if ca.change.old != ca.change.new:
+        yield from new_ca_violations(ca.change, leaves, others, now)
+        if ca.change.cross is not None and not registry.is_cross_long_enough(ca.change.cross, settings.renewal, now):
             want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
-            got = minute(one.change.cross.not_valid_after_utc)
+            got = minute(ca.change.cross.not_valid_after_utc)
             yield Violation(subject="cross certificate's notAfter", want=want, got=got)
-        if one.standing.phase is Phase.OLD and not emergency:
-            is_adoption = one.state.key == "local" or settings.authorities[one.name].names_next_alone
-            yield from untimely(one.change, now, outlasts=not is_adoption)
+        if ca.standing.phase is Phase.OLD and not emergency:
+            is_adoption = ca.state.key == "local" or settings.authorities[ca.name].names_next_alone
+            yield from untimely(ca.change, now, outlasts=not is_adoption)

@@ -268,7 +268,7 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
     with doing("looking whether the cluster's objects have the CAs"):
         behind = wait_until(
             lambda: trust_copies.behind(api, authority, wanted),
-            lambda found: not found,
+            lambda troubles: not troubles,
             limit,
             pause_seconds=_LOOK_SECONDS,
         )

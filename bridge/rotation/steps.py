@@ -164,13 +164,13 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
 
 def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
     """List the components that started before the current CAs, which they read only at their start."""
-    ours = [step.ca for step in steps if step.ca.name == CLUSTER_CA.name]
-    if not ours:
+    cas = [step.ca for step in steps if step.ca.name == CLUSTER_CA.name]
+    if not cas:
         return []
     from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only at the end of a phase)
 
     node = run.read_node()
-    files = [str(reader.path) for ca in ours for reader in readers(node, ca)]
+    files = [str(reader.path) for ca in cas for reader in readers(node, ca)]
     ends = (*(f"/{SPECS[name].base}" for name in _KUBECONFIGS), *files)
     findings = proof.by_files(node, run.settings, run.now()).findings
     return [finding for finding in findings if finding.state == "stale" and finding.what.endswith(ends)]
@@ -209,10 +209,10 @@ def assert_signs_itself(settings: Settings, steps: Sequence[Step], progress: Pro
             )
 
 
-def not_asked(one: Replaced, backend: str) -> str:
+def not_asked(ca: Replaced, backend: str) -> str:
     """Return a sentence about a CA that does not name the certificate that signs."""
     return (
-        f"{one.name}: {backend} does not say which certificate signs: if it is one below {text(one.change.new)}, what that "
+        f"{ca.name}: {backend} does not say which certificate signs: if it is one below {text(ca.change.new)}, what that "
         "one signs for others is trusted from `trust` on, and `issue` refuses the answers; compare the issuer of a "
         "certificate that it has signed"
     )
@@ -220,16 +220,16 @@ def not_asked(one: Replaced, backend: str) -> str:
 
 def silent_backends(settings: Settings, cas: Iterable[Replaced]) -> Iterator[str]:
     """Yield sentences about CAs whose backend can't name the certificate that signs, so that `trust` can't check it."""
-    for one, backend in _to_be_asked(settings, cas):
+    for ca, backend in _to_be_asked(settings, cas):
         if not backend.backend_type.can("issuers", "issuers_of"):
-            yield not_asked(one, backend.label)
+            yield not_asked(ca, backend.label)
 
 
 def _to_be_asked(settings: Settings, cas: Iterable[Replaced]) -> list[tuple[Replaced, registry.Configured]]:
     """List the new CAs that must sign themselves and are not trusted yet, with their backends."""
     new = {ca.name: ca for ca in cas if ca.standing.phase is Phase.OLD and _must_sign_itself(settings, ca.name)}
     backends = registry.configured(for_next(settings, new), new) if new else {}
-    return [(one, backends[name]) for name, one in new.items()]
+    return [(ca, backends[name]) for name, ca in new.items()]
 
 
 def _must_sign_itself(settings: Settings, name: str) -> bool:
@@ -238,12 +238,12 @@ def _must_sign_itself(settings: Settings, name: str) -> bool:
 
 def assert_signed_by_it(settings: Settings, steps: Mapping[str, Step], proven: Sequence[Proven]) -> None:
     """Refuse answers from a CA below the new one (NewCaError), where the backend could not name it before."""
-    for one in proven:
-        name = one.prepared.item.spec.authority.name
+    for item in proven:
+        name = item.prepared.item.spec.authority.name
         new = steps[name].ca.change.new
-        if _must_sign_itself(settings, name) and not is_signed_by(one.verified.leaf, new):
+        if _must_sign_itself(settings, name) and not is_signed_by(item.verified.leaf, new):
             raise NewCaError(
-                f"{one.name}: wanted a signature of {text(new)} itself, found one of {name_text(one.verified.leaf.issuer)} below "
+                f"{item.name}: wanted a signature of {text(new)} itself, found one of {name_text(item.verified.leaf.issuer)} below "
                 "it: what the first one signs for others is trusted, too",
                 hint="`ca-bridge rotate-ca back`, then next.anchor with the certificate that signs; a CA above it that signs "
                 'for this cluster alone is taken with next.above = "allowed"; nothing was replaced',
@@ -255,18 +255,18 @@ def assert_keys_can_leave(steps: Sequence[Step], node: Node, settings: Settings,
     if options.keys_to is not None:
         places.assert_takes_keys(options.keys_to, settings.node)
     for step in steps:
-        one = step.ca
-        if step.target is Phase.OLD or one.change.keeps_key:
+        ca = step.ca
+        if step.target is Phase.OLD or ca.change.keeps_key:
             continue
-        if flags := places.signing_flags(node, one):
+        if flags := places.signing_flags(node, ca):
             raise OrderError(
-                f"{one.name}: wanted a controller manager that does not sign with {one.state.path}, found "
+                f"{ca.name}: wanted a controller manager that does not sign with {ca.state.path}, found "
                 f"{', '.join(flags)}: it ends at a file with two CAs, or with another key's",
                 hint="`ca-bridge help gateway` says how the flags are emptied, and what signs instead; nothing was replaced",
             )
-        if one.state.key == "local" and options.keys_to is None and _leaves(step):
+        if ca.state.key == "local" and options.keys_to is None and _leaves(step):
             raise OrderError(
-                f"{one.name}: wanted its key away from this node, or --keys-to, found {places.key_place(settings.node, one)}",
+                f"{ca.name}: wanted its key away from this node, or --keys-to, found {places.key_place(settings.node, ca)}",
                 hint="--keys-to DIRECTORY moves it there, with the new certificates in use: a disk that leaves the node; "
                 "nothing was replaced",
             )
@@ -412,7 +412,7 @@ class _Issue:
         ]:
             _owe_reading(self._run, self._transaction, self._node, first, ())
         assert_signed_by_it(self._run.settings, self._steps, proven)
-        pairs = {one.name: (pem(*one.verified.chain), one.prepared.key_pem) for one in proven}
+        pairs = {item.name: (pem(*item.verified.chain), item.prepared.key_pem) for item in proven}
         self._options.assert_accepted(self._run, self._node, pairs)
 
 
@@ -488,7 +488,7 @@ def _issue_back(
     _record(run, steps)
     transaction.owe_use(backups.outcomes_of(backup, node))
     edit = functools.partial(_as_target, steps=steps)
-    done = backups.put_back(run, backup, node, lambda one: one.subject == backups.PHASE, edit)
+    done = backups.put_back(run, backup, node, lambda problem: problem.subject == backups.PHASE, edit)
     errors = [*done.late]
     if left := sorted({name for step in steps for name in _leaves_to_issue(step)} - {*backup.names}):
         text = f"{', '.join(left)}: wanted certificates of the CA before, found that they were made after `issue`"

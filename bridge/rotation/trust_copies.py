@@ -109,10 +109,10 @@ def _looked_through(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
             yield from _seen(f"{kind}s", _called(api, kind, path, change, phase))
 
 
-def _seen(what: str, found: Iterable[Held]) -> Iterator[Held]:
+def _seen(what: str, copies: Iterable[Held]) -> Iterator[Held]:
     """Yield the findings on one kind; report a kind that we may not list, so that the others follow (NoAnswerError)."""
     try:
-        yield from found
+        yield from copies
     except NoAnswerError as e:
         if not e.is_from_server:
             raise
@@ -178,19 +178,19 @@ def _followers(what: str, late: Iterable[str]) -> Iterator[Held]:
         yield Held(f"{what} of {some(names)}: wanted the CAs of this phase, found others: {_LEADS}")
 
 
-def _config_map(one: Mapping[str, Any]) -> Any:
-    return mapping(one, "data").get("ca.crt")
+def _config_map(config_map: Mapping[str, Any]) -> Any:
+    return mapping(config_map, "data").get("ca.crt")
 
 
 def _secrets(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
     """Check service account tokens, which the controller manager keeps, and other owners' Secrets."""
     bundle, late = set(change.bundle(phase)), []
-    for one in api.every(_SECRETS, _PAGE):
-        if one.get("type") == _TOKEN:
-            if set(_certificates(_text(_config_map(one)))) != bundle:
-                late.append(_name(one))
+    for secret in api.every(_SECRETS, _PAGE):
+        if secret.get("type") == _TOKEN:
+            if set(_certificates(_text(_config_map(secret)))) != bundle:
+                late.append(_name(secret))
         elif phase is not Phase.OLD:
-            yield from _of_data("Secret", one, change, phase)
+            yield from _of_data("Secret", secret, change, phase)
     yield from _followers("ca.crt of the service account tokens", late)
 
 
@@ -199,16 +199,17 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
         if api.ask("GET", f"{path}?limit=1").status == HTTPStatus.NOT_FOUND:
             continue
         serving = []
-        for one in api.every(path, _PAGE):
-            spec = mapping(one, "spec")
+        for bundle in api.every(path, _PAGE):
+            spec = mapping(bundle, "spec")
             if spec.get("signerName") == _SERVING:
-                serving.append(one)
+                serving.append(bundle)
             elif phase is not Phase.OLD:
                 where, data = "/spec/trustBundle", spec.get("trustBundle")
-                yield from _foreign("ClusterTrustBundle", one, "trustBundle", data, change, phase, where)
+                yield from _foreign("ClusterTrustBundle", bundle, "trustBundle", data, change, phase, where)
         # its name has a digest of the content, so that old and new exist together for a moment
         if serving and not any(
-            set(_certificates(mapping(one, "spec").get("trustBundle"))) == set(change.bundle(phase)) for one in serving
+            set(_certificates(mapping(bundle, "spec").get("trustBundle"))) == set(change.bundle(phase))
+            for bundle in serving
         ):
             yield from _followers("ClusterTrustBundles", map(_name, serving))
         return
@@ -250,22 +251,22 @@ _TEXTS = {"ConfigMap", "ClusterTrustBundle"}
 
 
 def _config_maps(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
-    for one in api.every(_CONFIG_MAPS, _PAGE):
-        metadata = mapping(one, "metadata")
+    for config_map in api.every(_CONFIG_MAPS, _PAGE):
+        metadata = mapping(config_map, "metadata")
         if (metadata.get("namespace"), metadata.get("name")) not in _OURS:
-            yield from _of_data("ConfigMap", one, change, phase)
+            yield from _of_data("ConfigMap", config_map, change, phase)
 
 
-def _of_data(kind: str, one: Mapping[str, Any], change: Change, phase: Phase) -> Iterator[Held]:
+def _of_data(kind: str, document: Mapping[str, Any], change: Change, phase: Phase) -> Iterator[Held]:
     """Report each value of a Secret or ConfigMap that should not hold the old CA like this in the phase."""
-    for key, value in mapping(one, "data").items():
-        yield from _foreign(kind, one, key, value, change, phase)
+    for key, value in mapping(document, "data").items():
+        yield from _foreign(kind, document, key, value, change, phase)
 
 
 def _called(api: Api, kind: str, path: str, change: Change, phase: Phase) -> Iterator[Held]:
-    for one in api.every(path, _PAGE):
-        for pointer, data in _bundles(one):
-            yield from _foreign(kind, one, ".".join(pointer.strip("/").split("/")), data, change, phase, pointer)
+    for document in api.every(path, _PAGE):
+        for pointer, data in _bundles(document):
+            yield from _foreign(kind, document, ".".join(pointer.strip("/").split("/")), data, change, phase, pointer)
 
 
 def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -282,7 +283,7 @@ def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _foreign(
-    kind: str, one: Mapping[str, Any], where: str, data: Any, change: Change, phase: Phase, pointer: str = ""
+    kind: str, document: Mapping[str, Any], where: str, data: Any, change: Change, phase: Phase, pointer: str = ""
 ) -> Iterator[Held]:
     """Report a value with the old CA alone, or at all in the last phase; commands print nothing but certificates."""
     value = str(data).encode() if kind in _TEXTS else _decoded(data)
@@ -290,14 +291,14 @@ def _foreign(
     is_finished = change.old == change.new  # no backup has the old CA any more
     if is_finished or not holds(value, change.old) or (holds(value, change.new) and not is_over):
         return
-    metadata = mapping(one, "metadata")
-    labels, name = mapping(one, "metadata", "labels"), f"{kind} {_name(one)}"
+    metadata = mapping(document, "metadata")
+    labels, name = mapping(document, "metadata", "labels"), f"{kind} {_name(document)}"
     owner = next((f", {owner}" for label, owner in _OWNERS.items() if label in labels), "")
     still = "still has the old CA" if is_over else "has the old CA alone"
     text = f"{name}{owner}: {where} {still}"
     space = f"-n {shlex.quote(str(metadata['namespace']))} " if metadata.get("namespace") else ""
     target = f"{space}{kind.lower()} {shlex.quote(str(metadata.get('name')))}"
-    has_key = where == "tls.crt" and "tls.key" in mapping(one, "data")
+    has_key = where == "tls.crt" and "tls.key" in mapping(document, "data")
     command = "" if has_key else _command(kind, target, where, value, change, phase, pointer)
     why = "its owner changes it" if command else "its owner changes it, with whatever goes with it"
     yield Held(f"{text}: {why}", command)
@@ -325,8 +326,8 @@ def _command(kind: str, target: str, key: str, value: bytes, change: Change, pha
 def _replaced(text: str, change: Change, phase: Phase) -> str:
     """Return PEM with the new CA behind the old one, or in its place; other certificates stay."""
     others = [ca for ca in _certificates(text) if ca not in (change.old, change.new)]
-    ours = [change.new] if phase is Phase.NEW else [change.old, change.new]
-    return pem(*ours, *others).decode()
+    cas = [change.new] if phase is Phase.NEW else [change.old, change.new]
+    return pem(*cas, *others).decode()
 
 
 #: Base64 of a text that begins with five hyphens, as PEM does; kubeconfigs and Argo CD's JSON hold CAs like this.
@@ -346,8 +347,8 @@ def holds(value: bytes, ca: x509.Certificate) -> bool:
     return any(body in re.sub(r"\\n|\s", "", each) for each in (text, *map(_text, _RUN.findall(text))))
 
 
-def _name(one: Mapping[str, Any]) -> str:
-    metadata = mapping(one, "metadata")
+def _name(document: Mapping[str, Any]) -> str:
+    metadata = mapping(document, "metadata")
     return "/".join(str(metadata[key]) for key in ("namespace", "name") if metadata.get(key))
 
 

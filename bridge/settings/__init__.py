@@ -54,7 +54,7 @@ class Source:
     def line(self, key: Key) -> int | None:
         """The line (from 1) of a key or table, or of the nearest table above it; of equal ones the first."""
         above = (key[:length] for length in range(len(key), 0, -1))
-        return next((self._lines[one] for one in above if one in self._lines), None)
+        return next((self._lines[key] for key in above if key in self._lines), None)
 
     @cached_property
     def _lines(self) -> Mapping[Key, int]:
@@ -92,9 +92,9 @@ def _statements(text: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
 def _keys(value: Any, above: Key | None) -> Iterator[Key]:
     """All keys in a value that is a table, each after its parent key."""
     if isinstance(value, dict) and above is not None:
-        for name, one in value.items():
+        for name, value_ in value.items():
             yield (*above, name)
-            yield from _keys(one, (*above, name))
+            yield from _keys(value_, (*above, name))
 
 
 def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
@@ -189,10 +189,10 @@ class Reader:
             return None
         values |= {f.name: given[f.name] for f in all_fields if given and f.name in given and GIVEN in f.metadata}
         instance = schema(**values)
-        found: list[SettingsProblem] = list(getattr(instance, "problems", tuple)())
-        for problem in found:
+        problems: list[SettingsProblem] = list(getattr(instance, "problems", tuple)())
+        for problem in problems:
             self.add((*prefix, *problem.key.split(".")) if problem.key else prefix, problem.wanted, problem.found)
-        return None if found else instance
+        return None if problems else instance
 
     def table(self, schema: type[T], value: object, key: Key, *, given: Mapping[str, Any] | None = None) -> T | None:
         """Like `read`, for a value that has to be a table."""
@@ -208,8 +208,8 @@ class Reader:
         for name in tables:
             if not is_name(name):
                 self.add((*key, name), wanted, repr(name))
-        found = {name: self.table(schema, table, (*key, name)) for name, table in tables.items() if is_name(name)}
-        return {name: one for name, one in found.items() if one is not None}
+        tables_ = {name: self.table(schema, table, (*key, name)) for name, table in tables.items() if is_name(name)}
+        return {name: table_ for name, table_ in tables_.items() if table_ is not None}
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the given keys, by field; an unreadable value is None and a problem."""

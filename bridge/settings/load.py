@@ -192,7 +192,7 @@ def _pair(reader: Reader, table: object, key: Key) -> PairSettings | None:
     if not isinstance(below, dict):
         reader.add((*key, "copies"), "tables [certificate.NAME.copies.NAME]", found_text(below))
         below = {}
-    read = [reader.table(PairFiles, one, (*key, "copies", name)) for name, one in below.items()]
+    read = [reader.table(PairFiles, value, (*key, "copies", name)) for name, value in below.items()]
     copies = tuple(copy for copy in read if copy is not None)
     return reader.table(PairSettings, own, key, given={"name": key[-1], "copies": copies})
 
@@ -200,7 +200,7 @@ def _pair(reader: Reader, table: object, key: Key) -> PairSettings | None:
 def _authorities(
     reader: Reader, table: Mapping[str, Any], backends: Mapping[str, Any]
 ) -> tuple[dict[str, AuthoritySettings], dict[str, Mapping[str, Any]]]:
-    ours = {f.name for f in fields(AuthoritySettings)}
+    names = {f.name for f in fields(AuthoritySettings)}
     read: dict[str, AuthoritySettings] = {}
     rest: dict[str, Mapping[str, Any]] = {}
     for name, authority in table.items():
@@ -210,7 +210,7 @@ def _authorities(
         if not isinstance(authority, dict):
             reader.add(key, "a table", found_text(authority))
             continue
-        settings = reader.read(AuthoritySettings, {k: v for k, v in authority.items() if k in ours}, key)
+        settings = reader.read(AuthoritySettings, {k: v for k, v in authority.items() if k in names}, key)
         backend = authority.get("backend") if settings is None else settings.backend
         if not isinstance(backend, str):
             continue
@@ -218,7 +218,7 @@ def _authorities(
             known = ", ".join(backends) or "a backend, but there is no [backend.NAME] table"
             reader.add((*key, "backend"), f"the name of a backend: {known}", repr(backend))
         read[name] = settings or AuthoritySettings(backend=backend)
-        rest[name] = {k: v for k, v in authority.items() if k not in ours}
+        rest[name] = {k: v for k, v in authority.items() if k not in names}
         for place, over in (("rehearsal", read[name].rehearsal), ("next", read[name].next)):
             if (other := over.get("backend")) is not None and other not in backends:
                 reader.add((*key, place, "backend"), f"the name of a backend: {', '.join(backends)}", repr(other))

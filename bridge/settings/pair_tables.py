@@ -109,7 +109,7 @@ class PairSettings(PairFiles):
             yield SettingsProblem("usages", '["server"], ["client"] or both', repr(list(self.usages)))
         if len(ways := [key for key in ("reload", "static_pod", "component") if getattr(self, key)]) > 1:
             yield SettingsProblem(ways[-1], "one of reload, static_pod and component", " and ".join(ways))
-        if self.static_pod is not None and self.static_pod.stem in {one.value for one in Component}:
+        if self.static_pod is not None and self.static_pod.stem in {component.value for component in Component}:
             yield SettingsProblem("static_pod", "component for one of kubeadm's", repr(str(self.static_pod)))
         if self.reload and not command_words(self.reload):
             yield SettingsProblem("reload", "a command", repr(self.reload))

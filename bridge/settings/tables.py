@@ -208,9 +208,13 @@ class Components:
         if value == "needed" or value == "all":  # noqa: PLR1714 (mypy narrows these)
             return cls(value)
         known = {component.value: component for component in Component}
-        if not isinstance(value, list) or not value or not all(isinstance(one, str) and one in known for one in value):
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(isinstance(name, str) and name in known for name in value)
+        ):
             raise ValueError(f"'needed', 'all', or a list of {', '.join(known)}")
-        return cls("listed", tuple(known[one] for one in value))
+        return cls("listed", tuple(known[name] for name in value))
 
     def __str__(self) -> str:
         return ", ".join(component.value for component in self.listed) or self.which
@@ -683,13 +687,13 @@ class Settings:
 
     def extra_subject(self, authority: str) -> frozenset[tuple[str, str]]:
         """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""
-        ours = self.authorities.get(authority)
-        return ours.extra_subject if ours is not None else frozenset()
+        keys = self.authorities.get(authority)
+        return keys.extra_subject if keys is not None else frozenset()
 
     def embedded(self, authority: str, bundle: tuple[Certificate, ...]) -> tuple[Certificate, ...]:
         """The CAs for a new kubeconfig: all while the CA is replaced, else the first, which every kubeadm version accepts."""
-        ours = self.authorities.get(authority)
-        return bundle if ours is not None and ours.next else bundle[:1]
+        keys = self.authorities.get(authority)
+        return bundle if keys is not None and keys.next else bundle[:1]
 
 
 #: Keys of the table that do not belong to the backend.
@@ -698,12 +702,12 @@ _OURS = ("backend", "anchor", "cross", "above")
 
 def for_rehearsal(settings: Settings) -> Settings:
     """The settings for a rehearsal (pure)."""
-    return _overlaid(settings, {name: ours.rehearsal for name, ours in settings.authorities.items()})
+    return _overlaid(settings, {name: keys.rehearsal for name, keys in settings.authorities.items()})
 
 
 def for_next(settings: Settings, authorities: Collection[str]) -> Settings:
     """The settings with which these authorities' next CAs sign (pure)."""
-    return _overlaid(settings, {name: one.next for name, one in settings.authorities.items() if name in authorities})
+    return _overlaid(settings, {name: keys.next for name, keys in settings.authorities.items() if name in authorities})
 
 
 def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Settings:

@@ -56,14 +56,14 @@ def _days(text: str) -> frozenset[int]:
     """Parse `Mon`, `Sat-Sun`, `Fri-Mon`, or several with commas; empty: every day."""
     if not text:
         return frozenset(range(len(DAYS)))
-    found: set[int] = set()
+    days: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if first not in DAYS or (dash and last not in DAYS):
             raise ValueError(f"{_WANTED}, with days {', '.join(DAYS)}")
         begin, end = DAYS.index(first), DAYS.index(last or first)
-        found |= {(begin + i) % len(DAYS) for i in range((end - begin) % len(DAYS) + 1)}
-    return frozenset(found)
+        days |= {(begin + i) % len(DAYS) for i in range((end - begin) % len(DAYS) + 1)}
+    return frozenset(days)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +146,14 @@ def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime,
     A window that the clock skips in spring is missing that day; in autumn it has the repeated hour twice.
     """
     today = now.astimezone(zone).date()
-    found = sorted(
+    spans_ = sorted(
         span
         for offset in range(-2, _LOOK_AHEAD_DAYS)
         for span in _on(today + timedelta(days=offset), windows.windows, zone)
         if span[0] < span[1]
     )
     merged: list[tuple[datetime, datetime]] = []
-    for begin, end in found:
+    for begin, end in spans_:
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:

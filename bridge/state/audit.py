@@ -452,8 +452,10 @@ def line_of(line: bytes) -> dict[str, Any] | None:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    ours = isinstance(value, dict) and type(value.get("sequence")) is int and isinstance(value.get("previous"), str)
-    return value if ours and line.endswith(b"\n") else None
+    is_of_the_log = (
+        isinstance(value, dict) and type(value.get("sequence")) is int and isinstance(value.get("previous"), str)
+    )
+    return value if is_of_the_log and line.endswith(b"\n") else None
 
 
 def _link(line: bytes) -> Link | None:
@@ -494,11 +496,11 @@ _SENTENCES = {
 def verify(store: Store) -> tuple[int, list[Damage]]:
     """Count the lines of all files and find damage; repeat if there is any, since a run may be writing a line."""
     for _ in range(_WALKS):
-        count, found = _walk(store)
-        if not found:
+        count, problems = _walk(store)
+        if not problems:
             break
         time.sleep(_LINE_SECONDS)
-    return count, found
+    return count, problems
 
 
 def _walk(store: Store) -> tuple[int, list[Damage]]:
@@ -506,19 +508,19 @@ def _walk(store: Store) -> tuple[int, list[Damage]]:
     if head is None and not files(store):
         return 0, []
     head = head or head_if_any(store)  # a run writes the head before the very first lines
-    count, found = 0, []
+    count, problems = 0, []
     first = last = begin(store)
     known, retired = {START.sequence: START.sha256}, {START.sequence: START.sha256}
     for place, line in _lines(store):
         count += 1
         damages, last = _step(last, line, place)
-        found += damages
+        problems += damages
         retired |= _retired(line)
         if head is not None and last.sequence == head.sequence:
             known[last.sequence] = last.sha256
     if retired.get(first.sequence) != first.sha256:
-        found.insert(0, Damage(kind="missing", first=1, last=first.sequence, place=files(store)[0].name + ":1"))
-    return count, found + list(_against_head(head, last, known, store))
+        problems.insert(0, Damage(kind="missing", first=1, last=first.sequence, place=files(store)[0].name + ":1"))
+    return count, problems + list(_against_head(head, last, known, store))
 
 
 def begin(store: Store) -> Link:

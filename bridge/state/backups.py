@@ -118,7 +118,7 @@ class Backup:
 
 def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
     """All backups, newest first, and errors about backups that can't be read."""
-    found, broken = [], []
+    backups, broken = [], []
     try:
         directories = store.backup_directories()
     except OSError as e:
@@ -129,8 +129,8 @@ def read_all(store: Store) -> tuple[list[Backup], list[BackupError]]:
         except (BackupError, StateError) as e:
             broken.append(BackupError(str(e), backup_id=directory.name))
         else:
-            found += [backup] if backup is not None else []
-    return sorted(found, key=lambda backup: (backup.number, backup.created, backup.backup_id), reverse=True), broken
+            backups += [backup] if backup is not None else []
+    return sorted(backups, key=lambda backup: (backup.number, backup.created, backup.backup_id), reverse=True), broken
 
 
 def _read(directory: Path) -> Backup | None:
@@ -158,8 +158,8 @@ def _read(directory: Path) -> Backup | None:
 
 def find(store: Store, backup_id: str | None) -> Backup:
     """Find a backup, or the newest; an unreadable newest backup is an error, and no older one replaces it."""
-    found, broken = read_all(store)
-    newest = found[0].backup_id[:_STAMP] if found else ""
+    backups, broken = read_all(store)
+    newest = backups[0].backup_id[:_STAMP] if backups else ""
     for error in broken:
         if error.backup_id in ("", backup_id):
             raise error
@@ -168,11 +168,11 @@ def find(store: Store, backup_id: str | None) -> Backup:
                 f"the newest backup can't be read: {error}",
                 hint="`ca-bridge rollback ID` takes another one of `ca-bridge backups`",
             )
-    for backup in found:
+    for backup in backups:
         if backup_id in (None, backup.backup_id):
             return backup
     wanted = f"the backup {backup_id}" if backup_id else "a backup"
-    others = counted(len(found), "other") if found else "none"
+    others = counted(len(backups), "other") if backups else "none"
     raise BackupError(f"wanted {wanted} in {store.backups}, found {others}")
 
 
@@ -216,25 +216,25 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
         none = f"those of `{backup.command}`, which can't be undone: before it there were none"
         return [Problem(certificate="all of it", wanted="files that this node had", found=none)]
     items = {item.spec.name: item for item in node.items}
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for name in backup.names:
         item = items.get(name)
         if name in AUTHORITIES:
-            found += _trust_problems(backup, name, settings.node.kubeconfig_dir, node)
+            problems += _trust_problems(backup, name, settings.node.kubeconfig_dir, node)
         elif item is None:
             wanted = f"a table [certificate.{name}]" if is_pair_name(name) else "a certificate of this node"
-            found.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
+            problems.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
         else:
             kubeconfig_dir, extra = settings.node.kubeconfig_dir, settings.extra_subject(item.spec.authority.name)
             anchor = next((f.copy for f in files_of(backup, item.spec.authority.name) if f.copy), item.anchor_path)
-            found += _problems(files_of(backup, name), replace(item, anchor_path=anchor), kubeconfig_dir, now, extra)
-    return found
+            problems += _problems(files_of(backup, name), replace(item, anchor_path=anchor), kubeconfig_dir, now, extra)
+    return problems
 
 
 def _trust_problems(backup: Backup, authority: str, kubeconfig_dir: Path, node: Node) -> Iterator[Problem]:
     """Problems of a CA file: damage, or CAs of another phase of a replacement, which no gate leads to."""
     files = files_of(backup, authority)
-    state = next((one for one in node.authorities if one.authority.name == authority), None)
+    state = next((state for state in node.authorities if state.authority.name == authority), None)
     places = {real_path(state.path)} if state is not None else set()
     damage = [*_elsewhere(authority, files, places), *_damaged(authority, files)]
     yield from damage
@@ -259,10 +259,10 @@ def _trust_problems(backup: Backup, authority: str, kubeconfig_dir: Path, node: 
 
 def _is_of_this_phase(bundle: Sequence[x509.Certificate], kubeconfig_dir: Path, node: Node) -> bool:
     """Whether all kubeconfigs hold these CAs, and the first signed all certificates; the CA file can't tell."""
-    ours = [item for item in node.items if item.spec.authority == CA and not item.foreign]
-    leaves = [item.certificates for item in ours if item.certificates]
+    items = [item for item in node.items if item.spec.authority == CA and not item.foreign]
+    leaves = [item.certificates for item in items if item.certificates]
     try:
-        texts = [read(kubeconfig_dir / item.spec.base) for item in ours if item.spec.kubeconfig]
+        texts = [read(kubeconfig_dir / item.spec.base) for item in items if item.spec.kubeconfig]
         held = [kubeconfig.parse(text).ca_data for text in texts if text is not None]
         trusted = [set(load_pem_certificates(data)) for data in held if data]
     except (BridgeError, UnreadableError, ValueError):
@@ -289,9 +289,9 @@ def _problems(
 ) -> Iterator[Problem]:
     """Problems of one certificate: of its files, else of its pair, else of its content."""
     name = item.spec.name
-    found = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
-    if found:
-        yield from found
+    problems = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
+    if problems:
+        yield from problems
     elif any(file.was_there for file in files):
         try:
             certificates, key_pem = pair_of(files, item)
@@ -469,7 +469,7 @@ def put_back(
     backup: Backup,
     node: Node,
     may_pass: Callable[[Problem], bool],
-    edit: Callable[[Replacement], Replacement] = lambda one: one,
+    edit: Callable[[Replacement], Replacement] = lambda file: file,
     owe: Callable[[Sequence[Outcome]], None] = lambda _: None,
 ) -> Rollback:
     """Put back a backup in spite of problems that `may_pass` accepts; `owe` first records the work that follows it."""
@@ -607,19 +607,21 @@ def _has_the_same_cas(file: File) -> bool:
 
 def retire(store: Store, settings: Settings, node: Node, now: datetime) -> list[str]:
     """Delete old backups, and return their IDs; never the newest, the newest fit, `rotate-ca back`'s, or any before all is proven."""
-    found, _ = read_all(store)
+    backups, _ = read_all(store)
     keep = settings.backups
     earliest = now - keep.keep_for
-    old = [one for newer, one in enumerate(found[1:], start=1) if newer >= keep.keep or one.created < earliest]
+    old = [
+        backup for newer, backup in enumerate(backups[1:], start=1) if newer >= keep.keep or backup.created < earliest
+    ]
     if not old or any(map(Path.exists, (store.unproven, store.postponed, store.pairs))):
         return []
     last_good = next(
-        (backup for backup in found if not problems_of(with_pairs(backup, node)[0], settings, node, now)), None
+        (backup for backup in backups if not problems_of(with_pairs(backup, node)[0], settings, node, now)), None
     )
     kept = [last_good]
     for name, bundle in node.bundles.items():  # certificates of a former CA, which `rotate-ca back` puts back
         if bundle and name in settings.authorities and settings.authorities[name].next:
-            kept.append(next((one for one in found if cas_of(one, name)[:1] not in ((), bundle[:1])), None))
+            kept.append(next((backup for backup in backups if cas_of(backup, name)[:1] not in ((), bundle[:1])), None))
     deleted = []
     for backup in reversed(old):
         if backup in kept:

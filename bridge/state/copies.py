@@ -153,10 +153,10 @@ def following(
 
 def _trusting(path: Path, earlier: Collection[frozenset[x509.Certificate]], cas: Sequence[x509.Certificate]) -> bool:
     """Update the CA data of a copy, except other clusters'; return whether it changed."""
-    with contextlib.suppress(FileNotFoundError), _judged(path) as found:
-        changed = kubeconfig.with_cas(found.data, following(earlier, cas))
-        if changed != found.data:
-            _replace(found, changed)
+    with contextlib.suppress(FileNotFoundError), _judged(path) as judged:
+        changed = kubeconfig.with_cas(judged.data, following(earlier, cas))
+        if changed != judged.data:
+            _replace(judged, changed)
             return True
     return False
 
@@ -190,10 +190,10 @@ def _live(node: Node) -> tuple[dict[str, _Live], dict[str, CopyError]]:
 def _refreshed(path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]) -> list[str]:
     """Refresh one copy; return kubeadm's names of the kubeconfigs that it copies (CopyError: it is unchanged)."""
     try:
-        with _judged(path) as found:
-            if users := _outdated(found.data, path, live, outdated):
+        with _judged(path) as judged:
+            if users := _outdated(judged.data, path, live, outdated):
                 pairs = {number: live[name].pair for number, name in users.items()}
-                _replace(found, kubeconfig.with_users(found.data, pairs))
+                _replace(judged, kubeconfig.with_users(judged.data, pairs))
             return list(dict.fromkeys(users.values()))
     except FileNotFoundError:
         log.warning("%s: there is no such copy of a kubeconfig (copies.files)", path)
@@ -204,21 +204,23 @@ def _outdated(
     data: bytes, path: Path, live: Mapping[str, _Live], outdated: Mapping[str, Sequence[str]]
 ) -> dict[int, str]:
     """The copy's users with a replaced certificate: the user's number, and kubeadm's name of the copied kubeconfig."""
-    now = {name: fingerprint(one.certificate) for name, one in live.items()}
-    old = {one: name for name, found in outdated.items() if name in now for one in found if one != now[name]}
-    held = [(user.number, found) for user, found in _held(data, {*old, *now.values()})]
+    now = {name: fingerprint(certificate.certificate) for name, certificate in live.items()}
+    old = {
+        digest: name for name, digests in outdated.items() if name in now for digest in digests if digest != now[name]
+    }
+    held = [(user.number, digest) for user, digest in _held(data, {*old, *now.values()})]
     if not held:
         log.warning("%s: it has no certificate of the node's kubeconfigs with its key; it is left alone", path)
-    return {number: old[found] for number, found in held if found in old}
+    return {number: old[digest] for number, digest in held if digest in old}
 
 
-def _replace(found: _Found, changed: bytes) -> None:
-    place = found.place
+def _replace(judged: _Found, changed: bytes) -> None:
+    place = judged.place
     staged = place.path.with_name(f"{_STAGED}{place.name}")
     staged.unlink(missing_ok=True)  # a killed run left it
-    write_staged(staged, changed, found.attributes.narrowed(KUBECONFIG_MASK))
+    write_staged(staged, changed, judged.attributes.narrowed(KUBECONFIG_MASK))
     try:
-        if version(place.path.lstat()) != version(found.status):
+        if version(place.path.lstat()) != version(judged.status):
             raise UnreadableError("it was changed while it was refreshed, and is as its owner has left it")  # noqa: TRY301
         staged.rename(place.path)
     except BaseException:
@@ -233,33 +235,33 @@ def _held(data: bytes, known: Container[str]) -> Iterator[tuple[EmbeddedUser, st
     for user in kubeconfig.embedded_users(data):
         with contextlib.suppress(*UNREADABLE, UnsupportedAlgorithm):  # not one of the node's users
             certificate = load_pem_certificates(user.certificate_pem)[0]
-            if (found := fingerprint(certificate)) not in known:
+            if (digest := fingerprint(certificate)) not in known:
                 continue
             keys += 1
             if keys > _MOST_KEYS:
                 raise KubeconfigError(f"wanted at most {_MOST_KEYS} users with the node's certificates, found more")
             public = certificate.public_key()
             if load_key(user.key_pem, public).public_key() == public:
-                yield user, found
+                yield user, digest
 
 
 def look(settings: Settings, node: Node) -> list[Copy]:
     """Each copy as it is now, with the reason why it can't be refreshed; one time limit covers all of them."""
     live, _ = _live(node)
-    names = {fingerprint(one.certificate): name for name, one in live.items()}
-    found, end = [], time.monotonic() + _LONGEST.total_seconds()
+    names = {fingerprint(certificate.certificate): name for name, certificate in live.items()}
+    copies, end = [], time.monotonic() + _LONGEST.total_seconds()
     for path in settings.copies.files.paths:
         try:
-            found.append(_in_time(path, max(_SHORTEST_SECONDS, end - time.monotonic()), partial(_look, path, names)))
+            copies.append(_in_time(path, max(_SHORTEST_SECONDS, end - time.monotonic()), partial(_look, path, names)))
         except CopyError as e:
-            found.append(Copy(path=path, error=e))
-    return found
+            copies.append(Copy(path=path, error=e))
+    return copies
 
 
 def _look(path: Path, names: Mapping[str, str]) -> Copy:
     try:
-        with _judged(path) as found:
-            held = [names[one] for _, one in _held(found.data, names)]
+        with _judged(path) as judged:
+            held = [names[digest] for _, digest in _held(judged.data, names)]
             return Copy(path=path, names=tuple(dict.fromkeys(held)))
     except FileNotFoundError:
         return Copy(path=path, is_there=False)

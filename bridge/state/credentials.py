@@ -133,14 +133,18 @@ def seen(settings: Settings) -> list[Credential] | None:
     if not settings.authorities or settings.source.file is None:
         return look(settings, own_places(settings), None)
     listed = checked_credentials(settings, store) if may_look(settings) else None
-    return None if listed is None else look(settings, [CredentialFile(*one) for one in listed], store)
+    return None if listed is None else look(settings, [CredentialFile(*entry) for entry in listed], store)
 
 
 def look(settings: Settings, there: Iterable[CredentialFile], store: Store | None) -> list[Credential]:
     """When each credential ends, by its file, or else by its CA's report in `store` (None: reports are left out)."""
     pairs = {os.path.realpath(pair.certificate_file): pair.name for pair in settings.node.pairs}
-    found = [one for place in there if (one := _read(place)) is not None]
-    by_file = [replace(one, renewed_as=pairs.get(os.path.realpath(one.path), "")) for one in found] if pairs else found
+    credentials = [credential for place in there if (credential := _read(place)) is not None]
+    by_file = (
+        [replace(credential, renewed_as=pairs.get(os.path.realpath(credential.path), "")) for credential in credentials]
+        if pairs
+        else credentials
+    )
     return [*by_file, *(_remembered(settings, store) if store is not None else ())]
 
 
@@ -207,13 +211,13 @@ def remember(store: Store, ends: Mapping[str, CredentialEnd], now: datetime) -> 
     file = reported_file(store)
     new = {
         name: _Reported(
-            ends=one.ends,
+            ends=credential.ends,
             reported=now,
-            begins=one.begins,
-            file=None if one.file is None else str(one.file),
-            stamp=None if one.file is None else _stamp(one.file),
+            begins=credential.begins,
+            file=None if credential.file is None else str(credential.file),
+            stamp=None if credential.file is None else _stamp(credential.file),
         )
-        for name, one in ends.items()
+        for name, credential in ends.items()
     }
     file.put({**(file.read() or {}), **new})
 
@@ -229,35 +233,45 @@ def _stamp(path: Path) -> str | None:
 def _remembered(settings: Settings, store: Store) -> Iterator[Credential]:
     if not store.credentials.exists():
         return
-    for name, one in (reported_file(store).read() or {}).items():
-        is_same = one.file is None or _stamp(Path(one.file)) == one.stamp
+    for name, reported in (reported_file(store).read() or {}).items():
+        is_same = reported.file is None or _stamp(Path(reported.file)) == reported.stamp
         if is_same and name.split(".")[1] in settings.backends:
-            yield Credential(name=name, path=one.file or "", ends=one.ends, begins=one.begins, reported=one.reported)
+            yield Credential(
+                name=name,
+                path=reported.file or "",
+                ends=reported.ends,
+                begins=reported.begins,
+                reported=reported.reported,
+            )
 
 
-def warnings(found: Iterable[Credential], settings: Settings, now: datetime) -> list[str]:
+def warnings(credentials: Iterable[Credential], settings: Settings, now: datetime) -> list[str]:
     """A sentence about each credential that ends soon, has ended, or can't be read."""
-    return [one.text(now) for one in found if one.needs_a_word(settings.renewal.before, now)]
+    return [credential.text(now) for credential in credentials if credential.needs_a_word(settings.renewal.before, now)]
 
 
-def ended(found: Iterable[Credential], now: datetime) -> list[CredentialEndedError]:
+def ended(credentials: Iterable[Credential], now: datetime) -> list[CredentialEndedError]:
     """An error for each ended credential that a renewal logs in with, and whose end this machine can see."""
     logins = (
-        one for one in found if one.reported is None and not one.is_key_alone and one.name != "gateway.kubeconfig"
+        credential
+        for credential in credentials
+        if credential.reported is None and not credential.is_key_alone and credential.name != "gateway.kubeconfig"
     )
     return [CredentialEndedError(login, now) for login in logins if login.has_ended(now)]
 
 
-def metrics(found: Sequence[Credential], before: Before) -> str:
+def metrics(credentials: Sequence[Credential], before: Before) -> str:
     """The metrics of all credentials with a known end, in Prometheus' format."""
     from bridge.system.metrics import labels, metric  # noqa: PLC0415 (for monitors alone)
 
     def moments(name: str, text: str, times: Iterable[datetime | None]) -> str:
-        known = [(one, time) for one, time in zip(found, times, strict=True) if time is not None]
-        samples = ((labels(name=one.name, path=one.path), int(time.timestamp())) for one, time in known)
+        known = [(credential, time) for credential, time in zip(credentials, times, strict=True) if time is not None]
+        samples = (
+            (labels(name=credential.name, path=credential.path), int(time.timestamp())) for credential, time in known
+        )
         return metric(name, text, samples)
 
     end, near = "End of one of ca-bridge's own credentials.", "From when on ca-bridge warns of a credential's end."
-    return moments("ca_bridge_credential_not_after_seconds", end, (one.ends for one in found)) + moments(
-        "ca_bridge_credential_near_seconds", near, (one.near_from(before) for one in found)
-    )
+    return moments(
+        "ca_bridge_credential_not_after_seconds", end, (credential.ends for credential in credentials)
+    ) + moments("ca_bridge_credential_near_seconds", near, (credential.near_from(before) for credential in credentials))

@@ -157,7 +157,8 @@ def _times_to_keep(store: Store, targets: Sequence[Target]) -> dict[Path, Writte
     with contextlib.suppress(StateError):
         earlier = written_file(store).read() or {}
         return {
-            path: one if (one := earlier.get(str(path))) is not None and one.is_of(path) else None for path in paths
+            path: written if (written := earlier.get(str(path))) is not None and written.is_of(path) else None
+            for path in paths
         }
     return {}
 
@@ -166,9 +167,12 @@ def _note_time(store: Store, paths: Sequence[Path], kept: Mapping[Path, Written 
     """Record when files were written; otherwise their ctime counts, from a clock that may have been wrong."""
     file = written_file(store)
     try:
-        earlier = {path: one for path, one in (file.read() or {}).items() if one.is_of(Path(path))}
-        found = {path: Written.of(path) for path in paths if path.exists()}
-        file.put(earlier | {str(path): one.since(kept[path]) if path in kept else one for path, one in found.items()})
+        earlier = {path: written for path, written in (file.read() or {}).items() if written.is_of(Path(path))}
+        times = {path: Written.of(path) for path in paths if path.exists()}
+        file.put(
+            earlier
+            | {str(path): written.since(kept[path]) if path in kept else written for path, written in times.items()}
+        )
     except (OSError, StateError) as e:
         log.warning("the time of the installation could not be written down: %s", _reason(e))
 
@@ -462,8 +466,8 @@ def _journal_of(data: bytes) -> dict[str, Any]:
         raise ValueError("not written by this program")
     for target in document["targets"]:
         path = Path(target["path"])
-        ours = target["staged"] == str(_staged(path, document["run_id"])) and path.is_absolute()
-        if not ours or not isinstance(target["certificate"], str) or not isinstance(target["sha256"], str | None):
+        is_own = target["staged"] == str(_staged(path, document["run_id"])) and path.is_absolute()
+        if not is_own or not isinstance(target["certificate"], str) or not isinstance(target["sha256"], str | None):
             raise ValueError("not written by this program")
     return document
 

@@ -63,29 +63,29 @@ class NotProven:
         """A copy with the certificates that a run is about to install; an unproven one keeps its backup and `before`."""
         every = {certificate.name: certificate for certificate in self.certificates}
         for name, new in ((outcome.name, outcome.new) for outcome in outcomes if outcome.new is not None):
-            one = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))
-            every[name] = dataclasses.replace(one, runs={**one.runs, serial_hex(new): run_id})
+            certificate = every.pop(name, None) or Unproven(name=name, runs={}, backup_of=run_id, before=failed(name))
+            every[name] = dataclasses.replace(certificate, runs={**certificate.runs, serial_hex(new): run_id})
         return dataclasses.replace(self, certificates=tuple(every.values()))
 
     def live_on(self, node: Node) -> NotProven:
         """Return a copy without outdated certificates, which were not installed or were replaced by another program."""
         live = live_serials(node)
         unreadable = {item.spec.name for item in self.unreadable_on(node)}
-        ours = tuple(
+        certificates = tuple(
             certificate
             for certificate in self.certificates
             if live.get(certificate.name) in certificate.runs or certificate.name in unreadable
         )
-        return dataclasses.replace(self, certificates=ours)
+        return dataclasses.replace(self, certificates=certificates)
 
     def unreadable_on(self, node: Node) -> list[Item]:
         """The unproven certificates that can't be read on the node now, and may return."""
-        ours = [item for item in node.items if item.spec.name in self.names and item.state != "present"]
-        return [item for item in ours if item.state != "missing" or not item.spec.optional]
+        items = [item for item in node.items if item.spec.name in self.names and item.state != "present"]
+        return [item for item in items if item.state != "missing" or not item.spec.optional]
 
     def is_new(self, certificate: str | None, what: str) -> bool:
         """Whether a check that fails now passed before the installation."""
-        return not any(certificate == one.name and what in one.before for one in self.certificates)
+        return not any(certificate == entry.name and what in entry.before for entry in self.certificates)
 
 
 def unproven_file(store: Store) -> StateFile[NotProven]:

@@ -127,13 +127,13 @@ class RequestLog(Generic[T]):
     def get(self, key: str) -> T | None:
         """The open request with a key."""
         with self._locked():
-            found = self._found.get(key)
-            if not isinstance(found, _Place):
-                return found
+            request = self._found.get(key)
+            if not isinstance(request, _Place):
+                return request
             try:
-                return codec.from_json(self._kind.type, unsealed(self._bytes(found)))
+                return codec.from_json(self._kind.type, unsealed(self._bytes(request)))
             except NOT_OURS:  # unknown, so its request is repeated
-                log.warning("%s: passed over a damaged line, at byte %d", self._file.path, found.offset)
+                log.warning("%s: passed over a damaged line, at byte %d", self._file.path, request.offset)
                 return None
 
     def _bytes(self, place: _Place) -> bytes:
@@ -200,10 +200,10 @@ class RequestLog(Generic[T]):
                 self._rewrite()
 
     def _line(self, key: str) -> bytes:
-        found = self._found.get(key)
-        if isinstance(found, _Place):
-            return self._bytes(found)
-        return sealed_line(codec.to_json(found) if found is not None else {_GONE: key})
+        request = self._found.get(key)
+        if isinstance(request, _Place):
+            return self._bytes(request)
+        return sealed_line(codec.to_json(request) if request is not None else {_GONE: key})
 
     def _append(self) -> None:
         lines = {key: self._line(key) for key in self._changed}
@@ -219,8 +219,10 @@ class RequestLog(Generic[T]):
         with reasons(StateError, f"{path}: can't write down {self._kind.what}"):
             written = path.read_bytes() if self._kind.lies_on_disk else b""
             lines = {
-                key: written[one.offset : one.offset + one.length] if isinstance(one, _Place) else self._line(key)
-                for key, one in self._found.items()
+                key: written[place.offset : place.offset + place.length]
+                if isinstance(place, _Place)
+                else self._line(key)
+                for key, place in self._found.items()
             }
             head = [sealed_line({_HEAD: self._kind.name, _COUNT: len(lines)})] if self._kind.has_keys else []
             write_atomically(path, b"".join([*head, *lines.values()]))
@@ -275,7 +277,7 @@ class OpenRequest:
 RENEWALS = Kind(
     name="renewal",
     type=OpenRequest,
-    key_of=lambda one: one.name,
+    key_of=lambda request: request.name,
     what="the requests that were made and not finished, with their keys",
     has_keys=True,
     afterwards="new keys are made then; what a CA has signed for the old ones is worth nothing without them",
@@ -323,7 +325,7 @@ class OpenUser:
 USERS = Kind(
     name="user",
     type=OpenUser,
-    key_of=lambda one: one.name,
+    key_of=lambda request: request.name,
     what="the requests for users that were not answered, with their keys",
     has_keys=True,
     afterwards="ask again for the users that waited",

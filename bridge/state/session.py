@@ -46,8 +46,8 @@ class Run:
     def read_node(self, pair: str = "") -> Node:
         """Read the node's files now; of further pairs only `pair`, if it is given."""
         node = self.settings.node
-        one = tuple(found for found in node.pairs if found.name == pair)
-        return read_node(replace(node, pairs=one) if pair else node)
+        pairs = tuple(candidate for candidate in node.pairs if candidate.name == pair)
+        return read_node(replace(node, pairs=pairs) if pair else node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +107,21 @@ def recording(settings: Settings, wait: timedelta) -> Iterator[tuple[Store, audi
 
 @contextlib.contextmanager
 def alone(
-    settings: Settings, wait: timedelta, tell: Callable[[Recovery | str], None] = lambda found: log.warning("%s", found)
+    settings: Settings,
+    wait: timedelta,
+    tell: Callable[[Recovery | str], None] = lambda recovery: log.warning("%s", recovery),
 ) -> Iterator[tuple[Store, audit.Record]]:
     """Hold the state directory's lock, after finishing or undoing an interrupted installation or restart."""
     with recording(settings, wait) as (store, record):
         is_claimed = is_ours(settings)
         # restore a missing manifest first: a problem with the files must not keep its component down
-        found = [recovery for step in (static_pods.recover, install.recover) if (recovery := step(store)) is not None]
-        for recovery in found:
+        recoveries = [
+            recovery for step in (static_pods.recover, install.recover) if (recovery := step(store)) is not None
+        ]
+        for recovery in recoveries:
             tell(recovery)
             record.add(audit.RECOVERED, result=str(recovery))
-        if found:
+        if recoveries:
             _forget_installed(settings, store, tell)
         if not is_claimed and _has_node(settings):
             claim(settings)
@@ -140,7 +144,7 @@ def _forget_installed(settings: Settings, store: Store, tell: Callable[[Recovery
 @contextlib.contextmanager
 def begun(settings: Settings, now: Now, progress: Progress, wait: timedelta) -> Iterator[tuple[Run, Node]]:
     """Begin like `alone`, for a run with requests; drop requests whose certificates were replaced meanwhile."""
-    with alone(settings, wait, lambda found: progress.note(str(found))) as (store, record):
+    with alone(settings, wait, lambda recovery: progress.note(str(recovery))) as (store, record):
         run = Run(
             settings=settings, store=store, requests=OpenRequests(store), record=record, progress=progress, now=now
         )
@@ -152,7 +156,7 @@ def begun(settings: Settings, now: Now, progress: Progress, wait: timedelta) -> 
 
 def in_force(settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]) -> Settings:
     """The settings of the CAs that sign now: a next CA's where `bundles`, the CA files' content, has it first."""
-    anchors = {name: Path(ours.next["anchor"]) for name, ours in settings.authorities.items() if ours.next}
+    anchors = {name: Path(keys.next["anchor"]) for name, keys in settings.authorities.items() if keys.next}
     names = [name for name, anchor in anchors.items() if _signs(anchor, bundles.get(name, ()))]
     return for_next(settings, names) if names else settings
 
@@ -161,15 +165,15 @@ def not_yet_signing(
     settings: Settings, bundles: Mapping[str, Sequence[x509.Certificate]]
 ) -> dict[str, tuple[x509.Certificate, ...]]:
     """By authority, the next CA if the settings name only its backend, and the CA file still has the former CA first."""
-    found: dict[str, tuple[x509.Certificate, ...]] = {}
-    for name, ours in settings.authorities.items():
-        if not ours.names_next_alone or not bundles.get(name):
+    anchors: dict[str, tuple[x509.Certificate, ...]] = {}
+    for name, keys in settings.authorities.items():
+        if not keys.names_next_alone or not bundles.get(name):
             continue
         with contextlib.suppress(UnreadableError):  # a run of `rotate-ca` reports it
-            next_ca = read_ca_file(Path(ours.next["anchor"]))
+            next_ca = read_ca_file(Path(keys.next["anchor"]))
             if spki(next_ca[0].public_key()) != spki(bundles[name][0].public_key()):
-                found[name] = next_ca[:1]
-    return found
+                anchors[name] = next_ca[:1]
+    return anchors
 
 
 def _signs(anchor: Path, bundle: Sequence[x509.Certificate]) -> bool:

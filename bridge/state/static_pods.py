@@ -107,13 +107,13 @@ def restart(pod: Pod, store: Store, timeout: timedelta) -> None:
 
 def _wait(name: str, what: str, look: Callable[[], str | None], timeout: timedelta, check: Callable[[], None]) -> None:
     """Wait until `look` finds nothing (RestartError: the time is over)."""
-    found = wait_until(
-        look, lambda found: found is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
+    trouble = wait_until(
+        look, lambda trouble: trouble is None, timeout, pause_seconds=_POLL_SECONDS, between=lambda _: check()
     )
-    if found is not None:
+    if trouble is not None:
         kind = RestartError if what == _HEALTHY else NotEndedError
         hint = "its manifest is in its place; the logs of the kubelet and of the container tell more"
-        raise kind(f"{name}: wanted it {what} within {duration_text(timeout)}, found: {found}", hint=hint)
+        raise kind(f"{name}: wanted it {what} within {duration_text(timeout)}, found: {trouble}", hint=hint)
 
 
 def _begun(pod: Pod, before: frozenset[str]) -> str | None:
@@ -146,13 +146,13 @@ def _signals_wait() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():  # only it gets signals; `recover` does the rest
         yield check
         return
-    ours = [one for one in _ENDING if signal.getsignal(one) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {one: signal.signal(one, lambda number, _: caught.append(number)) for one in ours}
+    signals = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in signals}
     try:
         yield check
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     check()
 
 

@@ -43,10 +43,10 @@ def left_out() -> Mapping[str, bool]:
 
 
 def _time(text: str) -> datetime:
-    found = datetime.fromisoformat(text)
-    if found.tzinfo is None:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
         raise ValueError("without a time zone")
-    return found
+    return time
 
 
 def _certificates(texts: list[str]) -> Issued:
@@ -73,7 +73,10 @@ _FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     timedelta: (lambda value: int(value.total_seconds()), lambda value: timedelta(seconds=value)),
     bytes: (lambda value: b64encode(value).decode(), lambda value: b64decode(value, validate=True)),
     x509.Certificate: (lambda value: pem(value).decode(), lambda value: _certificates([value]).leaf),
-    Issued: (lambda value: [pem(one).decode() for one in (value.leaf, *value.intermediates)], _certificates),
+    Issued: (
+        lambda value: [pem(certificate).decode() for certificate in (value.leaf, *value.intermediates)],
+        _certificates,
+    ),
     CertificateSpec: (_spec_to_json, _spec_from_json),
 }
 
@@ -89,21 +92,21 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Enum | int | float | str):
         return value.value if isinstance(value, Enum) else value
     form = _FORMS.get(kind) or next(
-        (one for known, one in _FORMS.items() if isinstance(value, cast("type", known))), None
+        (form for known, form in _FORMS.items() if isinstance(value, cast("type", known))), None
     )
     if form is not None:
         return form[0](value)
     if isinstance(value, Mapping):
-        return {to_json(key): to_json(one) for key, one in value.items()}
+        return {to_json(key): to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list | frozenset):
         return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
-    found = {}
+    document = {}
     for field, key, _ in _fields(value.__class__):
-        one = getattr(value, field.name)
-        if one is None and _LEFT_OUT in field.metadata:
+        item = getattr(value, field.name)
+        if item is None and _LEFT_OUT in field.metadata:
             continue
-        found[key] = one.decode() if one is not None and field.name.endswith(_PEM) else to_json(one)
-    return found
+        document[key] = item.decode() if item is not None and field.name.endswith(_PEM) else to_json(item)
+    return document
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:
@@ -147,14 +150,14 @@ def _read_generic(origin: Any, inner: tuple[Any, ...], value: Any, where: str) -
     if origin is types.UnionType:  # only `X | None` occurs
         return None if value is None else from_json(inner[0], value, where)
     if issubclass(origin, Mapping):
-        return {from_json(inner[0], key): from_json(inner[1], one, f"{where}.{key}") for key, one in value.items()}
+        return {from_json(inner[0], key): from_json(inner[1], item, f"{where}.{key}") for key, item in value.items()}
     if not isinstance(value, list):
         raise TypeError
-    return origin(from_json(inner[0], one, f"{where}[{number}]") for number, one in enumerate(value))
+    return origin(from_json(inner[0], item, f"{where}[{number}]") for number, item in enumerate(value))
 
 
 def _read_fields(kind: type, document: Any, where: str) -> Any:
-    known, found = _fields(kind), {}
+    known, values = _fields(kind), {}
     if more := document.keys() - {key for _, key, _ in known}:
         raise CodecError(f"{where or 'document'}: wanted a {kind.__name__}, found {len(more)} unknown keys")
     for field, key, own in known:
@@ -164,10 +167,10 @@ def _read_fields(kind: type, document: Any, where: str) -> Any:
         if key not in document:
             raise CodecError(f"{place}: the value is missing")
         if field.name.endswith(_PEM) and document[key] is not None:
-            found[field.name] = from_json(str, document[key], place).encode()
+            values[field.name] = from_json(str, document[key], place).encode()
         else:
-            found[field.name] = from_json(own, document[key], place)
-    return kind(**found)
+            values[field.name] = from_json(own, document[key], place)
+    return kind(**values)
 
 
 # --- Prometheus' text format, version 0.0.4 ----------------------------------------------------------------------------

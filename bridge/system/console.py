@@ -167,16 +167,16 @@ class _Line:
         self._thread: threading.Thread | None = None
         self._is_shown = False
 
-    def begin(self, one: Doing) -> None:
+    def begin(self, doing: Doing) -> None:
         with self.lock:
-            self._going.append(one)
+            self._going.append(doing)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="status", daemon=True)
                 self._thread.start()
 
-    def end(self, one: Doing) -> None:
+    def end(self, doing: Doing) -> None:
         with self.lock:
-            self._going.remove(one)
+            self._going.remove(doing)
             self.clear()
             if not self._going:
                 self._wake.notify()
@@ -191,21 +191,21 @@ class _Line:
         frame = 0
         with self.lock:
             while self._going:
-                one, passed = self._going[-1], time.monotonic() - self._going[-1].since
+                doing, passed = self._going[-1], time.monotonic() - self._going[-1].since
                 if passed >= _QUIET_SECONDS:
-                    self._show(one, passed, _FRAMES[frame % len(_FRAMES)])
+                    self._show(doing, passed, _FRAMES[frame % len(_FRAMES)])
                     frame += 1
                 self._wake.wait(_FRAME_SECONDS)
             self._thread = None
 
-    def _show(self, one: Doing, passed: float, frame: str) -> None:
+    def _show(self, doing: Doing, passed: float, frame: str) -> None:
         if is_lively(sys.stderr):
             room = columns() - 1
-            _write(f"{_CLEAR}{f'{frame} {one.text} … {passed:.0f} s'[:room]}")
+            _write(f"{_CLEAR}{f'{frame} {doing.text} … {passed:.0f} s'[:room]}")
             self._is_shown = True
-        elif not one.is_logged:
-            one.is_logged = True
-            log.info("%s …", one.text)
+        elif not doing.is_logged:
+            doing.is_logged = True
+            log.info("%s …", doing.text)
 
 
 def _write(text: str) -> None:
@@ -220,12 +220,12 @@ _line = _Line()
 @contextlib.contextmanager
 def doing(text: str, *, is_plain: bool = True) -> Iterator[Doing]:
     """Show a step while it lasts, if it takes long."""
-    one = Doing(text, is_logged=not is_plain)
-    _line.begin(one)
+    entry = Doing(text, is_logged=not is_plain)
+    _line.begin(entry)
     try:
-        yield one
+        yield entry
     finally:
-        _line.end(one)
+        _line.end(entry)
 
 
 def clear_status() -> None:
@@ -314,17 +314,17 @@ _ABOUT = ("request", "signer", "requester", "outcome")
 
 def facts(record: logging.LogRecord) -> dict[str, object]:
     """A message's fields for programs; `config/logs/log-line.schema.json` describes them."""
-    found: dict[str, object] = {
+    fields_: dict[str, object] = {
         "level": "hint" if getattr(record, "is_hint", False) else record.levelname.lower(),
         "run": run_id(),
     }
-    found |= {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
+    fields_ |= {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
     names = record.getMessage().partition(": ")[0].split(", ")
     if all(name in SPECS for name in names):
-        found["certificates"] = names
+        fields_["certificates"] = names
     if (code := getattr(record, "exit_code", None)) is not None:
-        found["exitCode"] = code
-    return found
+        fields_["exitCode"] = code
+    return fields_
 
 
 class _JsonFormat(logging.Formatter):
@@ -353,8 +353,8 @@ def _fields(record: logging.LogRecord) -> Iterator[tuple[str, str]]:
     yield "SYSLOG_IDENTIFIER", "ca-bridge"
     for key, value in facts(record).items():
         name = _FIELD_NAMES.get(key, key.upper())
-        for one in value if isinstance(value, list) else [value]:
-            yield f"CA_BRIDGE_{name}", printable(one)
+        for line in value if isinstance(value, list) else [value]:
+            yield f"CA_BRIDGE_{name}", printable(line)
 
 
 #: Journal names that are not the key in capitals.

@@ -236,7 +236,7 @@ def remove_unfinished(directory: Path, pattern: str) -> None:
 
 def make_directories(path: Path, mode: int = 0o755) -> None:
     """Make a directory and its parents, through no link that others could have made, and closed to others at any umask."""
-    for missing in reversed([one for one in (path, *path.parents) if not one.is_dir()]):
+    for missing in reversed([directory for directory in (path, *path.parents) if not directory.is_dir()]):
         try:
             with opened(missing) as place:
                 place.path.mkdir(mode=mode if missing == path else 0o755, exist_ok=True)
@@ -259,8 +259,8 @@ def held_directory(path: Path) -> Iterator[Path]:
 
 def assert_holds_keys(directory: Path) -> None:
     """Raise a BridgeError if another user can replace files in a directory."""
-    if (found := exposure(directory)) is not None:
-        raise BridgeError(f"{directory} can't hold keys: {found}", hint=found.hint)
+    if (trouble := exposure(directory)) is not None:
+        raise BridgeError(f"{directory} can't hold keys: {trouble}", hint=trouble.hint)
 
 
 def private_directory(path: Path) -> None:
@@ -307,7 +307,7 @@ class DiskSpace:
 def disk_spaces(places: Iterable[Path]) -> Iterator[DiskSpace]:
     """Look at each file system once."""
     seen: set[tuple[int, bool]] = set()  # a file system may be mounted twice, once read-only
-    for place in (next(one for one in (path, *path.parents) if one.is_dir()) for path in places):
+    for place in (next(directory for directory in (path, *path.parents) if directory.is_dir()) for path in places):
         space = _space(place)
         kind = (place.stat().st_dev, space.is_read_only)
         if kind not in seen:

@@ -364,7 +364,7 @@ class _Connection(HTTPConnection):
         try:
             self.sock = self.opened = _connected(self._peer, self.limits.seconds_left())
         except OSError as e:
-            raise (ours := self.failure(e)) from ours.__cause__
+            raise (failure := self.failure(e)) from failure.__cause__
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any) -> None:
         """Send a request; a body is never decoded, and there is no User-Agent unless the caller gives one."""
@@ -393,7 +393,7 @@ class _Connection(HTTPConnection):
                 self.limits.hold(self.sock)
                 unsent = unsent[self.sock.send(unsent) :]
         except OSError as e:
-            raise (ours := self.failure(e)) from ours.__cause__
+            raise (failure := self.failure(e)) from failure.__cause__
 
     def response_class(self, opened: socket.socket, *_: Any, method: str | None = None) -> HTTPResponse:  # type: ignore[override]
         """Have http.client read from the socket by `_Received`."""
@@ -416,15 +416,15 @@ class _Connection(HTTPConnection):
 
     def failure(self, error: Exception) -> HttpsError:
         """Our error for a failure of this connection, with its cause."""
-        ours = _as_ours(error, self.limits.seconds)
-        if self.status and not isinstance(ours, LateError):
-            ours = BrokenOffError("the answer broke off" + (f": {ours}" if str(error) else ""))
-            ours.status = self.status
+        failure = _as_ours(error, self.limits.seconds)
+        if self.status and not isinstance(failure, LateError):
+            failure = BrokenOffError("the answer broke off" + (f": {failure}" if str(error) else ""))
+            failure.status = self.status
         elif is_cut_off(error) and not self.is_kept:
-            ours = _alert(self._peer, self.limits.began) or ours
-        ours.was_kept = self.is_kept
-        ours.__cause__ = ours.__cause__ or error
-        return ours
+            failure = _alert(self._peer, self.limits.began) or failure
+        failure.was_kept = self.is_kept
+        failure.__cause__ = failure.__cause__ or error
+        return failure
 
 
 class _Pool(HTTPConnectionPool):
@@ -546,7 +546,7 @@ class _Source(io.RawIOBase):
             if not received and not self.may_end:
                 raise ConnectionResetError("" if self._connection.status else "no answer")
         except OSError as e:
-            raise (ours := self._connection.failure(e)) from ours.__cause__
+            raise (failure := self._connection.failure(e)) from failure.__cause__
         self._limits.count(received)
         return received
 
@@ -618,9 +618,9 @@ def _alert(peer: Peer, since: float) -> HttpsError | None:
         cause = peer.heard[0][1]
     if cause is None:
         return None
-    ours = _as_ours(cause, peer.alert_seconds)
-    ours.__cause__ = cause
-    return ours
+    failure = _as_ours(cause, peer.alert_seconds)
+    failure.__cause__ = cause
+    return failure
 
 
 def _innermost(error: BaseException) -> Exception:

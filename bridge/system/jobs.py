@@ -109,9 +109,9 @@ def _placed(shipped: str, places: Places, word: Callable[[str, str], str]) -> st
     paths = "|".join(rf"{re.escape(path)}(?![\w.-])" for path in by_length) or "(?!)"
 
     def line(text: str) -> str:
-        text = re.sub(paths, lambda found: word(places.paths[found[0]], text), text)
-        program, *options = (word(one, text) for one in (str(places.program), *places.options))
-        return re.sub(rf"{_SHIPPED_PROGRAM} (\w+)", lambda found: " ".join((program, found[1], *options)), text)
+        text = re.sub(paths, lambda place: word(places.paths[place[0]], text), text)
+        program, *options = (word(text_, text) for text_ in (str(places.program), *places.options))
+        return re.sub(rf"{_SHIPPED_PROGRAM} (\w+)", lambda place: " ".join((program, place[1], *options)), text)
 
     return "".join(text if text.startswith("#") else line(text) for text in shipped.splitlines(keepends=True))
 
@@ -248,12 +248,12 @@ def make_directory(path: Path, user: str, mode: int) -> None:
 
 def assert_may_write(path: Path, user: str, which: str) -> None:
     """Raise a JobError if a job's user can't add and remove files in a directory."""
-    found = trouble_with(path, user)
-    if found == _NO_DIRECTORY:
+    trouble = trouble_with(path, user)
+    if trouble == _NO_DIRECTORY:
         hint = f"mount it, or make it: {_install(path, user)}"
         raise JobError(f"{path}: there is no such directory {which}", hint=hint)
-    if found:
-        raise JobError(f"{path}: wanted a directory {which}, found {found}", hint=f"chown {user} {path}")
+    if trouble:
+        raise JobError(f"{path}: wanted a directory {which}, found {trouble}", hint=f"chown {user} {path}")
 
 
 def _install(path: Path, user: str) -> str:
@@ -293,7 +293,7 @@ class DeskPlaces:
 
 def desk_places() -> list[DeskPlaces]:
     """The directories of the desk jobs that are installed here."""
-    found = []
+    places = []
     for job in (CRON_DIRECTORY / "ca-bridge-desk", UNIT_DIRECTORY / "ca-bridge-desk.service"):
         with contextlib.suppress(OSError, ValueError):
             text = job.read_text(encoding="utf-8")
@@ -306,8 +306,8 @@ def desk_places() -> list[DeskPlaces]:
                 at = words.index("-o")
                 runs_as = (user[1] if user else "root") if is_unit else words[0]
                 inbox, outbox = Path(words[at - 1]), Path(words[at + 1])
-                found.append(DeskPlaces(job=job, user=runs_as, inbox=inbox, outbox=outbox))
-    return found
+                places.append(DeskPlaces(job=job, user=runs_as, inbox=inbox, outbox=outbox))
+    return places
 
 
 def enable(units: Sequence[str]) -> None:

@@ -72,9 +72,9 @@ def regular_file(path: Path, flags: int = 0, *, most: int | None = None) -> Iter
     """Open a regular file of at most `most` bytes; FileNotFoundError, NotADirectoryError or UnreadableError."""
     with contextlib.ExitStack() as stack:
         try:
-            found = os.open(path, _LOOK | flags)
-            stack.callback(os.close, found)
-            status = os.fstat(found)
+            fd = os.open(path, _LOOK | flags)
+            stack.callback(os.close, fd)
+            status = os.fstat(fd)
         except (FileNotFoundError, NotADirectoryError):
             raise
         except OSError as e:
@@ -86,7 +86,7 @@ def regular_file(path: Path, flags: int = 0, *, most: int | None = None) -> Iter
         if most is not None and status.st_size > most:
             raise UnreadableError(f"more than {most} bytes")
         try:
-            descriptor = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
             raise UnreadableError(e.strerror or str(e)) from e
         stack.callback(os.close, descriptor)
@@ -165,9 +165,9 @@ def own_text(path: Path, what: str, hint: str) -> str:
 
 def assert_ours(path: Path) -> None:
     """Make sure that only root and the effective user can change a file that decides what is run or signed."""
-    found = exposure(path)
-    if found is not None:
-        raise SettingsError([SettingsProblem("", found.wanted, found.found, found.path)], hint=found.hint)
+    weakness = exposure(path)
+    if weakness is not None:
+        raise SettingsError([SettingsProblem("", weakness.wanted, weakness.found, weakness.path)], hint=weakness.hint)
 
 
 def real_path(path: Path, *, strict: bool = False) -> Path:
@@ -187,7 +187,7 @@ def mounts() -> dict[str, str]:
 
 def mounted_at(place: str) -> str:
     """A mount point as mount tables write it: blanks and similar characters in octal."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)
 
 
 # --- who can change it -----------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ class Exposure:
 def exposure(path: Path, also: int | None = None) -> Exposure | None:
     """How a user other than root, the effective user and `also` (a uid) could change what a path leads to (OSError)."""
     trusted = trusted_users() | ({also} if also is not None else set())
-    found = (_exposed(step, trusted, also) for step in _steps(path) if step.status is not None)
-    return next(filter(None, found), None)
+    weaknesses = (_exposed(step, trusted, also) for step in _steps(path) if step.status is not None)
+    return next(filter(None, weaknesses), None)
 
 
 def program_exposure(path: Path, account: int | None = None) -> Exposure | None:
@@ -228,14 +228,16 @@ def foreign_link(path: Path) -> Exposure | None:
         if step.status is None or not stat.S_ISLNK(step.status.st_mode):
             continue
         directory = real_path(step.path.parent)
-        found = exposure(directory)
-        if found is not None or step.status.st_uid not in trusted_users():
-            reason = f"a link in {found.path if found else directory}, where others can put one"
+        weakness = exposure(directory)
+        if weakness is not None or step.status.st_uid not in trusted_users():
+            reason = f"a link in {weakness.path if weakness else directory}, where others can put one"
             return Exposure(
                 path=step.path,
                 wanted="no link, or one that only root can make",
                 found=reason,
-                hint=found.hint if found else f"chown -h {os.geteuid()} {step.path}, after a look at where it leads",
+                hint=weakness.hint
+                if weakness
+                else f"chown -h {os.geteuid()} {step.path}, after a look at where it leads",
             )
     return None
 
@@ -258,14 +260,14 @@ def trusted_users() -> set[int]:
     """The users (uids) whose files we trust like our own."""
     # in a user namespace all users from outside share one uid, and so does root if the namespace has none of its own;
     # else (`PrivateUsers=yes`) that uid is not trusted
-    ours = {0, os.geteuid()}
+    users = {0, os.geteuid()}
     spans = [line.split() for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines()]
     if not any(int(first) == 0 and int(count) for first, _, count in spans):
         try:
-            ours.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
+            users.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
         except FileNotFoundError:  # a unit has ProcSubset=pid
-            ours.add(_OVERFLOW_UID)
-    return ours
+            users.add(_OVERFLOW_UID)
+    return users
 
 
 def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | None:
@@ -370,25 +372,25 @@ def _steps(path: Path) -> Generator[_Step]:
             name = rest.pop(0)
             step = reached.parent if name == ".." else reached / name
             try:
-                found = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=here)
+                fd = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=here)
             except (FileNotFoundError, NotADirectoryError):
                 yield _Step(path=step, status=None, directory=here, is_last=not rest)
                 return
             try:
-                status = os.fstat(found)
+                status = os.fstat(fd)
                 yield _Step(path=step, status=status, directory=here, is_last=not rest)
                 if not stat.S_ISLNK(status.st_mode):
-                    here, reached, found = found, step, here
+                    here, reached, fd = fd, step, here
                     continue
                 links += 1
                 if links > MOST_LINKS:
                     return
-                target = Path(os.readlink("", dir_fd=found))
+                target = Path(os.readlink("", dir_fd=fd))
                 rest = [*target.parts[target.is_absolute() :], *rest]
                 if target.is_absolute():
                     os.close(here)
                     here, reached = os.open("/", _LOOK | os.O_DIRECTORY), Path("/")
             finally:
-                os.close(found)
+                os.close(fd)
     finally:
         os.close(here)

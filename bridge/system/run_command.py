@@ -175,9 +175,9 @@ def _assert_within_reach(command: Command) -> None:
     def look() -> None:
         with contextlib.suppress(OSError, ValueError):  # the start reports it better
             os.close(os.open(command.folder, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-            found = shutil.which(command.words[0], path=command.environment.get("PATH"))
+            program = shutil.which(command.words[0], path=command.environment.get("PATH"))
             for _ in range(1 + _MOST_INTERPRETERS):
-                found = _interpreter(command.folder / found) if found else None
+                program = _interpreter(command.folder / program) if program else None
 
     reached(look)
 
@@ -275,8 +275,8 @@ class _Running:
 def _is_alive(group: int) -> bool:
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, found = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
-            if int(found) == group and state != "Z":
+            state, _, start = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
+            if int(start) == group and state != "Z":
                 return True
     return False
 
@@ -318,8 +318,8 @@ def unsafe_program(words: Sequence[str]) -> Exposure | None:
     """How others could change a program that we run; None also for a missing program, which fails at its start."""
 
     def look() -> Exposure | None:
-        found = shutil.which(words[0], path=passed_on({})["PATH"])
-        return None if found is None else program_exposure(Path(found).absolute())
+        program = shutil.which(words[0], path=passed_on({})["PATH"])
+        return None if program is None else program_exposure(Path(program).absolute())
 
     try:
         return reached(look)

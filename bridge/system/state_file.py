@@ -195,8 +195,8 @@ def unsealed(data: bytes) -> dict[str, Any]:
     wanted = document.pop(_DIGEST, None)
     if wanted is None:
         raise _DigestError("it has no digest")
-    if wanted != (found := _digest(document)):
-        raise _DigestError(f"digest: wanted {str(wanted)[:16]!r}…, found {found[:16]}…")
+    if wanted != (digest := _digest(document)):
+        raise _DigestError(f"digest: wanted {str(wanted)[:16]!r}…, found {digest[:16]}…")
     return document
 
 

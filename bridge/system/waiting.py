@@ -209,16 +209,16 @@ class FairQueue(Generic[T]):
         self._has: Counter[str] = Counter()
         self._lines: dict[str, deque[T]] = {}  #: The address that was served last is last.
 
-    def wait(self, peer: str, one: T) -> None:
+    def wait(self, peer: str, item: T) -> None:
         """Append an item to its address's queue."""
-        self._lines.setdefault(peer, deque()).append(one)
+        self._lines.setdefault(peer, deque()).append(item)
 
-    def withdraw(self, peer: str, one: T) -> bool:
+    def withdraw(self, peer: str, item: T) -> bool:
         """Remove an item from its queue; False: it is no longer there."""
         line = self._lines.get(peer, deque())
-        if one not in line:
+        if item not in line:
             return False
-        line.remove(one)
+        line.remove(item)
         if not line:
             del self._lines[peer]
         return True
@@ -229,12 +229,12 @@ class FairQueue(Generic[T]):
         if peer is None:
             return None
         line = self._lines.pop(peer)
-        one = line.popleft()
+        item = line.popleft()
         if line:
             self._lines[peer] = line
         self._free -= 1
         self._has[peer] += 1
-        return peer, one
+        return peer, item
 
     def open(self) -> None:
         """From now on give every item a place."""
@@ -276,5 +276,5 @@ class FairSemaphore:
                 self._call()
 
     def _call(self) -> None:
-        while (found := self._shares.next()) is not None:
-            found[1].set()
+        while (call := self._shares.next()) is not None:
+            call[1].set()
