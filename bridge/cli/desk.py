@@ -114,8 +114,8 @@ def _dry_run(desk: Desk, session: Session) -> list[int]:
         desk.judged(job)
         if good := [request.name for request in job.to_sign]:
             say_sentence(f"{_who(job)}: would sign {', '.join(good)}")
-        if job.again:
-            say_sentence(f"{_who(job)}: signed before, and not again: {', '.join(sorted(job.again))}")
+        if job.reissued:
+            say_sentence(f"{_who(job)}: signed before, and not again: {', '.join(sorted(job.reissued))}")
         codes += _tell_troubles(job)
     return codes
 
@@ -167,7 +167,7 @@ class _Observer:
         issued = {name for name, answer in job.answers.items() if isinstance(answer, Issued)}
         self._certificates += len(issued)
         if where:
-            new, again, refused = issued - job.again, issued & job.again, job.answers.keys() - issued
+            new, again, refused = issued - job.reissued, issued & job.reissued, job.answers.keys() - issued
             say_sentence(f"{_who(job)}: {_counts(len(new), len(again), len(refused))}: {where}")
         self._codes += set(_tell_troubles(job))
         moment = time.monotonic()

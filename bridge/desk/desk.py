@@ -116,13 +116,13 @@ class Job:
     label: str  #: For messages, such as the bundle's file name.
     delivery: Callable[[AnswerBundle], Delivery]
     size_bytes: int = 0  #: The file's size.
-    ahead: ReadBundle | None = None  #: The bundle, if it was read and judged ahead.
+    prejudged: ReadBundle | None = None  #: The bundle, if it was read and judged ahead.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an existing answer.
     #: Certificates that were signed before, and are given out again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
-    again: set[str] = field(default_factory=set)  #: Names whose answer comes from an earlier run or an earlier job.
+    reissued: set[str] = field(default_factory=set)  #: Names whose answer comes from an earlier run or an earlier job.
     #: By certificate name, the earlier job of this run that signs the same CSR.
-    twins: dict[str, Job] = field(default_factory=dict)
+    duplicates: dict[str, Job] = field(default_factory=dict)
     #: Names whose certificate is in the audit log, but was not delivered.
     recorded: set[str] = field(default_factory=set)
     verdicts: dict[str, PolicyVerdict] = field(default_factory=dict)
@@ -131,10 +131,10 @@ class Job:
     withheld: dict[str, x509.Certificate] = field(default_factory=dict)
     troubles: dict[str, BridgeError] = field(default_factory=dict)  #: Why there is no answer yet.
     #: Troubles that an earlier run recorded; they are not recorded again while a CA is away.
-    noted: str = ""
+    earlier_note: str = ""
     approved_by: str = ""
     #: Requests that need no continuity proof, by certificate name, with a text for the audit log.
-    vouched: Mapping[str, str] = field(default_factory=dict)
+    vouched_for: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
     standing: Standing = field(default_factory=Standing)  #: People's verified decisions from elsewhere.
 
@@ -146,15 +146,15 @@ class Job:
     @property
     def to_sign(self) -> list[BundledRequest]:
         """The requests that have no answer, no trouble and no twin."""
-        decided = self.answers.keys() | self.troubles.keys() | self.twins.keys()
+        decided = self.answers.keys() | self.troubles.keys() | self.duplicates.keys()
         return [request for request in self.bundle.requests if request.name not in decided]
 
-    def take_from_twins(self) -> None:
+    def take_from_duplicates(self) -> None:
         """Take the earlier job's answers, which are signed by now."""
-        for name, twin in self.twins.items():
+        for name, twin in self.duplicates.items():
             if (answer := twin.answers.get(name)) is not None:
                 self.answers[name] = answer
-                self.again.add(name)
+                self.reissued.add(name)
             else:
                 self.troubles[name] = twin.troubles[name]
 
@@ -166,8 +166,8 @@ class Job:
     def was_recorded(self, name: str) -> bool:
         """Whether the audit log already has this certificate of a waiting bundle, this refusal or this trouble."""
         if isinstance(self.answers.get(name), Issued):
-            return not self.is_complete if name in self.again else name in self.recorded
-        return not self.is_complete and self.trouble_text == self.noted
+            return not self.is_complete if name in self.reissued else name in self.recorded
+        return not self.is_complete and self.trouble_text == self.earlier_note
 
     @property
     def is_complete(self) -> bool:
@@ -275,10 +275,10 @@ class Desk:
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 
     def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
-        foreseen = job.ahead.verdicts.get(request.name) if job.ahead is not None else None
+        foreseen = job.prejudged.verdicts.get(request.name) if job.prejudged is not None else None
         certificates = self._cas[request.authority].certificates
         try:
-            waived, held = self._without_proof | job.vouched.keys(), job.origin is not None and job.origin.held
+            waived, held = self._without_proof | job.vouched_for.keys(), job.origin is not None and job.origin.held
             return foreseen or judge(
                 request, job.bundle, self._policy, certificates, self._now(), waived, held=held
             )  # fmt: skip
@@ -324,7 +324,7 @@ class Desk:
         """Answer with the certificate that was signed for this CSR, so that an old bundle never gets a second certificate."""
         issued = answered.issued
         if issued is not None and not self._reason_against(job.requests[request.name], issued):
-            job.again.add(request.name)
+            job.reissued.add(request.name)
             self._hand_out(job, job.requests[request.name], issued)
             return
         if request.name == USER.name:  # whose certificates end after hours; the CSR is the person's, and stays
@@ -493,7 +493,7 @@ class Desk:
             lifetime = one.validity if one.spec == USER else None
             twin = self._asking.setdefault((one.spec.name, one.csr_pem, lifetime), job)
             if twin is not job:
-                job.twins[request.name] = twin
+                job.duplicates[request.name] = twin
         return job
 
     @property
@@ -509,14 +509,16 @@ class Desk:
             for request in job.to_sign:
                 earlier = job.earlier.get(request.name)
                 if earlier is not None and not self._reason_against(job.requests[request.name], earlier):
-                    job.again.add(request.name)
+                    job.reissued.add(request.name)
                     self._hand_out(job, job.requests[request.name], earlier)
                 else:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
             list(pool.map(lambda lot: self._sign_or_leave(self._cas[lot[0]], lot[1], journal), lots.items()))
         by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.copy().items()}
-        parts = [(chunk, list(some)) for chunk, some in groupby(window, lambda job: job.ahead and job.ahead.chunk)]
+        parts = [
+            (chunk, list(some)) for chunk, some in groupby(window, lambda job: job.prejudged and job.prejudged.chunk)
+        ]
         return [(some, self._ask_worker(chunk, some, by)) for chunk, some in parts]
 
     def _sign_or_leave(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
@@ -588,7 +590,7 @@ class Desk:
         for jobs, answer in signed.result():
             found = answer.result() if answer is not None else None
             for job, reasons in zip(jobs, found or [{} for _ in jobs], strict=True):
-                job.take_from_twins()
+                job.take_from_duplicates()
                 self._verify(job, reasons)
                 self._record(job, record)
         record.write()
@@ -619,9 +621,9 @@ class Desk:
         if chunk is None or not self._workers:
             return None
         answered = [
-            (job.ahead.number, {name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)})
+            (job.prejudged.number, {name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)})
             for job in jobs
-            if job.ahead is not None
+            if job.prejudged is not None
         ]
         return self._workers.submit(chunk, compared, answered, by)
 
@@ -655,9 +657,9 @@ class Desk:
             record.describe(request.name, job.requests[request.name], configured.label if configured else "", None)
             verdict = job.verdicts.get(request.name)
             is_proven = verdict is not None and verdict.proven
-            vouched = job.vouched.get(request.name, "" if is_proven else "without a continuity proof")
+            vouched = job.vouched_for.get(request.name, "" if is_proven else "without a continuity proof")
             unproven = f", {vouched}" if vouched else ""
-            event = DELIVERED if request.name in job.again else SIGNED
+            event = DELIVERED if request.name in job.reissued else SIGNED
             common = {"authority": request.authority, "old": request.replaces}
             if isinstance(answer, Issued):
                 record.add(event, request.name, new=answer.leaf, result=f"{about}{unproven}", **common)  # type: ignore[arg-type]

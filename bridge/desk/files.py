@@ -389,7 +389,7 @@ class Session:
         self._seen.add(request_digest)
         out = outbox / file_names(bundle.node, request_digest, self._settings.authorities)[1]
         job = self._job(bundle, request_digest, file.data, file.path, out, lambda: _remove(file.path, file.status))
-        job.ahead = ahead
+        job.prejudged = ahead
         return job
 
     def _job(

@@ -30,7 +30,7 @@ from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
 from bridge.door.signing import BusyError, Signing
-from bridge.door.store import TO_SIGN, DatabaseError, EnrolmentError, Kept, Memory
+from bridge.door.store import TO_SIGN, DatabaseError, DoorDatabase, EnrolmentError, Kept
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError
 from bridge.pki.certificates import pem
@@ -96,7 +96,7 @@ class TurnedAwayError(Exception):
 class Awaited:
     """Lets clients' threads wait for answers, as long as that costs less than another request."""
 
-    def __init__(self, memory: Memory, *, longest: timedelta, places: int) -> None:
+    def __init__(self, memory: DoorDatabase, *, longest: timedelta, places: int) -> None:
         """Let at most `places` threads wait, none longer than `longest`."""
         self._memory = memory
         self._longest = longest
@@ -142,7 +142,7 @@ class Door:
     def __init__(
         self,
         settings: Settings,
-        memory: Memory,
+        memory: DoorDatabase,
         signing: Signing,
         now: Callable[[], datetime],
         pages: Mapping[str, Callable[[], tuple[int, str]]],

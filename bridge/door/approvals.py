@@ -34,7 +34,7 @@ from bridge.desk.policy import PolicyVerdict
 from bridge.door.app import Environ, Reply, assert_method, body_of, kind_of
 from bridge.door.https import PEER
 from bridge.door.signing import Signing
-from bridge.door.store import Kept, Memory
+from bridge.door.store import DoorDatabase, Kept
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import BundledRequest, BundleError, RequestBundle
@@ -107,7 +107,7 @@ class Case:
 class Approvals:
     """Who may decide, what waits, and decisions; thread-safe."""
 
-    def __init__(self, memory: Memory, signing: Signing, decided: Callable[[], object]) -> None:
+    def __init__(self, memory: DoorDatabase, signing: Signing, decided: Callable[[], object]) -> None:
         """Call `decided` after each decision that counts, since there may be something to sign."""
         self.memory = memory
         self.signing = signing

@@ -35,8 +35,8 @@ from bridge.door.store import (
     TO_SIGN,
     UNANSWERED,
     DatabaseError,
+    DoorDatabase,
     Kept,
-    Memory,
     asking,
     database_file,
     open_memory,
@@ -85,7 +85,7 @@ class BehindError(BridgeError):
 class Doors:
     """One door among the others; thread-safe."""
 
-    def __init__(self, memory: Memory, store: Store, door: str) -> None:
+    def __init__(self, memory: DoorDatabase, store: Store, door: str) -> None:
         """`door` is the name of the state directory (`identity`)."""
         self._memory = memory
         self._engine = memory.engine
@@ -288,7 +288,7 @@ def identity(store: Store) -> str:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, *, may_make: bool = False) -> Iterator[tuple[Memory, Doors]]:
+def opened(settings: Settings, *, may_make: bool = False) -> Iterator[tuple[DoorDatabase, Doors]]:
     """Open the database, with this host's door in it."""
     store = Store(settings.node.state_dir)
     with contextlib.closing(open_memory(settings, may_make=may_make)) as memory:
@@ -328,7 +328,7 @@ def restore(settings: Settings, copy: Path, now: Callable[[], datetime]) -> tupl
             )
         _copy(copy, new, new)
         try:  # don't replace the file with one that this version can't use
-            with contextlib.closing(Memory(sqlite_url(new))) as memory:
+            with contextlib.closing(DoorDatabase(sqlite_url(new))) as memory:
                 Doors(memory, store, "").names()
         except DatabaseError as e:
             for end in ("", "-wal", "-shm"):

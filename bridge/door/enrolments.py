@@ -2,7 +2,7 @@
 Enrolments: with a one-time secret from `ca-bridge enroll` at the door's host, a node requests its first certificates.
 
 The operator sets the node and the cluster; the request can't choose them. An enrolment replaces continuity proofs, as
-`ca-bridge sign --without-proof` does, and the policy decides everything else. `Memory.receive` binds an enrolment to
+`ca-bridge sign --without-proof` does, and the policy decides everything else. `DoorDatabase.receive` binds an enrolment to
 one request, in the transaction that stores the request.
 """
 
@@ -19,7 +19,7 @@ import sqlalchemy as sa
 
 from bridge.desk.files import load_policy
 from bridge.desk.policy import node_problems
-from bridge.door.store import ENROLMENTS, EnrolmentError, Memory, open_memory
+from bridge.door.store import ENROLMENTS, DoorDatabase, EnrolmentError, open_memory
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki import node_proofs
 from bridge.pki.bundle import RequestBundle
@@ -87,12 +87,12 @@ class Enrolment:
         return {name: f"by enrolment {self.id} of {self.created_by}" for name in names if name != USER.name}
 
 
-def find(memory: Memory, secret_hash: str) -> Enrolment | None:
+def find(memory: DoorDatabase, secret_hash: str) -> Enrolment | None:
     """Return the enrolment whose secret has this hash, in any state."""
     return next(iter(_found(memory, ENROLMENTS.c.secret_hash == secret_hash)), None)
 
 
-def proven_by(memory: Memory, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
+def proven_by(memory: DoorDatabase, authorization: str, bundle: RequestBundle, digest: str, now: datetime) -> Enrolment:
     """Return the open enrolment that the header proves (EnrolmentError: there is none, or it is for another request)."""
     secret_hash = node_proofs.enrolled_by(authorization, digest)
     found = find(memory, secret_hash) if secret_hash is not None else None
@@ -102,7 +102,7 @@ def proven_by(memory: Memory, authorization: str, bundle: RequestBundle, digest:
     return found
 
 
-def for_requests(memory: Memory, ids: Collection[str]) -> dict[str, Enrolment]:
+def for_requests(memory: DoorDatabase, ids: Collection[str]) -> dict[str, Enrolment]:
     """Return the enrolments that these requests used, by request id."""
     return {
         enrolment.request: enrolment
@@ -111,7 +111,7 @@ def for_requests(memory: Memory, ids: Collection[str]) -> dict[str, Enrolment]:
     }
 
 
-def _found(memory: Memory, which: sa.ColumnElement[bool]) -> list[Enrolment]:
+def _found(memory: DoorDatabase, which: sa.ColumnElement[bool]) -> list[Enrolment]:
     query = sa.select(ENROLMENTS).where(which).order_by(ENROLMENTS.c.id.desc())
     return [Enrolment.of(row) for row in memory.select(query)]
 

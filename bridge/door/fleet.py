@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import sqlalchemy as sa
 
-from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, Memory
+from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, DoorDatabase
 from bridge.pki.expiry import Before, day
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER
 from bridge.system.metrics import labels, metric
@@ -47,7 +47,7 @@ class FleetNode:
     why: str  #: What failed, or what the node waits for.
 
 
-def fleet(memory: Memory, before: Before, now: datetime) -> list[FleetNode]:
+def fleet(memory: DoorDatabase, before: Before, now: datetime) -> list[FleetNode]:
     """Return all nodes, the worst first, then by the next expiry; `before` is the nodes' `renewal.before`."""
     covered, last = _covered(memory), _last(memory)
     places = dict.fromkeys((*covered, *last, *_enrolled(memory, now)))
@@ -99,7 +99,7 @@ def _state(last: _Last | None) -> tuple[NodeState, str]:
     return "waits", note or ("people decide" if state == "undecided" else "waits for its turn")
 
 
-def _covered(memory: Memory) -> dict[_Place, list[_Covered]]:
+def _covered(memory: DoorDatabase) -> dict[_Place, list[_Covered]]:
     ours = CERTIFICATES.c
     whose = (ours.node, ours.cluster, ours.name)
     begun = sa.select(*whose, sa.func.max(ours.begins).label("begins")).group_by(*whose).subquery()
@@ -111,7 +111,7 @@ def _covered(memory: Memory) -> dict[_Place, list[_Covered]]:
     return found
 
 
-def _last(memory: Memory) -> dict[_Place, _Last]:
+def _last(memory: DoorDatabase) -> dict[_Place, _Last]:
     ours = REQUESTS.c
     latest = sa.select(ours.node, ours.cluster, sa.func.max(ours.received).label("at"))
     newest = latest.group_by(ours.node, ours.cluster).subquery()
@@ -123,7 +123,7 @@ def _last(memory: Memory) -> dict[_Place, _Last]:
     }
 
 
-def _enrolled(memory: Memory, now: datetime) -> list[_Place]:
+def _enrolled(memory: DoorDatabase, now: datetime) -> list[_Place]:
     ours = ENROLMENTS.c
     query = sa.select(ours.node, ours.cluster).where(ours.withdrawn.is_(None), ours.ends > now).distinct()
     return [(row["node"], row["cluster"]) for row in memory.select(query)]

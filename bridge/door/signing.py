@@ -37,7 +37,7 @@ from bridge.desk.workers import Judgement, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments
 from bridge.door.doors import Doors, assert_not_behind, identity, is_foreign, left_text
 from bridge.door.enrolments import Enrolment
-from bridge.door.store import TO_SIGN, UNANSWERED, DatabaseError, DecisionRow, IssuedRow, Kept, Memory
+from bridge.door.store import TO_SIGN, UNANSWERED, DatabaseError, DecisionRow, DoorDatabase, IssuedRow, Kept
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, loads_digested, loads_request
@@ -102,7 +102,7 @@ class Signing:
     def __init__(
         self,
         settings: Settings,
-        memory: Memory,
+        memory: DoorDatabase,
         policy_file: Path | None,
         now: Callable[[], datetime],
         trust: Callable[[], Trust] | None = None,
@@ -247,7 +247,7 @@ class Signing:
             return self._round() if is_ours else "busy"
 
     def _round(self) -> Next:
-        desk, left = self.look(), _Left(self)
+        desk, left = self.look(), RoundObserver(self)
         while self._has_new_policy():  # the policy may have changed while the CAs were reached
             desk = self.look()
         with books_open(self._settings, self._store, self._now, _WAIT, "ca-bridge serve") as (journal, record):
@@ -342,12 +342,12 @@ class Signing:
                     bundle, row.digest, row.bundle, archive, label=f"request {row.digest[:16]}", where=row.id,
                     place=lambda _: (), conclude=partial(self._conclude, row, bundle),
                 )  # fmt: skip
-                job.origin, job.vouched = self._proven(row, bundle, used.get(row.id))
+                job.origin, job.vouched_for = self._proven(row, bundle, used.get(row.id))
                 job.answered = {**self._answered(bundle), **job.answered}
-                if expected is not None and self._is_fresh(expected) and job.origin is None and not job.vouched:
-                    job.ahead = expected
+                if expected is not None and self._is_fresh(expected) and job.origin is None and not job.vouched_for:
+                    job.prejudged = expected
                 job.standing = self.standing(row, bundle)
-                job.noted = row.note or ""
+                job.earlier_note = row.note or ""
                 yield job
             except (BundleError, DatabaseError) as e:  # it was intact when it came
                 log.error("request %s of %s: %s", row.digest[:16], row.node, e)  # noqa: TRY400
@@ -368,7 +368,7 @@ class Signing:
         refused = [f"{name}: {each.reason}" for name, each in answer.answers.items() if isinstance(each, Refusal)]
         self._memory.conclude(kept.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
 
-    def _note(self, kept: Sequence[Kept], left: _Left) -> None:
+    def _note(self, kept: Sequence[Kept], left: RoundObserver) -> None:
         for row in kept:
             if row.digest in left.undecided:
                 self._memory.move(row.id, "undecided", before=TO_SIGN, note=left.notes[row.digest])
@@ -428,7 +428,7 @@ class Signing:
         return origin, {request.name: asker.text} if shown is not None else vouched
 
 
-class _Left:
+class RoundObserver:
     """The desk's observer: counts answers, and notes why the other requests have none."""
 
     def __init__(self, signing: Signing) -> None:
@@ -439,6 +439,7 @@ class _Left:
         self.has_answered = False
 
     def answered(self, job: Job, where: str) -> None:
+        """Count a job's answers; without a place for them, note why it waits."""
         node, counts = job.bundle.node, Counter[str]()
         if not where:
             text = self.notes[job.digest] = job.trouble_text or "it waits for its turn"
@@ -447,11 +448,11 @@ class _Left:
             self.is_down |= not all(
                 isinstance(trouble, WaitingError | OtherDeskError) for trouble in job.troubles.values()
             )
-            if text != job.noted:
+            if text != job.earlier_note:
                 log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
             return
         for name, answer in job.answers.items():
-            kind = "refused" if isinstance(answer, Refusal) else "again" if name in job.again else "signed"
+            kind = "refused" if isinstance(answer, Refusal) else "again" if name in job.reissued else "signed"
             counts[kind] += 1
             if isinstance(answer, Refusal):
                 log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)

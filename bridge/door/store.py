@@ -241,7 +241,7 @@ _DECISIONS = (
 )
 
 
-class Memory:
+class DoorDatabase:
     """The database; thread-safe."""
 
     def __init__(self, url: str, password: Secret | None = None) -> None:
@@ -497,7 +497,7 @@ def sqlite_url(path: Path) -> str:
     return sa.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
 
 
-def open_memory(settings: Settings, *, may_make: bool = False) -> Memory:
+def open_memory(settings: Settings, *, may_make: bool = False) -> DoorDatabase:
     """Open the settings' database, which the caller closes (DatabaseError: also if no door has made its file)."""
     store = Store(settings.node.state_dir)
     file, url = database_file(store), settings.serve.database
@@ -509,7 +509,7 @@ def open_memory(settings: Settings, *, may_make: bool = False) -> Memory:
             text = f"{file}: there is no database of a door"
             raise DatabaseError(text, hint=hint, exit_code=Exit.USAGE)
         file.touch(SECRET_MODE)  # SQLite's own mode would let all users read it
-    return Memory(url or sqlite_url(file), settings.serve.database_password)
+    return DoorDatabase(url or sqlite_url(file), settings.serve.database_password)
 
 
 def database_file(store: Store) -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bridge.door.store import Memory
+from bridge.door.store import DoorDatabase
 from bridge.pki.bundle import RequestBundle
 from tests.kit.bundles import make_bundle, old_pairs
 from tests.kit.desks import Desk, make_desk
@@ -62,7 +62,7 @@ def database(request: pytest.FixtureRequest) -> Database:
 
 
 @pytest.fixture
-def memory(database: Database, tmp_path: Path) -> Iterator[Memory]:
+def memory(database: Database, tmp_path: Path) -> Iterator[DoorDatabase]:
     """A door's memory in it."""
     one = database.memory(tmp_path)
     yield one

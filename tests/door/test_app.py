@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from bridge.desk.workers import ReadBundle
 from bridge.door import app
 from bridge.door.app import Awaited, Door
-from bridge.door.store import Memory, sqlite_url
+from bridge.door.store import DoorDatabase, sqlite_url
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_request
 from bridge.settings import Source
@@ -35,12 +35,12 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+def received(memory: DoorDatabase, digest_: str = "aa", **more: Any) -> str:
     values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
     return memory.receive(values.pop("data", b"bundle"), **values)
 
 
-def fill(memory: Memory) -> None:
+def fill(memory: DoorDatabase) -> None:
     """Let SQLite itself say that its disk is full, and let all that waits in its log be in the file."""
     with memory.engine.connect() as connection:
         connection.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
@@ -66,7 +66,7 @@ def unjudged(bundle: RequestBundle) -> ReadBundle:
     return ReadBundle(bundle=bundle, digest=digest(bundle))
 
 
-def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
+def make_application(memory: DoorDatabase, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
     serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute)
     signing: Any = SimpleNamespace(
         read=lambda data, _: unjudged(loads_request(data)),
@@ -78,7 +78,7 @@ def make_application(memory: Memory, *, is_judged: bool = True, a_minute: int = 
     return Door(Settings(source=Source(None, ""), serve=serve), memory, signing, now, {})
 
 
-def test_one_address_has_a_rate(memory: Memory) -> None:
+def test_one_address_has_a_rate(memory: DoorDatabase) -> None:
     """The answer to one more says when to come again; another address gets its answer."""
     door = make_application(memory, a_minute=3)
     statuses = [posted(door, b"text")[0] for _ in range(4)]
@@ -89,7 +89,7 @@ def test_one_address_has_a_rate(memory: Memory) -> None:
     assert posted(door, b"text", peer="192.0.2.2")[0] == "400 Bad Request"
 
 
-def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pki) -> None:
+def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: DoorDatabase, pki: Pki) -> None:
     """A stranger fills that while no CA was reached, and a node whose request can be judged still gets in."""
     first, second, third = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(3))
     unjudged = make_application(memory, is_judged=False)
@@ -99,7 +99,7 @@ def test_what_can_not_be_judged_gets_a_tenth_of_the_room(memory: Memory, pki: Pk
     assert posted(make_application(memory), third)[0] == "202 Accepted"
 
 
-def test_what_can_not_be_judged_is_not_long(memory: Memory, pki: Pki) -> None:
+def test_what_can_not_be_judged_is_not_long(memory: DoorDatabase, pki: Pki) -> None:
     """A stranger's, of which rounds hold two hundred, would take a door's memory; a node's comes again for its CA."""
     data = dumps(make_bundle(old_pairs(pki, ["apiserver"])))
     long = data + b" " * ((64 << 10) + 1 - len(data))
@@ -112,7 +112,7 @@ def test_what_can_not_be_judged_is_not_long(memory: Memory, pki: Pki) -> None:
     assert posted(unjudged, dumps(make_bundle(old_pairs(pki, ["apiserver"]))))[0] == "202 Accepted"
 
 
-def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> None:
+def test_where_many_wait_nodes_look_again_later(memory: DoorDatabase, pki: Pki) -> None:
     """A second for each 60 that were there before; those for people don't count."""
     first, second = (dumps(make_bundle(old_pairs(pki, ["apiserver"]))) for _ in range(2))
     door = make_application(memory, waiting=250)
@@ -128,7 +128,7 @@ def test_where_many_wait_nodes_look_again_later(memory: Memory, pki: Pki) -> Non
     assert (many, fewer, few) == ("3", "2", "1")
 
 
-def test_an_answer_that_comes_soon_is_waited_for(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_comes_soon_is_waited_for(memory: DoorDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """By as many threads as there are places; a further one gets the request as it is."""
     monkeypatch.setattr(app, "_LOOK_SECONDS", _PATIENCE.total_seconds())  # it is the round that says so
     kept = memory.find(received(memory, "aa"))
@@ -149,7 +149,7 @@ def test_an_answer_that_comes_soon_is_waited_for(memory: Memory, monkeypatch: py
 
 def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle, caplog: pytest.LogCaptureFixture) -> None:
     """503 with Retry-After, and a sentence without the database's own words, which the log has."""
-    memory = Memory(sqlite_url(tmp_path / "door.db"))
+    memory = DoorDatabase(sqlite_url(tmp_path / "door.db"))
     door = make_application(memory)
     big = json.dumps({**json.loads(dumps(bundle)), "digest": digest(bundle)}).encode() + b" " * 100_000
     fill(memory)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from bridge.contract import Issued
 from bridge.desk.approval import Decision, Verdict
 from bridge.door import approvals
-from bridge.door.store import DECISIONS, REQUESTS, Memory, sqlite_url
+from bridge.door.store import DECISIONS, REQUESTS, DoorDatabase, sqlite_url
 from bridge.errors import Exit
 from bridge.pki import signatures
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle
@@ -491,12 +491,12 @@ def test_sign_asks_for_the_same_approval(tmp_path: Path, pki: Pki, bundle: Reque
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
 
-def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+def received(memory: DoorDatabase, digest_: str = "aa", **more: Any) -> str:
     values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
     return memory.receive(values.pop("data", b"bundle"), **values)
 
 
-def test_a_list_for_people_reads_no_more_than_it_shows(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_for_people_reads_no_more_than_it_shows(memory: DoorDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten thousand bundles may wait for people, and a look at the first of them is not to take the memory of all."""
     for number in range(3):
         memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
@@ -515,7 +515,7 @@ def test_a_list_for_people_reads_no_more_than_it_shows(memory: Memory, monkeypat
     assert found == [2]
 
 
-def test_a_list_for_people_has_one_bundle_in_memory(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_for_people_has_one_bundle_in_memory(memory: DoorDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is read when it is its turn: two hundred with a stranger's SANs would take more than a door's unit has."""
     for number in range(3):
         memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])

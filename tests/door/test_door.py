@@ -302,7 +302,7 @@ def running_workers(door: ServeProgram) -> int:
 @pytest.mark.parametrize(
     ("module", "function", "before"),
     [
-        ("door.store", "Memory.receive", False),  # a request is kept, and its node does not know it
+        ("door.store", "DoorDatabase.receive", False),  # a request is kept, and its node does not know it
         *SIGNING_STEPS,
     ],
 )

@@ -31,7 +31,7 @@ from bridge.door.doors import (
     newest_round,
 )
 from bridge.door.signing import Signing
-from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, Kept, Memory, database_file, open_memory
+from bridge.door.store import CERTIFICATES, DOORS, REQUESTS, DoorDatabase, Kept, database_file, open_memory
 from bridge.errors import BackendUnavailableError, Exit
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
@@ -79,7 +79,7 @@ def awaited(door: ServeProgram, place: str) -> AnswerBundle:
     return loads_answer(answer.body)
 
 
-def silence(memory: Memory) -> None:
+def silence(memory: DoorDatabase) -> None:
     """Let all doors have been silent for long."""
     with memory.engine.begin() as connection:
         connection.execute(DOORS.update().values(seen=now() - timedelta(minutes=5)))
@@ -135,7 +135,7 @@ def test_the_audit_log_is_compared_with_the_database() -> None:
         assert_not_behind(recorded, 2)
 
 
-def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: Memory, tmp_path: Path) -> None:
+def test_a_door_that_the_database_does_not_hear_of_asks_no_ca(memory: DoorDatabase, tmp_path: Path) -> None:
     """Another door may be signing in its place; a door whose sign of life arrived asks, unless it is ending."""
     doors = Doors(memory, Store(tmp_path), "us")
     doors.alive()
@@ -168,7 +168,7 @@ def test_a_journal_lets_no_ca_be_asked_after_an_error(bundle: RequestBundle, tmp
 # --- several doors ----------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_one_doors(memory: Memory, tmp_path: Path) -> None:
+def test_a_request_is_one_doors(memory: DoorDatabase, tmp_path: Path) -> None:
     """A door begins what is new, its own, and what a silent door has begun; never what a living one has."""
     us, they = (Doors(memory, Store(tmp_path), name) for name in ("us", "they"))
     us.alive()
@@ -305,7 +305,7 @@ def test_what_people_approved_by_est_outlives_the_door_that_has_begun_it(
         assert desk.run("audit", "verify", "--state-dir", state).returncode == 0
 
 
-def received(memory: Memory, bundle: RequestBundle) -> str:
+def received(memory: DoorDatabase, bundle: RequestBundle) -> str:
     asked = digest(bundle)
     return memory.receive(
         dumps(bundle), digest=asked, node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
@@ -313,14 +313,14 @@ def received(memory: Memory, bundle: RequestBundle) -> str:
 
 
 @pytest.fixture
-def signing(desk: Desk, memory: Memory) -> Iterator[Signing]:
+def signing(desk: Desk, memory: DoorDatabase) -> Iterator[Signing]:
     one = Signing(load(desk.config), memory, desk.policy, now)
     yield one
     one.close()
 
 
 def test_people_decide_where_a_ca_can_not_tell(
-    signing: Signing, desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+    signing: Signing, desk: Desk, memory: DoorDatabase, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that another door has begun is left, with a note that says where to look, until people have it signed."""
     monkeypatch.setattr(CA, "tells", lambda _: False)
@@ -347,7 +347,7 @@ def test_people_decide_where_a_ca_can_not_tell(
 
 
 def test_a_passing_error_leaves_nothing_to_people(
-    signing: Signing, desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+    signing: Signing, desk: Desk, memory: DoorDatabase, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CA that fails when it is asked what it can tell is asked again by the next round, and meanwhile the request waits."""
     tells, errors = CA.tells, [BackendUnavailableError("a hiccup")]
@@ -372,7 +372,7 @@ def test_a_passing_error_leaves_nothing_to_people(
 
 
 def test_what_a_restore_leaves_to_people_is_said_once(
-    signing: Signing, memory: Memory, pki: Pki, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch,
+    signing: Signing, memory: DoorDatabase, pki: Pki, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """A request that this door had begun before is judged in each round, with one line in all, and holds up no other."""
@@ -397,7 +397,7 @@ def test_what_a_restore_leaves_to_people_is_said_once(
 
 
 def test_what_waits_for_a_ca_to_tell_holds_up_no_other(
-    signing: Signing, desk: Desk, memory: Memory, pki: Pki, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+    signing: Signing, desk: Desk, memory: DoorDatabase, pki: Pki, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much another door has begun at a CA that can't be used now, other CAs go on signing."""
     monkeypatch.setattr("bridge.door.signing._MOST", 1)
@@ -415,7 +415,7 @@ def test_what_waits_for_a_ca_to_tell_holds_up_no_other(
 
 
 def test_a_ca_that_is_away_holds_up_no_other(
-    signing: Signing, desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch
+    signing: Signing, desk: Desk, memory: DoorDatabase, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More wait than a round takes: what the other CA signs is signed round after round, without a pause."""
     monkeypatch.setattr("bridge.door.signing._MOST", 2)
@@ -431,7 +431,7 @@ def test_a_ca_that_is_away_holds_up_no_other(
 
 
 def test_a_csr_that_another_door_has_answered_is_known(
-    signing: Signing, memory: Memory, bundle: RequestBundle, pki: Pki
+    signing: Signing, memory: DoorDatabase, bundle: RequestBundle, pki: Pki
 ) -> None:
     """The certificates of the database answer the same CSRs in any bundle, though our archive has none; other CSRs have none."""
     place = received(memory, bundle)
@@ -606,7 +606,7 @@ def test_two_programs_are_not_one_door(desk: Desk) -> None:
 # --- retention --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_old_is_forgotten(signing: Signing, memory: Memory, bundle: RequestBundle) -> None:
+def test_what_is_old_is_forgotten(signing: Signing, memory: DoorDatabase, bundle: RequestBundle) -> None:
     """Answered requests lose what they hold, and certificates go when they have ended; what waits stays, however old."""
     answered = received(memory, bundle)
     signing.round()

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.door import DoorBackend, DoorSettings
 from bridge.contract import Issued, Pending, Secret
-from bridge.door.store import EnrolmentError, Memory, sqlite_url
+from bridge.door.store import DoorDatabase, EnrolmentError, sqlite_url
 from bridge.errors import BackendError, BackendRefusedError, Exit, LocalFileError
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, dumps, loads_answer
@@ -246,7 +246,7 @@ def test_an_old_secret_spoils_no_request_with_proofs(door: ServeProgram, pki: Pk
 
 def test_a_use_that_comes_too_late_keeps_no_request(tmp_path: Path) -> None:
     """The row that binds the secret and the row of the request are written together, or neither is."""
-    memory = Memory(sqlite_url(tmp_path / "door.db"))
+    memory = DoorDatabase(sqlite_url(tmp_path / "door.db"))
     who = {"node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": datetime.now(UTC)}
     try:
         with pytest.raises(EnrolmentError):

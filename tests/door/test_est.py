@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.door.est import csr_attributes
-from bridge.door.store import Memory, sqlite_url
+from bridge.door.store import DoorDatabase, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.csr import generate_key, key_pem
 from bridge.specs import SPECS
@@ -111,7 +111,7 @@ def test_the_same_request_gets_the_same_certificate(own_door: EstDoor) -> None:
     agent, csr = own_door.agent(), make_csr()
     found = [enrolled(own_door, csr, agent) for _ in range(2)]
     other = enrolled(own_door, make_csr(), agent)
-    memory = Memory(sqlite_url(own_door.desk.state / "door.db"))
+    memory = DoorDatabase(sqlite_url(own_door.desk.state / "door.db"))
     memory.forget(datetime.now(UTC) + timedelta(days=1))
     memory.close()
     late = own_door.enrol(csr, agent)

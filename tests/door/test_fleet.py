@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bridge.door.fleet import fleet, metrics
-from bridge.door.store import ENROLMENTS, IssuedRow, Memory, open_memory, sqlite_url
+from bridge.door.store import ENROLMENTS, DoorDatabase, IssuedRow, open_memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.expiry import Before
 from bridge.settings.load import load
@@ -24,14 +24,14 @@ _YEAR = timedelta(days=365)
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Memory]:
-    one = Memory(sqlite_url(tmp_path / "door.db"))
+def memory(tmp_path: Path) -> Iterator[DoorDatabase]:
+    one = DoorDatabase(sqlite_url(tmp_path / "door.db"))
     yield one
     one.close()
 
 
 def asked(
-    memory: Memory,
+    memory: DoorDatabase,
     node: str,
     ago: timedelta,
     *,
@@ -54,7 +54,7 @@ def asked(
     memory.conclude(request, b"answer", [row], heard, note)
 
 
-def test_each_state_of_a_node(memory: Memory) -> None:
+def test_each_state_of_a_node(memory: DoorDatabase) -> None:
     """The worst first; half of the time for a renewal without a request is silence, and a refusal is not."""
     day = timedelta(days=1)
     asked(memory, "expired", 400 * day, left=-day)
@@ -76,7 +76,7 @@ def test_each_state_of_a_node(memory: Memory) -> None:
     ]
 
 
-def test_what_people_have_is_no_nodes(memory: Memory) -> None:
+def test_what_people_have_is_no_nodes(memory: DoorDatabase) -> None:
     """A user's certificate of some hours and super-admin.conf end by themselves."""
     for name in ("user", "super-admin.conf"):
         asked(memory, "cp-1", timedelta(days=2), left=-timedelta(days=1), name=name)
@@ -85,7 +85,7 @@ def test_what_people_have_is_no_nodes(memory: Memory) -> None:
     assert [(one.state, one.name) for one in fleet(memory, _BEFORE, NOW)] == [("ok", "apiserver")]
 
 
-def test_a_kubelet_that_rotates_by_itself_is_not_expired(memory: Memory) -> None:
+def test_a_kubelet_that_rotates_by_itself_is_not_expired(memory: DoorDatabase) -> None:
     """What day 0 had signed counts until others that live as long are renewed without it, and a pair of some days is none."""
     day = timedelta(days=1)
     names = ("kubelet.conf", "kubelet-server", "apiserver")
@@ -102,7 +102,7 @@ def test_a_kubelet_that_rotates_by_itself_is_not_expired(memory: Memory) -> None
     assert found["cp-2"][0] == found["cp-3"][0] == "expired"
 
 
-def test_the_newest_certificate_counts(memory: Memory) -> None:
+def test_the_newest_certificate_counts(memory: DoorDatabase) -> None:
     """An older one that ends later covers nothing: the node has replaced it; nor is a node new whose secret is over."""
     day = timedelta(days=1)
     asked(memory, "cp-1", 20 * day, left=300 * day)
@@ -113,7 +113,7 @@ def test_the_newest_certificate_counts(memory: Memory) -> None:
     assert [(one.node, one.state) for one in fleet(memory, _BEFORE, NOW)] == [("cp-1", "expired")]
 
 
-def test_the_metrics_have_every_node(memory: Memory) -> None:
+def test_the_metrics_have_every_node(memory: DoorDatabase) -> None:
     """The metrics count the nodes of each state, and have each node's next end."""
     asked(memory, "cp-1", timedelta(days=1), left=-timedelta(days=1))
     text = metrics(fleet(memory, _BEFORE, NOW))
@@ -137,7 +137,7 @@ def test_the_command_shows_them_at_80_columns(tmp_path: Path, monkeypatch: pytes
     assert desk.run("fleet").stdout == "no nodes: none has asked this door yet\n"
     assert desk.run("enroll", "cp-9").returncode == Exit.DONE
     new = desk.run("fleet")
-    memory = Memory(sqlite_url(desk.state / "door.db"))
+    memory = DoorDatabase(sqlite_url(desk.state / "door.db"))
     asked(memory, "cp-1", timedelta(days=400), left=-timedelta(days=1))
     memory.close()
     shown = desk.run("fleet", "-o", "json")

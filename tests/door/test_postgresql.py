@@ -12,7 +12,7 @@ import pytest
 
 from bridge.contract import Issued
 from bridge.door.approvals import query
-from bridge.door.store import DatabaseError, Memory
+from bridge.door.store import DatabaseError, DoorDatabase
 from bridge.errors import Exit
 from bridge.pki.bundle import AnswerBundle
 from bridge.pki.bundle_format import dumps, loads_answer
@@ -115,7 +115,7 @@ def answered(door: ServeProgram, bundle: bytes) -> AnswerBundle:
 
 def test_a_search_for_what_no_text_has_finds_all(shared_database: Database) -> None:
     """PostgreSQL refuses a NUL in any text; the page leaves it out of the query."""
-    with contextlib.closing(Memory(shared_database.url, shared_database.password)) as memory:
+    with contextlib.closing(DoorDatabase(shared_database.url, shared_database.password)) as memory:
         with pytest.raises(DatabaseError):
             memory.search("\0", 1)
         assert memory.search(query({"QUERY_STRING": "q=%00cp-1"}), 1) == []
@@ -124,7 +124,7 @@ def test_a_search_for_what_no_text_has_finds_all(shared_database: Database) -> N
 def test_doors_that_start_together_make_the_tables_once(shared_database: Database) -> None:
     """Each begins, and none finds them half made."""
     with ThreadPoolExecutor(4) as pool:
-        memories = list(pool.map(lambda _: Memory(shared_database.url, shared_database.password), range(4)))
+        memories = list(pool.map(lambda _: DoorDatabase(shared_database.url, shared_database.password), range(4)))
     for one in memories:
         assert one.counts() == {}
         one.close()
@@ -133,7 +133,7 @@ def test_doors_that_start_together_make_the_tables_once(shared_database: Databas
 def test_a_database_of_another_kind_is_refused() -> None:
     """The message says which packages there are; its twin is a server that does not answer."""
     with pytest.raises(DatabaseError, match="wanted a database") as e:
-        Memory("oracle://db.example/door")
+        DoorDatabase("oracle://db.example/door")
     assert "requirements-serve.lock" in e.value.hint
     with pytest.raises(DatabaseError, match=r"[Cc]onnection refused"):
-        Memory("postgresql://door@127.0.0.1:9/door", Secret("env", "PATH"))
+        DoorDatabase("postgresql://door@127.0.0.1:9/door", Secret("env", "PATH"))

@@ -10,10 +10,10 @@ from unittest.mock import Mock
 import sqlalchemy as sa
 
 from bridge.door.service import Service
-from bridge.door.store import Memory
+from bridge.door.store import DoorDatabase
 
 
-def test_a_look_at_readiness_counts_nothing(memory: Memory) -> None:
+def test_a_look_at_readiness_counts_nothing(memory: DoorDatabase) -> None:
     """Strangers may ask: the database says in one step that it answers, however many requests it has."""
     statements: list[str] = []
     sa.event.listen(memory.engine, "before_cursor_execute", lambda *about: statements.append(about[2]))

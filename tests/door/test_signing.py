@@ -18,7 +18,7 @@ from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
 from bridge.desk.workers import Judgement, ReadBundle, Workers
 from bridge.door.signing import Signing
-from bridge.door.store import DatabaseError, Memory, sqlite_url
+from bridge.door.store import DatabaseError, DoorDatabase, sqlite_url
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.settings.load import load
@@ -37,12 +37,12 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+def received(memory: DoorDatabase, digest_: str = "aa", **more: Any) -> str:
     values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
     return memory.receive(values.pop("data", b"bundle"), **values)
 
 
-def forbid(memory: Memory, what: str) -> None:
+def forbid(memory: DoorDatabase, what: str) -> None:
     """Let the database itself refuse, from now on, to do this."""
     statements = [f"CREATE TRIGGER too_full BEFORE {what} BEGIN SELECT RAISE(FAIL, 'full'); END"]
     if memory.engine.dialect.name == "postgresql":
@@ -53,7 +53,7 @@ def forbid(memory: Memory, what: str) -> None:
             connection.execute(sa.text(one))
 
 
-def allow(memory: Memory, what: str) -> None:
+def allow(memory: DoorDatabase, what: str) -> None:
     """Let it do this again."""
     table = what.rpartition(" ")[2] if memory.engine.dialect.name == "postgresql" else ""
     with memory.engine.begin() as connection:
@@ -64,7 +64,9 @@ def unjudged(bundle: RequestBundle) -> ReadBundle:
     return ReadBundle(bundle=bundle, digest=digest(bundle))
 
 
-def test_a_database_that_can_not_be_written_to_asks_no_ca(desk: Desk, memory: Memory, bundle: RequestBundle) -> None:
+def test_a_database_that_can_not_be_written_to_asks_no_ca(
+    desk: Desk, memory: DoorDatabase, bundle: RequestBundle
+) -> None:
     """The round ends before a CA is asked; when the database is back, the next one signs."""
     place = memory.receive(
         dumps(bundle), digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
@@ -88,7 +90,7 @@ def test_a_database_that_can_not_be_written_to_asks_no_ca(desk: Desk, memory: Me
 
 
 def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
-    desk: Desk, memory: Memory, bundle: RequestBundle
+    desk: Desk, memory: DoorDatabase, bundle: RequestBundle
 ) -> None:
     """The CA has signed, and the database failed: the next round answers with the same certificate."""
     memory.receive(
@@ -120,7 +122,7 @@ CHANGES: dict[str, Callable[[Judgement], Judgement]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
-    desk: Desk, memory: Memory, bundle: RequestBundle, what: str
+    desk: Desk, memory: DoorDatabase, bundle: RequestBundle, what: str
 ) -> None:
     """A refusal that the policy does not give is taken over, or else the request is judged again, and signed; a long one, too."""
     data = dumps(bundle) + b" " * 100_000
@@ -145,7 +147,7 @@ def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
 
 
 def test_what_came_takes_so_many_bytes_of_memory(
-    desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, memory: DoorDatabase, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latest bundles are kept for a round, as long as the limit has room for all; the others are read again."""
     monkeypatch.setattr("bridge.door.signing._LARGEST_READ_BYTES", 25)
@@ -160,7 +162,7 @@ def test_what_came_takes_so_many_bytes_of_memory(
 
 @pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Refusal), ("after it", Issued)])
 def test_a_round_is_by_one_policy(
-    desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Issued | Refusal]
+    desk: Desk, memory: DoorDatabase, pki: Pki, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Issued | Refusal]
 ) -> None:
     """A policy that comes while a round begins counts for all of it, whether a request was judged when it came or not."""
     signing, places = Signing(load(desk.config), memory, desk.policy, now), []
@@ -188,7 +190,7 @@ def test_a_round_is_by_one_policy(
 
 
 def test_a_round_begins_by_cas_that_took_long_to_reach(
-    desk: Desk, memory: Memory, pki: Pki, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, memory: DoorDatabase, pki: Pki, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CA that took longer to reach than it is kept for is asked, and not reached again and again."""
     monkeypatch.setattr("bridge.door.signing._OPEN_SECONDS", 0.0)
@@ -225,7 +227,7 @@ def test_requests_that_come_do_not_hold_up_a_round(
     monkeypatch.setattr("bridge.door.signing._AT_WORKERS", room)
     monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
     every = [replace(bundle, batch=f"{number:032x}") for number in range(12)]
-    with closing(Memory(sqlite_url(tmp_path / "door.db"))) as memory, closing(Counted()) as workers:
+    with closing(DoorDatabase(sqlite_url(tmp_path / "door.db"))) as memory, closing(Counted()) as workers:
         signing = Signing(load(desk.config), memory, desk.policy, now)
         signing.workers = workers
         signing.look()
@@ -244,7 +246,7 @@ def test_requests_that_come_do_not_hold_up_a_round(
 
 
 def test_a_malformed_bundle_is_read_by_a_worker_alone(
-    desk: Desk, memory: Memory, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, memory: DoorDatabase, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its error has the same text as without a worker; the door's own process, which signs, does not read it."""
     signing, malformed = (

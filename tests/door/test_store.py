@@ -16,14 +16,14 @@ from alembic.migration import MigrationContext
 
 from bridge.door import store
 from bridge.door.doors import Doors
-from bridge.door.store import METADATA, DatabaseError, IssuedRow, Memory, sqlite_url
+from bridge.door.store import METADATA, DatabaseError, DoorDatabase, IssuedRow, sqlite_url
 from bridge.state import Store
 from tests.kit.serving import Database
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 
 
-def received(memory: Memory, digest_: str = "aa", **more: Any) -> str:
+def received(memory: DoorDatabase, digest_: str = "aa", **more: Any) -> str:
     values = {"digest": digest_, "node": "cp-1", "cluster": "kubernetes", "peer": "192.0.2.1", "now": NOW, **more}
     return memory.receive(values.pop("data", b"bundle"), **values)
 
@@ -34,7 +34,7 @@ def issued(**more: Any) -> IssuedRow:
     return IssuedRow(**values)
 
 
-def test_a_new_database_has_the_tables_of_this_version(memory: Memory) -> None:
+def test_a_new_database_has_the_tables_of_this_version(memory: DoorDatabase) -> None:
     """A new database has the tables that the program writes to; a missing table is noticed."""
     with memory.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
@@ -65,10 +65,10 @@ def test_a_new_file_has_all_tables_or_none(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patched:
         patched.setattr("alembic.command.stamp", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            Memory(sqlite_url(place))
+            DoorDatabase(sqlite_url(place))
     with closing(sqlite3.connect(place)) as file:
         assert file.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-    with closing(Memory(sqlite_url(place))) as memory, memory.engine.connect() as connection:
+    with closing(DoorDatabase(sqlite_url(place))) as memory, memory.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []
 
 
@@ -77,14 +77,14 @@ def test_a_database_of_this_version_is_opened_while_another_program_writes(
 ) -> None:
     """`ca-bridge fleet` waits for no door's write; only a database that gets tables is locked."""
     place = tmp_path / "door.db"
-    with closing(Memory(sqlite_url(place))) as first:
+    with closing(DoorDatabase(sqlite_url(place))) as first:
         request = received(first)
     monkeypatch.setattr(store, "_BUSY_SECONDS", 0)
     with closing(sqlite3.connect(place, isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
-        with closing(Memory(sqlite_url(place))) as second:
+        with closing(DoorDatabase(sqlite_url(place))) as second:
             assert second.find(request) is not None
-        with pytest.raises(DatabaseError, match="locked"), closing(Memory(sqlite_url(place))) as third:
+        with pytest.raises(DatabaseError, match="locked"), closing(DoorDatabase(sqlite_url(place))) as third:
             received(third, "bb")
 
 
@@ -94,17 +94,17 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     with closing(sqlite3.connect(place)) as file:
         file.execute("CREATE TABLE certificates (serial TEXT)")
     with pytest.raises(DatabaseError, match="certificates already exists"):
-        Memory(sqlite_url(place))
+        DoorDatabase(sqlite_url(place))
     with closing(sqlite3.connect(place)) as file:
         assert file.execute("SELECT name FROM sqlite_master").fetchall() == [("certificates",)]
 
 
-def test_the_same_bundle_has_one_id(memory: Memory) -> None:
+def test_the_same_bundle_has_one_id(memory: DoorDatabase) -> None:
     """Another bundle has another."""
     assert received(memory, "aa") == received(memory, "aa") != received(memory, "bb")
 
 
-def test_a_request_goes_from_waiting_to_answered(memory: Memory, tmp_path: Path) -> None:
+def test_a_request_goes_from_waiting_to_answered(memory: DoorDatabase, tmp_path: Path) -> None:
     """The request that was tried least recently is next; an answer that is written twice is one."""
     first, second = received(memory, "aa"), received(memory, "bb", now=NOW + timedelta(seconds=1))
     doors = Doors(memory, Store(tmp_path), "us")

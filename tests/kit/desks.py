@@ -31,8 +31,8 @@ SIGNING_STEPS = (
     ("ca", "CA.ask", False),  # signed, and not written down
     ("desk.desk", "Desk._verify", True),  # signed and in the journal
     ("desk.records", "_sync_directories", False),  # in the archive
-    ("door.store", "Memory.conclude", True),  # as before
-    ("door.store", "Memory.conclude", False),  # answered
+    ("door.store", "DoorDatabase.conclude", True),  # as before
+    ("door.store", "DoorDatabase.conclude", False),  # answered
 )
 
 

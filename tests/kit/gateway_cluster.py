@@ -237,7 +237,7 @@ class Figures:
     takeovers: list[float] = field(default_factory=list)  #: Seconds until another gateway worked.
     outages: list[float] = field(default_factory=list)  #: Seconds that the API server did not answer.
     flooded: int = 0  #: Large requests of one worker.
-    most_mb: float = 0  #: Memory of a gateway.
+    most_mb: float = 0  #: DoorDatabase of a gateway.
     waited: list[float] = field(default_factory=list)  #: Seconds until an honest request was answered, nothing killed.
     waited_upset: list[float] = field(default_factory=list)  #: The same with a kill shortly before or meanwhile.
     untrue: list[str] = field(default_factory=list)  #: What a gateway said of its health that was not so.

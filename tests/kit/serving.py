@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from bridge.door.store import Memory, sqlite_url
+from bridge.door.store import DoorDatabase, sqlite_url
 from bridge.secret import Secret
 from bridge.system.waiting import wait_until
 from tests.kit.est import make_tls
@@ -150,9 +150,9 @@ class Database:
         """As the settings have it."""
         return Secret("file", str(self.password_file)) if self.password_file is not None else None
 
-    def memory(self, directory: Path) -> Memory:
+    def memory(self, directory: Path) -> DoorDatabase:
         """What a door has of it; a SQLite file is in the directory."""
-        return Memory(self.url or sqlite_url(directory / "door.db"), self.password)
+        return DoorDatabase(self.url or sqlite_url(directory / "door.db"), self.password)
 
 
 def add_door(config: Path, directory: Path, more: str = "", address: str = "127.0.0.1") -> ServeProgram:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from bridge.door.doors import left_text
-from bridge.door.store import UNANSWERED, Memory, database_file, sqlite_url
+from bridge.door.store import UNANSWERED, DoorDatabase, database_file, sqlite_url
 from bridge.pki.certificates import pem
 from bridge.state import Store, audit
 from bridge.system.waiting import wait_until
@@ -96,7 +96,7 @@ class Site:
     def left_to_people(self) -> str:
         """The digest of a request that a door on another host had begun, as a door leaves it that finds it so."""
         store = Store(self.door.root / "var/lib/ca-bridge")
-        with contextlib.closing(Memory(sqlite_url(database_file(store)))) as memory:
+        with contextlib.closing(DoorDatabase(sqlite_url(database_file(store)))) as memory:
             [one] = memory.in_state("undecided")
             text = left_text(replace(one, signer="gone"), {"gone": "ca-door-1"})
             memory.move(one.id, "left", before=UNANSWERED, note=text)

@@ -165,7 +165,7 @@ def measured(command: Sequence[str], directory: Path) -> Run:
         process = subprocess.Popen(
             command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=messages
         )
-        memory = Memory(process.pid)
+        memory = DoorDatabase(process.pid)
         code = process.wait()
         seconds = time.perf_counter() - begin
         megabytes = memory.highest()
@@ -175,7 +175,7 @@ def measured(command: Sequence[str], directory: Path) -> Run:
     return Run(seconds=seconds, megabytes=megabytes)
 
 
-class Memory:
+class DoorDatabase:
     """Looks now and then at what a process and its descendants have in memory, all together."""
 
     def __init__(self, pid: int) -> None:
