@@ -87,7 +87,7 @@ def settings_show(common: Common) -> None:
 
 @command(settings_group, "check")
 def settings_check(common: Common) -> None:
-    """ConformanceCheck the whole settings file, backends' tables included; asks no CA."""
+    """Check the whole settings file, backends' tables included; asks no CA."""
     settings, problems = common.examined()
     if settings.source.file is None:
         problem = SettingsProblem("", "a settings file", "none", DEFAULT_FILE)
