@@ -526,12 +526,12 @@ def name_problems(
 
 
 def _subject_problems(
-    name: str, attributes_: Sequence[tuple[str, str]], policy: Policy, node: str, replaced: x509.Certificate | None
+    name: str, subject: Sequence[tuple[str, str]], policy: Policy, node: str, replaced: x509.Certificate | None
 ) -> Iterator[str]:
     rules, old = policy.rules(name), attributes(replaced.subject) if replaced is not None else None
-    if (O_OID, MASTERS) in attributes_:
+    if (O_OID, MASTERS) in subject:
         yield from _masters_problem(old, may_be=name in policy.allow.masters)
-    rest = sorted(item for item in attributes_ if item != (O_OID, MASTERS))
+    rest = sorted(item for item in subject if item != (O_OID, MASTERS))
     if rules.subjects is not None:
         if not any(rest == subject_pattern(text, node) for text in rules.subjects):
             allowed = [text.replace("{node}", node) for text in rules.subjects]

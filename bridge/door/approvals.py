@@ -202,9 +202,7 @@ class Approvals:
         return self._store_decision(case, decision)
 
     def _store_decision(self, case: Case, decision: Decision) -> Case:
-        earlier = [
-            decision_.verdict for decision_ in case.standing.decisions if decision_.approver == decision.approver
-        ]
+        earlier = [other.verdict for other in case.standing.decisions if other.approver == decision.approver]
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
         is_kept = not earlier and self.memory.decide(
             case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True

@@ -332,11 +332,11 @@ def _manifests(kubeconfig_dir: Path) -> tuple[dict[Component, Manifest], list[st
     return found, troubles
 
 
-def _has_local_etcd(manifests_: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
+def _has_local_etcd(by_component: Mapping[Component, Manifest], pki_dir: Path, kubeconfig_dir: Path) -> bool:
     """Whether etcd runs on this node; without an API server's manifest it counts as local, as for kubeadm."""
     traces = [pki_dir / f"{SPECS[name].base}.crt" for name in ("etcd-server", "etcd-peer")]
     traces.append(manifests.path_of(Component.ETCD, kubeconfig_dir))
-    return Component.APISERVER not in manifests_ or any(map(_exists, traces))
+    return Component.APISERVER not in by_component or any(map(_exists, traces))
 
 
 def _exists(path: Path) -> bool:
@@ -466,11 +466,11 @@ def _component_server(
     spec: CertificateSpec,
     authority: AuthorityState,
     pki_dir: Path,
-    manifests_: Mapping[Component, Manifest],
+    by_component: Mapping[Component, Manifest],
     others: Sequence[Item],
 ) -> list[Item]:
     """A component's serving certificate, at the path in its manifest or else at our own; None if the file is another pair's."""
-    manifest = None if spec.component is None else manifests_.get(spec.component)
+    manifest = None if spec.component is None else by_component.get(spec.component)
     if manifest is None:
         return []
     path, key_path, trouble = pki_dir / f"{spec.base}.crt", pki_dir / f"{spec.base}.key", None

@@ -245,7 +245,7 @@ class _Values:
             return "ecdsa-p256" if self.at("featureGates", "PublicKeysECDSA") is True else "rsa-2048"
         if named not in KEY_ALGORITHMS:
             self._report(("encryptionAlgorithm",), f"one of {', '.join(KEY_ALGORITHMS).upper()}")
-        return next((key_algorithm for key_algorithm in KEY_ALGORITHMS if key_algorithm == named), "rsa-2048")
+        return next((algorithm for algorithm in KEY_ALGORITHMS if algorithm == named), "rsa-2048")
 
     def _report(self, keys: Sequence[str], wanted: str) -> None:
         self.problems.append(f"{'.'.join(keys)}: wanted {wanted}, found something else")

@@ -213,10 +213,10 @@ def account(owner: str) -> tuple[int, int]:
     if not owner:
         return os.geteuid(), os.getegid()
     user, _, group = owner.partition(":")
-    account_ = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    entry = pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
     if not group:
-        return account_.pw_uid, account_.pw_gid
-    return account_.pw_uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        return entry.pw_uid, entry.pw_gid
+    return entry.pw_uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
 
 
 def attributes_for(files: PairFiles, path: Path) -> Attributes:

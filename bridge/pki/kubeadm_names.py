@@ -291,12 +291,10 @@ def _foreign_issuer(
 
 def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:
     """Kubernetes uses the CN as the user, and so does etcd with users."""
-    common_names_ = common_names(leaf.subject)
-    if len(common_names_) != 1 or not any(
-        _is_user(common_names_[0], common_name, leaf) for common_name in spec.common_names
-    ):
+    names = common_names(leaf.subject)
+    if len(names) != 1 or not any(_is_user(names[0], common_name, leaf) for common_name in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
-        yield Violation(subject="CN", want=want, got=one_line(", ".join(common_names_)) or "none")
+        yield Violation(subject="CN", want=want, got=one_line(", ".join(names)) or "none")
 
 
 def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:

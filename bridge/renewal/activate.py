@@ -314,14 +314,14 @@ def _meanings(
     listed = run.settings.restart.components.listed
     seen: dict[Meaning, list[ProofFinding]] = {}
     for finding in report.wrong:
-        meaning_ = meaning(
+        verdict = meaning(
             finding.state,
             postponed=finding.component in postponed,
             ours=(not listed or finding.component in listed) and finding.component not in impossible,
             new=unproven.is_new(finding.certificate, finding.what),
         )
-        if meaning_ is not None and finding.certificate in unproven.names:
-            seen.setdefault(meaning_, []).append(finding)
+        if verdict is not None and finding.certificate in unproven.names:
+            seen.setdefault(verdict, []).append(finding)
     return seen
 
 
@@ -444,7 +444,7 @@ def _roll_back(run: Run, unproven: NotProven) -> Activation:
 
 def backup_of(run: Run, unproven: NotProven, *more: str) -> backups.Backup:
     """Merge the backups of one or several runs: files that were in use, and `more` (BridgeError: a backup is gone)."""
-    by_run = {backup_.run_id: backup_ for backup_ in backups.read_all(run.store)[0]}
+    by_run = {backup.run_id: backup for backup in backups.read_all(run.store)[0]}
     missing = {certificate.backup_of for certificate in unproven.certificates} - by_run.keys()
     if missing:
         raise BridgeError(f"there is no backup of run {', '.join(sorted(missing))}")

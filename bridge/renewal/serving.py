@@ -70,7 +70,7 @@ def components(node: Node, settings: Settings) -> list[Component]:
 def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> str:
     """Put pairs into kubeadm-config once all control planes have them; return a note (NoAnswerError, NoConfigError)."""
     api = Api.of_node(read_node(settings.node), settings.node.kubeconfig_dir)
-    lacking = sorted({name for name_ in wanted for name in _lacking(api, name_)} - {settings.node.node_name})
+    lacking = sorted({name for component in wanted for name in _lacking(api, component)} - {settings.node.node_name})
     if lacking:
         return (
             f"kubeadm-config gets them once `ca-bridge serving-certs on` has run on {', '.join(lacking)}; until then "

@@ -167,8 +167,8 @@ def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
 def _ca_data(place: str, data: bytes) -> Bundle:
     """Return the CA data of a kubeconfig; empty: it names a file, or relies on the system's CAs."""
     try:
-        data_ = kubeconfig.parse(data).ca_data
-        return tuple(load_pem_certificates(data_)) if data_ else ()
+        ca_pem = kubeconfig.parse(data).ca_data
+        return tuple(load_pem_certificates(ca_pem)) if ca_pem else ()
     except (KubeconfigError, ValueError) as e:
         raise UnreadableCaError(f"{place}: wanted its certificate-authority-data, found: {e}") from None
 

@@ -92,9 +92,9 @@ def _statements(text: str) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
 def _keys(value: Any, above: Key | None) -> Iterator[Key]:
     """All keys in a value that is a table, each after its parent key."""
     if isinstance(value, dict) and above is not None:
-        for name, value_ in value.items():
+        for name, inner in value.items():
             yield (*above, name)
-            yield from _keys(value_, (*above, name))
+            yield from _keys(inner, (*above, name))
 
 
 def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
@@ -208,8 +208,8 @@ class Reader:
         for name in tables:
             if not is_name(name):
                 self.add((*key, name), wanted, repr(name))
-        tables_ = {name: self.table(schema, table, (*key, name)) for name, table in tables.items() if is_name(name)}
-        return {name: table_ for name, table_ in tables_.items() if table_ is not None}
+        instances = {name: self.table(schema, table, (*key, name)) for name, table in tables.items() if is_name(name)}
+        return {name: instance for name, instance in instances.items() if instance is not None}
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the given keys, by field; an unreadable value is None and a problem."""

@@ -146,14 +146,14 @@ def spans(now: datetime, windows: Windows, zone: tzinfo) -> list[tuple[datetime,
     A window that the clock skips in spring is missing that day; in autumn it has the repeated hour twice.
     """
     today = now.astimezone(zone).date()
-    spans_ = sorted(
+    unmerged = sorted(
         span
         for offset in range(-2, _LOOK_AHEAD_DAYS)
         for span in _on(today + timedelta(days=offset), windows.windows, zone)
         if span[0] < span[1]
     )
     merged: list[tuple[datetime, datetime]] = []
-    for begin, end in spans_:
+    for begin, end in unmerged:
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:

@@ -314,17 +314,17 @@ _ABOUT = ("request", "signer", "requester", "outcome")
 
 def facts(record: logging.LogRecord) -> dict[str, object]:
     """A message's fields for programs; `config/logs/log-line.schema.json` describes them."""
-    fields_: dict[str, object] = {
+    document: dict[str, object] = {
         "level": "hint" if getattr(record, "is_hint", False) else record.levelname.lower(),
         "run": run_id(),
     }
-    fields_ |= {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
+    document |= {key: value for key in _ABOUT if (value := getattr(record, key, None)) is not None}
     names = record.getMessage().partition(": ")[0].split(", ")
     if all(name in SPECS for name in names):
-        fields_["certificates"] = names
+        document["certificates"] = names
     if (code := getattr(record, "exit_code", None)) is not None:
-        fields_["exitCode"] = code
-    return fields_
+        document["exitCode"] = code
+    return document
 
 
 class _JsonFormat(logging.Formatter):

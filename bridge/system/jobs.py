@@ -110,7 +110,7 @@ def _placed(shipped: str, places: Places, word: Callable[[str, str], str]) -> st
 
     def line(text: str) -> str:
         text = re.sub(paths, lambda place: word(places.paths[place[0]], text), text)
-        program, *options = (word(text_, text) for text_ in (str(places.program), *places.options))
+        program, *options = (word(argument, text) for argument in (str(places.program), *places.options))
         return re.sub(rf"{_SHIPPED_PROGRAM} (\w+)", lambda place: " ".join((program, place[1], *options)), text)
 
     return "".join(text if text.startswith("#") else line(text) for text in shipped.splitlines(keepends=True))
