@@ -75,8 +75,6 @@ class _OneServer(HTTPAdapter):
         """Send a request once, with none of the caller's other options."""
         with http.exchange(self._seconds):
             response = super().send(request, stream=True)
-            # requests would undo an encoding that was not asked for: a small answer could become a large one
-            response.raw.headers.discard("content-encoding")
             self.clock = (response.headers.get("date", ""), datetime.now(UTC))
             try:
                 response.content  # noqa: B018 (reads it)
