@@ -110,12 +110,17 @@ def minus_one(opened: socket.socket) -> None:
         opened.sendall(PIECE)
 
 
+def drip(opened: socket.socket, piece: bytes) -> None:
+    """A piece every 0.05 s, for ten minutes."""
+    for _ in range(12_000):
+        opened.sendall(piece)
+        time.sleep(0.05)
+
+
 def dripping_head(opened: socket.socket) -> None:
     """A header that never ends, a byte at a time."""
     opened.sendall(OK + b"X: ")
-    for _ in range(12_000):
-        opened.sendall(b"x")
-        time.sleep(0.05)
+    drip(opened, b"x")
 
 
 def flood_of_100(opened: socket.socket) -> None:
@@ -126,9 +131,7 @@ def flood_of_100(opened: socket.socket) -> None:
 
 def drip_of_100(opened: socket.socket) -> None:
     """The same, slowly."""
-    for _ in range(12_000):
-        opened.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        time.sleep(0.05)
+    drip(opened, b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def trailers(opened: socket.socket) -> None:
@@ -279,9 +282,7 @@ def silent(opened: socket.socket) -> None:
 def dripping_body(opened: socket.socket) -> None:
     """A body that comes a byte at a time."""
     opened.sendall(OK + b"Content-Length: 100000\r\n\r\n")
-    for _ in range(12_000):
-        opened.sendall(b"x")
-        time.sleep(0.05)
+    drip(opened, b"x")
 
 
 def endless_headers(opened: socket.socket) -> None:
