@@ -16,11 +16,11 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from http import HTTPStatus
 from threading import Lock
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from hvac import Client
 
 from backends.http import OverHttp, listed
 from backends.vault.server import Answer, Tokens, identity_text, log, texts
@@ -46,9 +46,6 @@ from bridge.pki.certificates import (
 from bridge.specs import EKU, PODS, USER, CertificateSpec
 from bridge.system.waiting import workers
 from bridge.words import one_line
-
-if TYPE_CHECKING:
-    from hvac import Client
 
 #: How many of the server's warnings about one certificate we log; usually there are one or two.
 _MOST_WARNINGS = 5

@@ -145,18 +145,18 @@ class Job:
 
     @property
     def to_sign(self) -> list[BundledRequest]:
-        """The requests that have no answer, no trouble and no twin."""
+        """The requests that have no answer, no trouble and no earlier job that signs the same CSR."""
         decided = self.answers.keys() | self.troubles.keys() | self.duplicates.keys()
         return [request for request in self.bundle.requests if request.name not in decided]
 
     def take_from_duplicates(self) -> None:
         """Take the earlier job's answers, which are signed by now."""
-        for name, twin in self.duplicates.items():
-            if (answer := twin.answers.get(name)) is not None:
+        for name, earlier_job in self.duplicates.items():
+            if (answer := earlier_job.answers.get(name)) is not None:
                 self.answers[name] = answer
                 self.reissued.add(name)
             else:
-                self.troubles[name] = twin.troubles[name]
+                self.troubles[name] = earlier_job.troubles[name]
 
     @property
     def trouble_text(self) -> str:
@@ -491,9 +491,9 @@ class Desk:
         for request in job.to_sign:
             one = job.requests[request.name]
             lifetime = one.validity if one.spec == USER else None
-            twin = self._asking.setdefault((one.spec.name, one.csr_pem, lifetime), job)
-            if twin is not job:
-                job.duplicates[request.name] = twin
+            earlier_job = self._asking.setdefault((one.spec.name, one.csr_pem, lifetime), job)
+            if earlier_job is not job:
+                job.duplicates[request.name] = earlier_job
         return job
 
     @property

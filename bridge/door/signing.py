@@ -271,12 +271,9 @@ class Signing:
         assert_not_behind(self.doors.recorded, self.doors.round())
         restored, ours = self.doors.restored(), []
         most, self._held = _MOST + self._held, 0
+        own = {None, "", self.doors.door}  # as is_foreign says, without the bundle
         for kept in self.doors.to_sign(most):
-            if restored is None and kept.signer in {
-                None,
-                "",
-                self.doors.door,
-            }:  # as is_foreign says, without the bundle
+            if restored is None and kept.signer in own:
                 ours.append(kept)
                 continue
             try:
