@@ -6,12 +6,11 @@ output, since it exits only with 0 or 1; the server's own words only choose betw
 from __future__ import annotations
 
 import math
-import os
 import re
 import resource
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +24,7 @@ from bridge.errors import (
     NoVerdictError,
 )
 from bridge.pki import der
-from bridge.system.run_command import Command, Ended, openssl_environment, run
+from bridge.system.run_command import Command, Ended, openssl_environment, run, secret_pipe
 from bridge.words import one_line
 
 OLDEST, OLDEST_WITH_PROFILES = (3, 0), (3, 3)
@@ -88,7 +87,8 @@ class Program:
         limits = ["-msg_timeout", str(seconds), "-total_timeout", str(total), "-rspout", ",".join(names)]
         limit = timedelta(seconds=total + seconds) + _GRACE
         try:
-            with tempfile.TemporaryDirectory(prefix="ca-bridge-cmp-") as directory, _pipe(secret) as pipe:
+            line = nullcontext() if secret is None else secret_pipe(secret)
+            with tempfile.TemporaryDirectory(prefix="ca-bridge-cmp-") as directory, line as pipe:
                 folder = Path(directory)
                 for name, data in given.items():
                     (folder / name).write_bytes(data)
@@ -175,21 +175,6 @@ class _Watch:
                 self.poll, self._enough_at = found, seconds + _MOMENT_SECONDS
                 return False
         return False
-
-
-@contextmanager
-def _pipe(secret: bytes | None) -> Iterator[int | None]:
-    """The read end of a pipe that holds the secret's line, open during the run; None without a secret."""
-    if secret is None:
-        yield None
-        return
-    reading, writing = os.pipe()
-    try:
-        with os.fdopen(writing, "wb") as pipe:
-            pipe.write(secret + b"\n")
-        yield reading
-    finally:
-        os.close(reading)
 
 
 def _read(file: Path) -> bytes:

@@ -18,9 +18,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
@@ -29,7 +28,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.openssl.index import Database, Snapshot, file_name, folder_of, write_in
+from backends.openssl.index import Database, Snapshot, file_name
 from backends.openssl.program import KeyFile, Openssl, ProcessEnd, TokenKey
 from backends.openssl.settings import (
     CA_PLACE_HINT,
@@ -110,7 +109,6 @@ class OpensslBackend(Backend):
         self._key = TokenKey(where, token) if token is not None else KeyFile(Path(where), settings.passphrase)
         self._openssl = Openssl(program=settings.openssl, limit=settings.timeout, key=self._key)
         self._working = Lock()  #: Threads of a process take turns without the polling of the database's lock.
-        self._seen: Snapshot | None = None  #: The index as it was read last, by any thread.
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -217,10 +215,9 @@ class OpensslBackend(Backend):
             database.locked(self._settings.timeout) as lock,
             self._folder(signers[0], database) as folder,
         ):
-            desk = _Desk(self._openssl, database, signers, folder, lock, seen=self._seen)
+            desk = _Desk(self._openssl, database, signers, folder, lock)
             desk.recover()
             yield desk
-            self._seen = desk.seen
 
     @contextmanager
     def _folder(self, signer: x509.Certificate, locked: Database | None = None) -> Iterator[Path]:
@@ -271,20 +268,18 @@ class _Desk:
     lock: int
     failed_runs: int = 0  #: How many runs in a row failed.
     fatal: BackendError | None = None  #: Why nothing more is signed.
-    seen: Snapshot | None = None  #: The index as it was read last.
-    readings: list[Future[_Answers]] = field(default_factory=list)
 
     def recover(self) -> None:
         """Repair what a killed run left: no index, or certificates that are in no index."""
         self.database.check_folders()
         self.database.put_right()
-        self.seen = self.database.read(self.seen)
-        for path in self._orphans(self.seen):
+        index = self.database.read()
+        for path in self._orphans(index):
             # openssl adds the row itself, so that the certificate can be revoked by its number
             outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
-            self.database.adopt(self.seen.status)
-            self.seen = self.database.read(self.seen)
-            if int(path.stem, 16) not in self.seen.serials:
+            self.database.adopt(index.status)
+            index = self.database.read()
+            if int(path.stem, 16) not in index.serials:
                 raise self.openssl.failure(outcome)
             log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
 
@@ -295,7 +290,7 @@ class _Desk:
         return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and is_signed_by(leaf, signer)]
 
     def revoke(self, certificate: x509.Certificate) -> None:
-        before = self.database.read(self.seen)
+        before = self.database.read()
         self.database.back_up(before)
         self.folder.joinpath("superseded.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
         outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
@@ -307,14 +302,9 @@ class _Desk:
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
         """Sign batch by batch; requests that were not tried get the error that ended the run."""
         answers: _Answers = {}
-        # while openssl signs one batch, another thread checks the next and reads the certificates of the last
-        with ThreadPoolExecutor(1) as beside:
-            checks = [beside.submit(_checked_all, requests) for _, requests in batches]
-            for (alike, _), check in zip(batches, checks, strict=True):
-                orders, refused = check.result()
-                answers |= refused | self._sign_or_halve(beside, alike, orders)
-            for reading in self.readings:
-                answers |= reading.result()
+        for alike, requests in batches:
+            orders, refused = _checked_all(requests)
+            answers |= refused | self._sign_or_halve(alike, orders)
         self.database.sync([answer.leaf.serial_number for answer in answers.values() if isinstance(answer, Issued)])
         if self.fatal is None:
             return answers
@@ -323,14 +313,18 @@ class _Desk:
         self.fatal.is_for_all = True
         return dict.fromkeys((position for _, requests in batches for position, _ in requests), self.fatal) | answers
 
-    def _sign_or_halve(self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]) -> _Answers:
+    def _sign_or_halve(self, alike: _Alike, orders: Sequence[CheckedCsr]) -> _Answers:
         """Halve a run that fails as a whole until the CSR at fault is found: only that CSR is refused."""
         if not orders or self.fatal:
             return {}
-        failure = self._run_batch(beside, alike, orders)
-        self.failed_runs = self.failed_runs + 1 if failure else 0
-        if not failure:
-            return {}
+        try:
+            answers = self._run_batch(alike, orders)
+        except BackendError as e:
+            self.failed_runs += 1
+            failure = e
+        else:
+            self.failed_runs = 0
+            return answers
         if failure.is_for_all:
             self.fatal = failure
             return {}
@@ -339,53 +333,47 @@ class _Desk:
         if len(orders) == 1:
             return {orders[0].position: failure}
         middle = len(orders) // 2
-        halves = orders[:middle], orders[middle:]
-        return {k: v for half in halves for k, v in self._sign_or_halve(beside, alike, half).items()}
+        return self._sign_or_halve(alike, orders[:middle]) | self._sign_or_halve(alike, orders[middle:])
 
-    def _run_batch(
-        self, beside: ThreadPoolExecutor, alike: _Alike, orders: Sequence[CheckedCsr]
-    ) -> BackendError | None:
-        """Run one batch; if it issued anything, `readings` will have the answers."""
+    def _run_batch(self, alike: _Alike, orders: Sequence[CheckedCsr]) -> _Answers:
+        """Run one batch (BackendError: it issued nothing)."""
         try:
             with _os_errors():
                 outcome, serials = self._run_recorded(alike, orders)
         except BackendError as e:
             e.is_for_all = True
-            return e
+            raise
         failure = None if outcome.code == 0 else self.openssl.failure(outcome)
         if failure and not serials:
-            return failure
-        if failure and outcome.code is None:
+            raise failure
+        if outcome.code is None:
             self.fatal = failure
-        self.readings.append(beside.submit(self._read, orders, serials, self.fatal))
-        return None
+        return self._read(orders, serials)
 
     def _run_recorded(self, alike: _Alike, orders: Sequence[CheckedCsr]) -> tuple[ProcessEnd, list[int]]:
         """Run one batch; return how it ended, and the serial numbers that it added to the database."""
-        before = self.seen = self.database.read(self.seen)
+        before = self.database.read()
         self.database.check_space(len(before.data), len(orders))
         copy = self.database.back_up(before)
         names = [f"{number}.csr" for number in range(len(orders))]
-        with folder_of(self.folder) as folder:  # a later batch overwrites these, and they go with the folder
-            for name, order in zip(names, orders, strict=True):
-                write_in(folder, name, order.csr_pem)
+        for name, order in zip(names, orders, strict=True):  # a later batch overwrites these
+            self.folder.joinpath(name).write_bytes(order.csr_pem)
         # never -out a real file: openssl empties it first, and keeps only the last of several certificates in it
         fixed = ("-notext", *self._extensions(alike), *self._dates(alike), "-out", "/dev/null")
         outcome = self._run(*fixed, "-infiles", *names, csrs=len(names))
         return outcome, self.database.added(before, copy)
 
-    def _read(self, orders: Sequence[CheckedCsr], serials: Sequence[int], error: BackendError | None) -> _Answers:
+    def _read(self, orders: Sequence[CheckedCsr], serials: Sequence[int]) -> _Answers:
         """Match new certificates to requests by public key: a CSR that openssl skips shifts the order of the others."""
         waiting: dict[bytes, list[int]] = defaultdict(list)
         for order in reversed(orders):
             waiting[order.public_key].append(order.position)
         chain = tuple(signer for signer in self.signers if signer.issuer != signer.subject)
         answers: _Answers = {}
-        lost = []
+        lost, error = [], self.fatal
         try:
-            # not the index's status now: openssl may have rewritten it for the next batch
-            pattern = self.seen.status if self.seen else None
-            for serial, leaf in zip(serials, self.database.certificates(serials, pattern), strict=True):
+            for serial in serials:
+                leaf = self.database.certificate(serial)
                 if leaf is None:
                     lost.append(file_name(serial))
                 elif positions := waiting.get(spki(leaf.public_key())):

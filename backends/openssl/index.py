@@ -9,7 +9,6 @@ restoration are here.
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
 import os
 import re
@@ -143,14 +142,14 @@ class Database:
         finally:
             os.close(lock)
 
-    def read(self, earlier: Snapshot | None = None) -> Snapshot:
+    def read(self) -> Snapshot:
         """Read the index (LocalFileError: no such file; BackendRefusedError: it is damaged)."""
         try:
             with self._open() as file:
                 data, status = file.read(), os.fstat(file.fileno())
             if not data:
                 self._check_emptiness()
-            return Snapshot(data, _serials(data, earlier), status)
+            return Snapshot(data, frozenset(parse_index(data)), status)
         except FileNotFoundError as e:
             raise LocalFileError(
                 f"there is no file {self.index}, the CA's database",
@@ -249,22 +248,7 @@ class Database:
 
     def certificate(self, serial: int) -> x509.Certificate | None:
         """The certificate with this number; None: there is none in the folder, no whole one, or more than one."""
-        (certificate,) = self.certificates([serial])
-        return certificate
-
-    def certificates(
-        self, serials: Sequence[int], pattern: os.stat_result | None = None
-    ) -> Iterator[x509.Certificate | None]:
-        """Read thousands of certificates as `certificate` does; their files get the owner and the mode of `pattern`."""
-        try:
-            with folder_of(self.new_certs_dir) as folder:
-                for serial in serials:
-                    yield _parse_if_whole(_read_in(folder, file_name(serial), pattern))
-        except FileNotFoundError:  # no folder
-            yield from (None for _ in serials)
-        except OSError as e:
-            path = self.new_certs_dir / (e.filename or "")
-            raise LocalFileError(f"can't read {path}: {e.strerror}") from e
+        return _parse_if_whole(_read_if_there(self.new_certs_dir / file_name(serial), _LARGEST_FILE))
 
     def issued_since(self, moment: datetime) -> Iterator[x509.Certificate]:
         """The certificates whose files are not older than `moment`."""
@@ -279,7 +263,7 @@ class Database:
         paths = self._unknown_files(index)
         if any(time.time() - path.stat().st_mtime < _SETTLE_SECONDS for path in paths):
             time.sleep(_SETTLE_SECONDS)
-            paths = self._unknown_files(self.read(index))
+            paths = self._unknown_files(self.read())
         orphans = []
         for path in paths:
             certificate = _parse_if_whole(_read_if_there(path, _LARGEST_FILE))
@@ -346,13 +330,13 @@ class Database:
                 hint="a full disk does that, or a second openssl ca that does not take our lock; what was signed will"
                 " be recorded by the next run",
             ) from e
-        self.adopt(before.status)
+        self.adopt(before.status, serials)
         self.put_right()
         return serials
 
-    def adopt(self, pattern: os.stat_result) -> None:
-        """Give the index and its attributes, which each run writes anew, their previous owner and mode."""
-        for path in (self.index, self.attributes):
+    def adopt(self, pattern: os.stat_result, serials: Sequence[int] = ()) -> None:
+        """Give the index and its attributes, which each run writes anew, and new certificates this owner and mode."""
+        for path in (self.index, self.attributes, *(self.new_certs_dir / file_name(serial) for serial in serials)):
             with suppress(FileNotFoundError), open_regular(path, None) as file:
                 _adopt(file.fileno(), pattern)
 
@@ -380,15 +364,6 @@ def _owner_hint(folder: Path, found: Exposure) -> str:
     return found.hint if owner in {0, os.geteuid()} else f"run it as the CA's own user {owner}, or {found.hint}"
 
 
-def _serials(data: bytes, earlier: Snapshot | None) -> frozenset[int]:
-    if earlier and data.startswith(earlier.data):
-        with suppress(IndexDamagedError):  # the full parse names the right line
-            added = parse_index(data[len(earlier.data) :]).keys()
-            if added.isdisjoint(earlier.serials):
-                return earlier.serials.union(added)
-    return frozenset(parse_index(data))
-
-
 def _new_serials(before: Snapshot, after: bytes) -> list[int]:
     """The serial numbers of new rows; usually the old rows are unchanged, and only the new ones are parsed."""
     if after.startswith(before.data):
@@ -401,47 +376,10 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
     return [serial for serial in new_serials if serial not in before.serials]
 
 
-@contextmanager
-def folder_of(path: Path) -> Iterator[int]:
-    """Open a folder, to open thousands of files in it: for row "`sign` of an inbox" of docs/evidence/numbers.md."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
-
-
-def write_in(folder: int, name: str, data: bytes) -> None:
-    """Write a file of an open folder."""
-    with _opened(folder, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-        if os.write(fd, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
-
-
-def _read_in(folder: int, name: str, pattern: os.stat_result | None) -> bytes | None:
-    """Read a file of an open folder, up to `_LARGEST_FILE`; it gets the owner and the mode of `pattern`."""
-    with suppress(FileNotFoundError), _opened(folder, name, os.O_RDONLY) as fd:
-        if pattern is not None:
-            _adopt(fd, pattern)
-        return os.read(fd, min(os.fstat(fd).st_size, _LARGEST_FILE))
-    return None
-
-
-@contextmanager
-def _opened(folder: int, name: str, flags: int) -> Iterator[int]:
-    fd = os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
     try:
         with open_regular(path, _LARGEST_INDEX if at_most < 0 else None) as file:
-            # a buffer as large as the limit takes longer to make than a certificate to read
-            size = os.fstat(file.fileno()).st_size
-            return file.read(min(size, at_most)) if at_most >= 0 else file.readall()
+            return file.read(at_most)
     except FileNotFoundError:
         return None
     except OSError as e:

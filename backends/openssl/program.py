@@ -28,7 +28,7 @@ from bridge.contract import Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem
 from bridge.pki.certificates import spki
 from bridge.system.paths import open_regular
-from bridge.system.run_command import Command, openssl_environment, run
+from bridge.system.run_command import Command, openssl_environment, run, secret_pipe
 
 # --- the key ---------------------------------------------------------------------------------------------------------
 
@@ -371,25 +371,17 @@ class Openssl:
         are kept, `csrs` is how many it signs (LocalFileError: no such program, key or passphrase).
         """
         self.key.check()
-        # a pipe is in no file, no environment and no process list; with the newline and its end closed openssl
-        # can't wait on it, and an empty line is right for a key without passphrase
-        secret = self._secret()
-        reading, writing = os.pipe()
-        try:
-            with os.fdopen(writing, "wb") as pipe:
-                pipe.write(secret + b"\n")
-            with self.key.login(secret) as note:
-                outcome = self._run(
-                    [command, "-passin", f"fd:{reading}", *self.key.arguments(command), *arguments],
-                    folder=folder,
-                    environment=self.key.environment(command),
-                    inherited=(reading, *inherited),
-                    limit=self.limit * (1 + csrs // CSRS_A_LIMIT),
-                )
-                note(outcome.messages)
-            return outcome
-        finally:
-            os.close(reading)
+        secret = self._secret()  # an empty line is right for a key without passphrase
+        with secret_pipe(secret) as reading, self.key.login(secret) as note:
+            outcome = self._run(
+                [command, "-passin", f"fd:{reading}", *self.key.arguments(command), *arguments],
+                folder=folder,
+                environment=self.key.environment(command),
+                inherited=(reading, *inherited),
+                limit=self.limit * (1 + csrs // CSRS_A_LIMIT),
+            )
+            note(outcome.messages)
+        return outcome
 
     def _secret(self) -> bytes:
         if self.key.secret is None:
@@ -421,21 +413,18 @@ class Openssl:
             raise LocalFileError(
                 f"there is no program {self.program!r}", hint="install openssl, or set `openssl` to its path"
             )
+        command = Command(
+            words=[str(Path(program).absolute()), *arguments],
+            environment={**openssl_environment(), **environment},
+            limit=limit,
+            folder=folder,
+            inherited=tuple(inherited),
+            resources={resource.RLIMIT_CORE: 0},  # the engine can crash with the PIN in its memory
+        )
         output = bytearray()
-        # no pipe: openssl writes a dozen times for each CSR, and would wake us as often
+        # no pipe: if we are killed, openssl goes on, and a closed pipe would end it at its next message
         with os.fdopen(os.memfd_create("messages"), "r+b") as messages:
-            ended = run(
-                Command(
-                    words=[str(Path(program).absolute()), *arguments],
-                    environment={**openssl_environment(), **environment},
-                    limit=limit,
-                    folder=folder,
-                    inherited=tuple(inherited),
-                    resources={resource.RLIMIT_CORE: 0},  # the engine can crash with the PIN in its memory
-                ),
-                output.extend,
-                messages.fileno(),
-            )
+            ended = run(command, output.extend, messages.fileno())
             messages.seek(0)
             notes = messages.read().decode(errors="replace")
         if ended.error is not None:

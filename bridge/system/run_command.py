@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -110,6 +110,21 @@ def passed_on(variables: Mapping[str, str]) -> dict[str, str]:
 def openssl_environment() -> dict[str, str]:
     """Our environment without proxies, OPENSSL_CONF and variables with secrets; messages are in English."""
     return {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if os.environ.get(name)} | {"LC_ALL": "C"}
+
+
+@contextlib.contextmanager
+def secret_pipe(secret: bytes) -> Iterator[int]:
+    """
+    The read end of a pipe with a secret's line, for `inherited`: no file, environment or process list shows it, and
+    with the newline and the other end closed the program can't wait on it.
+    """
+    reading, writing = os.pipe()
+    try:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(secret + b"\n")
+        yield reading
+    finally:
+        os.close(reading)
 
 
 def run(

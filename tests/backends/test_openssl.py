@@ -31,7 +31,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from backends import openssl
 from backends.openssl import OpensslBackend
 from backends.openssl import settings as openssl_settings
 from backends.openssl.index import Database, IndexDamagedError, parse_index
@@ -669,50 +668,6 @@ def test_cuts_large_batches(directory: Path, tmp_path: Path, monkeypatch: pytest
         assert isinstance(answer, Issued)
         assert answer.leaf.public_key() == asked.csr.public_key()
     assert len(set(rows(directory))) == 7
-
-
-def many_rows(count: int) -> bytes:
-    """The rows of an index that has been in use for long."""
-    row = "V\t{}\t\t{:040X}\tunknown\t/O=kubeadm:cluster-admins/CN=kubernetes-admin\n"
-    end = f"{datetime.now(UTC) + timedelta(days=300):%y%m%d%H%M%SZ}"
-    return "".join(row.format(end, (1 << 150) + number) for number in range(count)).encode()
-
-
-def test_looks_through_the_old_rows_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long index is parsed once for any number of chunks, and then only its new rows."""
-    monkeypatch.setattr("backends.openssl.program.KeyFile.batch_size", 2)
-    old = many_rows(2000)
-    directory.joinpath("index.txt").write_bytes(old)
-    parsed = []
-
-    def counting(data: bytes) -> dict[int, int]:
-        parsed.append(len(data))
-        return parse_index(data)
-
-    monkeypatch.setattr("backends.openssl.index.parse_index", counting)
-    answers = opened(directory).sign_many([renewal() for _ in range(10)])
-
-    assert all(isinstance(answer, Issued) for answer in answers)
-    assert len(rows(directory)) == 2010
-    assert len(old) < sum(parsed) < 1.1 * len(old)
-
-
-@pytest.mark.parametrize("tail", [many_rows(1), b"junk\n", many_rows(2)[:-1]], ids=["repeated", "junk", "cut"])
-def test_damage_among_new_rows_is_named_by_its_line(directory: Path, tail: bytes) -> None:
-    """Looking at the new rows alone finds what looking at all would find."""
-    index = directory / "index.txt"
-    database = Database(index=index, new_certs_dir=directory / "newcerts")
-    index.write_bytes(many_rows(5))
-    before = database.read()
-    index.write_bytes(many_rows(5) + tail)
-    messages = []
-    for earlier in (None, before):
-        with pytest.raises(BackendRefusedError) as e:
-            database.read(earlier)
-        messages.append(str(e.value))
-    assert messages[0] == messages[1]
-    index.write_bytes(many_rows(7))
-    assert database.read(before).serials == database.read().serials
 
 
 def test_no_requests_no_run(tmp_path: Path) -> None:
@@ -1443,26 +1398,6 @@ def test_keeps_the_mode_and_the_owner_of_the_index(directory: Path, last: str) -
         assert (path.name, stat.S_IMODE(status.st_mode)) == (path.name, 0o600 if path == lock else 0o640)
         assert (status.st_uid, status.st_gid) == owner
     assert certificates(directory) == {leaf.serial_number}
-
-
-def test_new_certificates_get_the_mode_that_the_index_had_before(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are read while openssl signs the next batch, which writes the index anew, with another mode."""
-    index = directory / "index.txt"
-    index.chmod(0o640)
-    read = openssl._Desk._read
-
-    def meanwhile(*args: Any) -> Any:
-        index.chmod(0o604)
-        return read(*args)
-
-    monkeypatch.setattr(openssl._Desk, "_read", meanwhile)
-
-    opened(directory).sign(renewal())
-
-    [path] = directory.glob("newcerts/*.pem")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_follows_a_linked_index(directory: Path, tmp_path: Path) -> None:
