@@ -28,7 +28,7 @@ from bridge.errors import (
     SettingsError,
 )
 from bridge.pki.budget import of_server
-from bridge.system import http
+from bridge.system import http, tls
 from bridge.words import one_line
 
 #: Time limit for the second look at a broken connection.
@@ -58,7 +58,7 @@ class _OneServer(HTTPAdapter):
     It opens connections on demand, keeps them, and repeats nothing.
     """
 
-    def __init__(self, peer: http.Peer, seconds: float, *, status_suffices: bool) -> None:
+    def __init__(self, peer: tls.Peer, seconds: float, *, status_suffices: bool) -> None:
         self._peer, self._seconds, self._status_suffices = peer, seconds, status_suffices
         self.clock = ("", datetime.now(UTC))  #: The header `Date` of the latest answer, and when that came.
         super().__init__()
@@ -73,15 +73,15 @@ class _OneServer(HTTPAdapter):
 
     def send(self, request: PreparedRequest, *_: Any, **__: Any) -> Response:
         """Send a request once, with none of the caller's other options."""
-        with http.exchange(self._seconds):
-            response = super().send(request, stream=True)
-            self.clock = (response.headers.get("date", ""), datetime.now(UTC))
-            try:
-                response.content  # noqa: B018 (reads it)
-            except http.BrokenOffError:
-                if not self._status_suffices or response.status_code < 300:  # noqa: PLR2004
-                    raise
-                response.raw = io.BytesIO()  # the reason is lost, the status says enough
+        try:
+            with http.Exchange(self._seconds) as limits:
+                response = super().send(request, stream=True)
+                self.clock = (response.headers.get("date", ""), datetime.now(UTC))
+                limits.assert_allowed(len(response.content))
+        except tls.BrokenOffError as e:
+            if not self._status_suffices or e.status < 300:  # noqa: PLR2004
+                raise
+            response.raw = io.BytesIO()  # the reason is lost, the status says enough
         return response
 
     def close(self) -> None:
@@ -112,16 +112,16 @@ class Http:
     Every request goes to this server, whatever its URL is. It repeats nothing, and follows no redirect.
     """
 
-    def __init__(self, wording: Wording, url: str, timeout: timedelta, tls: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, wording: Wording, url: str, timeout: timedelta, context: Callable[[], ssl.SSLContext]) -> None:
         """
-        `timeout` is for one request with its whole answer. If the URL is `https:`, `tls` is called now and for each
+        `timeout` is for one request with its whole answer. If the URL is `https:`, `context` is called now and for each
         connection, and reads its files again (SettingsError: a file can't be used).
         """
         self._wording = wording
         seconds = timeout.total_seconds()
-        peer = http.Peer.of(url, tls, alert_seconds=min(seconds, _ALERT_SECONDS))
+        peer = tls.Peer.of(url, context, alert_seconds=min(seconds, _ALERT_SECONDS))
         if peer.tls:
-            tls()  # trouble is found now, not in the middle of a renewal
+            context()  # trouble is found now, not in the middle of a renewal
         self._adapter = _OneServer(peer, seconds, status_suffices=wording.status_suffices)
         self.session = _Session(self._adapter)
 
@@ -145,7 +145,7 @@ class Http:
         """The one place where a failure to get an answer becomes a backend's error."""
         try:
             yield
-        except http.HttpsError as e:
+        except tls.HttpsError as e:
             raise self._error(where, e) from e
         except SettingsError as e:  # the files were good when we began
             raise LocalFileError(f"{self._wording.name}: {e}", hint=e.hint) from e
@@ -153,11 +153,11 @@ class Http:
             text = f"{self._wording.name}: {where}: the request could not be made: {type(e).__name__}"
             raise BackendRefusedError(text, hint=self._wording.not_ours) from None
 
-    def _error(self, where: str, error: http.HttpsError) -> BackendError:
+    def _error(self, where: str, error: tls.HttpsError) -> BackendError:
         wording, cause = self._wording, error.__cause__
-        if isinstance(error, http.TooLongError):
+        if isinstance(error, tls.TooLongError):
             return NoVerdictError(f"{wording.name}: {where}: {error}", hint=wording.not_ours)
-        if isinstance(error, http.UntrustedError | http.ClientRefusedError | http.HandshakeError):
+        if isinstance(error, tls.UntrustedError | tls.ClientRefusedError | tls.HandshakeError):
             text = one_line(cause or error)
             hint = _CLOCK_HINT if "not yet valid" in text else wording.tls(text)
             return NoVerdictError(f"{wording.name}: {where}: TLS: {text}", hint=hint)
@@ -168,7 +168,7 @@ class Http:
             return "nothing listens there: is the server up, and is the port in `url` right?"
         if isinstance(cause, socket.gaierror):
             return "the name can't be looked up: is the host in `url` right, and does this machine's resolver know it?"
-        if http.is_cut_off(cause) and self._wording.cut_off:
+        if tls.is_cut_off(cause) and self._wording.cut_off:
             return self._wording.cut_off
         return self._wording.silent
 

@@ -16,8 +16,8 @@ from cryptography.x509.oid import NameOID
 
 from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendRefusedError, LocalFileError, SettingsError, SettingsProblem
-from bridge.system.http import HttpsError, context
 from bridge.system.paths import open_regular
+from bridge.system.tls import HttpsError, context
 
 
 def pair_problems(client_cert: Path | None, client_key: Path | None, prefix: str = "") -> Iterator[SettingsProblem]:

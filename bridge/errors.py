@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,12 +81,11 @@ class SettingsError(BridgeError):
         super().__init__("\n".join(map(str, problems)), hint=hint)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
     """One difference between a request and the certificate, or the CA's configuration for it."""
 
     subject: str  #: What is wrong, such as `EKU` or `SAN`.
-    _: KW_ONLY
     want: str
     got: str
 

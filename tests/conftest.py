@@ -26,7 +26,7 @@ import hypothesis
 import pytest
 
 from bridge.system import console
-from bridge.system.http import TlsSocket
+from bridge.system.tls import TlsSocket
 from tests import counts
 from tests.kit import fence, plan, programs
 

@@ -220,6 +220,7 @@ def backend_wall(source: str, module: str) -> Iterator[str]:
     family = ".".join(module.split(".")[:2])
     readers = (
         "bridge.system.http",
+        "bridge.system.tls",
         "bridge.system.paths",
         "bridge.pki.budget",
         "bridge.pki.certificates",

@@ -47,8 +47,8 @@ from bridge.errors import (
 )
 from bridge.pki.certificates import extended_key_usages, is_signed, name_text, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
-from bridge.system.http import UnreachableError, reach
 from bridge.system.paths import open_regular
+from bridge.system.tls import Peer, UnreachableError
 
 #: RFC 9811 §3.3; with `/p/` and a name behind it the server's profile of that name (RFC 9483 §6.1).
 WELL_KNOWN = ".well-known/cmp"
@@ -317,7 +317,7 @@ class CmpBackend(Backend):
         """Run openssl after a test connection, since openssl tries a closed port for half a minute."""
         words, secret = [*words, *self._addressed(url, profile)], self._secret()
         try:
-            reach(url, self._settings.timeout.total_seconds())
+            Peer.of(url, None).connected(self._settings.timeout.total_seconds()).close()
         except UnreachableError as e:
             hint = "is the server running, and the host and port in `url` right?"
             raise BackendUnavailableError(f"cmp: {url}: no connection: {e}", hint=hint) from e

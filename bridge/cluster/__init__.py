@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from cryptography import x509
@@ -28,10 +28,12 @@ from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.processes import file_contents
 from bridge.pki.budget import of_server
+from bridge.pki.certificates import UNREADABLE
 from bridge.specs import Component
-from bridge.system import http, paths
-from bridge.system.http import Answer, HttpsError, Peer
+from bridge.system import http, paths, tls
+from bridge.system.http import Answer
 from bridge.system.paths import UnreadableError
+from bridge.system.tls import HttpsError, Peer
 from bridge.words import one_line
 
 #: The limit for each request; a healthy component answers within milliseconds.
@@ -55,7 +57,7 @@ class Client:
     @cached_property
     def tls(self) -> ssl.SSLContext:
         """The TLS context of this client's connections (HttpsError: a file's content can't be used)."""
-        return http.context(self.trust_pem, self.certificate_pem, self.key_pem)
+        return tls.context(self.trust_pem, self.certificate_pem, self.key_pem)
 
     @cached_property
     def headers(self) -> Mapping[str, str]:
@@ -116,7 +118,14 @@ class Client:
     def served(self, place: Address, name: str | None = None) -> x509.Certificate:
         """Return the leaf of a server's TLS handshake (HttpsError: none); it must name `name`, or the place's host."""
         peer = Peer(host=place.host, port=place.port, tls=lambda: self.tls, server_name=name)
-        return http.served(peer, TIMEOUT_SECONDS)
+        with peer.connected(TIMEOUT_SECONDS) as opened:
+            der = cast(ssl.SSLSocket, opened).getpeercert(binary_form=True) or b""
+        try:
+            return x509.load_der_x509_certificate(der)
+        except UNREADABLE as e:  # OpenSSL accepts more than RFC 5280 allows
+            raise tls.UntrustedError(
+                f"wanted a server certificate that can be read, found: {one_line(e, 80)}"
+            ) from None
 
 
 #: A client without a certificate, which accepts any server's.
@@ -130,7 +139,7 @@ def document(body: bytes) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise http.UnreachableError("wanted an object in JSON, found something else")
+        raise tls.UnreachableError("wanted an object in JSON, found something else")
     return found
 
 

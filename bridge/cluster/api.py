@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import quote
 
 from bridge.cluster import TIMEOUT_SECONDS as NODE_TIMEOUT_SECONDS
@@ -20,16 +20,12 @@ from bridge.cluster import document as whole_document
 from bridge.errors import BridgeError, Exit
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
-from bridge.system.http import (
-    ClientRefusedError,
-    HttpsError,
-    LateError,
-    Stream,
-    TooLongError,
-    UnreachableError,
-    ask,
-)
+from bridge.system.http import PIECE_BYTES, Exchange, ask, begin
+from bridge.system.tls import ClientRefusedError, HttpsError, LateError, TooLongError, UnreachableError
 from bridge.words import one_line
+
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
 
 MERGE_PATCH = "application/merge-patch+json"
 #: An object's metadata alone; also for the reply to a write, since we have the object.
@@ -269,19 +265,21 @@ class Api:
     def lines(self, path: str, silence_seconds: float, longest: int) -> Iterator[Lines]:
         """Open a stream of JSON lines from the first server; it fails after `silence_seconds` (NoAnswerError)."""
         server, clients = self.servers[0], self.clients
-        headers = {"Accept": JSON, **clients[0].headers}
+        headers, limits = {"Accept": JSON, **clients[0].headers}, Exchange(TIMEOUT_SECONDS, PIECE_BYTES)
         try:
-            opened = Stream(clients[0].pool(server), path, headers, seconds=TIMEOUT_SECONDS)
-            with contextlib.closing(opened) as stream:
-                if stream.status != HTTPStatus.OK:
-                    if stream.status == HTTPStatus.UNAUTHORIZED:
-                        self._read_anew(clients)
-                    reply = Reply(status=stream.status, body=stream.rest())
-                    raise NoAnswerError(f"{server.place}: can't watch: HTTP {reply.status} {reply.message}")
-                stream.go_on(silence_seconds)
-                yield Lines(stream, longest, str(server.place))
+            with limits:
+                response = begin(clients[0].pool(server), "GET", path, headers)
+                body = b"" if response.status == HTTPStatus.OK else response.read(PIECE_BYTES)
         except HttpsError as e:
             raise NoAnswerError(f"{server.place}: {e}") from None
+        with contextlib.closing(response):
+            if response.status != HTTPStatus.OK:
+                if response.status == HTTPStatus.UNAUTHORIZED:
+                    self._read_anew(clients)
+                reply = Reply(status=response.status, body=body)
+                raise NoAnswerError(f"{server.place}: can't watch: HTTP {reply.status} {reply.message}")
+            limits.seconds = silence_seconds
+            yield Lines(response, limits, longest, str(server.place))
 
 
 def _assert_now(reply: Reply) -> Reply:
@@ -294,8 +292,9 @@ def _assert_now(reply: Reply) -> Reply:
 class Lines:
     """The lines of a stream, in which the API server answers a watch."""
 
-    def __init__(self, stream: Stream, longest: int, server: str) -> None:
-        self._stream = stream
+    def __init__(self, response: BaseHTTPResponse, limits: Exchange, longest: int, server: str) -> None:
+        """Read a response whose pieces have these limits, and lines of at most `longest` bytes."""
+        self._response, self._limits = response, limits
         self._longest = longest
         self._server = server
         self.left_out = 0  #: The number of lines that were too long.
@@ -304,7 +303,7 @@ class Lines:
         """Yield each line without its end (NoAnswerError: the stream broke)."""
         kept, skipping = bytearray(), False
         try:
-            while piece := self._stream.piece():
+            while piece := self._piece():
                 *whole, rest = piece.split(b"\n")
                 for part in whole:
                     kept += part
@@ -319,6 +318,11 @@ class Lines:
         except HttpsError as e:
             raise NoAnswerError(f"{self._server}: the watch broke: {e}") from None
 
+    def _piece(self) -> bytes:
+        with self._limits:
+            return self._response.read1(PIECE_BYTES)
+
     def end(self) -> None:
-        """End the stream, from another thread; nothing more comes."""
-        self._stream.end()
+        """End the stream, from another thread; a thread that is reading wakes up and gets no more."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # it has ended
+            self._response.shutdown()

@@ -44,8 +44,8 @@ from bridge.specs import CA, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SERVERS, SPE
 from bridge.state import Store
 from bridge.state.install import written_file
 from bridge.system import paths
-from bridge.system.http import HttpsError, UnreachableError
 from bridge.system.state_file import StateError
+from bridge.system.tls import HttpsError, UnreachableError
 
 _CLIENT_URLS = ("--listen-client-urls", endpoints.ETCD_HTTP_ONLY)
 

@@ -42,9 +42,9 @@ from bridge.state import audit, changed_here, session
 from bridge.state.install import STAGED_PREFIX
 from bridge.system.console import doing, log
 from bridge.system.files import exchange
-from bridge.system.http import HttpsError
 from bridge.system.paths import UnreadableError
 from bridge.system.run_command import Account, Command, passed_on, run
+from bridge.system.tls import HttpsError
 from bridge.system.waiting import wait_until, workers
 from bridge.words import one_line
 

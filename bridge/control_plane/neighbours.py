@@ -20,7 +20,7 @@ from bridge.node.inventory import Node
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
-from bridge.system import http
+from bridge.system import http, tls
 from bridge.system.console import doing
 from bridge.system.waiting import wait_until, workers
 
@@ -115,7 +115,7 @@ def look_at_etcd(node: Node) -> Neighbours:
     own = _member_state(etcd, own)
     try:
         listed, own_id, alarms = _members(etcd, flags, own)
-    except http.HttpsError as e:
+    except tls.HttpsError as e:
         return Neighbours(instances=(own,), unseen={Component.ETCD: str(e)})
     others = [_as_instance(member) for member in listed if not _is_own(member, own_id, flags)]
     if endpoints.ETCD_HTTP_ONLY in flags:  # then the URLs that members announce are for gRPC only
@@ -137,7 +137,7 @@ def _members(
     for url in dict.fromkeys([own.url, *(_beside(peer, own.url) for peer in peers)]):
         try:
             listed, (member_id, alarms) = etcd.members(Server(url)), etcd.status(Server(url))
-        except http.HttpsError as e:
+        except tls.HttpsError as e:
             last = type(e)(f"{url}: {e}")
             continue
         return listed, member_id if url == own.url else "", alarms
@@ -175,16 +175,16 @@ def _member_state(etcd: Etcd, member: Instance) -> Instance:
         return member
     try:
         reason = etcd.trouble(Server(member.url), alarms=False)
-    except http.HttpsError as e:
+    except tls.HttpsError as e:
         return _without_answer(member, e)
     if reason is None:
         return replace(member, state="healthy")
     return replace(member, state="unhealthy", reason=reason.lower())
 
 
-def _without_answer(instance: Instance, error: http.HttpsError) -> Instance:
+def _without_answer(instance: Instance, error: tls.HttpsError) -> Instance:
     """Return an instance that did not answer; a server that rejected our certificate may be healthy."""
-    state: InstanceState = "unknown" if isinstance(error, http.ClientRefusedError) else "unhealthy"
+    state: InstanceState = "unknown" if isinstance(error, tls.ClientRefusedError) else "unhealthy"
     return replace(instance, state=state, reason=str(error), answers=state == "unknown")
 
 
@@ -241,10 +241,10 @@ def _ready(api: Api, instance: Instance) -> Instance:
     for client in api.clients:
         try:
             answer = client.ask(Server(instance.url), "/readyz")
-        except http.ClientRefusedError as e:
+        except tls.ClientRefusedError as e:
             refused = _without_answer(instance, e)
             continue
-        except http.HttpsError as e:
+        except tls.HttpsError as e:
             return _without_answer(instance, e)
         if answer.status == HTTPStatus.OK:
             return replace(instance, state="healthy")

@@ -22,9 +22,9 @@ from bridge.node.processes import file_contents
 from bridge.pki.budget import of_server
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.specs import Component
-from bridge.system import http
-from bridge.system.http import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
+from bridge.system import http, tls
 from bridge.system.paths import UnreadableError
+from bridge.system.tls import ClientRefusedError, HttpsError, UnreachableError, UntrustedError
 
 #: next-connection: right, and in use from the component's next connection on. not-ours: nothing that we renew.
 #: unknown: it could not be checked.
@@ -109,7 +109,7 @@ class Serving:
         pem, key = file_contents(self.file), file_contents(self.key_file)
         ours = first(self.file, pem)
         try:
-            http.context(None, pem, key)
+            tls.context(None, pem, key)
         except ClientRefusedError as e:  # the component keeps running on the old pair, and would not survive a restart
             raise RefusedError(f"{self.file}, {self.key_file}: {e}") from None
         client = replace(ANONYMOUS, certificate_pem=pem, key_pem=key) if self.mutual else ANONYMOUS
@@ -270,9 +270,9 @@ class Etcd:
         for client in self._clients:
             try:
                 return client.ask(server, path, **request)
-            except http.ClientRefusedError as e:
+            except tls.ClientRefusedError as e:
                 refused = f"{client.name}: {e}"
-        raise http.ClientRefusedError(refused)
+        raise tls.ClientRefusedError(refused)
 
     def members(self, server: Server) -> list[Member]:
         """Return the members that this server knows."""
@@ -289,7 +289,7 @@ class Etcd:
         answer = self.ask(server, f"/health{'' if alarms else _WITHOUT_ALARMS}")
         try:
             body = document(answer.body)
-        except http.HttpsError as e:
+        except tls.HttpsError as e:
             return f"HTTP status {answer.status}" if answer.status != HTTPStatus.OK else str(e)
         if answer.status == HTTPStatus.OK and body.get("health") == "true":
             return None
@@ -298,7 +298,7 @@ class Etcd:
     def _call(self, server: Server, path: str) -> dict[str, Any]:
         answer = self.ask(server, path, b"{}")
         if answer.status != HTTPStatus.OK:
-            raise http.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
+            raise tls.UnreachableError(f"wanted an answer of {path}, found HTTP {answer.status}")
         return document(answer.body)
 
 

@@ -24,7 +24,7 @@ from bridge.node.inventory import Node
 from bridge.pki.expiry import duration_text
 from bridge.settings.tables import ClusterSettings, Settings
 from bridge.specs import Component
-from bridge.system import http
+from bridge.system import tls
 from bridge.system.console import doing
 from bridge.system.waiting import wait_until
 
@@ -237,7 +237,7 @@ class EtcdClaim:
                 answer = self._etcd.ask(Server(url), path, json.dumps(body).encode())
                 if answer.status == HTTPStatus.OK:
                     return document(answer.body)
-            except http.HttpsError as e:
+            except tls.HttpsError as e:
                 troubles.append(f"{url}: {e}")
             else:
                 troubles.append(f"{url}: HTTP {answer.status}")

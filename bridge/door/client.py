@@ -28,8 +28,9 @@ from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, loads_request
 from bridge.pki.certificates import has_key_of, load_pem_certificates
 from bridge.settings.tables import ApproverSettings
-from bridge.system.http import Answer, Peer, ask, context, pool
+from bridge.system.http import Answer, ask, pool
 from bridge.system.paths import UnreadableError, read
+from bridge.system.tls import Peer, context
 from bridge.words import one_line
 
 _SECONDS = 30.0

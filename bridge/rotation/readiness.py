@@ -34,8 +34,8 @@ from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
 from bridge.state import audit
 from bridge.state.session import Run
 from bridge.system.console import doing
-from bridge.system.http import ClientRefusedError, HttpsError
 from bridge.system.paths import UnreadableError
+from bridge.system.tls import ClientRefusedError, HttpsError
 from bridge.system.waiting import wait_until, workers
 from bridge.words import some
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from bridge.cluster import ANONYMOUS
 from bridge.cluster.api import Api, Lines, NoAnswerError, Reply, request_of
 from bridge.node.endpoints import Server
+from bridge.system.http import Exchange
 from tests.kit.loopback import LoopbackServer
 
 #: The status of a path at a server; 0: the connection ends.
@@ -93,13 +94,13 @@ class _Pieces:
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = list(pieces)
 
-    def piece(self) -> bytes:
+    def read1(self, _: int) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
 
 def lines_of(longest: int, *pieces: bytes) -> tuple[list[bytes], int]:
     """The lines, and how many were left out."""
-    made = Lines(_Pieces(*pieces), longest, "x")  # type: ignore[arg-type]
+    made = Lines(_Pieces(*pieces), Exchange(180), longest, "x")  # type: ignore[arg-type]
     return list(made), made.left_out
 
 

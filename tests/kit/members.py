@@ -26,7 +26,7 @@ from bridge.pki.csr import generate_key, key_pem
 from bridge.settings import load
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, ETCD_CA, SPECS, Component
-from bridge.system import http
+from bridge.system import http, tls
 from tests.kit import programs
 from tests.kit.pki import PKI_SPECS
 
@@ -121,7 +121,7 @@ class Cluster:
         url = f"https://{place.address}:{self.client_port}/health"
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end:
-            with contextlib.suppress(http.HttpsError):
+            with contextlib.suppress(tls.HttpsError):
                 if self._ask(url).status == 200:
                     return
             time.sleep(0.1)

@@ -40,7 +40,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import CA, FRONT_PROXY_CA, USER
 from bridge.state import Store
 from bridge.system.files import write_atomically
-from bridge.system.http import HttpsError
+from bridge.system.tls import HttpsError
 from bridge.system.waiting import wait_until
 from tests.kit import cluster_api, kube_api, next_cas, opensslca, programs
 from tests.kit.issuing import NOW, Signer

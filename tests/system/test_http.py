@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
@@ -39,8 +39,8 @@ from bridge.node import sample_pki
 from bridge.node.endpoints import Address, Server
 from bridge.pki.certificates import load_pem_certificates
 from bridge.system import http
-from bridge.system.http import (
-    Answer,
+from bridge.system.http import Answer, Exchange, begin, pool
+from bridge.system.tls import (
     BrokenOffError,
     ClientRefusedError,
     LateError,
@@ -48,7 +48,7 @@ from bridge.system.http import (
     TooLongError,
     UnreachableError,
     UntrustedError,
-    pool,
+    context,
 )
 from tests.kit import cfssl
 from tests.kit.forged import validity, with_field
@@ -63,6 +63,7 @@ class Made:
     """A server on loopback, and our connections to it."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.pool = pool(Peer(host="127.0.0.1", port=port))
         self.accepted = 0  #: How many connections were made.
 
@@ -175,7 +176,7 @@ def test_a_body_that_breaks_off_leaves_its_status() -> None:
 @pytest.mark.parametrize("head", [b"Content-Length: 2000", b"Transfer-Encoding: chunked", b"X: y"])
 def test_an_answer_has_its_limit(head: bytes) -> None:
     """The limit counts for each way to announce a length."""
-    body = b"7D0\r\n" + b"x" * 2000 if b"chunked" in head else b"x" * 2000
+    body = b"7D0\r\n" + b"x" * 2000 + b"\r\n0\r\n\r\n" if b"chunked" in head else b"x" * 2000
     text = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body
     with server(says(text)) as made, pytest.raises(TooLongError):
         ask(made)
@@ -244,7 +245,7 @@ def test_an_answer_over_tls_ends_when_tls_says_so(tmp_path: Path, says_so: bool,
         thread = threading.Thread(target=serve, args=[listener], daemon=True)
         thread.start()
         port = listener.getsockname()[1]
-        trusting = tls_context(files.ca, None, None) if is_backend else http.context(files.ca.read_bytes(), None, None)
+        trusting = tls_context(files.ca, None, None) if is_backend else context(files.ca.read_bytes(), None, None)
         connections = pool(Peer(host="127.0.0.1", port=port, tls=lambda: trusting))
         if says_so:
             assert ask(connections).body == b"hello"
@@ -283,7 +284,7 @@ def test_a_reset_connection_is_explained_by_the_alert_that_it_swallowed(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=[listener], daemon=True)
         thread.start()
-        trusting = http.context(files.ca.read_bytes(), None, None)
+        trusting = context(files.ca.read_bytes(), None, None)
         port = listener.getsockname()[1]
         peer = Peer(host="127.0.0.1", port=port, tls=lambda: trusting, alert_seconds=180)
         with pytest.raises(ClientRefusedError) as e:
@@ -297,11 +298,11 @@ def test_requests_that_are_cut_off_together_listen_for_one_alert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pki: Path
 ) -> None:
     """Each would wait as long; a later one listens anew. A client of the cluster comes to a server as the same peer."""
-    files, connect, made = cfssl.make_tls(tmp_path), http._connected, list[Peer]()
+    files, connect, made = cfssl.make_tls(tmp_path), Peer.connected, list[Peer]()
     begun = threading.Barrier(1)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.server_cert, files.server_key)
-    trusting = http.context(files.ca.read_bytes(), None, None)
+    trusting = context(files.ca.read_bytes(), None, None)
 
     def serve(listener: socket.socket) -> None:
         while True:
@@ -316,7 +317,7 @@ def test_requests_that_are_cut_off_together_listen_for_one_alert(
             begun.wait(180)
         return connect(peer, seconds)
 
-    monkeypatch.setattr(http, "_connected", counted)
+    monkeypatch.setattr(Peer, "connected", counted)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=[listener], daemon=True)
         thread.start()
@@ -350,7 +351,7 @@ def test_a_connection_that_is_reset_before_the_handshake_is_closed(monkeypatch: 
             return opened
 
         monkeypatch.setattr(socket, "create_connection", connect_and_be_reset)
-        tls = http.context(None, None, None)
+        tls = context(None, None, None)
         tls.sslsocket_class = ssl.SSLSocket  # tests/conftest.py has ours in each context
         with pytest.raises(UnreachableError, match="reset"):
             ask(pool(Peer(host="127.0.0.1", port=listener.getsockname()[1], tls=lambda: tls)))
@@ -379,7 +380,7 @@ def test_whatever_comes_is_an_answer_or_an_error_of_ours(text: bytes) -> None:
     with theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\n" + text)
         theirs.shutdown(socket.SHUT_WR)
-        with mock.patch.object(http, "_connected", return_value=ours), suppress(UnreachableError, TooLongError):
+        with mock.patch.object(Peer, "connected", return_value=ours), suppress(UnreachableError, TooLongError):
             assert ask(pool(Peer(host="h", port=1))).status == 200
         ours.close()
 
@@ -623,13 +624,13 @@ def test_the_key_is_never_on_disk(pki: Path) -> None:
 import os, sys
 from pathlib import Path
 from backends.settings import tls_context
-from bridge.system import http
+from bridge.system.tls import context
 opened = []
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 sys.addaudithook(lambda e, a: opened.append(a[0]) if e == "open" and isinstance(a[0], str) and a[2] & writing else None)
 pki = Path(sys.argv[1])
 pair = [(pki / f"apiserver-kubelet-client{suffix}").read_bytes() for suffix in (".crt", ".key")]
-http.context(None, *pair)
+context(None, *pair)
 print(opened)
 open(sys.argv[2], "wb").close()
 print(opened)
@@ -645,9 +646,36 @@ def test_an_answer_whose_source_was_closed_before_it_is_closed_without_a_word() 
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe")
-        with mock.patch.object(http, "_connected", return_value=ours):
-            stream = http.Stream(pool(Peer(host="h", port=1)), "/", {}, seconds=180)
-        answer = stream._response._original_response  # type: ignore[attr-defined]
+        with mock.patch.object(Peer, "connected", return_value=ours), Exchange(180):
+            response = begin(pool(Peer(host="h", port=1)), "GET", "/", {})
+        answer = response._original_response  # type: ignore[attr-defined]
         answer.fp.close()
         answer.close()
         assert answer.closed
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_dead_addresses_of_a_name_leave_the_others_time(monkeypatch: pytest.MonkeyPatch, dead: int) -> None:
+    """A switched-off server behind a round-robin name drops packets, as a listener does whose queue is full."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
+    with ExitStack() as stack:
+        port = stack.enter_context(server(says(answer))).port
+        for number in range(dead):
+            silent = stack.enter_context(socket.socket())
+            silent.bind((f"127.0.0.{number + 2}", port))
+            silent.listen(0)
+            for _ in range(2):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(silent.getsockname())
+        places = [f"127.0.0.{number + 2}" for number in range(dead)] + ["127.0.0.1"]
+        listed = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, port)) for place in places]
+        look_up = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda host, *a, **k: listed if host == "h" else look_up(host, *a, **k)
+        )
+        assert ask(pool(Peer(host="h", port=port)), seconds=3).body == b"hi"
+        if dead:
+            listed.pop()
+            with pytest.raises(UnreachableError):
+                ask(pool(Peer(host="h", port=port)), seconds=1)
