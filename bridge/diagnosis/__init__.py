@@ -14,11 +14,10 @@ from bridge.words import cause
 Level = Literal["error", "warning", "note", "ok"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note", "ok")
 
-
 _WOULD_SIGN, _ANY_PATH = "what-the-ca-would-sign", "…"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """The result of one check of one subject."""
 
@@ -32,22 +31,22 @@ class Finding:
     @classmethod
     def error(cls, check: str, about: str, text: str, hint: str = "", path: str = "") -> Finding:
         """Return a fault that breaks a renewal or a component."""
-        return cls(level="error", check=check, about=about, text=text, hint=hint, path=path)
+        return cls("error", check, about, text, hint, path)
 
     @classmethod
     def warning(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
         """Return a fault that will, or may, break a renewal or a component."""
-        return cls(level="warning", check=check, about=about, text=text, hint=hint)
+        return cls("warning", check, about, text, hint)
 
     @classmethod
     def note(cls, check: str, about: str, text: str, hint: str = "") -> Finding:
         """Return something in order that the operator should know."""
-        return cls(level="note", check=check, about=about, text=text, hint=hint)
+        return cls("note", check, about, text, hint)
 
     @classmethod
     def ok(cls, check: str, about: str, text: str) -> Finding:
         """Return something in order."""
-        return cls(level="ok", check=check, about=about, text=text)
+        return cls("ok", check, about, text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +62,7 @@ class Cause:
 
 def from_error(check: str, about: str, error: BridgeError) -> Finding:
     """Turn an error into a finding; the error's reason does not name the subject."""
-    return Finding(level="error", check=check, about=about, text=error.reason, hint=error.hint)
+    return Finding.error(check, about, error.reason, error.hint)
 
 
 def causes(findings: Iterable[Finding]) -> list[Cause]:

@@ -31,6 +31,7 @@ from bridge.words import one_line
 
 #: From this difference on, certificates of a CA whose clock is ahead are refused (`verify.CLOCK_SKEW`).
 _CLOCK_IS_WRONG = timedelta(minutes=5)
+_OTHER_MEANS = "a replacement by other means may be under way; `ca-bridge rotate-ca` changes nothing before it is over"
 
 
 class Question(NamedTuple):
@@ -51,12 +52,9 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
         yield from _credentials(settings, credentials.own_places(settings), now)
-        place = settings.source.file or "no settings file"
-        words = (
-            f"by hand: no [authority.NAME] ({place}), so that no CA was asked; `ca-bridge export` writes requests for a "
-            "CA desk, `ca-bridge import` takes its answers"
-        )
-        yield Finding.note("by-hand", "CAs", words)
+        words = f"by hand: no [authority.NAME] ({settings.source.file or 'no settings file'}), so that no CA was asked"
+        carried = "`ca-bridge export` writes requests for a CA desk, `ca-bridge import` takes its answers"
+        yield Finding.note("by-hand", "CAs", f"{words}; {carried}")
         return
     later = not_yet_signing(settings, node.bundles)
     demands, _ = verify_and_install.expectations(node, settings, items, now, later)
@@ -79,11 +77,8 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
         since = f"since {minute(one.since)} ({duration_text(timedelta(days=max((now - one.since).days, 0)))})"
         old, new = text(one.change.old), text(one.change.new)
         if standing.phase is None:
-            differing = "; ".join(standing.differing)
-            hint = (
-                "a replacement by other means may be under way; `ca-bridge rotate-ca` changes nothing before it is over"
-            )
-            yield Finding.error("ca-replacement", about, f"the files are of no phase: {differing}", hint)
+            words = f"the files are of no phase: {'; '.join(standing.differing)}"
+            yield Finding.error("ca-replacement", about, words, _OTHER_MEANS)
         elif standing.next is not None:
             hint = "the same `ca-bridge rotate-ca` command again finishes it; kubeadm may refuse this node until then"
             yield Finding.warning("ca-replacement", about, f"half way, “{standing.text}”, {since}", hint)
@@ -108,8 +103,9 @@ def _question(items: Sequence[Item], expected: verify.Expectation, settings: Set
 
 def _wanted(item: Item, expected: verify.Expectation, settings: Settings) -> PlannedCertificate:
     live, renewal = item.certificates[0], settings.renewal
-    key = (item.pair.key if item.pair is not None else None) or renewal.key
-    as_named = live if item.pair is None else named(live, item.pair.naming)
+    key, as_named = renewal.key, live
+    if item.pair is not None:
+        key, as_named = item.pair.key or renewal.key, named(live, item.pair.naming)
     left = live.not_valid_after_utc - verify.BACKDATING - expected.now
     return PlannedCertificate(
         spec=item.spec,
@@ -205,7 +201,7 @@ def _clock(backend: Backend, configured: registry.Configured) -> Iterator[Findin
     text = f"wanted the CA's clock and this node's to agree, found the CA's {amount} {word} this node's"
     level: Level = "error" if abs(ahead) > _CLOCK_IS_WRONG else "warning"
     hint = "put right whichever is wrong (`timedatectl`, `chronyc tracking`)"
-    yield Finding(level=level, check="clock", about=_about(configured), text=text, hint=hint)
+    yield Finding(level, "clock", _about(configured), text, hint)
 
 
 # --- our own credentials -----------------------------------------------------------------------------------------------
@@ -217,18 +213,11 @@ def _credentials(settings: Settings, places: Iterable[CredentialFile], now: date
 
 
 def _end(credential: Credential, settings: Settings, now: datetime) -> Finding:
-    is_near = credential.ends is None or credential.is_near(settings.renewal.before, now)
-    if credential.ends is not None and not is_near:
+    if credential.ends is not None and not credential.is_near(settings.renewal.before, now):
         return Finding.ok("credential", credential.name, expiry.left_text(credential.ends, now))
     is_bad = credential.ends is None or credential.has_ended(now)
     level: Level = "error" if is_bad and not credential.is_key_alone else "warning"
-    return Finding(
-        level=level,
-        check="credential",
-        about=credential.name,
-        text=credential.text(now),
-        hint=CredentialEndedError.hint,
-    )
+    return Finding(level, "credential", credential.name, credential.text(now), CredentialEndedError.hint)
 
 
 # --- what earlier runs found, and when the next may act ----------------------------------------------------------------

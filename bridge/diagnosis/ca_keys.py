@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -139,7 +140,7 @@ _GONE = "delete it (`shred -u FILE`); a key that others may have read is worth n
 _OUT = "delete it (`kubectl -n NAMESPACE delete secret NAME`) when nothing signs by it; snapshots of etcd keep it"
 
 
-def look(node: Node, settings: Settings) -> Iterator[Finding]:
+def look(node: Node, settings: Settings, _now: datetime) -> Iterator[Finding]:
     """Check whether kube-controller-manager signs, and search kubeadm's directories and ours for copies of CA keys."""
     yield from _signer(node)
     # `installed.authority` reports these
@@ -164,11 +165,10 @@ def search(node: Node, settings: Settings, root: Path) -> Iterator[Finding]:
 
 
 def _signer(node: Node) -> Iterator[Finding]:
-    manifest, about = node.manifests.get(Component.CONTROLLER_MANAGER), Component.CONTROLLER_MANAGER.value
-    for flag, path in endpoints.signing_files(manifest.flags).items() if manifest is not None else ():
+    about = Component.CONTROLLER_MANAGER.value
+    for flag, path in endpoints.signing_files(node.flags(Component.CONTROLLER_MANAGER)).items():
         if not path.exists():
-            ends = "kube-controller-manager ends when it begins to sign"
-            text = f"the file of {flag} ({path}) is missing: {ends}"
+            text = f"the file of {flag} ({path}) is missing: kube-controller-manager ends when it begins to sign"
             yield Finding.error("controller-manager-key", about, text, _EMPTY)
         elif flag.endswith("-key-file"):
             public = Held.by_file(path.resolve()).public
@@ -186,10 +186,8 @@ def _by_authority(node: Node) -> Mapping[str, set[bytes]]:
     found: dict[str, set[bytes]] = {}
     for state in node.authorities:
         for certificate in state.certificates:
-            try:
+            with contextlib.suppress(*UNREADABLE):
                 found.setdefault(state.authority.name, set()).add(spki(certificate.public_key()))
-            except UNREADABLE:
-                continue
     return found
 
 
@@ -218,7 +216,7 @@ class _Search:
             if names := self._names(held, str(path)):
                 text = f"wanted no key of a CA on this node, found the key of {names}"
                 about = one_line(str(path), _LONGEST_PATH)
-                yield Finding(level=level, check="ca-key-copy", about=about, text=text, hint=_GONE)
+                yield Finding(level, "ca-key-copy", about, text, _GONE)
 
     def _files(self, root: Path) -> Iterator[Path]:
         """Yield each regular file below a directory once, without following links or entering remote file systems."""
@@ -234,8 +232,11 @@ class _Search:
                 try:
                     if entry.is_dir(follow_symlinks=False):
                         waiting += [entry.path] if self._is_here(kinds.get(entry.path, ""), entry.path) else []
-                    elif entry.is_file(follow_symlinks=False) and self._is_new(entry.stat(follow_symlinks=False)):
-                        yield Path(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        if (file := (status.st_dev, status.st_ino)) not in self._seen:  # or it has another name
+                            self._seen.add(file)
+                            yield Path(entry.path)
                 except OSError as e:
                     self._closed += not isinstance(e, FileNotFoundError)
 
@@ -244,13 +245,6 @@ class _Search:
             self._remote.add(place)
             return False
         return not _NO_FILES.fullmatch(kind)
-
-    def _is_new(self, status: os.stat_result) -> bool:
-        """Whether this file was not yet seen under another name."""
-        key = (status.st_dev, status.st_ino)
-        is_new = key not in self._seen
-        self._seen.add(key)
-        return is_new
 
     def in_cluster(self, api: Api) -> Iterator[Finding]:
         """Yield a finding for each Secret with a CA's key, and for kubeadm's own, which has all of them."""

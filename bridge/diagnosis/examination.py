@@ -22,31 +22,31 @@ from bridge.specs import SIGNING_AUTHORITIES, SPECS
 from bridge.state.session import in_force
 from bridge.system.paths import UnreadableError, read_ca_file
 
+Look = Callable[[Node, Settings, datetime], Iterator[Finding]]
+
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Check what `kubeadm upgrade` would do to this node's certificates; asks the cluster's API, and no CA."""
-    return _of_node(
-        settings, lambda node: upgrade.look(node, settings, now), lambda node: use.look_at_names(node, settings)
-    )
+    return _of_node(settings, now, upgrade.look, use.look_at_names)
 
 
 def of_kubelets(settings: Settings, now: datetime) -> Iterator[Finding]:
     """Check every kubelet's serving certificate; asks the cluster's API and each kubelet, and no CA."""
-    return _of_node(settings, lambda node: upgrade.look_at_kubelets(node, settings, now))
+    return _of_node(settings, now, upgrade.look_at_kubelets)
 
 
-def for_ca_keys(root: Path, settings: Settings, _now: datetime) -> Iterator[Finding]:
+def for_ca_keys(root: Path, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Search all files below a directory, and the cluster's Secrets, for the keys of this node's CAs."""
-    return _of_node(settings, lambda node: ca_keys.search(node, settings, root))
+    return _of_node(settings, now, lambda node, settings, _: ca_keys.search(node, settings, root))
 
 
-def _of_node(settings: Settings, *looks: Callable[[Node], Iterator[Finding]]) -> Iterator[Finding]:
+def _of_node(settings: Settings, now: datetime, *looks: Look) -> Iterator[Finding]:
     node = read_node(settings.node)
     if not node.is_here:
         yield from_error("no-node", "node", inventory.NoNodeError(settings.node.pki_dir))
         return
     for look in looks:
-        yield from _whole(look(node))
+        yield from _whole(look(node, settings, now))
 
 
 def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -55,12 +55,8 @@ def examine(settings: Settings, now: datetime) -> Iterator[Finding]:
     is_desk = desk_files.policy_path(settings).is_file()
     settings = in_force(settings, node.bundles)
     if node.is_here:
-        yield from _whole(installed.look(node, settings, now))
-        yield from _whole(ca_keys.look(node, settings))
-        yield from _whole(use.look_at_pairs(node, settings, now))
-        yield from _whole(use.look(node, settings, now))
-        yield from _whole(machine.look(node, settings, now))
-        yield from _whole(authorities.look(node, settings, now))
+        for look in (installed.look, ca_keys.look, use.look_at_pairs, use.look, machine.look, authorities.look):
+            yield from _whole(look(node, settings, now))
     elif not is_desk:
         error = inventory.NoNodeError(settings.node.pki_dir)
         hint = f"{error.hint}; a CA desk has its policy in {desk_files.policy_path(settings)}"

@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 from cryptography import x509
 from cryptography.x509.verification import VerificationError as NoPathError
 
-from bridge.diagnosis import Finding, Level, from_error
+from bridge.diagnosis import Finding, from_error
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import endpoints, kubeconfig
 from bridge.node.expiry_report import outlasting
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
-from bridge.node.kubelet import KubeletFiles
+from bridge.node.kubelet import KubeletFiles, node_name
 from bridge.node.manifests import path_of, pod_name
 from bridge.node.pairs import is_sa_pair, key_finding
 from bridge.pki import expiry, verify
@@ -52,7 +52,7 @@ _RESTORE = "put the right one back, from a backup (`ca-bridge backups`) or anoth
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Check the node's files, and ask no network."""
-    yield from _node_name(node, settings)
+    yield from _node_name(settings)
     anchors = {state.authority.name: state.certificates for state in node.authorities}
     # the kubelet's client certificate comes first: without it a rebooted node stays down
     for item in sorted(node.items, key=lambda item: item.spec.name != KUBELET_CONF):
@@ -82,38 +82,21 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _manifests(node, settings)
 
 
-def _node_name(node: Node, settings: Settings) -> Iterator[Finding]:
+def _node_name(settings: Settings) -> Iterator[Finding]:
     """Compare node.name with the certificates' node name, which hooks, bundles and a desk's policy use."""
-    ours = settings.node.node_name
-    names = {_name_in(item) for item in node.items if item.certificates} - {""}
-    if names and ours not in names:
-        found = ", ".join(sorted(names))
-        text = f"wanted the node's name in the cluster, which is {one_line(found)}, found {one_line(ours)}"
+    ours, name = settings.node.node_name, node_name(settings.node.pki_dir, settings.node.kubeconfig_dir)
+    if name not in ("", ours):
+        text = f"wanted the node's name in the cluster, which is {one_line(name)}, found {one_line(ours)}"
         yield Finding.warning("node-name", "node.name", text, "set node.name")
-
-
-def _name_in(item: Item) -> str:
-    """Return the node's name in a certificate; empty if it has none, or can't be read."""
-    try:
-        subject = name_text(item.certificates[0].subject)
-    except UNREADABLE:
-        return ""
-    if item.spec.component is Component.KUBELET:
-        return subject.partition("CN=system:node:")[2].partition(",")[0]
-    is_nodes = item.spec.name in ("etcd-server", "etcd-peer")
-    return subject.partition("CN=")[2].partition(",")[0] if is_nodes else ""
 
 
 def _self_made(item: Item, node: Node, now: datetime) -> Finding:
     """Return a finding about a kubelet's self-signed certificate, the default, which no client can verify."""
     name, end = item.spec.name, expiry.first_end(item.certificates)
-    hint = (
-        f"`ca-bridge renew {name}` puts one of the CA in its place; so does [certificate.{name}] sans in the settings"
-    )
-    apiserver = node.manifests.get(Component.APISERVER)
-    is_verified = apiserver is not None and "--kubelet-certificate-authority" in apiserver.flags
+    renew = f"`ca-bridge renew {name}` puts one of the CA in its place"
+    hint = f"{renew}; so does [certificate.{name}] sans in the settings"
     text = f"wanted a certificate of the CA in {item.anchor_path}, found one of {_name(item.certificates[0], 'issuer')}"
-    if is_verified:
+    if "--kubelet-certificate-authority" in node.flags(Component.APISERVER):
         more = ", and kube-apiserver verifies it (--kubelet-certificate-authority): no logs, no exec"
         return Finding.error("kubelet-self-signed", name, f"{text}{more}", hint)
     if end <= now:
@@ -202,13 +185,11 @@ def end(item: Item, settings: Settings, now: datetime) -> Finding:
         return _early(item.certificates[0], name, now, hint)
     begin = item.certificates[0].not_valid_before_utc
     if end <= now:
-        hint = (
-            "`ca-bridge renew` takes expired certificates too" if item.managed else "why did the kubelet not rotate it?"
-        )
         text = expiry.left_text(end, now) + _by_its_ca(item, end)
         if name == KUBELET_CONF:
             text += "; a kubelet that starts with it ends at once: after a reboot nothing on this node comes up"
-        return Finding.error("expired", name, text, hint)
+        renew, rotate = "`ca-bridge renew` takes expired certificates too", "why did the kubelet not rotate it?"
+        return Finding.error("expired", name, text, renew if item.managed else rotate)
     if item.rotates and not expiry.is_rotation_late(item.renewable, now):
         config = settings.node.kubelet_dir / "config.yaml"
         unless = "" if config.exists() else f", unless its configuration says otherwise: no {config} is here"
@@ -295,10 +276,8 @@ def _exposed(path: Path, about: str) -> Iterator[Finding]:
     if user_name(owner).startswith(_ROOTLESS):
         return
     subject, text = about if found.path == path else str(found.path), str(found)
-    if owner in {0, os.geteuid()}:
-        yield Finding.error("open-directory", subject, text, found.hint, str(found.path))
-    else:
-        yield Finding.error("owner", subject, text, found.hint, str(found.path))
+    check = "open-directory" if owner in {0, os.geteuid()} else "owner"
+    yield Finding.error(check, subject, text, found.hint, str(found.path))
 
 
 # --- its CA ----------------------------------------------------------------------------------------------------------
@@ -329,10 +308,8 @@ def chain(item: Item, authorities: Sequence[AuthorityState]) -> Iterator[Finding
 def _no_path(leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], anchor: x509.Certificate) -> str:
     """Return why no path exists at any time, or an empty text; other checks look at dates."""
     chain = (leaf, *intermediates, anchor)
-    end, begin = (
-        min(certificate.not_valid_after_utc for certificate in chain),
-        max(certificate.not_valid_before_utc for certificate in chain),
-    )
+    end = min(certificate.not_valid_after_utc for certificate in chain)
+    begin = max(certificate.not_valid_before_utc for certificate in chain)
     if end <= begin:  # such as a leaf that ended before its CA had a new certificate with the same key
         return "" if leads_to(chain[:-1], [anchor]) else "another signature"
     time = max(end - timedelta(seconds=1), begin)
@@ -375,9 +352,10 @@ def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[F
             left = expiry.left_text(end, now)
             text = f"{left}; from its end on Kubernetes refuses what leads to it: {', '.join(names)}"
             hint = f"ca-bridge renew {' '.join(names)}: the first CA of {state.path} signs the next ones"
-            level: Level = "error" if end <= now else "warning"
-            check = "ca-expired" if end <= now else "ca-ends-soon"
-            yield Finding(level=level, check=check, about=about, text=text, hint=hint)
+            is_over = end <= now
+            yield Finding(
+                "error" if is_over else "warning", "ca-expired" if is_over else "ca-ends-soon", about, text, hint
+            )
         elif end <= now:
             text = f"{expiry.left_text(end, now)}; no certificate on this node leads to it"
             hint = f"take it out of {state.path} when no node of the cluster needs it"
@@ -391,9 +369,8 @@ def _with_longer(end: Finding, names: Sequence[str]) -> Finding:
     if end.level == "error":
         return end
     text = f"{end.text}; these end later, and Kubernetes refuses them from its end on: {', '.join(names)}"
-    if end.level == "warning":
-        return Finding.warning("ca-ends-soon", end.about, text, _NEXT_CA)
-    return Finding.warning("ca-ends-first", end.about, text, _NEXT_CA)
+    check = "ca-ends-soon" if end.level == "warning" else "ca-ends-first"
+    return Finding.warning(check, end.about, text, _NEXT_CA)
 
 
 def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str = "") -> Finding:
@@ -416,26 +393,21 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
 
 def _cluster(item: Item, anchors: Sequence[x509.Certificate], node: Node, settings: Settings) -> Iterator[Finding]:
     """Check that a kubeconfig's API server is this cluster's, and that the kubeconfig trusts its CA."""
-    path = settings.node.kubeconfig_dir / item.spec.base
+    name, path = item.spec.name, settings.node.kubeconfig_dir / item.spec.base
     try:
         parsed = kubeconfig.parse(read(path) or b"")
         trusted = _trusted(parsed, path)
     except (BridgeError, UnreadableError, ValueError) as e:
-        text = f"wanted the CA of its API server in {path}, found: {e}"
-        yield Finding.error("kubeconfig-ca", item.spec.name, text, _RESTORE)
+        yield Finding.error("kubeconfig-ca", name, f"wanted the CA of its API server in {path}, found: {e}", _RESTORE)
         return
-    if anchors and trusted is not None and anchors[0] not in trusted:
-        yield _foreign_ca(item, anchors, trusted)
-    yield from server(item, parsed, node)
-
-
-def _foreign_ca(item: Item, anchors: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate]) -> Finding:
     wanted = f"wanted the CA of {item.anchor_path} to be trusted"
     hint = "the kubeconfig's certificate-authority-data is to be the content of that file"
-    if any(anchor in trusted for anchor in anchors):
-        return Finding.warning("kubeconfig-old-ca", item.spec.name, f"{wanted}, found only an older one of it", hint)
-    found = ", ".join(map(_name, trusted)) or "none"
-    return Finding.error("kubeconfig-ca", item.spec.name, f"{wanted}, found another CA ({found})", hint)
+    if anchors and trusted is not None and set(anchors) & set(trusted) and anchors[0] not in trusted:
+        yield Finding.warning("kubeconfig-old-ca", name, f"{wanted}, found only an older one of it", hint)
+    elif anchors and trusted is not None and anchors[0] not in trusted:
+        found = ", ".join(map(_name, trusted)) or "none"
+        yield Finding.error("kubeconfig-ca", name, f"{wanted}, found another CA ({found})", hint)
+    yield from server(item, parsed, node)
 
 
 def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
@@ -508,24 +480,21 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
         found.append(data)
         if base == "sa.key":
             yield from private_file(path, base)
-    if len(found) == len(paths) and _is_without_public_key(*found):
+    if len(found) < len(paths):
+        return
+    key, *public = found  # each of the others may hold several keys
+    blocks = [block[0] for data in public for block in _PUBLIC_KEY.finditer(data)]
+    if all(b"PUBLIC KEY" in data for data in public) and not any(is_sa_pair(key, block) for block in blocks):
         text = "wanted sa.key and sa.pub to be a pair, found two of different pairs"
         yield Finding.error("service-account-key", "sa.pub", text, _SA_HINT)
-
-
-def _is_without_public_key(key: bytes, *public: bytes) -> bool:
-    """Whether none of these files, which may hold several keys each, has the key's public half."""
-    blocks = [block[0] for data in public for block in _PUBLIC_KEY.finditer(data)]
-    return all(b"PUBLIC KEY" in data for data in public) and not any(is_sa_pair(key, block) for block in blocks)
 
 
 def _places(node: Node, settings: Settings) -> Iterator[Finding]:
     """Check that no other user can write to the directories of certificates and manifests."""
     places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
     places += [item.certificate_path.parent for item in node.items if item.state == "present" and item.pair is None]
-    manifests = settings.node.kubeconfig_dir / "manifests"
-    if manifests.is_dir():
-        places.append(manifests)  # the kubelet runs every manifest in it, as root if the manifest says so
+    # the kubelet runs every manifest in it, as root if the manifest says so
+    places += filter(Path.is_dir, [settings.node.kubeconfig_dir / "manifests"])
     yield from open_directories(places)
 
 

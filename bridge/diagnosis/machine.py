@@ -62,11 +62,11 @@ def disk_space(places: Sequence[Path]) -> Iterator[Finding]:
             needs = f"{_LITTLE >> 20} MiB for a renewal, its backup and some time to come"
             text = f"wanted {needs}, found {found.free >> 10} KiB"
             level: Level = "error" if found.free < BYTES_NEEDED else "warning"
-            yield Finding(level=level, check="disk-space", about=about, text=text, hint="make room there")
+            yield Finding(level, "disk-space", about, text, "make room there")
         if found.inodes is not None and found.inodes < _FEW_INODES:
             text = f"wanted {_FEW_INODES} inodes for new files, found {found.inodes}"
             level = "error" if found.inodes < INODES_NEEDED else "warning"
-            yield Finding(level=level, check="inodes", about=about, text=text, hint="remove small files there")
+            yield Finding(level, "inodes", about, text, "remove small files there")
 
 
 def _frozen(node: Node) -> Iterator[Finding]:
@@ -79,8 +79,7 @@ def _frozen(node: Node) -> Iterator[Finding]:
                 paths |= {path: item.spec.name for path in (real, real.parent) if path not in paths}
     for path, name in paths.items():
         if files.is_frozen(path):
-            found = "immutable or append-only: no renewal can be installed"
-            text = f"can't replace {path}: it is {found}"
+            text = f"can't replace {path}: it is immutable or append-only: no renewal can be installed"
             hint = f"chattr -i -a {path}, after a look at who set it"
             yield Finding.error("immutable", name, text, hint, str(path))
 
@@ -111,11 +110,11 @@ def _state_files(store: Store) -> Iterator[Finding]:
     """Find damaged state files, which may end each run before it asks a CA."""
     for file in state_files(store):
         try:
-            found: StateError | None = file.damage()
+            damage: StateError | None = file.damage()
         except StateError as e:  # the file can't be read
-            found = e
-        if found is not None:
-            yield from_error("state-file", str(file.path), found)
+            damage = e
+        if damage is not None:
+            yield from_error("state-file", str(file.path), damage)
 
 
 def _state_of_others(settings: Settings) -> Iterator[Finding]:
@@ -135,8 +134,7 @@ def lock(state_dir: Path, now: datetime) -> Iterator[Finding]:
         return
     if holder is None:
         return
-    since = holder.since
-    if since is None or now - since > _HUNG_AFTER:
+    if holder.since is None or now - holder.since > _HUNG_AFTER:
         text = f"wanted a run to end within an hour, found {one_line(holder)}"
         hint = "see what it waits for (`ps`, its log), then end it; the next run goes on where it stopped"
         yield Finding.warning("hung-run", "lock", text, hint)
@@ -209,8 +207,9 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
     end = time.monotonic() + _ALL_HOMES_SECONDS
     for path in (home / ".kube/config" for home in homes) if live else ():
         if end - time.monotonic() < _HOME_SECONDS:
-            wanted = f"wanted to look into all homes within {_ALL_HOMES_SECONDS:g} s"
-            text = f"{wanted}, found no end of those before this one"
+            text = (
+                f"wanted to look into all homes within {_ALL_HOMES_SECONDS:g} s, found no end of those before this one"
+            )
             yield Finding.warning("admin-copy-unseen", str(path), text, _UNSEEN_HINT)
             return
         try:
@@ -227,9 +226,10 @@ def _copy(
     path: Path, certificate: x509.Certificate, live: Mapping[x509.Certificate, str], admins: Mapping[str, Item]
 ) -> Iterator[Finding]:
     if certificate in live:
-        text = f"a copy of {live[certificate]}"
-        advice = "which is to be copied again after each renewal, or listed in copies.files"
-        yield Finding.note("admin-copy", str(path), f"{text}, {advice}")
+        text = (
+            f"a copy of {live[certificate]}, which is to be copied again after each renewal, or listed in copies.files"
+        )
+        yield Finding.note("admin-copy", str(path), text)
     elif name := _name_of_old(certificate, admins):
         text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
         hint = f"copy {admins[name].certificate_path} there again"

@@ -9,6 +9,7 @@ The last part checks every kubelet's serving certificate, and which API servers 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from http import HTTPStatus
@@ -20,7 +21,7 @@ from bridge.cluster import kubeadm
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelet_serving, neighbours
 from bridge.control_plane.kubelet_serving import AUTHORITY, Served
-from bridge.diagnosis import Finding, from_error
+from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import is_named
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubeconfig, kubelet, manifest_flags
@@ -42,6 +43,9 @@ _BINDINGS = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubeadm:"
 _OF_THE_NODE = {"containerRuntimeEndpoint"}
 _AUTO_APPROVE = ("node-autoapprove-bootstrap", "node-autoapprove-certificate-rotation")
 _KUBELET_CLIENT = "apiserver-kubelet-client"
+_UPGRADE_CHANGES = (
+    "the next `kubeadm upgrade` changes it; `ca-bridge kubelets on` or `off` on that node makes them alike"
+)
 #: Certificates that kubeadm checks below an external CA (`validateExternal…` in cmd/kubeadm/app/phases/certs).
 _VALIDATED = {
     CA.name: ("apiserver", _KUBELET_CLIENT),
@@ -103,27 +107,18 @@ def _authority(state: AuthorityState, node: Node, now: datetime) -> Iterator[Fin
             hint = f"ca-bridge renew {certificate}, before kubeadm upgrade; or upgrade with --certificate-renewal=false"
             yield Finding.error("upgrade-aborts", certificate, f"{wrong}: kubeadm upgrade {_where(name, node)}", hint)
         elif (end := item.certificates[0].not_valid_after_utc) - now < _SOON:
-            text = (
-                f"wanted it to outlive the maintenance, found that it ends {minute(end)}; from then on kubeadm aborts"
-            )
+            found = f"that it ends {minute(end)}; from then on kubeadm aborts"
+            text = f"wanted it to outlive the maintenance, found {found}"
             yield Finding.warning("upgrade-ends-soon", certificate, text, f"ca-bridge renew {certificate}")
 
 
 def _where(authority: str, node: Node) -> str:
     """Say where the upgrade aborts, and which manifests it has replaced by then."""
-    done: list[str] = []
-    for component, names in _STEPS:
-        if component is Component.ETCD and not node.local_etcd:
-            continue
-        if authority in names:
-            when = (
-                f"when the manifest of {', '.join(done)} is exchanged already"
-                if done
-                else "before anything is exchanged"
-            )
-            return f"aborts at {component.value}, {when}"
-        done.append(component.value)
-    return "aborts"
+    steps = {component.value: cas for component, cas in _STEPS if node.local_etcd or component is not Component.ETCD}
+    component = next(name for name, cas in steps.items() if authority in cas)
+    done = ", ".join(itertools.takewhile(lambda name: name != component, steps))
+    when = f"when the manifest of {done} is exchanged already" if done else "before anything is exchanged"
+    return f"aborts at {component}, {when}"
 
 
 def _wrong(item: Item, state: AuthorityState, now: datetime) -> str:
@@ -163,8 +158,7 @@ def _access(name: str, node: Node, now: datetime) -> Iterator[Finding]:
 
 def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
     """Check the server in kubelet.conf: from 1.35 on, kubeadm points it at the node's own API server."""
-    manifest = node.manifests.get(Component.APISERVER)
-    local = endpoints.name(manifest.flags) if manifest is not None else None
+    local = endpoints.name(node.flags(Component.APISERVER))
     try:
         server = kubeconfig.parse(read(settings.node.kubeconfig_dir / "kubelet.conf") or b"").server
         host = urlsplit(server).hostname
@@ -183,8 +177,7 @@ def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
 
 
 def _etcd(node: Node) -> Iterator[Finding]:
-    manifest = node.manifests.get(Component.ETCD)
-    if manifest is not None and manifest.flags.get("--initial-cluster-state") == "existing":
+    if node.flags(Component.ETCD).get("--initial-cluster-state") == "existing":
         text = "this member has joined: its manifest differs from what kubeadm renders, so that the upgrade restarts it"
         yield _note("etcd", text, "seen: 72 s; upgrade one node after the other")
 
@@ -289,15 +282,13 @@ def look_at_kubelets(node: Node, settings: Settings, now: datetime) -> Iterator[
 
 def _of_kubelet(kubelet: Served, verifying: list[str], now: datetime) -> Finding:
     if kubelet.end is not None:
-        text = (
-            f"its kubelet serves {kubelet.place} with a certificate of the cluster's CA, {left_text(kubelet.end, now)}"
-        )
-        return Finding.ok("kubelet-serving", kubelet.node, text)
+        text = f"its kubelet serves {kubelet.place} with a certificate of the cluster's CA"
+        return Finding.ok("kubelet-serving", kubelet.node, f"{text}, {left_text(kubelet.end, now)}")
     text = f"wanted a kubelet whose certificate the cluster's CA has signed, found: {kubelet.trouble}"
     if verifying:
         text += f"; the API server of {', '.join(verifying)} verifies it, so that logs and exec do not work"
-    make = Finding.error if verifying else Finding.warning
-    return make("kubelet-serving", kubelet.node, text, "`ca-bridge kubelets on` on that node")
+    level: Level = "error" if verifying else "warning"
+    return Finding(level, "kubelet-serving", kubelet.node, text, "`ca-bridge kubelets on` on that node")
 
 
 def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Finding]:
@@ -309,10 +300,7 @@ def _of_api_servers(api: Api, authorities: Mapping[str, str]) -> Iterator[Findin
         if authority != wanted:
             found = f"{AUTHORITY}={one_line(authority)}" if authority else f"no {AUTHORITY}"
             said = f"wanted it as {kubeadm.CLUSTER.name} has it ({one_line(wanted) or 'none'}), found {found}"
-            hint = (
-                "the next `kubeadm upgrade` changes it; `ca-bridge kubelets on` or `off` on that node makes them alike"
-            )
-            yield Finding.warning("kubelet-authority", about, said, hint)
+            yield Finding.warning("kubelet-authority", about, said, _UPGRADE_CHANGES)
         elif authority:
             yield Finding.ok("kubelet-authority", about, f"verifies kubelets by {one_line(authority)}")
         else:

@@ -15,7 +15,7 @@ from bridge import control_plane
 from bridge.cluster import kubeadm
 from bridge.cluster.api import Api
 from bridge.control_plane import restarts
-from bridge.diagnosis import Finding, from_error
+from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import chain, end, is_named, key_of, server
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubeadm_config, kubeconfig, pairs
@@ -71,7 +71,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         if item.state == "present" and item.managed:
             yield from _files(item, node, settings)
     yield from _authorities(node)
-    yield from look_at_names(node, settings)
+    yield from look_at_names(node, settings, now)
     yield from _restarts(node, settings)
     yield from _not_in_use(node, settings, now)
     yield from _hooks(settings)
@@ -153,7 +153,7 @@ def _hooks(settings: Settings) -> Iterator[Finding]:
                 yield Finding.error("hook", about, str(unsafe), unsafe.hint)
                 continue
             text = found or f"there is no program {words[0]!r} that can be run"
-            yield Finding(level="ok" if found else "warning", check="hook", about=about, text=text)
+            yield Finding("ok" if found else "warning", "hook", about, text)
     if Store(settings.node.state_dir).hooks.exists():
         text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
         yield Finding.warning("hooks-owed", "hooks", text)
@@ -162,7 +162,7 @@ def _hooks(settings: Settings) -> Iterator[Finding]:
 _SERVICE_RANGE = "--service-cluster-ip-range"
 
 
-def look_at_names(node: Node, settings: Settings) -> Iterator[Finding]:
+def look_at_names(node: Node, settings: Settings, _now: datetime) -> Iterator[Finding]:
     """Compare names and addresses with manifests and kubeadm-config; asks the cluster's API for the latter."""
     yield from _addresses(node)
     yield from _cluster(node, settings)
@@ -237,12 +237,13 @@ def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
     except (BridgeError, ValueError) as e:
         yield Finding.note("kubeadm-config", "kubeadm-config", f"not compared with the SANs: {e}")
         return
+    endpoint = [config.endpoint_host] if config.endpoint else []
+    service = f"kubernetes.default.svc.{config.dns_domain}"
     names = {
-        "apiserver": [config.service_address, *config.api_sans, *([config.endpoint_host] if config.endpoint else [])],
+        "apiserver": [config.service_address, *config.api_sans, *endpoint, service],
         "etcd-server": list(config.etcd_server_sans),
         "etcd-peer": list(config.etcd_peer_sans),
     }
-    names["apiserver"].append(f"kubernetes.default.svc.{config.dns_domain}")
     for certificate, hosts in names.items():
         yield from _missing_names(node, certificate, hosts, "of kubeadm-config", "sans-of-kubeadm-config")
     yield from _manifest(config, manifest.flags)
@@ -265,8 +266,8 @@ def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
 
 def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
     """Compare the service range with kubeadm-config, from which the next `kubeadm upgrade` renders the manifest."""
-    flag = flags.get(_SERVICE_RANGE)
-    if flag is not None and flag != config.service_subnet:
+    flag = flags.get(_SERVICE_RANGE, config.service_subnet)
+    if flag != config.service_subnet:
         text = f"wanted {_SERVICE_RANGE}={config.service_subnet}, as kubeadm-config has it, found {one_line(flag)}"
         hint = "the next `kubeadm upgrade` writes the manifest from kubeadm-config: make them say the same before"
         yield Finding.warning("manifest-of-kubeadm-config", "kube-apiserver.yaml", text, hint)
@@ -301,17 +302,16 @@ def _servers(config: KubeadmConfig, node: Node) -> Iterator[Finding]:
         hint = "ca-bridge serving-certs on, on each control-plane node; off takes it out of both"
         if component not in node.manifests or item is None or item.named == is_kept:
             continue
+        level: Level = "warning"
         if item.named:
-            text = (
-                f"names {item.certificate_path}, and kubeadm-config does not: the next `kubeadm upgrade` takes it out"
-            )
-            yield Finding.warning("serving-certificate-of-kubeadm-config", manifest, text, hint)
+            consequence = "the next `kubeadm upgrade` takes it out"
+            text = f"names {item.certificate_path}, and kubeadm-config does not: {consequence}"
         elif item.state == "missing":
-            text = f"kubeadm-config names a pair, and {spec.name} is not here: after a `kubeadm upgrade` it would not start"
-            yield Finding.error("serving-certificate-of-kubeadm-config", manifest, text, hint)
+            consequence = "after a `kubeadm upgrade` it would not start"
+            level, text = "error", f"kubeadm-config names a pair, and {spec.name} is not here: {consequence}"
         else:
             text = "kubeadm-config names a pair, and this manifest does not"
-            yield Finding.warning("serving-certificate-of-kubeadm-config", manifest, text, hint)
+        yield Finding(level, "serving-certificate-of-kubeadm-config", manifest, text, hint)
 
 
 def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:

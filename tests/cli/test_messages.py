@@ -220,7 +220,7 @@ def test_a_missing_policy_is_one_error(tmp_path: Path) -> None:
 def test_causes_stay_apart_where_files_differ() -> None:
     """Paths make no difference in what a CA says, and all in what this node's files say."""
     said = [
-        diagnosis.Finding(level="error", check=check, about=name, text=f"{text} {path}")
+        diagnosis.Finding.error(check, name, f"{text} {path}")
         for check, text in (("backend", "refused at"), ("key-missing", "nothing in"))
         for name, path in (("apiserver", "/a/apiserver"), ("etcd-peer", "/b/etcd/peer"))
     ]

@@ -12,26 +12,23 @@ from bridge.diagnosis import LEVELS
 DOCUMENT = Path(__file__).parents[2] / "docs/doctor.md"
 #: Of lines that say what is in order, or what was not looked at.
 _ALWAYS_OK = {"ca", "certificate", "manifests", "kubeadm-config", "admin-copy", "by-hand", "upgrade"}
+_MAKERS = {f"Finding.{level}" for level in LEVELS}
 _STATES = {f"certificate-{state}" for state in ("missing", "broken", "unreadable")}
 
 
 def checks_in(source: str) -> set[str]:
     """The names that findings are given."""
-    found = set()
+    places = {"from_error": 0, "Finding": 1, "_missing_names": -1} | dict.fromkeys(_MAKERS, 0)
+    names: list[ast.expr] = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            name = getattr(node.func, "id", "")
-            values = [word.value for word in node.keywords if word.arg == "check"]
-            is_finding = ast.unparse(node.func) in {f"Finding.{level}" for level in LEVELS}
-            values += (
-                node.args[:1]
-                if name == "from_error" or is_finding
-                else node.args[-1:]
-                if name == "_missing_names"
-                else []
-            )
-            found |= {str(value.value) for value in values if isinstance(value, ast.Constant)}
-    return found
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in places and node.args:
+            names.append(node.args[places[ast.unparse(node.func)]])
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "check":
+            names.append(node.value)
+    values = [
+        value for name in names for value in ([name.body, name.orelse] if isinstance(name, ast.IfExp) else [name])
+    ]
+    return {str(value.value) for value in values if isinstance(value, ast.Constant)}
 
 
 def test_the_document_has_each_check_and_no_other() -> None:
@@ -45,5 +42,5 @@ def test_the_document_has_each_check_and_no_other() -> None:
 
 def test_the_comparison_can_fail() -> None:
     """A name in the code is seen in both ways in which a finding is made."""
-    source = "Finding(check='a')\nfrom_error('b', 'x', e)\n_missing_names(n, 'c', h, w, 'd')\nFinding.note('e', 'x', t)"
+    source = "Finding(level, 'a', 'x', t)\nfrom_error('b', 'x', e)\n_missing_names(n, 'c', h, w, 'd')\nFinding.note('e', 'x', t)"
     assert checks_in(source) == {"a", "b", "d", "e"}
