@@ -16,15 +16,13 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from bridge.errors import BridgeError, Exit
 from bridge.node.reading import read_node
 
 if TYPE_CHECKING:
-    from bridge.node.inventory import Item
     from bridge.settings.tables import Settings
-    from bridge.specs import KeyAlgorithm
     from bridge.state.credentials import Credential
 
 #: Options that the fast paths understand; `bridge.cli` handles all others.
@@ -153,8 +151,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
     """
     Return the output of a `renew` that has nothing to do and nothing else to say; None in every other case.
 
-    Problems (an argument, the settings, a file, an interrupted installation) are left to `bridge.cli`. If something
-    will be renewed, the making of its keys begins.
+    Problems (an argument, the settings, a file, an interrupted installation) are left to `bridge.cli`.
     """
     plain = _plain("renew", arguments)
     if plain is None:
@@ -175,11 +172,8 @@ def nothing_to_do(arguments: Sequence[str]) -> Quiet | None:
         left = [store.requests, store.hooks, store.unproven, store.postponed, store.pairs, store.revocations]
         left += [store.copies, store.collected, store.attempts]
         is_something_left = store.is_interrupted or any(map(Path.exists, left))
-        is_held = not names and bool(settings.renewal.window or settings.renewal.jitter.most)
     except OSError:  # this user may not read the state directory
         return None
-    if selection.items and not is_something_left and not is_held:
-        _begin_keys(selection.items, settings.renewal.key)
     if not is_checked(settings, store) or _has_to_warn(settings, now):
         return None
     if names or selection.items or selection.failed or is_something_left:
@@ -205,16 +199,6 @@ def _may_have_credentials(settings: Settings) -> bool:
 
     store = Store(settings.node.state_dir)
     return bool(checked_credentials(settings, store) != [] or store.credentials.exists())
-
-
-def _begin_keys(items: Sequence[Item], wanted: KeyAlgorithm | Literal["same"]) -> None:
-    from bridge.pki.csr import key_algorithm  # noqa: PLC0415 (only for a renewal)
-    from bridge.renewal import new_keys  # noqa: PLC0415
-
-    with contextlib.suppress(BridgeError):  # the renewal reports it
-        kinds = {item.spec.name: (item.pair.key if item.pair is not None else None) or wanted for item in items}
-        live = [item for item in items if item.certificates]
-        new_keys.begin([key_algorithm(item.certificates[0], kinds[item.spec.name]) for item in live])
 
 
 class _Plain(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,11 +81,12 @@ class SettingsError(BridgeError):
         super().__init__("\n".join(map(str, problems)), hint=hint)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Violation:
     """One difference between a request and the certificate, or the CA's configuration for it."""
 
     subject: str  #: What is wrong, such as `EKU` or `SAN`.
+    _: KW_ONLY
     want: str
     got: str
 

@@ -38,13 +38,13 @@ from bridge.renewal import Selection, nothing_due
 from bridge.renewal import renew as renewal
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
-from bridge.renewal.prepare import Prepared, prepare
+from bridge.renewal.prepare import prepare
 from bridge.renewal.prepare import write_csrs as write_csr_files
 from bridge.renewal.renew import Rehearsal
 from bridge.renewal.selection import RunOptions, select
 from bridge.settings.tables import Settings
 from bridge.specs import Component
-from bridge.state import Outcome, Store, copies
+from bridge.state import Store, copies
 from bridge.state.copies import Copy
 from bridge.state.install import InstallError
 from bridge.system.console import log
@@ -292,14 +292,13 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
     selection = select(node, settings, options, now)
     for sentence in selection.waived:
         log.warning("%s", sentence)
-    made = prepare(selection.items, settings)
-    prepared = [item for item in made if isinstance(item, Prepared)]
+    prepared, unmade = prepare(selection.items, settings)
     if prepared:
         write_csr_files(prepared, directory)
     rows = [
         (str(directory / f"{item.item.spec.name}.csr"), f"for {item.item.spec.authority.name}") for item in prepared
     ]
-    failed = [*selection.failed, *(item for item in made if isinstance(item, Outcome))]
+    failed = [*selection.failed, *unmade]
     if rows:
         say_table(rows)
     elif not failed:

@@ -12,7 +12,6 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cryptography import x509
@@ -59,12 +58,10 @@ _HANDLED = {
     ExtensionOID.CRL_DISTRIBUTION_POINTS,
     *_CA_ONLY,
 }
-#: A desk checks thousands of certificates by the same few issuers, each more than once in a row.
-_REMEMBERED = 64
 #: Types of SANs and name constraints that Go supports.
 _NAMES = (x509.DNSName, x509.IPAddress, x509.RFC822Name, x509.UniformResourceIdentifier)
 
-_VERSION, _EXTENSIONS = (der.context(number, constructed=True) for number in (0, 3))
+_VERSION = der.context(0, constructed=True)
 _UTF8, _NUMERIC, _PRINTABLE, _T61, _IA5, _BMP = 0x0C, 0x12, 0x13, 0x14, 0x16, 0x1E
 #: String types of a leaf's subject, which all parsers read alike.
 _LEAF_STRINGS = (_UTF8, _PRINTABLE, _IA5)
@@ -92,13 +89,14 @@ def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
     """Parts of one certificate that Go can't read or does not support."""
     try:
         parts = _parts(certificate)
+        _assert_small(_oids(certificate))
         yield from _identifiers(certificate, parts, leaf=leaf)
-        yield from _issuer_name(parts.fields[2])
+        yield from _name("issuer", parts.fields[2], leaf=False)
         yield from _name("subject", parts.fields[4], leaf=leaf)
         yield from _encodings(certificate, parts.fields)
         yield from _extensions(certificate, leaf=leaf)
     except ValueError as e:
-        yield Violation(subject="form", want="DER that Kubernetes can read", got=str(e))
+        yield Violation("form", want="DER that Kubernetes can read", got=str(e))
 
 
 class _Parts(NamedTuple):
@@ -109,7 +107,6 @@ class _Parts(NamedTuple):
     fields: tuple[der.Element, ...]  #: serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, …
 
 
-@lru_cache(maxsize=_REMEMBERED)
 def _parts(certificate: x509.Certificate) -> _Parts:
     encoded = certificate.public_bytes(serialization.Encoding.DER)
     signed, algorithm, *_ = der.one(encoded, der.SEQUENCE).children()
@@ -117,35 +114,43 @@ def _parts(certificate: x509.Certificate) -> _Parts:
     return _Parts(len(encoded), algorithm.encoded, fields)
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
-    return tuple(form(issuer, leaf=False))
+def _oids(certificate: x509.Certificate) -> Iterator[x509.ObjectIdentifier]:
+    """The OIDs that Go reads."""
+    yield certificate.signature_algorithm_oid
+    yield from (attribute.oid for name in (certificate.issuer, certificate.subject) for attribute in name)
+    for each in certificate.extensions:
+        yield each.oid
+        if isinstance(each.value, x509.ExtendedKeyUsage):
+            yield from each.value
+        if isinstance(each.value, x509.AuthorityInformationAccess):
+            yield from (description.access_method for description in each.value)
+
+
+def _assert_small(oids: Iterable[x509.ObjectIdentifier]) -> None:
+    """Refuse an OID with a number of more than 31 bits (as in OIDs made of UUIDs), which Go can't read."""
+    for oid in oids:
+        first, second, *rest = map(int, oid.dotted_string.split("."))
+        if max(40 * first + second, *rest) >= 1 << 31:  # the first two are one number (X.690 §8.19.4)
+            raise ValueError("an object identifier with a number of more than 31 bits")
 
 
 def _identifiers(certificate: x509.Certificate, parts: _Parts, *, leaf: bool) -> Iterator[Violation]:
     """The serial number is not negative (old CAs of kubeadm have 0); the signature's two algorithm names are equal."""
-    _small_oid(parts.fields[1].children()[0].content)
     if not leaf and certificate.serial_number < 0:
-        yield Violation(subject="serial number", want="a positive number", got=str(certificate.serial_number))
+        yield Violation("serial number", want="a positive number", got=str(certificate.serial_number))
     if parts.algorithm != parts.fields[1].encoded:
-        yield Violation(subject="signature", want="one algorithm", got="two that differ")
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _issuer_name(name: der.Element) -> tuple[Violation, ...]:
-    return tuple(_name("issuer", name, leaf=False))
+        yield Violation("signature", want="one algorithm", got="two that differ")
 
 
 def _name(label: str, name: der.Element, *, leaf: bool) -> Iterator[Violation]:
     """Each attribute has a string type that Go reads, with content that the type allows."""
     for rdn in name.children():
         for attribute in rdn.children():
-            kind, value = attribute.children()
-            _small_oid(kind.content)
+            _, value = attribute.children()
             if not _is_readable(value, leaf=leaf):
                 got = _STRING_NAMES.get(value.tag, f"type {value.tag}" if value.tag not in _LEAF_STRINGS else "")
                 want = "UTF8String, PrintableString or IA5String" if leaf else "a string type that Go reads"
-                yield Violation(subject=label, want=want, got=got or "a value that its string type does not allow")
+                yield Violation(label, want=want, got=got or "a value that its string type does not allow")
 
 
 def _is_readable(value: der.Element, *, leaf: bool) -> bool:
@@ -186,25 +191,13 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
     key = certificate.public_key()
     plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if fields[5].encoded != plain:
-        yield Violation(subject="public key", want="one in its usual encoding", got="one that Go can't read")
+        yield Violation("public key", want="one in its usual encoding", got="one that Go can't read")
     if isinstance(key, rsa.RSAPublicKey):
         exponent = key.public_numbers().e
         if key.key_size > MAX_RSA_BITS:
-            yield Violation(subject="key size", want=f"RSA of at most {MAX_RSA_BITS} bits", got=f"{key.key_size} bits")
+            yield Violation("key size", want=f"RSA of at most {MAX_RSA_BITS} bits", got=f"{key.key_size} bits")
         if exponent % 2 == 0 or not 1 < exponent < 1 << 31:
-            yield Violation(subject="public key", want="an odd exponent below 2^31", got=f"{exponent:#x}"[:40])
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _small_oid(content: bytes) -> None:
-    """Refuse an OID with a number of more than 31 bits (as in OIDs made of UUIDs), which Go can't read."""
-    number = 0
-    for byte in content:
-        number = number << 7 | byte & 0x7F
-        if number >= 1 << 31:
-            raise ValueError("an object identifier with a number of more than 31 bits")
-        if not byte & 0x80:
-            number = 0
+            yield Violation("public key", want="an odd exponent below 2^31", got=f"{exponent:#x}"[:40])
 
 
 def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
@@ -212,28 +205,18 @@ def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violat
         if each.critical:
             yield from _critical(each)
         if leaf and each.oid in _CA_ONLY:
-            yield Violation(subject="extension", want="none that is for CAs", got=_label(each.oid))
+            yield Violation("extension", want="none that is for CAs", got=_label(each.oid))
         if (check := _VALUE_CHECKS.get(type(each.value))) is not None:
             yield from check(each.value, each.critical)
-    for each in _raw_extensions(certificate):
-        _small_oid(each[0])
-        if each[0] in _RAW_CHECKS:
-            _RAW_CHECKS[each[0]](each[1])
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _raw_extensions(certificate: x509.Certificate) -> tuple[tuple[bytes, bytes], ...]:
-    listed = [field for field in _parts(certificate).fields if field.tag == _EXTENSIONS]
-    each = [name.children() for field in listed for name in der.one(field.content, der.SEQUENCE).children()]
-    return tuple((parts[0].content, parts[-1].content) for parts in each)
+    _mappings(certificate)  # raises if they are no pairs
 
 
 def _critical(each: x509.Extension[x509.ExtensionType]) -> Iterator[Violation]:
     """Go refuses some extensions that are critical against the RFC, and every unknown critical extension."""
     if each.oid in _NEVER_CRITICAL:
-        yield Violation(subject="critical extension", want=f"{_label(each.oid)} not critical", got="it is")
+        yield Violation("critical extension", want=f"{_label(each.oid)} not critical", got="it is")
     elif each.oid not in _HANDLED:
-        yield Violation(subject="critical extension", want="none that Kubernetes does not know", got=_label(each.oid))
+        yield Violation("critical extension", want="none that Kubernetes does not know", got=_label(each.oid))
 
 
 def _label(oid: x509.ObjectIdentifier) -> str:
@@ -243,12 +226,12 @@ def _label(oid: x509.ObjectIdentifier) -> str:
 def _sans(names: x509.SubjectAlternativeName, critical: bool) -> Iterator[Violation]:
     """A critical SAN extension needs a name that Go supports; URIs and addresses must be well-formed."""
     if critical and not any(isinstance(name, _NAMES) for name in names):
-        yield Violation(subject="SAN", want="a name that Kubernetes knows, since it is critical", got="none")
+        yield Violation("SAN", want="a name that Kubernetes knows, since it is critical", got="none")
     for name in names:
         if isinstance(name, x509.UniformResourceIdentifier) and not _URI.fullmatch(name.value):
-            yield Violation(subject="SAN", want="a URI with a plain host name", got=one_line(repr(name.value), 80))
+            yield Violation("SAN", want="a URI with a plain host name", got=one_line(repr(name.value), 80))
         if isinstance(name, x509.IPAddress) and isinstance(name.value, ipaddress.IPv4Network | ipaddress.IPv6Network):
-            yield Violation(subject="SAN", want="IP addresses", got=f"a network, {name.value}")
+            yield Violation("SAN", want="IP addresses", got=f"a network, {name.value}")
 
 
 def _constraints(constraints: x509.NameConstraints, critical: bool) -> Iterator[Violation]:
@@ -258,11 +241,9 @@ def _constraints(constraints: x509.NameConstraints, critical: bool) -> Iterator[
         if not isinstance(base, _NAMES):
             if critical:
                 got = f"{type(base).__name__}"
-                yield Violation(subject="name constraints", want="DNS, IP, email and URI names alone", got=got)
+                yield Violation("name constraints", want="DNS, IP, email and URI names alone", got=got)
         elif not _is_constraint(base):
-            yield Violation(
-                subject="name constraints", want="names that Go can compare", got=one_line(repr(base.value), 80)
-            )
+            yield Violation("name constraints", want="names that Go can compare", got=one_line(repr(base.value), 80))
 
 
 def _is_constraint(base: x509.GeneralName) -> bool:
@@ -277,14 +258,14 @@ def _is_constraint(base: x509.GeneralName) -> bool:
 def _crl_points(points: x509.CRLDistributionPoints, _: bool) -> Iterator[Violation]:
     """Go reads no distribution point whose name is relative to its issuer (RFC 5280 §4.2.1.13)."""
     if any(point.relative_name is not None for point in points):
-        yield Violation(subject="CRL distribution points", want="full names", got="one relative to its issuer")
+        yield Violation("CRL distribution points", want="full names", got="one relative to its issuer")
 
 
 def _certificate_policies(policies: x509.CertificatePolicies, _: bool) -> Iterator[Violation]:
     """Policies do not repeat (RFC 5280 §4.2.1.4)."""
     twice = [oid for oid, count in Counter(policy.policy_identifier for policy in policies).items() if count > 1]
     if twice:
-        yield Violation(subject="certificate policies", want="each once", got=f"{_label(twice[0])} twice")
+        yield Violation("certificate policies", want="each once", got=f"{_label(twice[0])} twice")
 
 
 #: Checks by type of extension; each also gets whether the extension is critical.
@@ -293,27 +274,6 @@ _VALUE_CHECKS: dict[type[x509.ExtensionType], Callable[[Any, bool], Iterator[Vio
     x509.NameConstraints: _constraints,
     x509.CRLDistributionPoints: _crl_points,
     x509.CertificatePolicies: _certificate_policies,
-}
-
-
-def _assert_mappings(value: bytes) -> None:
-    """Check that policyMappings are pairs of OIDs; the library does not read them (RFC 5280 §4.2.1.5)."""
-    for pair in der.one(value, der.SEQUENCE).children():
-        tags = [part.tag for part in der.one(pair.encoded, der.SEQUENCE).children()]
-        if tags != [der.OID, der.OID]:
-            raise ValueError("policyMappings that are no pairs of policies")
-
-
-def _assert_small_oids(value: bytes) -> None:
-    for each in der.one(value, der.SEQUENCE).children():
-        _small_oid((each if each.tag == der.OID else each.children()[0]).content)
-
-
-_MAPPINGS = bytes([0x55, 0x1D, 33])
-_RAW_CHECKS: dict[bytes, Callable[[bytes], None]] = {
-    _MAPPINGS: _assert_mappings,
-    bytes([0x55, 0x1D, 37]): _assert_small_oids,
-    bytes.fromhex("2b06010505070101"): _assert_small_oids,
 }
 
 
@@ -326,9 +286,9 @@ def path(
     """Steps that Go does not follow in a path that the library has built."""
     for issuer in (*intermediates, anchor):
         who = "the CA" if issuer is anchor else f"intermediate {subject_line(issuer)}"
-        for violation in _issuer_form(issuer):
+        for violation in form(issuer, leaf=False):
             want = f"{violation.subject} with {violation.want} in each issuer"
-            yield Violation(subject="chain", want=want, got=f"{violation.got} in {who}")
+            yield Violation("chain", want=want, got=f"{violation.got} in {who}")
         yield from _covers(issuer, who, ekus)
     whole = (leaf, *intermediates, anchor)
     try:
@@ -336,7 +296,7 @@ def path(
         yield from _policies((leaf, *intermediates))
         yield from _constrained(whole)
     except UNREADABLE as e:
-        yield Violation(subject="chain", want="issuers that can be read", got=str(e))
+        yield Violation("chain", want="issuers that can be read", got=str(e))
 
 
 def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator[Violation]:
@@ -348,7 +308,7 @@ def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator
     lacking = sorted(eku.label for eku in ekus if eku.value not in found)
     if lacking and ANY_EKU not in found:
         got = f"{who} with EKU {', '.join(sorted(map(oid_label, found)))} alone"
-        yield Violation(subject="chain", want=f"issuers whose EKU covers {' and '.join(lacking)}", got=got)
+        yield Violation("chain", want=f"issuers whose EKU covers {' and '.join(lacking)}", got=got)
 
 
 def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
@@ -356,41 +316,45 @@ def _links(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
     parts = [_parts(each) for each in whole]
     for child, below, above in zip(whole, parts, parts[1:], strict=False):
         if below.fields[2] != above.fields[4]:
-            yield Violation(subject="chain", want="issuer names that are encoded alike", got=issuer_line(child))
+            yield Violation("chain", want="issuer names that are encoded alike", got=issuer_line(child))
     for count, issuer in enumerate(whole[1:]):
         constraints = extension(issuer, x509.BasicConstraints)
         if constraints and constraints.path_length is not None and count > constraints.path_length:
             got = f"{count} below {subject_line(issuer)}"
-            yield Violation(subject="chain", want=f"at most {constraints.path_length} intermediates", got=got)
+            yield Violation("chain", want=f"at most {constraints.path_length} intermediates", got=got)
     if len({(part.fields[4].encoded, part.fields[5].encoded) for part in parts}) < len(whole):
-        yield Violation(subject="chain", want="each CA once", got="two certificates of one name and key")
+        yield Violation("chain", want="each CA once", got="two certificates of one name and key")
     size = sum(part.size for part in parts[:-1])
     if size > MAX_CHAIN_BYTES:
-        yield Violation(subject="chain", want=f"at most {MAX_CHAIN_BYTES} bytes", got=f"{size} bytes")
+        yield Violation("chain", want=f"at most {MAX_CHAIN_BYTES} bytes", got=f"{size} bytes")
 
 
 def _policies(sent: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """If an issuer requires policies, all certificates below it must share one (RFC 5280 §6.1 allows more)."""
-    mapped = [each for each in sent if _mappings(each)]
+    mapped = [(each, pairs) for each in sent if (pairs := _mappings(each))]
     constraints = [(each, extension(each, x509.PolicyConstraints)) for each in sent]
     demanded = [each for each, own in constraints if own is not None and own.require_explicit_policy is not None]
-    if any(_ANY_POLICY_DER in pair for each in mapped for pair in _mappings(each)):
-        yield Violation(subject="chain", want="no policy mapped from or to anyPolicy", got=subject_line(mapped[0]))
+    if any(_ANY_POLICY_DER in pair for _, pairs in mapped for pair in pairs):
+        yield Violation("chain", want="no policy mapped from or to anyPolicy", got=subject_line(mapped[0][0]))
     if not demanded:
         return
     common = set.intersection(*map(_policy_oids, sent)) - {_ANY_POLICY}
     if mapped or not common:
         got = f"none, and policyConstraints in {subject_line(demanded[0])}"
-        yield Violation(subject="chain", want="one certificate policy in the whole path, not mapped", got=got)
+        yield Violation("chain", want="one certificate policy in the whole path, not mapped", got=got)
 
 
 _ANY_POLICY_DER = bytes([0x55, 0x1D, 32, 0])
 
 
 def _mappings(certificate: x509.Certificate) -> list[tuple[bytes, bytes]]:
-    values = [value for oid, value in _raw_extensions(certificate) if oid == _MAPPINGS]
-    pairs = [pair.children() for value in values for pair in der.one(value, der.SEQUENCE).children()]
-    return [(issuer.content, subject.content) for issuer, subject in pairs]
+    """The pairs of policies in policyMappings (RFC 5280 §4.2.1.5), which the library does not read."""
+    values = [each.value for each in certificate.extensions if each.oid == ExtensionOID.POLICY_MAPPINGS]
+    pairs = [pair for value in values for pair in der.one(value.public_bytes(), der.SEQUENCE).children()]
+    found = [der.one(pair.encoded, der.SEQUENCE).children() for pair in pairs]
+    if any([part.tag for part in pair] != [der.OID, der.OID] for pair in found):
+        raise ValueError("policyMappings that are no pairs of policies")
+    return [(issuer.content, subject.content) for issuer, subject in found]
 
 
 def _policy_oids(certificate: x509.Certificate) -> set[str]:
@@ -412,7 +376,7 @@ def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
                 if isinstance(name, _NAMES) and not _is_within(name, constraints):
                     got = one_line(repr(name.value), 80)
                     want = f"names within the constraints of {subject_line(issuer)}"
-                    yield Violation(subject="chain", want=want, got=got)
+                    yield Violation("chain", want=want, got=got)
 
 
 def _is_within(name: x509.GeneralName, constraints: x509.NameConstraints) -> bool:

@@ -274,7 +274,7 @@ def identity_violations(
             *_foreign_groups(spec, leaf, extra),
         ]
     except UNREADABLE as e:
-        return [Violation(subject="subject", want="one that can be read", got=one_line(e))]
+        return [Violation("subject", want="one that can be read", got=one_line(e))]
 
 
 def _foreign_issuer(
@@ -283,7 +283,7 @@ def _foreign_issuer(
     leaf = certificates[0]
     if not leads_to(certificates, anchors):
         yield Violation(
-            subject="issuer",
+            "issuer",
             want=f"a signature of a CA in {anchor_name}, expired or not",
             got=f"one of {issuer_line(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate",
         )
@@ -294,7 +294,7 @@ def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Vio
     names = common_names(leaf.subject)
     if len(names) != 1 or not any(_is_user(names[0], common_name, leaf) for common_name in spec.common_names):
         want = " or ".join(spec.common_names).replace("{node}", "the node's name")
-        yield Violation(subject="CN", want=want, got=one_line(", ".join(names)) or "none")
+        yield Violation("CN", want=want, got=one_line(", ".join(names)) or "none")
 
 
 def _is_user(found: str, wanted: str, leaf: x509.Certificate) -> bool:
@@ -314,4 +314,4 @@ def _foreign_groups(
     found = frozenset(value for oid, value in attributes(leaf.subject) if oid == O_OID and (oid, value) not in extra)
     if not any(found <= allowed for allowed in spec.groups):
         want = " or ".join(", ".join(sorted(allowed)) or "none" for allowed in spec.groups)
-        yield Violation(subject="O", want=want, got=one_line(", ".join(sorted(found))))
+        yield Violation("O", want=want, got=one_line(", ".join(sorted(found))))

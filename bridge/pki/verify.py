@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import lru_cache
 from itertools import pairwise
 
 from cryptography import x509
@@ -21,7 +20,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509 import verification
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from bridge.contract import Issued, SignRequest
 from bridge.errors import VerificationError, Violation
@@ -56,9 +55,6 @@ LONGEST_BACKDATING = timedelta(days=2)
 
 #: CAs count the longest validity from their own beginning, and round.
 _ROUNDING = timedelta(minutes=10)
-
-#: Thousands of answers share a few issuers.
-_REMEMBERED = 64
 
 MIN_RSA_BITS = 2048
 _STRONG_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
@@ -138,26 +134,23 @@ _PARTS: dict[str, Callable[[x509.Certificate], object]] = {
 def _unreadable(issued: Issued, expected: Expectation) -> Iterator[Violation]:
     """Unreadable parts of the answer and of the node's CA certificate, with which no other check makes sense."""
     for part, why in _parts_unreadable(issued.leaf):
-        yield Violation(subject=part, want="one that can be read", got=why)
+        yield Violation(part, want="one that can be read", got=why)
     for intermediate in issued.intermediates:
         for part, why in _parts_unreadable(intermediate):
-            yield Violation(subject=part, want="one that can be read", got=f"an intermediate's that can't: {why}")
+            yield Violation(part, want="one that can be read", got=f"an intermediate's that can't: {why}")
 
     for anchor in expected.anchors[:1]:
         for part, why in _parts_unreadable(anchor):
             want = f"a CA certificate in {expected.anchor_name} that can be read"
-            yield Violation(subject="chain", want=want, got=f"one whose {part} can't: {why}")
+            yield Violation("chain", want=want, got=f"one whose {part} can't: {why}")
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _parts_unreadable(certificate: x509.Certificate) -> tuple[tuple[str, str], ...]:
-    parts = []
+def _parts_unreadable(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
     for part, read in _PARTS.items():
         try:
             read(certificate)
         except UNREADABLE as e:
-            parts.append((part, str(e)))
-    return tuple(parts)
+            yield part, str(e)
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:
@@ -178,11 +171,11 @@ def _public_key(leaf: x509.Certificate, csr: x509.CertificateSigningRequest) -> 
     """The key is the request's, compared in encoded form (RFC 5280 §4.1.2.7), and strong enough."""
     key = leaf.public_key()
     if isinstance(key, rsa.RSAPublicKey) and key.key_size < MIN_RSA_BITS:
-        yield Violation(subject="key size", want=f"RSA of at least {MIN_RSA_BITS} bits", got=f"{key.key_size} bits")
+        yield Violation("key size", want=f"RSA of at least {MIN_RSA_BITS} bits", got=f"{key.key_size} bits")
     if isinstance(key, ec.EllipticCurvePublicKey) and not isinstance(key.curve, _STRONG_CURVES):
-        yield Violation(subject="curve", want="P-256, P-384 or P-521", got=key.curve.name)
+        yield Violation("curve", want="P-256, P-384 or P-521", got=key.curve.name)
     if spki(key) != spki(csr.public_key()):
-        yield Violation(subject="public key", want="the key of the CSR", got=f"another {algorithm_name(key)} key")
+        yield Violation("public key", want="the key of the CSR", got=f"another {algorithm_name(key)} key")
 
 
 def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tuple[str, str]]) -> Iterator[Violation]:
@@ -192,31 +185,24 @@ def _subject(leaf: x509.Certificate, request: SignRequest, extra: frozenset[tupl
     else:
         cn = request.names.common_name
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, cn)] if cn else [])
-    requested, answered = attributes(subject), attributes(leaf.subject)
-    if requested == answered:
-        return
-    want, got = Counter(requested), Counter(answered)
+    want, got = Counter(attributes(subject)), Counter(attributes(leaf.subject))
     if {*(got - want), *(set(want) - set(got))} - extra:
-        yield Violation(
-            subject="subject", want=name_text(subject) or "(empty)", got=name_text(leaf.subject) or "(empty)"
-        )
+        yield Violation("subject", want=name_text(subject) or "(empty)", got=name_text(leaf.subject) or "(empty)")
 
 
 def _sans(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
     """The SANs are the same, none repeated more often; critical with an empty subject (RFC 5280 §4.2.1.6)."""
-    names, kind = request.names, x509.SubjectAlternativeName
-    if names is None and extension(request.csr, kind) == extension(leaf, kind):
-        return  # the usual case, decided quickly
+    names = request.names
     if names is None:
         want = san_counts(request.csr)
     else:
         want = Counter([*(("URI", uri) for uri in names.uris), *(("DNS", name) for name in names.dns)])
     got = san_counts(leaf)
     if got - want or set(want) - set(got):
-        yield Violation(subject="SAN", want=_san_text(want), got=_san_text(got))
+        yield Violation("SAN", want=_san_text(want), got=_san_text(got))
     is_critical = any(field.critical for field in leaf.extensions if field.oid == x509.SubjectAlternativeName.oid)
     if names is not None and not names.common_name and not is_critical:
-        yield Violation(subject="SAN", want="critical, since the subject is empty", got="not critical")
+        yield Violation("SAN", want="critical, since the subject is empty", got="not critical")
 
 
 def _san_text(names: Counter[tuple[str, str]]) -> str:
@@ -228,15 +214,11 @@ def _ekus(leaf: x509.Certificate, request: SignRequest) -> Iterator[Violation]:
     want = frozenset(eku.value for eku in request.spec.ekus)
     got = extended_key_usages(leaf)
     if got != want:
-        yield Violation(
-            subject="EKU", want=_eku_text(want), got=_eku_text(got) if got is not None else "no EKU extension"
-        )
+        yield Violation("EKU", want=_eku_text(want), got=_eku_text(got) if got is not None else "no EKU extension")
 
 
 def _eku_text(oids: Iterable[str]) -> str:
-    labels = {eku.value: eku.label for eku in EKU} | {
-        ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE.dotted_string: "anyExtendedKeyUsage"
-    }
+    labels = {eku.value: eku.label for eku in EKU} | {go_x509.ANY_EKU: "anyExtendedKeyUsage"}
     return ", ".join(sorted(labels.get(oid) or oid_label(oid) for oid in oids))
 
 
@@ -246,11 +228,11 @@ def _key_usage(leaf: x509.Certificate, *, encipherment: bool) -> Iterator[Violat
     enciphers = encipherment and isinstance(leaf.public_key(), rsa.RSAPublicKey)
     want = "digitalSignature, keyEncipherment" if enciphers else "digitalSignature"
     if usage is None:
-        yield Violation(subject="KeyUsage", want=want, got="no KeyUsage extension")
+        yield Violation("KeyUsage", want=want, got="no KeyUsage extension")
     elif not usage.digital_signature or (enciphers and not usage.key_encipherment):
-        yield Violation(subject="KeyUsage", want=want, got=_key_usage_text(usage))
+        yield Violation("KeyUsage", want=want, got=_key_usage_text(usage))
     elif usage.key_cert_sign or usage.crl_sign:
-        yield Violation(subject="KeyUsage", want=f"{want} without keyCertSign and cRLSign", got=_key_usage_text(usage))
+        yield Violation("KeyUsage", want=f"{want} without keyCertSign and cRLSign", got=_key_usage_text(usage))
 
 
 def _key_usage_text(usage: x509.KeyUsage) -> str:
@@ -270,17 +252,17 @@ def _not_a_ca(leaf: x509.Certificate) -> Iterator[Violation]:
     """BasicConstraints may be absent (kubeadm up to 1.20 wrote none), but never has CA:TRUE."""
     constraints = extension(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
-        yield Violation(subject="BasicConstraints", want="CA:FALSE", got="CA:TRUE")
+        yield Violation("BasicConstraints", want="CA:FALSE", got="CA:TRUE")
 
 
 def _form(leaf: x509.Certificate) -> Iterator[Violation]:
     """Version 3, a positive serial number (RFC 5280 §4.1.2.2), no signature by SHA-1 or MD5 (Go refuses both)."""
     if leaf.version is not x509.Version.v3:
-        yield Violation(subject="version", want="v3", got=leaf.version.name)
+        yield Violation("version", want="v3", got=leaf.version.name)
     if leaf.serial_number <= 0:
-        yield Violation(subject="serial number", want="a positive number", got=str(leaf.serial_number))
+        yield Violation("serial number", want="a positive number", got=str(leaf.serial_number))
     if (weak := _weak_algorithm(leaf)) is not None:
-        yield Violation(subject="signature", want="SHA-256 or stronger", got=weak)
+        yield Violation("signature", want="SHA-256 or stronger", got=weak)
 
 
 def _weak_algorithm(certificate: x509.Certificate) -> str | None:
@@ -298,24 +280,24 @@ def _dates(leaf: x509.Certificate, request: SignRequest, expected: Expectation) 
     is_old = now - begin > LONGEST_BACKDATING
     clock = f" (it begins at {begin:{_TIME}} UTC, and {_which_clock(now)})" if is_old else ""
     if begin > now + CLOCK_SKEW:
-        yield Violation(subject="notBefore", want="not in the future", got=f"{begin:{_TIME}} UTC ({_which_clock(now)})")
+        yield Violation("notBefore", want="not in the future", got=f"{begin:{_TIME}} UTC ({_which_clock(now)})")
     if end <= now:
-        yield Violation(subject="notAfter", want="in the future", got=f"{end:{_TIME}} UTC{clock}")
+        yield Violation("notAfter", want="in the future", got=f"{end:{_TIME}} UTC{clock}")
     elif end - now < expected.min_validity:
         want = f"at least {_days(expected.min_validity)} of validity"
-        yield Violation(subject="notAfter", want=want, got=f"{_days(end - now)}, until {end:{_TIME}} UTC{clock}")
+        yield Violation("notAfter", want=want, got=f"{_days(end - now)}, until {end:{_TIME}} UTC{clock}")
     if expected.longest is not None and end - now > expected.longest + _ROUNDING:
         by = f" ({expected.longest_name})" if expected.longest_name else ""
         want = f"at most {expiry.duration_text(expected.longest)}{by}"
-        yield Violation(subject="notAfter", want=want, got=f"until {end:{_TIME}} UTC")
+        yield Violation("notAfter", want=want, got=f"until {end:{_TIME}} UTC")
     old = request.replaces
     if old is not None and not expected.shorter_allowed and is_shorter(end, old):
         want = f"not before the replaced certificate's {old.not_valid_after_utc:{_TIME}} UTC"
         got = f'{end:{_TIME}} UTC (shorter = "allow" in [renewal] takes it, if the CA is meant to give less)'
-        yield Violation(subject="notAfter", want=want, got=got)
+        yield Violation("notAfter", want=want, got=got)
     if expected.anchors and end > expected.anchors[0].not_valid_after_utc:
         want = f"not after its CA's {expected.anchors[0].not_valid_after_utc:{_TIME}} UTC"
-        yield Violation(subject="notAfter", want=want, got=f"{end:{_TIME}} UTC")
+        yield Violation("notAfter", want=want, got=f"{end:{_TIME}} UTC")
 
 
 def is_shorter(end: datetime, old: x509.Certificate) -> bool:
@@ -339,7 +321,7 @@ def _chain(
 ) -> tuple[tuple[x509.Certificate, ...], list[Violation]]:
     """The intermediates of a path to the node's trust anchor (RFC 5280 §6), and violations."""
     if not expected.anchors:
-        return (), [Violation(subject="chain", want=f"a CA certificate in {expected.anchor_name}", got="none")]
+        return (), [Violation("chain", want=f"a CA certificate in {expected.anchor_name}", got="none")]
     anchor = expected.anchors[0]
     # the leaf's own dates are checked separately
     leaf = issued.leaf
@@ -351,13 +333,12 @@ def _chain(
         newest = sorted(others, key=lambda certificate: certificate.not_valid_after_utc, reverse=True)
         path = verified_path(leaf, newest, anchor, time)
     except verification.VerificationError as e:
-        return (), [_chain_violation(issued, expected, time, str(e))]
+        want = f"a path to {expected.anchor_name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
+        subject, got = _why_no_path(issued, expected, time, str(e))
+        return (), [Violation(subject, want=want, got=got)]
     intermediates = tuple(path[1:-1])
-    violations = [
-        *_path_violations(leaf, intermediates, anchor, expected),
-        *go_x509.path(leaf, intermediates, anchor, ekus),
-    ]
-    return intermediates, violations
+    broken = _path_violations(leaf, intermediates, anchor, expected)
+    return intermediates, [*broken, *go_x509.path(leaf, intermediates, anchor, ekus)]
 
 
 def _path_violations(
@@ -367,16 +348,16 @@ def _path_violations(
     for issuer in intermediates:
         if leaf.not_valid_after_utc > issuer.not_valid_after_utc:
             want = f"not after its intermediate {name_text(issuer.subject)}'s {issuer.not_valid_after_utc:{_TIME}} UTC"
-            yield Violation(subject="notAfter", want=want, got=f"{leaf.not_valid_after_utc:{_TIME}} UTC")
+            yield Violation("notAfter", want=want, got=f"{leaf.not_valid_after_utc:{_TIME}} UTC")
     for certificate, issuer in pairwise((leaf, *intermediates, anchor)):
         yield from _authority_key(certificate, issuer)
         usage = extension(issuer, x509.KeyUsage)
         if usage is not None and not usage.key_cert_sign:
             who = f"{name_text(issuer.subject)} with keyUsage {_key_usage_text(usage)}"
-            yield Violation(subject="chain", want="issuers that may sign certificates", got=who)
+            yield Violation("chain", want="issuers that may sign certificates", got=who)
     if intermediates and not expected.intermediates_allowed:
         yield Violation(
-            subject="chain",
+            "chain",
             want=f"a leaf signed by {expected.anchor_name} itself (kubeadm below 1.21 reads one certificate a file)",
             got=f"one signed through {name_text(intermediates[0].subject)}",
         )
@@ -384,18 +365,16 @@ def _path_violations(
 
 def _authority_key(certificate: x509.Certificate, issuer: x509.Certificate) -> Iterator[Violation]:
     """OpenSSL accepts no issuer with another key identifier, or another issuer and serial number (RFC 5280 §4.2.1.1)."""
-    identifier, key_id = (
-        extension(certificate, x509.AuthorityKeyIdentifier),
-        extension(issuer, x509.SubjectKeyIdentifier),
-    )
+    identifier = extension(certificate, x509.AuthorityKeyIdentifier)
     if identifier is None:
         return
+    key_id = extension(issuer, x509.SubjectKeyIdentifier)
     if key_id is not None and identifier.key_identifier not in (None, key_id.digest):
         want = f"the subjectKeyIdentifier of {name_text(issuer.subject)}"
-        yield Violation(subject="authorityKeyIdentifier", want=want, got="another one")
+        yield Violation("authorityKeyIdentifier", want=want, got="another one")
     if identifier.authority_cert_serial_number not in (None, issuer.serial_number):
         want = f"the serial number of {name_text(issuer.subject)}, {issuer.serial_number:x}, or none"
-        yield Violation(subject="authorityKeyIdentifier", want=want, got=f"{identifier.authority_cert_serial_number:x}")
+        yield Violation("authorityKeyIdentifier", want=want, got=f"{identifier.authority_cert_serial_number:x}")
 
 
 def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> Iterator[Violation]:
@@ -403,40 +382,33 @@ def _below_cross(chain: Sequence[x509.Certificate], cross: x509.Certificate) -> 
     identifier = extension(chain[-1], x509.AuthorityKeyIdentifier)
     if identifier is not None and identifier.authority_cert_serial_number is not None:
         want = "a key identifier alone, since the cross certificate has another issuer and serial number"
-        yield Violation(subject="authorityKeyIdentifier", want=want, got="an issuer and serial number, too")
+        yield Violation("authorityKeyIdentifier", want=want, got="an issuer and serial number, too")
     else:
         yield from _authority_key(chain[-1], cross)
     length = getattr(extension(cross, x509.BasicConstraints), "path_length", None)
     if length is not None and length < len(chain) - 1:
         want, got = f"at most {length} intermediates below the cross certificate", str(len(chain) - 1)
-        yield Violation(subject="chain", want=want, got=got)
+        yield Violation("chain", want=want, got=got)
 
 
-def _chain_violation(issued: Issued, expected: Expectation, time: datetime, reason: str) -> Violation:
-    """Why no path exists."""
+def _why_no_path(issued: Issued, expected: Expectation, time: datetime, reason: str) -> tuple[str, str]:
+    """Whether chain or issuer is wrong, and what was found instead of a path; `reason` is the library's."""
     leaf, anchor, name = issued.leaf, expected.anchors[0], expected.anchor_name
-    want = f"a path to {name} ({name_text(anchor.subject)}, SHA-256 {fingerprint(anchor)[:16]}…)"
     if not is_valid_at(anchor, expected.now):
-        got = f"{name} is valid only {validity_text(anchor, expected.now)}"
-        return Violation(subject="chain", want=want, got=got)
-    for other in expected.anchors[1:]:
-        if _leads_to(issued, other, time):
-            got = f"a path to another certificate of the same file ({name_text(other.subject)}); kubeadm takes only the first"
-            return Violation(subject="chain", want=want, got=got)
+        return "chain", f"{name} is valid only {validity_text(anchor, expected.now)}"
+    if (other := next((other for other in expected.anchors[1:] if _leads_to(issued, other, time)), None)) is not None:
+        found = f"a path to another certificate of the same file ({name_text(other.subject)})"
+        return "chain", f"{found}; kubeadm takes only the first"
     candidates = [c for c in (*issued.intermediates, anchor) if c.subject == leaf.issuer]
     if not candidates:
-        return Violation(
-            subject="issuer", want=want, got=f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
-        )
+        return "issuer", f"issuer {name_text(leaf.issuer)}, and no certificate of that name"
     if _weak_algorithm(leaf) is None:  # the library can't verify weak signatures
         signers = [candidate for candidate in candidates if is_signed_by(leaf, candidate)]
         if not signers:
-            return Violation(subject="issuer", want=want, got=f"another key under the name {name_text(leaf.issuer)}")
+            return "issuer", f"another key under the name {name_text(leaf.issuer)}"
         if anchor not in signers and all(signer.subject == signer.issuer for signer in signers):
-            got = f"another root ({name_text(signers[0].subject)}, SHA-256 {fingerprint(signers[0])[:16]}…)"
-            return Violation(subject="issuer", want=want, got=got)
-    got = reason.removeprefix("validation failed: ").removeprefix("candidates exhausted: ")
-    return Violation(subject="chain", want=want, got=got)
+            return "issuer", f"another root ({name_text(signers[0].subject)}, SHA-256 {fingerprint(signers[0])[:16]}…)"
+    return "chain", reason.removeprefix("validation failed: ").removeprefix("candidates exhausted: ")
 
 
 def is_valid_at(certificate: x509.Certificate, time: datetime) -> bool:
@@ -450,7 +422,6 @@ def validity_text(certificate: x509.Certificate, now: datetime) -> str:
     return f"from {dates} ({_which_clock(now)})"
 
 
-@lru_cache(maxsize=_REMEMBERED)
 def _is_root(certificate: x509.Certificate) -> bool:
     return certificate.subject == certificate.issuer and is_signed_by(certificate, certificate)
 
@@ -475,13 +446,9 @@ def verified_path(
     """The path from leaf to anchor, by signatures, names, dates, CA:TRUE, path lengths, constraints; not KeyUsage."""
     if leaf == anchor:
         return [leaf]
-    return _builder(anchor).time(time).build_client_verifier().verify(leaf, list(intermediates)).chain
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def _builder(anchor: x509.Certificate) -> verification.PolicyBuilder:
-    builder = verification.PolicyBuilder().store(verification.Store([anchor]))
-    return builder.extension_policies(ca_policy=_CA_EXTENSIONS, ee_policy=_ANY_EXTENSIONS)
+    builder = verification.PolicyBuilder().store(verification.Store([anchor])).time(time)
+    builder = builder.extension_policies(ca_policy=_CA_EXTENSIONS, ee_policy=_ANY_EXTENSIONS)
+    return builder.build_client_verifier().verify(leaf, list(intermediates)).chain
 
 
 def client_problem(leaf: x509.Certificate, anchors: Sequence[x509.Certificate], now: datetime) -> str:

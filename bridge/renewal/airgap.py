@@ -62,9 +62,8 @@ def export(settings: Settings, path: Path, options: RunOptions, now: Now, progre
         for sentence in selection.notes:
             progress.note(sentence)
         selection = selection.without(refused_as_shorter(selection.items, settings, now()))
-        results = prepare.prepare(selection.items, settings, run.requests.by_name(), selection.desired)
-        prepared = [result for result in results if isinstance(result, Prepared)]
-        failed = (*selection.failed, *(result for result in results if isinstance(result, Outcome)))
+        prepared, unmade = prepare.prepare(selection.items, settings, run.requests.by_name(), selection.desired)
+        failed = (*selection.failed, *unmade)
         record_failed(run.record, failed)
         for item in prepared:
             if item.open is None and (old := run.requests.get(item.name)) is not None and old.is_waiting:
@@ -159,9 +158,9 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
 
 def _answered(run: Run, node: Node, items: Sequence[Item], answers: Found) -> tuple[list[Answered], list[Outcome]]:
     requests = run.requests.by_name()
-    taken_up = [prepare.take_up(item, requests[item.spec.name], run.settings) for item in items]
-    prepared = [item for item in taken_up if isinstance(item, Prepared)]
-    failed = [item for item in taken_up if isinstance(item, Outcome)]
+    prepared, failed = prepare.divided(
+        [prepare.take_up(item, requests[item.spec.name], run.settings) for item in items]
+    )
     expected, unproved = expectations(node, run.settings, [item.item for item in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
     answered = [

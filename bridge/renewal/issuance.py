@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,11 +15,10 @@ from bridge.errors import BridgeError, Exit, VerificationError
 from bridge.node.inventory import Item
 from bridge.pki import verify
 from bridge.pki.expiry import duration_text, minute
-from bridge.renewal import new_keys
-from bridge.renewal.prepare import Making, Prepared, open_request, with_continuity
+from bridge.renewal.prepare import Prepared, open_request, with_continuity
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
-from bridge.state import Outcome, audit, credentials
+from bridge.state import audit, credentials
 from bridge.state.session import Run, give_up
 from bridge.system.console import Progress, log
 from bridge.system.paths import open_secret
@@ -132,20 +130,10 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
                 log.warning("%s", found.hint, extra={"is_hint": True})
 
 
-def issue_all(run: Run, making: Making, reached: Reached, expected: Expected) -> tuple[list[Answered], list[Outcome]]:
-    """Issue each certificate once its key is made, or all at once if a CA wants that; return answers and failures."""
-    new_keys.use_last_core()
-    # for later runs that ask no CA
+def issue_all(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Expected) -> list[Answered]:
+    """Record when our credentials at the CAs end, for later runs that ask no CA; then issue all certificates."""
     credentials.remember(run.store, {name: end for ca in reached.values() for name, end in ca.ends.items()}, run.now())
-    at_once = any(ca.backend.carries or ca.backend.can("sign_many", "collect") for ca in reached.values())
-    left, answered = set(making), {}
-    while left:
-        done, left = wait(left, return_when=ALL_COMPLETED if at_once else FIRST_COMPLETED)
-        ready = [one for each in making if each in done and isinstance(one := each.result(), Prepared)]
-        answered.update({answer.prepared.name: answer for answer in issue(run, ready, reached, expected)})
-    every = [future.result() for future in making]
-    done_in_order = [answered[item.name] for item in every if isinstance(item, Prepared)]
-    return done_in_order, [item for item in every if isinstance(item, Outcome)]
+    return issue(run, prepared, reached, expected) if prepared else []
 
 
 def issue(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Expected) -> list[Answered]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -32,7 +33,7 @@ from bridge.node.kubelet import KubeletFiles
 from bridge.pki import csr
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.csr import Naming, alternative_names, subject_of
-from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, Selection, new_keys, outcome_of
+from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, Selection, outcome_of
 from bridge.settings.tables import NodeSettings, Settings, is_host
 from bridge.specs import KUBELET_SERVER, Component, KeyAlgorithm
 from bridge.state import Outcome
@@ -83,36 +84,28 @@ class Prepared:
         return self.item.spec.authority.name
 
 
-Making = Sequence[Future[Prepared | Outcome]]
-
-
-@contextlib.contextmanager
-def preparing(
-    items: Sequence[Item], settings: Settings, requests: Mapping[str, OpenRequest], desired: Mapping[str, Desired]
-) -> Iterator[Making]:
-    """Make keys and CSRs in the order of the items, on all cores, while the block runs; cancel the rest at its end."""
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
-    try:
-        yield [
-            pool.submit(_prepare, item, settings, requests.get(item.spec.name), desired.get(item.spec.name))
-            for item in items
-        ]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def prepare(
     items: Sequence[Item],
     settings: Settings,
-    requests: Mapping[str, OpenRequest] | None = None,
-    desired: Mapping[str, Desired] | None = None,
-) -> list[Prepared | Outcome]:
-    """Make keys and CSRs, and wait for them."""
-    with preparing(items, settings, requests or {}, desired or {}) as making:
-        return [future.result() for future in making]
+    requests: Mapping[str, OpenRequest] = MappingProxyType({}),
+    desired: Mapping[str, Desired] = MappingProxyType({}),
+) -> tuple[list[Prepared], list[Outcome]]:
+    """Make keys and CSRs on all cores; return what is prepared, and the failures."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        results = [*pool.map(lambda item: _prepare(item, settings, requests, desired), items)]
+    return divided(results)
 
 
-def _prepare(item: Item, settings: Settings, open_: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
+def divided(results: Sequence[Prepared | Outcome]) -> tuple[list[Prepared], list[Outcome]]:
+    """Divide results into the prepared certificates and the failures."""
+    prepared = [result for result in results if isinstance(result, Prepared)]
+    return prepared, [result for result in results if isinstance(result, Outcome)]
+
+
+def _prepare(
+    item: Item, settings: Settings, requests: Mapping[str, OpenRequest], desired_by_name: Mapping[str, Desired]
+) -> Prepared | Outcome:
+    open_, desired = requests.get(item.spec.name), desired_by_name.get(item.spec.name)
     try:
         live, was = live_pair(item)
         algorithm = _next_key(item, live, settings, open_, desired)
@@ -121,7 +114,7 @@ def _prepare(item: Item, settings: Settings, open_: OpenRequest | None, desired:
         validity = settings.renewal.validity
         if open_ is not None and open_.request.validity == validity and _fits(item, open_, replaced, algorithm, naming):
             return _of_open(item, open_, was, settings)
-        key = new_keys.take(algorithm)
+        key = csr.generate_key(algorithm)
         csr_pem = csr.build_for(naming, key) if naming is not None else csr.build(present(item, live), key)
         request = SignRequest(spec=item.spec, csr_pem=csr_pem, validity=validity, replaces=replaced)
     except BridgeError as e:

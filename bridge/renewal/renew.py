@@ -28,7 +28,7 @@ from bridge.renewal import ALL, NotReadyError, Selection, anchors_in, gate, outc
 from bridge.renewal.changes import decide
 from bridge.renewal.gate import NotYetError
 from bridge.renewal.issuance import Answered, Expected, Reached, issue_all, reaching
-from bridge.renewal.prepare import Prepared, prepare, preparing, with_room
+from bridge.renewal.prepare import Prepared, prepare, with_room
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.selection import RunOptions, select
 from bridge.renewal.transaction import Transaction
@@ -136,30 +136,21 @@ def _prepare_and_issue(
     kept = _kept(run, items, selection, expected)
     to_ask, carried = _to_ask(run, items, kept)
     earlier = [*selection.failed, *stuck, *(o for o in unproved if o.name not in without), *carried]
-    with (
-        preparing(to_ask, run.settings, run.requests.by_name(), selection.desired) as making,
-        reaching(run, to_ask, expected) as reached,
-    ):
-        if options.all_or_nothing:
-            results = [future.result() for future in making]
-            earlier += [result for result in results if isinstance(result, Outcome)]
-            if earlier:
-                unasked = [
-                    *(answer.prepared for answer in kept),
-                    *(result for result in results if isinstance(result, Prepared)),
-                ]
-                return [], earlier, unasked
-        issued, unmade = issue_all(run, making, reached(), expected)
-    return [*kept, *issued], [*earlier, *unmade], []
+    with reaching(run, to_ask, expected) as reached:
+        prepared, unmade = prepare(to_ask, run.settings, run.requests.by_name(), selection.desired)
+        failed = [*earlier, *unmade]
+        if failed and options.all_or_nothing:
+            return [], failed, [*(answer.prepared for answer in kept), *prepared]
+        return [*kept, *issue_all(run, prepared, reached(), expected)], failed, []
 
 
 def _kept(run: Run, items: Sequence[Item], selection: Selection, expected: Expected) -> list[Answered]:
     """Return answers that an earlier run verified and did not install; no CA is asked for them again."""
     answered = {request.name: request for request in run.requests if request.answer is not None}
-    earlier = prepare([item for item in items if item.spec.name in answered], run.settings, answered, selection.desired)
+    chosen = [item for item in items if item.spec.name in answered]
     kept = []
-    for answer in earlier:
-        if isinstance(answer, Outcome) or (open_ := answer.open) is None or open_.answer is None:
+    for answer in prepare(chosen, run.settings, answered, selection.desired)[0]:
+        if (open_ := answer.open) is None or open_.answer is None:
             continue
         wanted, renewal = expected[answer.authority], run.settings.renewal
         with contextlib.suppress(VerificationError):  # if it fails now, the CA is asked again
@@ -258,12 +249,10 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
         if (error := impossible.get(item.spec.authority.name)) is not None and item.spec.name not in without:
             without[item.spec.name] = outcome_of(item, error)
     items = [item for item in selection.items if item.spec.name not in without]
-    with (
-        preparing(items, run.settings, {}, selection.desired) as making,
-        reaching(run, items, expected) as reached,
-    ):
+    with reaching(run, items, expected) as reached:
+        prepared, unmade = prepare(items, run.settings, desired=selection.desired)
         cas = reached()
-        answered, unmade = issue_all(run, making, cas, expected)
+        answered = issue_all(run, prepared, cas, expected)
         proven, failed = verify_all(run, answered, [*selection.failed, *without.values(), *unmade])
         revoked, errors = _thrown_away(run, answered, cas)
     passed = []

@@ -26,7 +26,7 @@ from bridge.errors import BackendRefusedError, BackendUnavailableError, Exit
 from bridge.node import inventory
 from bridge.renewal import renew
 from bridge.renewal.issuance import Answered
-from bridge.renewal.prepare import Prepared, prepare
+from bridge.renewal.prepare import prepare
 from bridge.renewal.renew import Rehearsal
 from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import expectations
@@ -256,8 +256,7 @@ def issued(node: Pki, settings: Settings, name: str) -> Answered:
     found = inventory.read(node.pki_dir, node.kubeconfig_dir)
     [item] = [one for one in found.items if one.spec.name == name]
     demands, _ = expectations(found, settings, [item], now())
-    [made] = prepare([item], settings)
-    assert isinstance(made, Prepared)
+    [made], _ = prepare([item], settings)
     answer = Issued(leaf=item.certificates[0])
     return Answered(prepared=made, expected=demands[item.spec.authority.name], label="ca", answer=answer)
 
