@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -53,8 +53,6 @@ Certificates = Mapping[str, tuple[x509.Certificate, ...]]
 #: init: the first control-plane node; control-plane: a further control-plane node; worker: any other node.
 Role = Literal["init", "control-plane", "worker"]
 ROLES: tuple[Role, ...] = get_args(Role)
-#: Reads a file; None: there is no such file.
-Read = Callable[[Path], bytes | None]
 
 ETCD_CLIENT = SPECS["apiserver-etcd-client"]
 ETCD_DIRECTORY = Path("/var/lib/etcd")
@@ -132,6 +130,12 @@ class Places:
         if spec == ETCD_CLIENT and self.external_etcd is not None and self.external_etcd.has_tls:
             return Path(self.external_etcd.key_file), Path(self.external_etcd.certificate_file)
         return self.pki / f"{spec.base}.key", self.pki / f"{spec.base}.crt"
+
+    def mode(self, path: Path) -> int:
+        """Return a file's mode, by its path for an external etcd's files, which the operator names."""
+        key, certificate = self.pair(ETCD_CLIENT)
+        is_public = path in (certificate, self.authority(ETCD_CA)) or path.suffix == ".crt"
+        return 0o644 if is_public and path != key else 0o600
 
     def specs(self, role: Role) -> list[CertificateSpec]:
         """Return the certificates that a new node of this role needs."""
@@ -326,7 +330,6 @@ _KUBELET = {"apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfi
 
 def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
     """Return the configuration for `kubeadm init` without a file."""
-    registration = {"name": facts.name, "criSocket": facts.socket}
     networking = {"serviceSubnet": facts.service_subnet, "dnsDomain": facts.dns_domain}
     cluster = {
         "apiVersion": "kubeadm.k8s.io/v1beta4",
@@ -337,7 +340,7 @@ def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
         "apiServer": {"certSANs": list(facts.sans)} if facts.sans else {},
         "encryptionAlgorithm": facts.key,
     }
-    node = _init_configuration("kubeadm.k8s.io/v1beta4", {"advertiseAddress": facts.address}, registration)
+    node = _init_configuration("kubeadm.k8s.io/v1beta4", facts.name, facts.socket, {"advertiseAddress": facts.address})
     return KubeadmConfig.of((node, {key: value for key, value in cluster.items() if value}, _KUBELET))
 
 
@@ -345,14 +348,14 @@ def for_node(
     cluster: KubeadmConfig, name: str, address: str, socket: str = "", port: int | None = None
 ) -> KubeadmConfig:
     """Return the cluster's configuration with another node's part; for `certs generate-csr` on a control plane."""
-    registration = {"name": name, "criSocket": socket or cluster.socket}
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
-    node = _init_configuration(api, {"advertiseAddress": address, "bindPort": port or cluster.port}, registration)
+    endpoint = {"advertiseAddress": address, "bindPort": port or cluster.port}
+    node = _init_configuration(api, name, socket or cluster.socket, endpoint)
     return KubeadmConfig.of((node, *shared(cluster).documents))
 
 
-def _init_configuration(api: str, endpoint: Mapping[str, Any], registration: Mapping[str, str]) -> dict[str, Any]:
-    given = {key: value for key, value in registration.items() if value}
+def _init_configuration(api: str, name: str, socket: str, endpoint: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in (("name", name), ("criSocket", socket)) if value}
     return {"apiVersion": api, "kind": "InitConfiguration", "localAPIEndpoint": endpoint, "nodeRegistration": given}
 
 

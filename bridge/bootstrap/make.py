@@ -12,17 +12,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap import (
-    ETCD_CLIENT,
-    Certificates,
-    Places,
-    Role,
-    assert_usable,
-    gather_authorities,
-    keys,
-    live,
-    whole,
-)
+from bridge.bootstrap import Certificates, Places, Role, assert_usable, gather_authorities, keys, live, whole
 from bridge.bootstrap.desired import Bootstrapped, DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.bootstrap.keys import Made
 from bridge.bootstrap.whole import NodeLook, look_at
@@ -44,7 +34,7 @@ from bridge.renewal.issuance import Answered, issue, reaching
 from bridge.renewal.prepare import Prepared, assert_room
 from bridge.renewal.verify_and_install import await_validity, remember, verify_all
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, ETCD_CA, KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec
+from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, CertificateSpec
 from bridge.state import Outcome, Store, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.open_requests import OpenRequest
@@ -84,9 +74,8 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     whole.assert_no_leftovers(desired, look)
     if (count := put_back(run, desired, look)) > 0:
         return result(files=count, is_complete=True, from_kept=True)
-    cas = gather_authorities(
-        run.settings, desired.places, desired.role, desired.inputs.ca_dir, desired.carried, run.now()
-    )
+    ca_dir, carried = desired.inputs.ca_dir, desired.carried
+    cas = gather_authorities(run.settings, desired.places, desired.role, ca_dir, carried, run.now())
     run = dataclasses.replace(run, settings=in_force(run.settings, cas))
     whole.assert_brought(look, cas)
     keys.assert_sa_at_hand(desired)
@@ -115,7 +104,6 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
 _DIRECTORY_MODE = 0o755
 #: The names that a kubelet and `Composer` give a kubelet's pairs.
 _DATED = re.compile(r"kubelet-client-\d{4}(-\d\d){5}\.pem")
-_PRIVATE, _PUBLIC = 0o600, 0o644
 
 
 def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], kubelet_pem: Path) -> None:
@@ -163,7 +151,9 @@ def put_back(run: Run, desired: DesiredNode, look: NodeLook) -> int:
     pem = _assert_own(desired, look, [Path(file.path) for file in kept.files])
     # the path decides the mode, since a user who can write to the copies may have changed it
     files = [_replacement(desired.places, file.certificate, Path(file.path), file.data) for file in kept.files]
-    _assert_free(files, desired.places)
+    kubelets = desired.places.serving
+    if others := [f.path for f in files if f.path not in kubelets and live(f.path) not in (None, f.data)]:
+        raise LeftoversError(f"can't put copies back: another file is in the place of {some(others)}")
     try:
         put_in_place(run, desired, [file for file in files if live(file.path) != file.data], pem)
     except NotWholeError as e:
@@ -188,23 +178,15 @@ def _assert_own(desired: DesiredNode, look: NodeLook, paths: Sequence[Path]) -> 
     return others[0]
 
 
-def _assert_free(files: Sequence[Replacement], places: Places) -> None:
-    others = [
-        file.path for file in files if file.path not in places.serving and live(file.path) not in (None, file.data)
-    ]
-    if others:
-        raise LeftoversError(f"can't put copies back: another file is in the place of {some(others)}")
-
-
 def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacement:
-    there, own, mode = live(path), Attributes.private(), _mode(places, path)
+    there, mode = live(path), places.mode(path)
     return Replacement(
         certificate=name,
         path=path,
         data=data,
-        mode_mask=KEY_MASK if mode == _PRIVATE else CERTIFICATE_MASK,
+        mode_mask=CERTIFICATE_MASK if mode & 0o044 else KEY_MASK,
         was=None if there is None else digest(there),
-        attributes=Attributes(mode=mode, uid=own.uid, gid=own.gid, extended={}),
+        attributes=dataclasses.replace(Attributes.private(), mode=mode),
     )
 
 
@@ -218,7 +200,7 @@ def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
         KeptFile(
             certificate=names.get(path, "node"),
             path=str(kubelet_pem if path == desired.places.kubelet_current else path),
-            mode=_mode(desired.places, path),
+            mode=desired.places.mode(path),
             data=data,
         )
         for path, data in {**there, **desired.files}.items()
@@ -227,13 +209,6 @@ def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
     with reasons(BridgeError, failed, hint="name another one"):
         private_directory(desired.inputs.keep)
     kept_file(desired.inputs.keep, desired.node).put(Kept(role=desired.role, config=desired.mark, files=files))
-
-
-def _mode(places: Places, path: Path) -> int:
-    """Return a file's mode, by its path for an external etcd's files, which the operator names."""
-    key, certificate = places.pair(ETCD_CLIENT)
-    is_public = path in (certificate, places.authority(ETCD_CA)) or path.suffix == ".crt"
-    return _PUBLIC if is_public and path != key else _PRIVATE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ CA where a CA certificate is missing, and never compares a key with its certific
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +17,6 @@ from cryptography import x509
 from bridge.bootstrap import (
     Certificates,
     Places,
-    Read,
     Role,
     authority_trouble,
     ca_keys,
@@ -40,6 +39,9 @@ from bridge.specs import AUTHORITIES, CA, KUBELET_CONF, KUBELET_SERVER, Certific
 from bridge.system.paths import Exposure, open_secret
 from bridge.words import some
 
+#: Reads a file; None: there is no such file.
+Read = Callable[[Path], bytes | None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLook:
@@ -58,7 +60,7 @@ class NodeLook:
         """Return everything missing or wrong, each as `PATH: wanted …, found …`; empty: kubeadm may start."""
         problems = [f"{path}: wanted no CA's private key on a node, found one" for path in ca_keys(self.places)]
         anchors: dict[str, tuple[x509.Certificate, ...]] = {}
-        problems += self._authorities(anchors)
+        problems += self._workers_ca(anchors) if self.role == "worker" else self._authorities(anchors)
         for spec in self.places.specs(self.role):
             problems += self.problems_of(spec, anchors.get(spec.authority.name, ()))
         if self.role != "worker":
@@ -90,9 +92,6 @@ class NodeLook:
     # --- CAs ----------------------------------------------------------------------------------------------------------
 
     def _authorities(self, anchors: dict[str, tuple[x509.Certificate, ...]]) -> Iterator[str]:
-        if self.role == "worker":
-            yield from self._workers_ca(anchors)
-            return
         for authority in self.places.authorities(self.role):
             path = self.places.authority(authority)
             data = self.read(path)
@@ -234,8 +233,8 @@ def check(
 ) -> list[str]:
     """Return everything missing or wrong on a node before kubeadm runs, and change nothing."""
     problems = [f"{path}: wanted a node without a cluster, found it" for path in traces_of_cluster(places)]
-    wanted = "kubeadm's configuration is missing, by which names are judged"
-    problems += [f"{file}: {wanted}" for file in files if live(file) is None]
+    missing = [file for file in files if live(file) is None]
+    problems += [f"{file}: kubeadm's configuration is missing, by which names are judged" for file in missing]
     look = look_at(settings, places, role, config, live, now)
     return [*problems, *map(str, _open_keys(look)), *look.problems()]
 
