@@ -27,7 +27,7 @@ from bridge.pki import expiry, verify
 from bridge.pki.certificates import UNREADABLE, anchor_of, leads_to, load_pem_certificates, name_text, san_entries
 from bridge.pki.csr import algorithm_name
 from bridge.pki.expiry import CA_ENDS_SOON
-from bridge.renewal.prepare import Allowed
+from bridge.renewal.prepare import policy_error
 from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF, SUPER_ADMIN, Component
@@ -165,11 +165,11 @@ def _policy(node: Node, settings: Settings) -> Iterator[Finding]:
     """Check each live certificate against the node's own policy, long before it is due."""
     if settings.policy.file is None:
         return
-    allowed, found = Allowed(settings), []
+    found = []
     try:
         for item in node.items:
             is_judged = item.managed and item.state == "present" and not item.foreign
-            if is_judged and (error := allowed.error(item, None)) is not None:
+            if is_judged and (error := policy_error(item, settings, None)) is not None:
                 found.append(from_error("policy", item.spec.name, error))
     except SettingsError as e:
         found = [Finding.error("policy", "policy.file", str(problem), e.hint) for problem in e.problems]

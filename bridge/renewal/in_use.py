@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from bridge import control_plane
+from bridge.control_plane import proof
+from bridge.control_plane.proof import ProofFinding
 from bridge.errors import BridgeError, Exit
 from bridge.node import processes
 from bridge.node.inventory import Node
@@ -17,9 +19,6 @@ from bridge.state import Outcome
 from bridge.state.obligations import NotProven, postponed_file
 from bridge.state.session import Run
 from bridge.system.state_file import StateError, StateFile
-
-if TYPE_CHECKING:
-    from bridge.control_plane.proof import ProofFinding
 
 _MOST_SHOWN = 3
 
@@ -111,8 +110,6 @@ def keep(file: StateFile[NotProven], left: NotProven) -> None:
 
 def look(unproven: NotProven, node: Node, settings: Settings, now: datetime) -> list[ProofFinding]:
     """Return findings about unproven certificates, from files and processes alone."""
-    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is unproven)
-
     names = unproven.live_on(node).names
     return [
         finding

@@ -15,22 +15,22 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from bridge.contract import Continuity, SignRequest
+from bridge.desk.files import load_policy
+from bridge.desk.policy import Planned, planned_problems
 from bridge.errors import BridgeError, Exit
 from bridge.node import kubeconfig, manifests, pairs
 from bridge.node.inventory import Item
 from bridge.node.kubeconfig import FreshKubeconfig, KubeconfigError
 from bridge.node.kubelet import KubeletFiles
-from bridge.pki import csr
+from bridge.pki import csr, signatures
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.csr import Naming, alternative_names, subject_of
 from bridge.renewal import RESTORE, Desired, MissingCertificateError, NotReadyError, Selection, outcome_of
@@ -53,9 +53,6 @@ from bridge.system.files import (
     write_staged,
 )
 from bridge.system.paths import ForeignLinkError, UnreadableError, foreign_link, opened, read_once, real_path
-
-if TYPE_CHECKING:
-    from bridge.desk.policy import Policy
 
 #: A desk takes no request that is older than its policy's `max_age` (30 days by default).
 _PROOF_ANEW = timedelta(days=7)
@@ -139,7 +136,7 @@ def _next_key(
 
 def _of_open(item: Item, open_: OpenRequest, was: Mapping[Path, str | None], settings: Settings) -> Prepared:
     """Continue the open request, which the node's current policy has to allow (NotAllowedError)."""
-    if settings.policy.file is not None and (error := Allowed(settings).error(item, None, open_.request)) is not None:
+    if (error := policy_error(item, settings, None, open_.request)) is not None:
         raise error
     fresh = open_.kubeconfig
     return Prepared(item=item, request=open_.request, key_pem=open_.key_pem, was=was, open=open_, kubeconfig=fresh)
@@ -194,8 +191,6 @@ def _is_continuity_current(prepared: Prepared, settings: Settings, now: datetime
 
 
 def _continuity(prepared: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
-    from bridge.pki import signatures  # noqa: PLC0415 (15 ms; only where an operator carries requests)
-
     identity = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     proof = None
     if (
@@ -448,45 +443,34 @@ class NotAllowedError(BridgeError):
         )
 
 
-class Allowed:
+def policy_error(
+    item: Item, settings: Settings, desired: Desired | None, asked: SignRequest | None = None
+) -> BridgeError | None:
     """
-    A node's own policy, in the format of a CA desk's, read when the first certificate is judged. Without it, renewals
-    would for ever keep the additional names of a certificate that an attacker once put in a live one's place.
+    Return why the node's own policy, in the format of a CA desk's, forbids the next certificate, or the one that was
+    `asked` for; None: it allows it, or there is none (SettingsError: its file can't be used). Without a policy, renewals
+    for ever keep the additional names of a certificate that an attacker once put in a live one's place.
     """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    @cached_property
-    def policy(self) -> Policy:
-        """The loaded policy (SettingsError: the file can't be used)."""
-        from bridge.desk.files import load_policy  # noqa: PLC0415 (100 ms; only where the settings name a policy)
-
-        return load_policy(self._settings, self._settings.policy.file)
-
-    def error(self, item: Item, desired: Desired | None, asked: SignRequest | None = None) -> BridgeError | None:
-        """Return why the policy forbids the next certificate, or the one that was `asked` for; None: it allows it."""
-        from bridge.desk.policy import Planned, planned_problems  # noqa: PLC0415 (see above)
-
-        settings, live = self._settings, item.certificates[0] if item.certificates else None
-        try:
-            if asked is not None:
-                naming, key = csr.naming_of(asked.csr), csr.algorithm_name(asked.csr.public_key())
-            else:
-                wanted = desired.naming if desired is not None else serving_names(item, settings)
-                naming = wanted or csr.naming_of(present(item, live))
-                key = _next_key(item, live, settings, None, desired)
-            planned = Planned(
-                node=settings.node.node_name,
-                cluster=settings.node.cluster,
-                spec=item.spec,
-                naming=naming,
-                key=key,
-                validity=asked.validity if asked is not None else settings.renewal.validity,
-                replaces=replaced_by_next(item, live),
-            )
-        except BridgeError as e:  # the renewal would fail with the same error
-            return e
-        if problems := planned_problems(planned, self.policy):
-            return NotAllowedError(item, settings.policy.file, problems, is_asked=asked is not None)
+    if settings.policy.file is None:
         return None
+    policy, live = load_policy(settings, settings.policy.file), item.certificates[0] if item.certificates else None
+    try:
+        if asked is not None:
+            naming, key = csr.naming_of(asked.csr), csr.algorithm_name(asked.csr.public_key())
+        else:
+            wanted = desired.naming if desired is not None else serving_names(item, settings)
+            naming = wanted or csr.naming_of(present(item, live))
+            key = _next_key(item, live, settings, None, desired)
+        planned = Planned(
+            node=settings.node.node_name,
+            cluster=settings.node.cluster,
+            spec=item.spec,
+            naming=naming,
+            key=key,
+            validity=asked.validity if asked is not None else settings.renewal.validity,
+            replaces=replaced_by_next(item, live),
+        )
+    except BridgeError as e:  # the renewal would fail with the same error
+        return e
+    problems = planned_problems(planned, policy)
+    return NotAllowedError(item, settings.policy.file, problems, is_asked=asked is not None) if problems else None

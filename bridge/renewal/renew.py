@@ -19,6 +19,7 @@ from cryptography import x509
 from bridge import control_plane
 from bridge.ca import CA, registry
 from bridge.contract import Issued, Pending
+from bridge.control_plane import restarts
 from bridge.errors import BackendError, BackendUnavailableError, BridgeError, Exit, VerificationError, WaitingError
 from bridge.node.inventory import Item, Node
 from bridge.pki import expiry, verify
@@ -111,8 +112,6 @@ def without_restart(node: Node, settings: Settings, items: Sequence[Item], now: 
     """Return failures of certificates whose components must be restarted and can't be; expired ones are exempt."""
     if settings.restart.method == "none":
         return []
-    from bridge.control_plane import restarts  # noqa: PLC0415 (40 ms; only where components are restarted)
-
     reloads = control_plane.reloading(node, settings.node)
     obstacle = functools.cache(lambda component: restarts.obstacle(component, node, settings))
     outcomes = []

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from bridge.ca import CA, registry
 from bridge.contract import Revocation
+from bridge.control_plane import proof
 from bridge.errors import BackendUnavailableError, BridgeError, LocalFileError
 from bridge.node.inventory import Node
+from bridge.pki import node_proofs
 from bridge.renewal import prepare
 from bridge.state import Outcome, audit
 from bridge.state.obligations import Superseded, pairs_file, revocations_file, unproven_file
@@ -76,8 +78,6 @@ def _names(every: Iterable[Superseded]) -> str:
 def _proven(due: Sequence[Superseded], run: Run, node: Node) -> list[Superseded]:
     if not due:
         return []
-    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only where something is revoked)
-
     unproven, pairs = unproven_file(run.store).read(), pairs_file(run.store).read() or ()
     silent = {item.spec.name for item in node.items if item.pair is not None and not item.pair.prove}
     there = {item.spec.name for item in node.items if item.state == "present"}
@@ -143,8 +143,6 @@ def _revoke(
 
 def _holders_proof(superseded: Superseded, run: Run, node: Node) -> Revocation:
     """Prove that the successor's holder asks for the revocation (LocalFileError: the successor's key can't be used)."""
-    from bridge.pki import node_proofs  # noqa: PLC0415 (15 ms; only where a door is asked)
-
     places = run.settings.node
     [item] = [item for item in node.items if item.spec.name == superseded.name]
     who = {"name": superseded.name, "node": places.node_name, "cluster": places.cluster}

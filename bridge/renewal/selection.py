@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -30,7 +29,6 @@ from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER_ADMIN, Certi
 from bridge.state import Outcome
 
 if TYPE_CHECKING:  # a run with nothing due loads none of them
-    from bridge.renewal.prepare import Allowed
     from bridge.renewal.verify_and_install import Proven
     from bridge.state.install import Replacement
     from bridge.state.open_requests import OpenRequest
@@ -124,7 +122,6 @@ def select(
         desired=desired or {},
         lost_keys=lost_keys(node),
         lost_cas=_lost_cas(node, settings),
-        allowed=functools.cache(lambda: _allowed(settings)),
     )
     unused = {item.spec.name for item in node.items if choice.is_unused(item)}
     every = [*chosen, *sorted(set(options.names) - {ALL} - set(chosen))]
@@ -159,7 +156,6 @@ class _Choice:
     desired: DesiredByName
     lost_keys: Mapping[str, str]  #: By name, what is wrong with the certificate's key.
     lost_cas: Collection[str]  #: CAs whose certificate can't be read, so that none of theirs can be verified.
-    allowed: Callable[[], Allowed]  #: Loads the node's own policy, where the settings name one.
     waived: list[str] = field(default_factory=list)
 
     def of(self, name: str) -> Item | Outcome | str | None:
@@ -232,7 +228,9 @@ class _Choice:
         """Return the item, unless there is an error or the node's own policy forbids it."""
         desired = self.desired.get(item.spec.name)
         if error is None and self.settings.policy.file is not None:
-            error = self.allowed().error(item, None if isinstance(desired, BridgeError) else desired)
+            from bridge.renewal.prepare import policy_error  # noqa: PLC0415 (only where the settings name a policy)
+
+            error = policy_error(item, self.settings, None if isinstance(desired, BridgeError) else desired)
         return item if error is None else outcome_of(item, error)
 
     def _against(self, item: Item) -> BridgeError | None:
@@ -245,12 +243,6 @@ class _Choice:
             return item.obstacle
         is_judged = self.asked_for.get(item.spec.name) == item.certificates[0]
         return None if is_judged or item.foreign else foreign_identity(item, self.settings)
-
-
-def _allowed(settings: Settings) -> Allowed:
-    from bridge.renewal.prepare import Allowed  # noqa: PLC0415 (only where the settings name a policy)
-
-    return Allowed(settings)
 
 
 def _powerful(items: Sequence[Item], known: Collection[str]) -> Iterator[str]:

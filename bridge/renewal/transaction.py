@@ -11,12 +11,23 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge.ca import owe_putting_away, put_away
+from bridge.control_plane.restarts import times_file
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import NotReadyError, Selection, in_use, outcome_of, revocation, verify_and_install
+from bridge.renewal import (
+    NotReadyError,
+    Selection,
+    activate,
+    in_use,
+    outcome_of,
+    pairs,
+    revocation,
+    verify_and_install,
+)
+from bridge.renewal.activate import Activation
 from bridge.renewal.gate import Attempts, attempts_file, next_ca_file
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
@@ -32,10 +43,6 @@ from bridge.state.static_pods import restart_file
 from bridge.system.console import Progress, print_error
 from bridge.system.state_file import StateError, StateFile
 from bridge.words import counted
-
-if TYPE_CHECKING:  # 40 ms
-    from bridge.renewal.activate import Activation
-
 
 #: Errors that no CA caused.
 _NOT_OF_A_CA = (HookError, SettingsError, PostponedError, NotReadyError, RevocationError, CopyError, audit.AuditError)
@@ -68,8 +75,6 @@ class Transaction:
         _assert_not_begun(self._run, node)
         self._errors += self._recorded(self._hooks.again(node))
         if self._is_to_prove:
-            from bridge.renewal import activate  # noqa: PLC0415 (40 ms; only where components are restarted)
-
             done = activate.finish(self._run, node)
             self.may_go_on = done.may_go_on
             self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
@@ -160,8 +165,6 @@ class Transaction:
     def owe_use(self, done: Sequence[Outcome]) -> None:
         """Record, before an installation, which components to restart and which certificates to see in use."""
         if self._run.settings.node.pairs:
-            from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a pair)
-
             self._apart = pairs.record_due(self._run, done, by_hand=not self._options.restarts)
             done = [certificate for certificate in done if certificate.name not in self._apart]
         if not done:
@@ -171,8 +174,6 @@ class Transaction:
         elif self._run.settings.restart.method == "none":
             in_use.record_due(self._run, done, obligations.unproven_file(self._run.store))
         else:
-            from bridge.renewal import activate  # noqa: PLC0415 (see above)
-
             activate.record_due(self._run, done, stays=self._options.trust.stays)
 
     def activate(self, selection: Selection, result: Result) -> Result:
@@ -200,8 +201,6 @@ class Transaction:
                 certificate.newest_run == ours for certificate in unproven.certificates
             )
             return dataclasses.replace(result, left_to_people=is_ours)
-        from bridge.renewal import activate  # noqa: PLC0415 (see above)
-
         done = activate.finish(self._run, self._run.read_node())
         if not self._is_to_prove:  # else the hooks of earlier installations ran already
             others = {run_id: event for run_id, event in done.events.items() if run_id != self._run.record.run_id}
@@ -311,8 +310,6 @@ def with_pairs(run: Run, result: Result) -> Result:
     """Have programs read their further pairs, prove it or put the old files back, and add the results."""
     if not run.store.pairs.exists():
         return result
-    from bridge.renewal import pairs  # noqa: PLC0415 (see above)
-
     done = pairs.finish(run)
     outcomes = tuple(
         _rolled_back(outcome, done.back[outcome.name]) if outcome.name in done.back else outcome
@@ -384,8 +381,6 @@ class SetAside:
 
 def state_files(store: Store) -> list[StateFile[Any]]:
     """Return all files whose damage stops a run; damage to the audit log's head does not."""
-    from bridge.control_plane.restarts import times_file  # noqa: PLC0415 (40 ms)
-
     makers = (
         restart_file,
         journal_file,

@@ -8,12 +8,12 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from bridge import control_plane
 from bridge.ca import CA, registry
 from bridge.ca.retry import NoWaitPolicy
-from bridge.control_plane import ORDER, Reader
+from bridge.control_plane import ORDER, Reader, proof
+from bridge.control_plane.proof import ProofFinding
 from bridge.errors import BridgeError, Exit
 from bridge.node.inventory import Node
 from bridge.pki.certificates import is_signed_by, load_pem_certificates, name_text, pem, spki
@@ -48,9 +48,6 @@ from bridge.state.session import Run, begun, give_up
 from bridge.system.console import Progress
 from bridge.system.paths import real_path
 from bridge.system.state_file import OnDamage, StateFile, coded
-
-if TYPE_CHECKING:
-    from bridge.control_plane.proof import ProofFinding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +164,6 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
     cas = [step.ca for step in steps if step.ca.name == CLUSTER_CA.name]
     if not cas:
         return []
-    from bridge.control_plane import proof  # noqa: PLC0415 (40 ms; only at the end of a phase)
-
     node = run.read_node()
     files = [str(reader.path) for ca in cas for reader in readers(node, ca)]
     ends = (*(f"/{SPECS[name].base}" for name in _KUBECONFIGS), *files)
