@@ -41,28 +41,29 @@ class Store:
 
     def __init__(self, state_dir: Path) -> None:
         self.directory = state_dir
-        self.journal = state_dir / "journal.json"
-        self.staging = state_dir / "staging.json"
+        self._to_do: list[Path] = []
+        self.journal = self._work("journal.json")
+        self.staging = self._work("staging.json")
         self.backups = state_dir / "backups"
         self.lock = state_dir / "lock"
         self.tree = state_dir / "tree.json"  #: This state's cluster: its PKI and kubeconfig directories.
-        self.requests = state_dir / "requests.json"  #: Keys whose certificates are not installed yet.
+        self.requests = self._work("requests.json")  #: Keys whose certificates are not installed yet.
         self.written = state_dir / "written.json"  #: When files were installed, by a clock that is never set.
-        self.restart = state_dir / "restart.json"  #: The manifest that is out of its directory.
+        self.restart = self._work("restart.json")  #: The manifest that is out of its directory.
         self.restarted = state_dir / "restarted.json"  #: When each component was last restarted.
         self.kubelet_copy = state_dir / "kubelet-client-current.pem"  #: The last client pair taken from the kubelet.
-        self.unproven = state_dir / "unproven.json"  #: Certificates that were installed, and not yet seen in use.
-        self.postponed = state_dir / "postponed.json"  #: Installed with --no-restart, or put back; not yet seen in use.
-        self.pairs = state_dir / "pairs.json"  #: Further pairs that were installed, and not yet seen in use.
-        self.hooks = state_dir / "hooks.json"  #: Hooks that have not succeeded yet.
-        self.revocations = state_dir / "revocations.json"  #: Superseded certificates that are to be revoked.
+        self.unproven = self._work("unproven.json")  #: Certificates that were installed, and not yet seen in use.
+        self.postponed = self._work("postponed.json")  #: Installed with --no-restart, or put back; not yet seen in use.
+        self.pairs = self._work("pairs.json")  #: Further pairs that were installed, and not yet seen in use.
+        self.hooks = self._work("hooks.json")  #: Hooks that have not succeeded yet.
+        self.revocations = self._work("revocations.json")  #: Superseded certificates that are to be revoked.
         self.checked_settings = state_dir / "settings.checked"  #: The settings file that needs no further check.
-        self.collected = state_dir / "collected.json"  #: Installed answers that backends have to put away.
-        self.copies = state_dir / "copies.json"  #: The certificates that copies of kubeconfigs may still hold.
+        self.collected = self._work("collected.json")  #: Installed answers that backends have to put away.
+        self.copies = self._work("copies.json")  #: The certificates that copies of kubeconfigs may still hold.
         self.next_ca = state_dir / "next-ca.json"  #: Authorities whose next CA was already asked for certificates.
         self.going_back = state_dir / "going-back.json"  #: The phases to which CAs of this node go back.
         self.credentials = state_dir / "credentials.json"  #: When our own tokens end, according to their CAs.
-        self.attempts = state_dir / "attempts.json"  #: How many renewals in a row failed at each CA.
+        self.attempts = self._work("attempts.json")  #: How many renewals in a row failed at each CA.
         self.history = state_dir / "history.json"  #: The results of the last runs, for monitors.
         self.history_lock = state_dir / "history.lock"
         self.pending_at_ca = state_dir / "tickets.json"  #: Requests of the gateway that its CA answers later.
@@ -74,6 +75,15 @@ class Store:
         self.audit = state_dir / "audit.jsonl"
         self.audit_head = state_dir / "audit.head"  #: The newest line's number and digest.
 
+    def _work(self, name: str) -> Path:
+        """The path of a file that exists while a run has to act, even if no certificate is due."""
+        self._to_do.append(self.directory / name)
+        return self._to_do[-1]
+
+    def has_work(self) -> bool:
+        """Whether an earlier run has left something to do."""
+        return any(path.exists() for path in self._to_do)
+
     def prepare(self) -> None:
         """Make the directories (BridgeError: another user can write to them)."""
         from bridge.system.files import private_directory  # noqa: PLC0415 (reading the store does not need it)
@@ -83,7 +93,8 @@ class Store:
 
     def half_written(self) -> list[Path]:
         """Files that a killed `write_atomically` left; not the history's, which has a lock of its own."""
-        beside = [path for path in vars(self).values() if path.parent == self.directory and path != self.history]
+        every = [path for path in vars(self).values() if isinstance(path, Path)]
+        beside = [path for path in every if path.parent == self.directory and path != self.history]
         names = [re.escape(path.name) for path in beside]
         ours = re.compile(rf"\.({'|'.join([*names, _NUMBERED])})\.[a-z0-9_]{{8}}")  # as `tempfile` makes them
         return [path for path in self.directory.glob(".*") if ours.fullmatch(path.name) and path.is_file()]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bridge import entry, monitoring
+from bridge import monitoring
 from bridge.cli import expiration_forms
 from bridge.cli.expiration_forms import look, table
 from bridge.diagnosis import installed
@@ -615,36 +615,3 @@ def test_the_command(tmp_path: Path, within: list[str], code: int) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (code, "")
     assert run.stdout in (ours(node, now=now), ours(node))
-
-
-def test_a_plain_command_loads_no_command_line(tmp_path: Path) -> None:
-    """It prints the same as the command line proper; what is odd, or more is asked of, goes the usual way."""
-    node = handmade_pki(tmp_path, not_after=datetime.now(UTC) + 20 * DAY)
-    plain = ["check-expiration", "--pki-dir", str(node.pki_dir), "--kubeconfig-dir", str(node.kubeconfig_dir)]
-    now = datetime.now(UTC)
-    table = entry.expirations(plain)
-    assert table is not None
-    assert (table[0], table[1] in (ours(node, now=now), ours(node))) == (0, True)
-    for other in ([*plain, "-o", "json"], [*plain, "-v"], ["check-expiration", "apiserver", *plain[1:]], ["plan"]):
-        assert entry.expirations(other) is None
-    node.pki_dir.joinpath("apiserver.crt").write_text("nothing")
-    assert entry.expirations(plain) is None
-    program = [sys.executable, "-c", "from bridge.entry import main; main()", *plain]
-    run = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert (run.returncode, "!INVALID! apiserver" in run.stdout) == (1, True)
-    assert "apiserver.crt" in run.stderr
-
-
-@pytest.mark.parametrize(("before", "style"), [("60d", "warning"), ("40d", "ok")])
-def test_a_plain_commands_colours_are_by_the_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, style: str
-) -> None:
-    """A certificate that the settings call due stands out on the short way to the table, too."""
-    node = handmade_pki(tmp_path, not_after=datetime.now(UTC) + 50 * DAY)
-    config = tmp_path / "config.toml"
-    config.write_text(f'[renewal]\nbefore = "{before}"\n')
-    monkeypatch.setattr(expiration_forms, "styled", lambda text, style, _: f"{style} {text}")
-    places = ["--config", str(config), "--pki-dir", str(node.pki_dir), "--kubeconfig-dir", str(node.kubeconfig_dir)]
-    found = entry.expirations(["check-expiration", *places])
-    assert found is not None
-    assert f"{style} apiserver " in found[1]

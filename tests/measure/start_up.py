@@ -5,29 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tests.kit.cas import Bridge
 from tests.kit.pki import handmade_pki
 
-#: Runs the quiet path of a command in a process of its own, and prints what that has loaded.
+#: Runs the quiet path of `renew` in a process of its own, and prints what that has loaded.
 _LOADS = """
 import json, sys
 before = set(sys.modules)
 from bridge import entry
-found = entry.nothing_to_do(sys.argv[1:]) or entry.expirations(sys.argv[1:])
-assert found is not None, "wanted the quiet path"
+assert entry.nothing_to_do(sys.argv[1:]) is not None, "wanted the quiet path"
 files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items() if name not in before}
 print(json.dumps(files))
 """
-COMMANDS = ("renew", "check-expiration")
 
 
-def loaded(bridge: Bridge, *arguments: str) -> tuple[int, int, int]:
-    """Our modules, their lines, and the modules of others that a command loads."""
-    command = [sys.executable, "-P", "-c", _LOADS, *arguments, "--config", str(bridge.config)]
+def loaded(bridge: Bridge) -> tuple[int, int, int]:
+    """Our modules, their lines, and the modules of others that a renewal with nothing due loads."""
+    command = [sys.executable, "-P", "-c", _LOADS, "renew", "--config", str(bridge.config)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     ours = [path for name, path in found.items() if name.split(".")[0] == "bridge"]
     lines = sum(len(Path(path).read_text(encoding="utf-8").splitlines()) for path in ours)
@@ -43,9 +40,9 @@ def bridge_with_nothing_due(directory: Path) -> Bridge:
     return bridge
 
 
-def table(directory: Path, commands: Sequence[str] = COMMANDS) -> str:
+def table(directory: Path) -> str:
     """Markdown."""
-    bridge = bridge_with_nothing_due(directory)
+    cells_of_renew = map("{:,}".format, loaded(bridge_with_nothing_due(directory)))
     head = ("command with nothing due", "ca-bridge's modules", "their lines", "other modules")
-    rows = [(f"`{one}`", *map("{:,}".format, loaded(bridge, one))) for one in commands]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
+    row = ("`renew`", *cells_of_renew)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), row))

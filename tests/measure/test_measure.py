@@ -58,7 +58,7 @@ def test_where_the_desks_time_goes(tmp_path: Path) -> None:
 def test_what_a_command_with_nothing_due_loads(tmp_path: Path) -> None:
     """A quiet night loads a part of the program, and no more than half as much again as this page said at its writing."""
     bridge = start_up.bridge_with_nothing_due(tmp_path)
-    modules, lines, others = start_up.loaded(bridge, "renew")
+    modules, lines, others = start_up.loaded(bridge)
     assert 20 < modules < 45
     assert 3000 < lines < 10_000
     assert others > 0

@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from backends.kubernetes import KubernetesBackend
-from bridge import diagnosis, entry
+from bridge import diagnosis
 from bridge.ca import registry
 from bridge.cli import expiration
 from bridge.diagnosis.examination import examine
@@ -252,9 +252,6 @@ def test_check_expiration_has_a_table_of_its_own(site: Site) -> None:
     rest, _, own = table.stdout.partition("\nCREDENTIAL OF CA-BRIDGE")
     assert NAME in own
     assert NAME not in rest
-    plain = entry.expirations(["check-expiration", "--config", str(site.bridge.config)])
-    assert plain is not None
-    assert plain[1] == table.stdout
     environment = {**os.environ, "COLUMNS": "60"}
     narrow = subprocess.run(
         site.bridge.command("check-expiration"), env=environment, capture_output=True, text=True, check=False
