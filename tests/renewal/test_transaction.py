@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,9 +33,10 @@ from bridge.renewal.transaction import Transaction, by_authority, with_activatio
 from bridge.renewal.verify_and_install import HeldBackError, Result
 from bridge.settings.load import load, overridden, parse
 from bridge.settings.tables import AuditSettings, Settings
-from bridge.state import Outcome, Store, audit, remember_checked
+from bridge.state import Outcome, Store, audit, obligations, remember_checked
 from bridge.state.open_requests import OpenRequests
 from bridge.state.session import Run
+from bridge.system.state_file import StateFile
 from tests.kit.renewing import Quiet
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -338,6 +340,16 @@ def test_a_hook_that_failed_is_in_the_record(store: Store, directory: Path, node
         one.settle_earlier(node)
         assert len(one.with_earlier(Result(outcomes=())).errors) == 1
     assert events(store) == [audit.FAILED] * 3
+
+
+@pytest.mark.parametrize("maker", [maker for name, maker in vars(obligations).items() if name.endswith("_file")])
+def test_every_kind_of_work_is_found_by_a_night_with_nothing_due(
+    store: Store, maker: Callable[[Store], StateFile[Any]]
+) -> None:
+    """A file of obligations.py that the state directory does not count would wait for the next due certificate."""
+    assert not store.has_work()
+    maker(store).path.touch()
+    assert store.has_work()
 
 
 def test_a_run_with_hooks_to_run_is_not_over_at_once(store: Store, tmp_path: Path) -> None:
