@@ -226,12 +226,9 @@ def issue(
     )
     settings = in_force(settings, {CLUSTER_CA.name: anchors})
     configured = registry.configured(settings, [CLUSTER_CA.name])[CLUSTER_CA.name]
-    expected = verify.Expectation(
-        anchors=anchors,
-        anchor_name=anchor_name,
-        now=now(),
+    expected = dataclasses.replace(
+        settings.expectation(CLUSTER_CA.name, anchors, anchor_name, now()),
         min_validity=validity / _LEAST_SHARE,
-        extra_subject=settings.extra_subject(CLUSTER_CA.name),
         longest=rules.max_validity,
         longest_name="users.max_validity",
         cross=registry.cross_behind(settings, CLUSTER_CA.name, anchors[0], now()),

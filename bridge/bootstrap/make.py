@@ -435,12 +435,8 @@ def unfinished_file(store: Store) -> StateFile[Unfinished]:
 def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str, verify.Expectation]:
     settings = run.settings
     return {
-        name: verify.Expectation(
-            anchors=certificates,
-            anchor_name=str(desired.places.authority(AUTHORITIES[name])),
-            now=run.now(),
-            min_validity=settings.renewal.min_validity,
-            extra_subject=settings.extra_subject(name),
+        name: dataclasses.replace(
+            settings.expectation(name, certificates, str(desired.places.authority(AUTHORITIES[name])), run.now()),
             cross=cross_behind(settings, name, certificates[0], run.now()),
         )
         for name, certificates in cas.items()

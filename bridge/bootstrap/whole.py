@@ -8,7 +8,7 @@ CA where a CA certificate is missing, and never compares a key with its certific
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from bridge.node import kubeconfig, pairs
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.pairs import is_sa_pair
-from bridge.pki import verify
 from bridge.pki.certificates import UNREADABLE, common_names, load_pem_certificates, san_entries
 from bridge.pki.csr import alternative_names, names_of
 from bridge.pki.kubeadm_names import NoFactError, identity_violations, naming
@@ -53,8 +52,7 @@ class NodeLook:
     now: datetime
     node: str = ""  #: Empty: names are not checked.
     config: KubeadmConfig | None = None  #: kubeadm's configuration, if known.
-    serving_sans: tuple[str, ...] = ()  #: SANs of the kubelet's serving certificate; empty: the settings name none.
-    extra_subject: frozenset[tuple[str, str]] = frozenset()
+    settings: Settings
 
     def problems(self) -> list[str]:
         """Return everything missing or wrong, each as `PATH: wanted …, found …`; empty: kubeadm may start."""
@@ -175,15 +173,13 @@ class NodeLook:
         anchors: tuple[x509.Certificate, ...],
     ) -> Iterator[str]:
         """Check a pair like an answer to a request that we would make now."""
-        leaf, name = certificates[0], spec.authority.certificate_file
-        expected = verify.Expectation(
-            anchors=anchors, anchor_name=name, now=self.now, min_validity=timedelta(), extra_subject=self.extra_subject
-        )
+        leaf, name, authority = certificates[0], spec.authority.certificate_file, spec.authority.name
+        expected = replace(self.settings.expectation(authority, anchors, name, self.now), min_validity=timedelta())
         findings = list(pairs.findings(spec, certificates, key_pem, expected))
         if any(finding.kind == "other" for finding in findings):
             yield f"{path}: wanted the key of its certificate, found another one"
             return
-        for violation in identity_violations(spec, certificates, anchors, name, self.extra_subject):
+        for violation in identity_violations(spec, certificates, anchors, name, expected.extra_subject):
             yield f"{path}: {violation}"
         for finding in findings:
             yield f"{path}: {finding.violation.got if finding.kind == 'incomparable' else finding.violation}"
@@ -199,8 +195,8 @@ class NodeLook:
                 yield f"{path}: wanted CN system:node:{self.node}, found {', '.join(found)}"
             return
         wanted = {("DNS", self.node)}
-        if spec.name == KUBELET_SERVER and self.serving_sans:
-            wanted = names_of(alternative_names(self.serving_sans))
+        if spec.name == KUBELET_SERVER and self.settings.serving_sans:
+            wanted = names_of(alternative_names(self.settings.serving_sans))
         elif self.config is not None:
             wanted |= {("IP", self.config.address)}
             try:
@@ -250,8 +246,7 @@ def look_at(
         now=now,
         node=config.name if config is not None else settings.node.name,
         config=config if role != "worker" else None,
-        serving_sans=settings.serving_sans,
-        extra_subject=frozenset().union(*map(settings.extra_subject, AUTHORITIES)),
+        settings=settings,
     )
 
 

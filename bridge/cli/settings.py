@@ -354,13 +354,7 @@ def _expectation(node: Node, settings: Settings, authority: str, backend: Backen
             f"there is no certificate of {authority} to compare with, on this node or from the backend",
             hint="--pki-dir tells where ca.crt, etcd/ca.crt and front-proxy-ca.crt are",
         )
-    return verify.Expectation(
-        anchors=anchors,
-        anchor_name=name,
-        now=now,
-        min_validity=settings.renewal.min_validity,
-        extra_subject=settings.extra_subject(authority),
-    )
+    return settings.expectation(authority, anchors, name, now)
 
 
 def _heading(label: str, authority: str, trial: Trial, *, sample: bool) -> str:

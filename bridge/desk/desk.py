@@ -425,14 +425,8 @@ class Desk:
             raise BridgeError(f"{path}: wanted the cluster's CA certificate, found: {e}") from e
 
     def _expectation(self, authority: str, anchors: tuple[x509.Certificate, ...]) -> Expectation:
-        return Expectation(
-            anchors=anchors,
-            anchor_name=SIGNING_AUTHORITIES[authority].certificate_file,
-            now=self._now(),
-            min_validity=self._settings.renewal.min_validity,
-            shorter_allowed=self._settings.renewal.shorter == "allow",
-            extra_subject=self._settings.authorities[authority].extra_subject,
-        )
+        file = SIGNING_AUTHORITIES[authority].certificate_file
+        return self._settings.expectation(authority, anchors, file, self._now())
 
     def anchor(self, authority: str) -> x509.Certificate | None:
         """The cluster's CA certificate, once its CA was reached."""

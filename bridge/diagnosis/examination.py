@@ -16,7 +16,6 @@ from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
 from bridge.node.inventory import Node
 from bridge.node.reading import read_node
-from bridge.pki import verify
 from bridge.settings.tables import Settings
 from bridge.specs import SIGNING_AUTHORITIES, SPECS
 from bridge.state.session import in_force
@@ -108,10 +107,6 @@ def _question(name: str, policy: Policy | None, settings: Settings, now: datetim
     if policy is not None and policy.desk.ca_dir is not None:
         with contextlib.suppress(UnreadableError):
             anchors = read_ca_file(policy.desk.ca_dir / SIGNING_AUTHORITIES[name].certificate_file)
-    expected = verify.Expectation(
-        anchors=anchors,
-        anchor_name=f"desk.ca_dir's {SIGNING_AUTHORITIES[name].certificate_file}",
-        now=now,
-        min_validity=settings.renewal.min_validity,
-    )
+    file = f"desk.ca_dir's {SIGNING_AUTHORITIES[name].certificate_file}"
+    expected = settings.expectation(name, anchors, file, now)
     return authorities.Question(specs=specs, wanted=[], expected=expected if anchors else None, is_desks=True)

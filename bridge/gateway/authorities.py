@@ -41,15 +41,14 @@ class AuthorityOfSigners:
         self._specs = [spec for spec in specs if spec.authority.name == self.name]
         self.rest = NoWaitPolicy()
         self.ca = CA.of(configured, self.rest)
-        self._extra_subject = settings.extra_subject(configured.authority)
+        self._settings = settings
         self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
         self._mutex = threading.Lock()
         self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
         self._end = self._end_of_anchors()
         self._issuer_end: datetime | None = None
         self.identity = ""  #: Our name at the CA as of the last check, if the CA reports it.
-        self._min_validity = settings.gateway.min_validity
-        self._renewal, self._signer = settings.renewal, self._anchors[0]
+        self._min_validity, self._signer = settings.gateway.min_validity, self._anchors[0]
         # pods trust each root in their bundle, so their certificates need no cross-certificate
         self._cross = None if self._each_anchor_counts else cross_of(settings, self.name, self._signer)
         backend = self.ca.backend
@@ -100,9 +99,7 @@ class AuthorityOfSigners:
         if issuers := self.ca.issuers():
             self._issuer_end = self._end_of_path(issuers, now, self.anchors())
             if self._issuer_end is None:
-                file = self._anchor_file.name
-                wanted = Expectation(anchors=self.anchors(), anchor_name=file, now=now, min_validity=self._min_validity)
-                assert_right_ca(issuers, wanted)
+                assert_right_ca(issuers, self._usual(self.anchors(), now))
         found = [unfit(self.ca.backend, self._specs)]  # first, since a backend finds its roles in it
         for rules in pods if self.name == PODS.name else ():
             found += [unfit(self.ca.backend, (), [wanted]) for wanted in self._wanted_of_pods(rules, now)]
@@ -122,7 +119,7 @@ class AuthorityOfSigners:
                     key=key,
                     validity=rules.max_validity,
                     at_least=least,
-                    extra_subject=self._extra_subject,
+                    extra_subject=self._settings.extra_subject(self.name),
                 )
 
     def _end_of_path(
@@ -159,17 +156,19 @@ class AuthorityOfSigners:
     def _expected(self, request: SignRequest, longest: timedelta, now: datetime) -> Expectation:
         cross, anchors = self._cross, self.anchors()
         # the cross-certificate counts while it lasts long enough and still belongs to the CA that signs
-        if cross is not None and (anchors[0] != self._signer or not is_cross_long_enough(cross, self._renewal, now)):
+        if cross is not None and (
+            anchors[0] != self._signer or not is_cross_long_enough(cross, self._settings.renewal, now)
+        ):
             cross = None
-        return Expectation(
-            anchors=anchors,
-            anchor_name=self._anchor_file.name,
-            now=now,
+        return replace(
+            self._usual(anchors, now),
             min_validity=min(self._min_validity, request.validity * 0.5),
-            extra_subject=self._extra_subject,
             longest=request.validity if self.asks_validity else longest,
             cross=cross,
         )
+
+    def _usual(self, anchors: tuple[x509.Certificate, ...], now: datetime) -> Expectation:
+        return self._settings.expectation(self.name, anchors, self._anchor_file.name, now)
 
 
 def _or_raise(answer: Answer) -> Issued | Pending:

@@ -106,14 +106,10 @@ def expectations(
             failed.append(outcome_of(item, half))
             continue
         try:
-            demands[name] = verify.Expectation(
-                anchors=(anchors := bundles.get(name) or anchors_of(item)),
-                anchor_name=str(item.anchor_path),
-                now=now,
-                min_validity=settings.renewal.min_validity,
-                shorter_allowed=settings.renewal.shorter == "allow",
+            anchors = bundles.get(name) or anchors_of(item)
+            demands[name] = dataclasses.replace(
+                settings.expectation(name, anchors, str(item.anchor_path), now),
                 intermediates_allowed=version is None or version >= FIRST_WITH_CHAINS,
-                extra_subject=settings.extra_subject(name),
                 cross=cross_behind(settings, name, anchors[0], now),
             )
         except BridgeError as e:

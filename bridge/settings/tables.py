@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, timedelta, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,8 @@ from bridge.words import name_found
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
+
+    from bridge.pki.verify import Expectation
 
 LOCALTIME = Path("/etc/localtime")
 _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
@@ -689,6 +691,21 @@ class Settings:
         """The subject attributes, as (OID, value), that this authority's certificates may have or lack."""
         keys = self.authorities.get(authority)
         return keys.extra_subject if keys is not None else frozenset()
+
+    def expectation(
+        self, authority: str, anchors: tuple[Certificate, ...], anchor_name: str, now: datetime
+    ) -> Expectation:
+        """The usual demands on an answer of this authority's CA; a caller replaces what differs in its case."""
+        from bridge.pki.verify import Expectation  # noqa: PLC0415 (a night with nothing due verifies no answer)
+
+        return Expectation(
+            anchors=anchors,
+            anchor_name=anchor_name,
+            now=now,
+            min_validity=self.renewal.min_validity,
+            shorter_allowed=self.renewal.shorter == "allow",
+            extra_subject=self.extra_subject(authority),
+        )
 
     def embedded(self, authority: str, bundle: tuple[Certificate, ...]) -> tuple[Certificate, ...]:
         """The CAs for a new kubeconfig: all while the CA is replaced, else the first, which every kubeadm version accepts."""

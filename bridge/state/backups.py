@@ -17,7 +17,7 @@ from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
-from bridge.pki import csr, verify
+from bridge.pki import csr
 from bridge.pki.certificates import UNREADABLE, anchor_of, load_pem_certificates
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_SERVER, SERVERS, is_pair_name
@@ -225,9 +225,8 @@ def problems_of(backup: Backup, settings: Settings, node: Node, now: datetime) -
             wanted = f"a table [certificate.{name}]" if is_pair_name(name) else "a certificate of this node"
             problems.append(Problem(certificate=name, wanted=wanted, found="a name that it does not have"))
         else:
-            kubeconfig_dir, extra = settings.node.kubeconfig_dir, settings.extra_subject(item.spec.authority.name)
             anchor = next((f.copy for f in files_of(backup, item.spec.authority.name) if f.copy), item.anchor_path)
-            problems += _problems(files_of(backup, name), replace(item, anchor_path=anchor), kubeconfig_dir, now, extra)
+            problems += _problems(files_of(backup, name), replace(item, anchor_path=anchor), settings, now)
     return problems
 
 
@@ -284,12 +283,10 @@ def files_of(backup: Backup, name: str) -> list[File]:
     return [file for file in backup.files if file.certificate == name]
 
 
-def _problems(
-    files: Sequence[File], item: Item, kubeconfig_dir: Path, now: datetime, extra: frozenset[tuple[str, str]]
-) -> Iterator[Problem]:
+def _problems(files: Sequence[File], item: Item, settings: Settings, now: datetime) -> Iterator[Problem]:
     """Problems of one certificate: of its files, else of its pair, else of its content."""
     name = item.spec.name
-    problems = [*_misplaced(name, files, item, kubeconfig_dir), *_damaged(name, files)]
+    problems = [*_misplaced(name, files, item, settings.node.kubeconfig_dir), *_damaged(name, files)]
     if problems:
         yield from problems
     elif any(file.was_there for file in files):
@@ -299,7 +296,7 @@ def _problems(
             reason = str(e) if isinstance(e, BridgeError) else _NO_PAIR
             yield Problem(certificate=name, wanted=_PAIR, found=reason)
             return
-        yield from _unproven(item, certificates, key_pem, now, extra)
+        yield from _unproven(item, certificates, key_pem, now, settings)
 
 
 def _misplaced(name: str, files: Sequence[File], item: Item, kubeconfig_dir: Path) -> Iterator[Problem]:
@@ -398,22 +395,18 @@ def _unproven(
     certificates: Sequence[x509.Certificate],
     key_pem: bytes,
     now: datetime,
-    extra: frozenset[tuple[str, str]],
+    settings: Settings,
 ) -> Iterator[Problem]:
     """Problems of a certificate, judged as the answer to a new request, whatever its remaining validity."""
     name, leaf = item.spec.name, certificates[0]
     live = item.certificates[0] if item.certificates else leaf
     try:
-        expected = verify.Expectation(
-            anchors=read_ca_file(item.anchor_path),
-            anchor_name=str(item.anchor_path),
-            now=now,
-            min_validity=timedelta(),
-            extra_subject=extra,
-        )
+        anchors, authority = read_ca_file(item.anchor_path), item.spec.authority.name
+        usual = settings.expectation(authority, anchors, str(item.anchor_path), now)
     except UnreadableError as e:
         yield Problem(certificate=name, wanted=f"the CA certificate {item.anchor_path}", found=str(e))
         return
+    expected = replace(usual, min_validity=timedelta())
     for finding in pairs.findings(item.spec, certificates, key_pem, expected, live):
         violation = finding.violation
         if finding.kind in ("certificate", "incomparable"):

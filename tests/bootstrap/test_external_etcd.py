@@ -12,6 +12,7 @@ from cryptography import x509
 from bridge.bootstrap import ETCD_CLIENT, Places, specs_of
 from bridge.bootstrap.whole import NodeLook
 from bridge.node.kubeadm_config import ExternalEtcd
+from bridge.settings.load import parse as settings_of
 from tests.kit.new_node import CONFIG, NewNode
 
 OF_ETCD = {"etcd-server", "etcd-peer", "etcd-healthcheck-client"}
@@ -141,5 +142,7 @@ def test_which_certificates_there_are() -> None:
     assert specs_of("worker", tls) == specs_of("worker")
     places = Places(pki=Path("/p"), kubeconfigs=Path("/k"), external_etcd=tls)
     assert places.pair(ETCD_CLIENT) == (Path("/c"), Path("/b"))
-    files = NodeLook(places=places, role="init", read=lambda _: None, now=datetime.now(UTC)).files()
+    files = NodeLook(
+        places=places, role="init", read=lambda _: None, now=datetime.now(UTC), settings=settings_of("")
+    ).files()
     assert Path("/p/etcd") not in {path.parent for path in files}

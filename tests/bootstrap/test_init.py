@@ -25,7 +25,7 @@ from bridge.node import kubeconfig
 from bridge.pki.bundle_format import loads_request
 from bridge.pki.certificates import load_pem_certificates, san_entries
 from bridge.pki.csr import generate_key, key_pem
-from bridge.settings.load import load
+from bridge.settings.load import load, parse
 from bridge.specs import AUTHORITIES
 from bridge.state import Store
 from tests.kit import programs
@@ -97,7 +97,7 @@ def look(node: NewNode) -> NodeLook:
     def read(path: Path) -> bytes | None:
         return path.read_bytes() if path.exists() else None
 
-    return NodeLook(places=node.places, role="init", read=read, now=datetime.now(UTC), node=NAME)
+    return NodeLook(places=node.places, role="init", read=read, now=datetime.now(UTC), node=NAME, settings=parse(""))
 
 
 def test_all_is_there_and_kubeadm_makes_nothing(ready: NewNode) -> None:

@@ -32,6 +32,7 @@ from bridge.node.kubeadm_config import parse_documents as parse
 from bridge.pki import signatures
 from bridge.pki.certificates import load_pem_certificates, pem, san_entries
 from bridge.pki.csr import generate_key, key_pem
+from bridge.settings.load import parse as settings_of
 from bridge.specs import AUTHORITIES
 from bridge.system.state_file import sealed
 from tests.kit import next_cas
@@ -86,7 +87,9 @@ def problems(node: NewNode, role: Role, name: str) -> list[str]:
     def read(path: Path) -> bytes | None:
         return path.read_bytes() if path.exists() else None
 
-    return NodeLook(places=node.places, role=role, read=read, now=datetime.now(UTC), node=name).problems()
+    return NodeLook(
+        places=node.places, role=role, read=read, now=datetime.now(UTC), node=name, settings=settings_of("")
+    ).problems()
 
 
 def join_yaml(node: NewNode) -> dict[str, object]:
@@ -263,7 +266,9 @@ def test_an_expired_kubelet_certificate_is_found(other: NewNode, shared: bytes) 
         return path.read_bytes() if path.exists() else None
 
     later = datetime.now(UTC) + timedelta(days=366)
-    found = NodeLook(places=other.places, role="control-plane", read=read, now=later, node="cp-2").problems()
+    found = NodeLook(
+        places=other.places, role="control-plane", read=read, now=later, node="cp-2", settings=settings_of("")
+    ).problems()
 
     assert any("kubelet.conf" in one and "not" in one for one in found), found
     assert problems(other, "control-plane", "cp-2") == []

@@ -11,6 +11,7 @@ import pytest
 from bridge.bootstrap import Role
 from bridge.bootstrap.whole import NodeLook
 from bridge.errors import Exit
+from bridge.settings.load import parse as settings_of
 from bridge.specs import AUTHORITIES
 from bridge.system.waiting import wait_until
 from tests.kit.desks import Desk, make_desk
@@ -82,7 +83,9 @@ def problems(node: NewNode, role: Role, name: str) -> list[str]:
     def read(path: Path) -> bytes | None:
         return path.read_bytes() if path.exists() else None
 
-    return NodeLook(places=node.places, role=role, read=read, now=datetime.now(UTC), node=name).problems()
+    return NodeLook(
+        places=node.places, role=role, read=read, now=datetime.now(UTC), node=name, settings=settings_of("")
+    ).problems()
 
 
 def test_a_cluster_from_one_time_secrets(tmp_path: Path, desk: Desk, door: ServeProgram, cas: Pki) -> None:
