@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
-
-if TYPE_CHECKING:
-    import json
+from typing import Any, NoReturn
 
 #: A kubeconfig with a thousand clusters has about 30,000 values, a bundle of a dozen requests 500.
 MOST_BYTES, MOST_STEPS = 1 << 20, 100_000
@@ -76,7 +73,7 @@ def json_of(
     steps = _most_values(data)
     spent.spend(steps=steps if steps <= spent.steps_left else _most_values(_TEXT.sub(b"", data)))
     try:
-        return _decoder(pairs).decode(data.decode("utf-8"))
+        return json.JSONDecoder(object_pairs_hook=pairs, parse_constant=_no_constant).decode(data.decode("utf-8"))
     except RecursionError:
         raise OverBudgetError("JSON", "nesting without end") from None
 
@@ -88,14 +85,6 @@ _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 def _most_values(data: bytes) -> int:
     """An upper bound of a JSON document's values: each but the first follows one of these characters."""
     return 1 + sum(map(data.count, (b",", b"[", b"{")))
-
-
-@lru_cache(maxsize=8)
-def _decoder(pairs: Callable[[list[tuple[str, Any]]], Any] | None) -> json.JSONDecoder:
-    """The decoder, cached: `json.loads` would make it again, a third of a small document's time (docs/gateway.md)."""
-    import json  # noqa: PLC0415 (reading a kubeconfig does not need it)
-
-    return json.JSONDecoder(object_pairs_hook=pairs, parse_constant=_no_constant)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -7,19 +7,19 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from hashlib import sha256
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
 from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 
 from bridge.pki import der
 from bridge.specs import EKU
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 # Every CA that kubeadm made up to 1.20 has serial number 0 and is used for ten years. cryptography warns about that at
 # each load and each access to the number; a filter for the whole process, since `warnings.catch_warnings` swaps
@@ -96,8 +96,6 @@ def load_der_certificate(der: bytes) -> x509.Certificate:
 
 def pem(*certificates: x509.Certificate) -> bytes:
     """PEM blocks as kubeadm writes them: 64 characters a line, LF, a newline at the end."""
-    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (4 ms, which a look needs not)
-
     return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
@@ -115,10 +113,6 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 def csr_fingerprint(csr: x509.CertificateSigningRequest) -> str:
     """SHA-256 over the DER bytes, lower-case hex."""
-    from hashlib import sha256  # noqa: PLC0415 (likewise)
-
-    from cryptography.hazmat.primitives.serialization import Encoding  # noqa: PLC0415 (likewise)
-
     return sha256(csr.public_bytes(Encoding.DER)).hexdigest()
 
 
@@ -211,29 +205,18 @@ def is_ca(certificate: x509.Certificate) -> bool:
 def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: type[_Extension]) -> _Extension | None:
     """The value of one extension, None if it is absent."""
     try:
-        listed = subject.extensions
+        return subject.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
     except (x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
         raise ValueError(str(e)) from e
-    for one in listed:
-        value = one.value
-        if type(value) is kind:  # `isinstance` is slow with the library's abstract classes
-            return value
-    return None
-
-
-_PKCS7_PEM = (b"-----BEGIN PKCS7-----", b"-----BEGIN CMS-----", b"-----BEGIN PKCS #7 SIGNED DATA-----")
 
 
 def certificates_in(data: bytes) -> list[x509.Certificate]:
     """All certificates of a file from a person or program: PEM, DER or PKCS#7, under any name."""
-    from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (4 ms, rarely needed)
-
-    for label in _PKCS7_PEM:
-        if label in data:
-            standard = data.replace(label, _PKCS7_PEM[0]).replace(
-                label.replace(b"BEGIN", b"END"), _PKCS7_PEM[0].replace(b"BEGIN", b"END")
-            )
-            return _of_pkcs7(pkcs7.load_pem_pkcs7_certificates, standard)
+    standard = re.sub(rb"-----(BEGIN|END) (?:CMS|PKCS #7 SIGNED DATA)-----", rb"-----\1 PKCS7-----", data)
+    if b"-----BEGIN PKCS7-----" in standard:
+        return _of_pkcs7(pkcs7.load_pem_pkcs7_certificates, standard)
     if b"-----BEGIN" in data:
         return load_pem_certificates(data)
     try:
@@ -245,9 +228,8 @@ def certificates_in(data: bytes) -> list[x509.Certificate]:
 def _of_pkcs7(load: Callable[[bytes], list[x509.Certificate]], data: bytes) -> list[x509.Certificate]:
     try:
         certificates = load(data)
-        _ = [
-            (certificate.subject, certificate.issuer) for certificate in certificates
-        ]  # the library reads them only now
+        for certificate in certificates:
+            _ = certificate.subject, certificate.issuer  # the library reads them only now
     except UNREADABLE:
         raise ValueError("no certificate in PEM, DER or PKCS#7") from None
     return certificates
@@ -276,8 +258,6 @@ def asked_key_and_usages(csr_pem: bytes, ekus: Iterable[EKU]) -> tuple[bytes, fr
 
 def spki(key: PublicKeyTypes) -> bytes:
     """A public key as certificates encode it (RFC 5280 §4.1.2.7)."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat  # noqa: PLC0415 (likewise)
-
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 

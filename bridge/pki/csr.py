@@ -29,6 +29,7 @@ from bridge.words import one_line
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 _CURVES: dict[str, ec.EllipticCurve] = {"ecdsa-p256": ec.SECP256R1(), "ecdsa-p384": ec.SECP384R1()}
+_KNOWN: dict[str, KeyAlgorithm] = {algorithm: algorithm for algorithm in KEY_ALGORITHMS}
 
 
 class CannotCarryError(BridgeError):
@@ -53,8 +54,8 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
         found = algorithm_name(certificate.public_key())
     except UNREADABLE as e:
         found = f"one that can't be read ({e})"
-    if (known := next((algorithm for algorithm in KEY_ALGORITHMS if algorithm == found), None)) is not None:
-        return known
+    if found in _KNOWN:
+        return _KNOWN[found]
     raise CannotCarryError(
         f"key: wanted one of {', '.join(KEY_ALGORITHMS)}, found {found} in the live certificate",
         hint='set renewal.key to one of them instead of "same"',
@@ -63,8 +64,7 @@ def key_algorithm(certificate: x509.Certificate, wanted: KeyAlgorithm | Literal[
 
 def known_algorithm(key: CertificatePublicKeyTypes) -> KeyAlgorithm | None:
     """A key's algorithm, if kubeadm makes such keys; None: it does not."""
-    found = algorithm_name(key)
-    return next((algorithm for algorithm in KEY_ALGORITHMS if algorithm == found), None)
+    return _KNOWN.get(algorithm_name(key))
 
 
 def generate_key(algorithm: KeyAlgorithm) -> PrivateKey:
@@ -403,12 +403,12 @@ def _strict_sans(csr: x509.CertificateSigningRequest) -> frozenset[tuple[str, st
         raise OddRequestError("the CSR has attributes besides the requested extensions")
     if requested(csr, ExtensionOID.SUBJECT_ALTERNATIVE_NAME):
         raise OddRequestError("the CSR asks for extensions besides SANs")
-    found: Counter[tuple[str, str]] = san_counts(csr)
-    if found.total() > MAX_SANS:
+    sans = san_counts(csr)
+    if sans.total() > MAX_SANS:
         raise OddRequestError(f"the CSR has more than {MAX_SANS} SANs")
-    if found.total() > len(found):
+    if sans.total() > len(sans):
         raise OddRequestError("the CSR has a SAN twice")
-    return frozenset(found)
+    return frozenset(sans)
 
 
 def _strict_key(csr: x509.CertificateSigningRequest) -> str:

@@ -31,17 +31,12 @@ class Element(NamedTuple):
 
 def elements(data: bytes) -> list[Element]:
     """Split concatenated values."""
-    found, position, size = [], 0, len(data)
-    while position < size:
-        begin = position
-        tag = data[position]
-        position += 1
-        if position < size and data[position] < 0x80:  # noqa: PLR2004 (X.690 §8.1.3.4: usually the short form)
-            length, position = data[position], position + 1
-        else:
-            length, position = _length(data, position)
+    found, position = [], 0
+    while position < len(data):
+        begin, tag = position, data[position]
+        length, position = _length(data, position + 1)
         end = position + length
-        if tag & _LONG_TAG == _LONG_TAG or end > size:
+        if tag & _LONG_TAG == _LONG_TAG or end > len(data):
             raise ValueError("not DER")
         found.append(Element(tag, data[position:end], data[begin:end]))
         position = end
@@ -49,10 +44,12 @@ def elements(data: bytes) -> list[Element]:
 
 
 def _length(data: bytes, position: int) -> tuple[int, int]:
-    """A length in the long form, which must be the shortest for 128 and more, and the content's start."""
+    """A length, in its shortest form (X.690 §8.1.3 and §10.1), and the content's start."""
     if position >= len(data):
         raise ValueError("not DER")
-    size = data[position] & 0x7F
+    size, is_long = data[position] & 0x7F, data[position] & 0x80
+    if not is_long:
+        return size, position + 1
     end = position + 1 + size
     value = int.from_bytes(data[position + 1 : end])
     if end > len(data) or value.bit_length() <= 8 * (size - 1) or value < 0x80:  # noqa: PLR2004

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,12 +45,9 @@ def residual(seconds: int) -> str:
     """Time left as kubeadm prints it, such as `364d` (`HumanDuration` of k8s.io/apimachinery since Kubernetes 1.31)."""
     if seconds < -1:
         return "<invalid>"
-    for limit, unit, letter, rest_unit, rest_letter in _FORMS:
-        if limit is None or seconds < limit:
-            whole, rest = divmod(max(seconds, 0), unit)
-            rest = rest // rest_unit if rest_unit else 0
-            return f"{whole}{letter}" + (f"{rest}{rest_letter}" if rest else "")
-    raise AssertionError("the last form has no limit")
+    _, unit, letter, rest_unit, rest_letter = next(form for form in _FORMS if seconds < form[0])
+    whole, rest = divmod(max(seconds, 0), unit)
+    return f"{whole}{letter}" + (f"{rest // rest_unit}{rest_letter}" if rest >= rest_unit else "")
 
 
 def left_text(end: datetime, now: datetime) -> str:
@@ -61,17 +59,17 @@ def left_text(end: datetime, now: datetime) -> str:
     return f"expired {days} days ago" if days > 1 else f"expired {residual(-seconds)} ago"
 
 
-# (below how many seconds, unit and its letter, unit and letter of the remainder to show; 0: none)
-_FORMS: tuple[tuple[int | None, int, str, int, str], ...] = (
-    (2 * MINUTE, 1, "s", 0, ""),
+# (below how many seconds, unit and its letter, unit and letter of the remainder to show; the same unit: none)
+_FORMS: tuple[tuple[float, int, str, int, str], ...] = (
+    (2 * MINUTE, 1, "s", 1, ""),
     (10 * MINUTE, MINUTE, "m", 1, "s"),
-    (3 * HOUR, MINUTE, "m", 0, ""),
+    (3 * HOUR, MINUTE, "m", MINUTE, ""),
     (8 * HOUR, HOUR, "h", MINUTE, "m"),
-    (2 * DAY, HOUR, "h", 0, ""),
+    (2 * DAY, HOUR, "h", HOUR, ""),
     (8 * DAY, DAY, "d", HOUR, "h"),
-    (2 * YEAR, DAY, "d", 0, ""),
+    (2 * YEAR, DAY, "d", DAY, ""),
     (8 * YEAR, YEAR, "y", DAY, "d"),
-    (None, YEAR, "y", 0, ""),
+    (math.inf, YEAR, "y", YEAR, ""),
 )
 
 

@@ -117,24 +117,22 @@ def _sans(spec: CertificateSpec, facts: NamingFacts) -> tuple[x509.GeneralName, 
         own = [_known(facts.service_address, "the service subnet"), _known(facts.address, "the advertise address")]
         endpoint = [facts.endpoint_host] if facts.endpoint_host else []
         return _in_order([node, *service, *own, *endpoint, *facts.api_sans])
-    if spec.by_flag:  # probes, scanners on the node and readers of metrics use this name
-        own = [_known(facts.node, "the node's name"), "localhost", _known(facts.address, "the advertise address")]
-        return _in_order([*own, "127.0.0.1", "::1"])
-    if spec.name in {"etcd-server", "etcd-peer"}:
-        more = facts.etcd_server_sans if spec.name == "etcd-server" else facts.etcd_peer_sans
-        address = _known(facts.address, "the advertise address")
-        return _in_order([_known(facts.node, "the node's name"), "localhost", address, "127.0.0.1", "::1", *more])
-    return ()
+    more = {"etcd-server": facts.etcd_server_sans, "etcd-peer": facts.etcd_peer_sans}.get(spec.name)
+    if more is None and not spec.by_flag:
+        return ()
+    # probes, scanners on the node and readers of metrics use `localhost` and the loopback addresses
+    own = [_known(facts.node, "the node's name"), "localhost", _known(facts.address, "the advertise address")]
+    return _in_order([*own, "127.0.0.1", "::1", *(more or ())])
 
 
 def _in_order(texts: Sequence[str]) -> tuple[x509.GeneralName, ...]:
     """SANs in kubeadm's order, lower-case and without duplicates: names sorted by bytes, then addresses as given."""
     try:
-        found = alternative_names(text.lower() for text in texts)
+        sans = alternative_names(text.lower() for text in texts)
     except ValueError as e:
         raise NoFactError(str(e), hint="correct the node's name, or the SANs in kubeadm's configuration") from None
-    names = sorted((one for one in found if isinstance(one, x509.DNSName)), key=lambda one: one.value.encode())
-    return (*names, *(one for one in found if isinstance(one, x509.IPAddress)))
+    names = sorted((san for san in sans if isinstance(san, x509.DNSName)), key=lambda san: san.value.encode())
+    return (*names, *(san for san in sans if isinstance(san, x509.IPAddress)))
 
 
 def _known(value: str, what: str) -> str:
