@@ -167,14 +167,10 @@ def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) ->
     """Pairs with a file that, by its real path, is kubeadm's, the kubelet's, ours or another pair's."""
     paths = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
     paths += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
-    for authority in AUTHORITIES.values():
-        paths += [settings.pki_dir / authority.certificate_file, settings.pki_dir / authority.key_file]
-    paths += [settings.pki_dir / "sa.key", settings.pki_dir / "sa.pub"]
-    places = [settings.kubeconfig_dir / "manifests", settings.kubelet_dir / "pki", settings.state_dir]
     real = [dataclasses.replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]
     return {
         name: PairPlaceError(f"wanted {wanted}, found {file}", hint=f"name other files in [certificate.{name}]")
-        for name, wanted, file in collisions(real, [real_path(path) for path in (*paths, *places)])
+        for name, wanted, file in collisions(real, list(map(real_path, (*paths, *settings.taken))))
     }
 
 

@@ -7,10 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # settings need durations, but no certificates
-    from cryptography import x509
+from cryptography import x509
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 YEAR = 365 * DAY

@@ -15,7 +15,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,14 +35,10 @@ _LONGEST_WITH_LINES = 100_000
 #: The last line of a multi-line value has one of them.
 _ENDS = ("]", '"""', "'''")
 _SECRET_KINDS = ("file", "env", "credential")
+
+
 #: Field types of a dataclass, cached since an inventory has thousands of tables of one type.
-_known_hints: dict[type[Any], dict[str, Any]] = {}
-
-
-def _hints(schema: type[Any]) -> dict[str, Any]:
-    if schema not in _known_hints:
-        _known_hints[schema] = typing.get_type_hints(schema)
-    return _known_hints[schema]
+_hints: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
 
 
 class Source:
@@ -105,12 +102,9 @@ def opened(text: str, file: Path | None) -> tuple[Reader, dict[str, Any]]:
         raise SettingsError([SettingsProblem("", "TOML", "nesting without end", file)]) from None
     except ValueError as e:  # also a number with thousands of digits, which Python does not parse
         # it quotes single characters at most, never a value; a table is a tuple, such as ('restart', 'commands')
-        found = re.sub(
-            r"\(('[^()]*'),?\)", lambda names: f"[{names[1].replace(chr(39), '').replace(', ', '.')}]", str(e)
-        )
-        found = (
-            "a byte order mark before it: save the file as UTF-8 without BOM" if text.startswith("\ufeff") else found
-        )
+        found = re.sub(r"\('([^()]*)',?\)", lambda names: "[" + names[1].replace("', '", ".") + "]", str(e))
+        if text.startswith("\ufeff"):
+            found = "a byte order mark before it: save the file as UTF-8 without BOM"
         raise SettingsError([SettingsProblem("", "TOML", found, file)], hint=_declared_before(text, str(e))) from None
     return Reader(Source(file, text if len(text) < _LONGEST_WITH_LINES else "")), document
 
@@ -213,8 +207,6 @@ class Reader:
 
     def values(self, schema: type[Any], table: Mapping[str, Any], prefix: Key) -> dict[str, Any]:
         """The values of the given keys, by field; an unreadable value is None and a problem."""
-        if not table:  # most tables are empty
-            return {}
         hints, known = _hints(schema), set()
         values: dict[str, Any] = {}
         for f in fields(schema):
@@ -261,14 +253,10 @@ class Reader:
 
 
 def _bare(hint: Any) -> Any:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        rest = [part for part in typing.get_args(hint) if part is not type(None)]
-        return (
-            rest[0]
-            if len(rest) == 1
-            else Literal[tuple(get_argument for part in rest for get_argument in typing.get_args(part))]
-        )
-    return hint
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    rest = [part for part in typing.get_args(hint) if part is not type(None)]
+    return rest[0] if len(rest) == 1 else Literal[tuple(chain(*map(typing.get_args, rest)))]
 
 
 def _keys_of(name: str, hint: Any) -> list[str]:

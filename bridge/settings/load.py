@@ -13,7 +13,7 @@ from bridge.errors import SettingsError, SettingsProblem
 from bridge.settings import Key, Reader, Source, found_text, opened
 from bridge.settings.pair_tables import PairFiles, PairSettings, collisions
 from bridge.settings.tables import AuthoritySettings, CertificateSettings, NodeSettings, Settings
-from bridge.specs import AUTHORITIES, KUBELET_SERVER, SIGNING_AUTHORITIES, SPECS, WANTED_PAIR_NAME, is_pair_name
+from bridge.specs import KUBELET_SERVER, SIGNING_AUTHORITIES, SPECS, WANTED_PAIR_NAME, is_pair_name
 from bridge.system.paths import assert_ours, own_text
 from bridge.words import name_found
 
@@ -101,13 +101,9 @@ def overridden(
     settings: Settings, pki_dir: Path | None, kubeconfig_dir: Path | None, state_dir: Path | None
 ) -> Settings:
     """The settings with other paths; relative paths are below the working directory."""
-    node = replace(
-        settings.node,
-        pki_dir=(pki_dir or settings.node.pki_dir).absolute(),
-        kubeconfig_dir=(kubeconfig_dir or settings.node.kubeconfig_dir).absolute(),
-        state_dir=(state_dir or settings.node.state_dir).absolute(),
-    )
-    return replace(settings, node=node)
+    given = {"pki_dir": pki_dir, "kubeconfig_dir": kubeconfig_dir, "state_dir": state_dir}
+    paths: dict[str, Any] = {key: (path or getattr(settings.node, key)).absolute() for key, path in given.items()}
+    return replace(settings, node=replace(settings.node, **paths))
 
 
 #: Tables whose keys are fixed.
@@ -132,16 +128,15 @@ def _examined(text: str, file: Path | None) -> tuple[Settings, list[SettingsProb
     authorities, authority_tables = _authorities(reader, tables["authority"], tables["backend"])
     read = {name: reader.read(schema, tables[name], (name,)) for name, schema in _TABLES.items() if tables[name]}
     tables_read = {name: table for name, table in read.items() if table is not None}
-    node, ours = tables_read.pop("node", NodeSettings()), tables["certificate"].get(KUBELET_SERVER)
+    node, server = tables_read.pop("node", NodeSettings()), tables["certificate"].get(KUBELET_SERVER)
+    key = ("certificate", KUBELET_SERVER)
     settings = Settings(
         source=reader.source,
         node=replace(node, pairs=_pairs(reader, tables["certificate"], node)),
         backends=_backends(reader, tables["backend"]),
         authorities=authorities,
         authority_tables=authority_tables,
-        kubelet_server=None
-        if ours is None
-        else reader.table(CertificateSettings, ours, ("certificate", KUBELET_SERVER)),
+        kubelet_server=None if server is None else reader.table(CertificateSettings, server, key),
         **tables_read,
     )
     return settings, reader.sorted_problems()
@@ -162,26 +157,19 @@ def _backends(reader: Reader, table: Mapping[str, Any]) -> dict[str, Mapping[str
 
 def _pairs(reader: Reader, table: Mapping[str, Any], node: NodeSettings) -> tuple[PairSettings, ...]:
     """The further pairs; a kubeadm certificate's name is never one of theirs, whatever the settings say."""
-    others = {name: one for name, one in table.items() if name != KUBELET_SERVER}
-    if not others:
-        return ()
     pairs = []
-    for name, one in others.items():
+    for name, pair_table in table.items():
         key = ("certificate", name)
+        if name == KUBELET_SERVER:
+            continue
         if name in SPECS:
             wanted = f"{KUBELET_SERVER}, the only one of kubeadm's whose names can be set, or a pair's own name"
             reader.add(key, wanted, name_found(name, [KUBELET_SERVER]))
         elif not is_pair_name(name):
             reader.add(key, f"{KUBELET_SERVER}, or a pair's name: {WANTED_PAIR_NAME}", repr(name))
-        elif (pair := _pair(reader, one, key)) is not None:
+        elif (pair := _pair(reader, pair_table, key)) is not None:
             pairs.append(pair)
-    taken = [node.pki_dir / f"{spec.base}.{suffix}" for spec in SPECS.values() for suffix in ("crt", "key")]
-    taken += [
-        node.pki_dir / f"{authority.base}.{suffix}" for authority in AUTHORITIES.values() for suffix in ("crt", "key")
-    ]
-    taken += [node.kubeconfig_dir / spec.base for spec in SPECS.values() if spec.kubeconfig]
-    taken += [node.pki_dir / "sa.key", node.pki_dir / "sa.pub", node.kubeconfig_dir / "manifests"]
-    for name, wanted, file in collisions(pairs, [*taken, node.kubelet_dir / "pki", node.state_dir]):
+    for name, wanted, file in collisions(pairs, node.taken):
         reader.add(("certificate", name), wanted, file)
     return tuple(pairs)
 

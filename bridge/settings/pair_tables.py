@@ -7,15 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bridge.errors import SettingsProblem
+from bridge.pki.csr import Naming, alternative_names, general_name, subject_of
 from bridge.secret import GIVEN
 from bridge.settings import address_of, command_words
 from bridge.specs import EKU, MASTERS, CertificateSpec, Component, KeyAlgorithm, pair_spec
-
-if TYPE_CHECKING:  # a night with nothing due needs none of these
-    from bridge.pki.csr import Naming
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _MOST_OF_A_KEY = 0o640
@@ -121,8 +119,6 @@ class PairSettings(PairFiles):
             yield SettingsProblem("prove", "sans or a server_name to look for", "neither")
 
     def _name_problems(self) -> Iterator[SettingsProblem]:
-        from bridge.pki import csr  # noqa: PLC0415 (only if there are further pairs)
-
         if MASTERS in self.organizations:
             yield SettingsProblem("organizations", "no group that no RBAC rule can hold back", MASTERS)
         for key, texts in (("common_name", [self.common_name]), ("organizations", self.organizations)):
@@ -132,7 +128,7 @@ class PairSettings(PairFiles):
             yield SettingsProblem("sans", "the names and addresses of the server: no client looks at a CN", "none")
         for san in self.named_sans:
             try:
-                csr.general_name(san)
+                general_name(san)
             except ValueError:
                 yield SettingsProblem("sans", "DNS names and IP addresses", repr(san))
         if again := [san for san, count in Counter(self.named_sans).items() if count > 1]:
@@ -151,8 +147,6 @@ class PairSettings(PairFiles):
     @property
     def naming(self) -> Naming:
         """Its subject and SANs."""
-        from bridge.pki.csr import Naming, alternative_names, subject_of  # noqa: PLC0415 (as above)
-
         common_name = self.common_name.replace("{node}", self.node)
         return Naming(subject=subject_of(common_name, self.organizations), sans=alternative_names(self.named_sans))
 
@@ -194,11 +188,8 @@ def collisions(pairs: Sequence[PairSettings], taken: Sequence[Path]) -> Iterator
         for number, files in enumerate(pair.places):
             for _, path in files.paths():
                 if path in users:
-                    yield (
-                        pair.name,
-                        "files of its own, since ca-bridge writes them",
-                        f"{path}, which {users[path]} names as well",
-                    )
+                    found = f"{path}, which {users[path]} names as well"
+                    yield pair.name, "files of its own, since ca-bridge writes them", found
                 elif not others.isdisjoint((path, *path.parents)):
                     yield pair.name, "a file that is not kubeadm's, the kubelet's or ca-bridge's", str(path)
                 users[path] = pair.name if not number else f"a copy of {pair.name}"

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+from zoneinfo import ZoneInfo
+
+from cryptography.x509 import Certificate
 
 from bridge.errors import SettingsError, SettingsProblem
+from bridge.pki import csr
 from bridge.pki.expiry import Before, duration_text
+from bridge.pki.kubeadm_names import is_host_name, is_node_name
+from bridge.pki.verify import Expectation
 from bridge.secret import GIVEN, Secret
 from bridge.settings import Source, address_of, command_words
 from bridge.settings.pair_tables import PairSettings
 from bridge.settings.windows import Jitter, Windows
-from bridge.specs import DEFAULT_CLUSTER, SUPER_ADMIN, Component, KeyAlgorithm
+from bridge.specs import AUTHORITIES, DEFAULT_CLUSTER, SPECS, SUPER_ADMIN, Component, KeyAlgorithm
 from bridge.words import name_found
-
-if TYPE_CHECKING:
-    from cryptography.x509 import Certificate
-
-    from bridge.pki.verify import Expectation
 
 LOCALTIME = Path("/etc/localtime")
 _WANTED_ZONE = 'the name of a time zone that this machine knows, such as "Europe/Berlin", or "" for the machine\'s own'
@@ -67,8 +67,6 @@ def _machines_zone() -> tzinfo | None:
 
 
 def _zone_of_file(path: Path) -> tzinfo | None:
-    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only if a window is set)
-
     try:
         real = path.resolve()
         _, found, name = str(real).partition("/zoneinfo/")
@@ -82,8 +80,6 @@ def _zone_of_file(path: Path) -> tzinfo | None:
 
 
 def _named_zone(name: str) -> tzinfo | None:
-    from zoneinfo import ZoneInfo  # noqa: PLC0415 (only if a window is set)
-
     try:
         return ZoneInfo(name)
     except (OSError, ValueError, KeyError):  # a directory, not a zone's file, or missing
@@ -140,9 +136,18 @@ class NodeSettings:
         """The node's name from the settings, or else the host's."""
         return self.name or os.uname().nodename.strip().lower()
 
+    @property
+    def taken(self) -> list[Path]:
+        """Files and directories that are kubeadm's, the kubelet's or ours, and so no pair's."""
+        bases = [spec.base for spec in SPECS.values()] + [authority.base for authority in AUTHORITIES.values()]
+        paths = [self.pki_dir / f"{base}.{suffix}" for base in bases for suffix in ("crt", "key")]
+        paths += [self.kubeconfig_dir / spec.base for spec in SPECS.values() if spec.kubeconfig]
+        paths += [self.pki_dir / "sa.key", self.pki_dir / "sa.pub", self.kubeconfig_dir / "manifests"]
+        return [*paths, self.kubelet_dir / "pki", self.state_dir]
+
     def problems(self) -> Iterator[SettingsProblem]:
         """A name that no node can have, so that no request bundle can carry it."""
-        if self.name and re.fullmatch(_NODE_NAME, self.name) is None:
+        if self.name and not is_node_name(self.name):
             wanted = "a node's name, as `kubectl get nodes` has it (a-z, 0-9, '-' and '.')"
             yield SettingsProblem("name", wanted, repr(self.name))
 
@@ -210,13 +215,10 @@ class Components:
         if value == "needed" or value == "all":  # noqa: PLR1714 (mypy narrows these)
             return cls(value)
         known = {component.value: component for component in Component}
-        if (
-            not isinstance(value, list)
-            or not value
-            or not all(isinstance(name, str) and name in known for name in value)
-        ):
+        names = value if isinstance(value, list) else []
+        if not names or not all(isinstance(name, str) and name in known for name in names):
             raise ValueError(f"'needed', 'all', or a list of {', '.join(known)}")
-        return cls("listed", tuple(known[name] for name in value))
+        return cls("listed", tuple(known[name] for name in names))
 
     def __str__(self) -> str:
         return ", ".join(component.value for component in self.listed) or self.which
@@ -464,10 +466,7 @@ class AuthoritySettings:
     def problems(self) -> Iterator[SettingsProblem]:
         """CN and O as exceptions, relative paths, and a next CA without a certificate."""
         named = {f"next.{key}": self.next.get(key) for key in ("anchor", "cross")}
-        named |= {
-            "rehearsal.anchor": self.rehearsal.get("anchor"),
-            "cross": None if self.cross is None else str(self.cross),
-        }
+        named |= {"rehearsal.anchor": self.rehearsal.get("anchor")}
         for key, path in named.items():
             if path is not None and not path.startswith("/"):
                 yield SettingsProblem(key, "an absolute path", repr(path))
@@ -521,13 +520,8 @@ class CertificateSettings:
 
 def is_host(text: str) -> bool:
     """Whether a text is a DNS name without a wildcard, or an address."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        labels = text.split(".")
-        is_name = all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", label) for label in labels)
-        return is_name and len(text) <= _LONGEST_NAME and not labels[-1].isdigit()
-    return True
+    is_name = is_host_name(text) and not text.rpartition(".")[2].isdigit()
+    return is_name or csr.address(text) is not None
 
 
 def is_service(name: str) -> bool:
@@ -536,9 +530,6 @@ def is_service(name: str) -> bool:
     return labels[0] == "kubernetes" or "svc" in labels[1:] or name == "localhost"
 
 
-_LONGEST_NAME = 253
-#: Like `bridge.pki.kubeadm_names`, except for empty labels.
-_NODE_NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 _IDENTITY = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,126}[A-Za-z0-9])?"
 #: Three renewals must fit into it, and another replica waits that long for a dead one.
 _SHORTEST_ELECTION, _LONGEST_ELECTION = timedelta(seconds=5), timedelta(minutes=5)
@@ -696,8 +687,6 @@ class Settings:
         self, authority: str, anchors: tuple[Certificate, ...], anchor_name: str, now: datetime
     ) -> Expectation:
         """The usual demands on an answer of this authority's CA; a caller replaces what differs in its case."""
-        from bridge.pki.verify import Expectation  # noqa: PLC0415 (a night with nothing due verifies no answer)
-
         return Expectation(
             anchors=anchors,
             anchor_name=anchor_name,
@@ -731,15 +720,13 @@ def _overlaid(settings: Settings, tables: Mapping[str, Mapping[str, str]]) -> Se
     """Override authorities' values; if another backend replaces theirs, their own keys do not count."""
     authorities, own = dict(settings.authorities), dict(settings.authority_tables)
     for name, over in tables.items():
-        backend = over.get("backend", authorities[name].backend)
-        kept = own.get(name, {}) if backend == authorities[name].backend else {}
+        former = authorities[name]
+        backend = over.get("backend", former.backend)
+        kept = own.get(name, {}) if backend == former.backend else {}
         cross = Path(over["cross"]) if "cross" in over else None
-        authorities[name] = replace(
-            authorities[name], backend=backend, cross=cross if over else authorities[name].cross
-        )
+        authorities[name] = replace(former, backend=backend, cross=cross if over else former.cross)
         own[name] = {**kept, **{key: value for key, value in over.items() if key not in _OURS}}
-    replaced = {authority.backend for authority in settings.authorities.values()} - {
-        authority.backend for authority in authorities.values()
-    }
+    replaced = {authority.backend for authority in settings.authorities.values()}
+    replaced -= {authority.backend for authority in authorities.values()}
     backends = {name: table for name, table in settings.backends.items() if name not in replaced}
     return replace(settings, authorities=authorities, authority_tables=own, backends=backends)
