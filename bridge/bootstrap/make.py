@@ -82,7 +82,14 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     assert_room(run.settings)  # kubeadm's keys need disk space, too
     open_requests = _begin(run, desired)
     prepared = _prepared(run, desired, open_requests)
-    answered, waiting, strange = _gather_answers(run, desired, prepared, _expectations(run, desired, cas))
+    expected = {
+        name: dataclasses.replace(
+            run.settings.expectation(name, anchors, str(desired.places.authority(AUTHORITIES[name])), run.now()),
+            cross=cross_behind(run.settings, name, anchors[0], run.now()),
+        )
+        for name, anchors in cas.items()
+    }
+    answered, waiting, strange = _gather_answers(run, desired, prepared, expected)
     servers = open_requests.servers
     composer = Composer(settings=run.settings, desired=desired, servers=servers, authorities=cas, now=run.now())
     proven, failed = verify_all(run, answered, waiting, composer.certificate)
@@ -343,17 +350,8 @@ def _begun(run: Run, desired: DesiredNode, unfinished: Unfinished | None = None)
 
 def _prepared(run: Run, desired: DesiredNode, begun: Unfinished) -> list[Prepared]:
     """Return the open requests like those of a renewal, except that they replace nothing."""
-    made: Mapping[str, OpenRequest] = run.requests.by_name()
-    return [
-        Prepared(
-            item=_item(SPECS[name], desired.places),
-            request=made[name].request,
-            key_pem=made[name].key_pem,
-            was={},
-            open=made[name],
-        )
-        for name in begun.names
-    ]
+    made = run.requests.by_name()
+    return [Prepared.of_open(_item(SPECS[name], desired.places), made[name], {}) for name in begun.names]
 
 
 def _forget(run: Run) -> None:
@@ -430,17 +428,6 @@ def unfinished_file(store: Store) -> StateFile[Unfinished]:
     """Return the file in the state directory; damage costs new keys and requests, and nothing else."""
     what = "what the requests of a new node are for"
     return coded(Unfinished, store.bootstrap, what, OnDamage.START_OVER, key="bootstrap")
-
-
-def _expectations(run: Run, desired: DesiredNode, cas: Certificates) -> dict[str, verify.Expectation]:
-    settings = run.settings
-    return {
-        name: dataclasses.replace(
-            settings.expectation(name, certificates, str(desired.places.authority(AUTHORITIES[name])), run.now()),
-            cross=cross_behind(settings, name, certificates[0], run.now()),
-        )
-        for name, certificates in cas.items()
-    }
 
 
 def _gather_answers(

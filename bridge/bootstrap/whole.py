@@ -134,7 +134,17 @@ class NodeLook:
             certificates, key_pem = self._pair(spec)
             if spec.kubeconfig:
                 yield from self._kubeconfig(spec, path, anchors[0])
-            yield from self._judged(spec, path, certificates, key_pem, anchors)
+            name, authority = spec.authority.certificate_file, spec.authority.name
+            expected = replace(self.settings.expectation(authority, anchors, name, self.now), min_validity=timedelta())
+            findings = list(pairs.findings(spec, certificates, key_pem, expected))  # as of an answer to a request now
+            if any(finding.kind == "other" for finding in findings):
+                yield f"{path}: wanted the key of its certificate, found another one"
+                return
+            for violation in identity_violations(spec, certificates, anchors, name, expected.extra_subject):
+                yield f"{path}: {violation}"
+            for finding in findings:
+                yield f"{path}: {finding.violation.got if finding.kind == 'incomparable' else finding.violation}"
+            yield from self._names(spec, path, certificates[0])
         except KubeconfigError as e:
             yield f"{path}: {e}"
         except UNREADABLE as e:
@@ -163,27 +173,6 @@ class NodeLook:
         current = str(self.places.kubelet_current)
         if parsed.certificate_data or (parsed.certificate_file, parsed.key_file) != (current, current):
             yield f"{path}: wanted {current} as client-certificate and client-key, found something else"
-
-    def _judged(
-        self,
-        spec: CertificateSpec,
-        path: Path,
-        certificates: list[x509.Certificate],
-        key_pem: bytes,
-        anchors: tuple[x509.Certificate, ...],
-    ) -> Iterator[str]:
-        """Check a pair like an answer to a request that we would make now."""
-        leaf, name, authority = certificates[0], spec.authority.certificate_file, spec.authority.name
-        expected = replace(self.settings.expectation(authority, anchors, name, self.now), min_validity=timedelta())
-        findings = list(pairs.findings(spec, certificates, key_pem, expected))
-        if any(finding.kind == "other" for finding in findings):
-            yield f"{path}: wanted the key of its certificate, found another one"
-            return
-        for violation in identity_violations(spec, certificates, anchors, name, expected.extra_subject):
-            yield f"{path}: {violation}"
-        for finding in findings:
-            yield f"{path}: {finding.violation.got if finding.kind == 'incomparable' else finding.violation}"
-        yield from self._names(spec, path, leaf)
 
     def _names(self, spec: CertificateSpec, path: Path, leaf: x509.Certificate) -> Iterator[str]:
         """Check the node's name and address, which `kubeadm join` does not compare."""

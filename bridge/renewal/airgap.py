@@ -108,14 +108,13 @@ def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
     cas = known_cas(settings)
-    text = bundle_format.describe(loads, now, cas)
-    if isinstance(loads, RequestBundle):
-        for request in loads.requests:
-            if signatures.proof_problem(request, loads) or signatures.usages_problem(request):
-                return text, Exit.REFUSED
-            if request.authority in cas and signatures.origin_problem(request, cas[request.authority]):
-                return text, Exit.REFUSED
-    return text, Exit.DONE
+    is_doubtful = isinstance(loads, RequestBundle) and any(
+        signatures.proof_problem(request, loads)
+        or signatures.usages_problem(request)
+        or (request.authority in cas and signatures.origin_problem(request, cas[request.authority]))
+        for request in loads.requests
+    )
+    return bundle_format.describe(loads, now, cas), Exit.REFUSED if is_doubtful else Exit.DONE
 
 
 def import_answers(
@@ -255,8 +254,9 @@ def _read_answer(run: Run, path: Path, answers: Found, *, skip: bool) -> None:
         if data is None:
             raise UnreadableError("no such file")  # noqa: TRY301 (handled as an unreadable file)
         if data.lstrip().startswith(b"{"):
-            answer = bundle_format.loads_answer(data)
-            if _is_authentic(run, answer):
+            answer, desk = bundle_format.loads_answer(data), run.settings.node.desk_key
+            key = None if desk is None else read_public_key(desk, "node.desk_key")
+            if bundle_format.is_authentic(answer, key):
                 _take_bundle(run, path, answer, answers)
             else:
                 answers.refuse(path, f"{_SIGNED}, found one without its signature", _SIGNED_HINT)
@@ -279,11 +279,6 @@ def _read_answer(run: Run, path: Path, answers: Found, *, skip: bool) -> None:
                 f"{path}: wanted an answer bundle, or certificates in PEM, DER or PKCS#7, found: {e}"
             ) from None
         log.info("%s: passed over: %s", path, e)
-
-
-def _is_authentic(run: Run, answer: AnswerBundle) -> bool:
-    path = run.settings.node.desk_key
-    return bundle_format.is_authentic(answer, None if path is None else read_public_key(path, "node.desk_key"))
 
 
 def _take_bundle(run: Run, path: Path, answer: AnswerBundle, answers: Found) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bridge.cluster import items, kubeadm, mapping, url_of
 from bridge.cluster.api import Api, NoAnswerError
@@ -348,13 +348,9 @@ def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
 def _missing(api: Api, needed: _Binding) -> str:
     """Describe what was found instead of the binding; empty: the binding is there."""
     reply = api.ask("GET", f"{_PATH}/{needed.name}")
-    if reply.status == HTTPStatus.OK:
-        return "" if _binds(reply.document, needed) else "one of that name for another role or subject"
-    return "none" if reply.status == HTTPStatus.NOT_FOUND else f"HTTP {reply.status}"
-
-
-def _binds(document: Mapping[str, Any], needed: _Binding) -> bool:
-    ref = mapping(document, "roleRef")
-    subjects = [(item.get("kind"), item.get("name")) for item in items(document, "subjects")]
+    if reply.status != HTTPStatus.OK:
+        return "none" if reply.status == HTTPStatus.NOT_FOUND else f"HTTP {reply.status}"
+    ref = mapping(reply.document, "roleRef")
+    subjects = [(item.get("kind"), item.get("name")) for item in items(reply.document, "subjects")]
     is_role = (ref.get("kind"), ref.get("name")) == ("ClusterRole", needed.role)
-    return is_role and (needed.kind, needed.who) in subjects
+    return "" if is_role and (needed.kind, needed.who) in subjects else "one of that name for another role or subject"

@@ -70,6 +70,12 @@ class Prepared:
     open: OpenRequest | None = None  #: The earlier run's request that this one continues.
     kubeconfig: FreshKubeconfig | None = None  #: The whole file, where none exists.
 
+    @classmethod
+    def of_open(cls, item: Item, open_: OpenRequest, was: Mapping[Path, str | None]) -> Prepared:
+        """Return what an earlier run prepared and requested."""
+        fresh = open_.kubeconfig
+        return cls(item=item, request=open_.request, key_pem=open_.key_pem, was=was, open=open_, kubeconfig=fresh)
+
     @property
     def name(self) -> str:
         """kubeadm's name of the certificate."""
@@ -138,8 +144,7 @@ def _of_open(item: Item, open_: OpenRequest, was: Mapping[Path, str | None], set
     """Continue the open request, which the node's current policy has to allow (NotAllowedError)."""
     if (error := policy_error(item, settings, None, open_.request)) is not None:
         raise error
-    fresh = open_.kubeconfig
-    return Prepared(item=item, request=open_.request, key_pem=open_.key_pem, was=was, open=open_, kubeconfig=fresh)
+    return Prepared.of_open(item, open_, was)
 
 
 def open_request(run: Run, prepared: Prepared) -> OpenRequest:

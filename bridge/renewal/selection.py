@@ -112,17 +112,7 @@ def select(
     found = [item.spec.name for item in node.items]
     chosen = found if not options.names or ALL in options.names else [name for name in found if name in options.names]
     chosen = sorted(chosen, key=lambda name: name != KUBELET_CONF)  # without it a rebooted node stays down
-    choice = _Choice(
-        node=node,
-        settings=settings,
-        options=options,
-        now=now,
-        asked_for={request.name: request.request.replaces for request in requests},
-        waiting=waiting,
-        desired=desired or {},
-        lost_keys=lost_keys(node),
-        lost_cas=_lost_cas(node, settings),
-    )
+    choice = _Choice(node, settings, options, now, requests, waiting, desired or {})
     unused = {item.spec.name for item in node.items if choice.is_unused(item)}
     every = [*chosen, *sorted(set(options.names) - {ALL} - set(chosen))]
     verdicts = [choice.of(name) for name in every if name not in unused]
@@ -143,20 +133,26 @@ def select(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
     """The facts that decide whether a certificate is selected, left alone or refused."""
 
-    node: Node
-    settings: Settings
-    options: RunOptions
-    now: datetime
-    asked_for: Mapping[str, x509.Certificate | None]  #: By name, the certificate that an open request replaces.
-    waiting: Collection[str]
-    desired: DesiredByName
-    lost_keys: Mapping[str, str]  #: By name, what is wrong with the certificate's key.
-    lost_cas: Collection[str]  #: CAs whose certificate can't be read, so that none of theirs can be verified.
-    waived: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        node: Node,
+        settings: Settings,
+        options: RunOptions,
+        now: datetime,
+        requests: Iterable[OpenRequest],
+        waiting: Collection[str],
+        desired: DesiredByName,
+    ) -> None:
+        self.node, self.settings, self.options, self.now = node, settings, options, now
+        self.waiting, self.desired = waiting, desired
+        #: By name, the certificate that an open request replaces.
+        self.asked_for = {request.name: request.request.replaces for request in requests}
+        self.lost_keys = lost_keys(node)  #: By name, what is wrong with the certificate's key.
+        self.lost_cas = _lost_cas(node, settings)  #: None of their certificates can be verified.
+        self.waived: list[str] = []
 
     def of(self, name: str) -> Item | Outcome | str | None:
         """Return the item to renew, its failure, or a sentence about why it is left alone; None: it is not due."""
