@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from bridge.bootstrap import Places, live, servers_of, specs_of
+from bridge.bootstrap import live, servers_of, specs_of
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import NewNode, Order, OrderError
 from bridge.errors import BridgeError, Exit
@@ -215,14 +215,6 @@ def assert_sa_at_hand(desired: DesiredNode) -> None:
             hint="--shared - with what `ca-bridge bootstrap share` prints there, or sa.key and sa.pub copied to "
             f"{desired.places.pki} (mode 0600) over a safe channel",
         )
-
-
-def sa_pair_if_new(places: Places, algorithm: KeyAlgorithm) -> tuple[str, str]:
-    """Make `sa.key` and `sa.pub` as kubeadm would write them; both empty if the node has a key."""
-    if live(places.sa_key) is not None:
-        return "", ""
-    key = generate_key(algorithm)
-    return csr.key_pem(key).decode(), sa_public_pem(key).decode()
 
 
 def expected_certificates(order: Order, now: datetime) -> dict[str, dict[str, x509.Certificate]]:

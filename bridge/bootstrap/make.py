@@ -26,7 +26,7 @@ from bridge.pki import verify
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import short_fingerprint
 from bridge.pki.certificates import common_names, pem
-from bridge.pki.csr import alternative_names
+from bridge.pki.csr import alternative_names, generate_key, key_pem
 from bridge.pki.kubeadm_names import NamingFacts, naming
 from bridge.pki.verify import Verified
 from bridge.renewal import airgap, outcome_of
@@ -333,9 +333,10 @@ def _begun(run: Run, desired: DesiredNode, unfinished: Unfinished | None = None)
             run.requests.put(_open(run, SPECS[name], made_key))
     claim(run.settings)
     run.requests.save()
-    sa = ("", "") if desired.role != "init" else keys.sa_pair_if_new(desired.places, keys.algorithm_of(made))
-    if unfinished is not None:
-        sa = unfinished.sa_key, unfinished.sa_public
+    sa = ("", "") if unfinished is None else (unfinished.sa_key, unfinished.sa_public)
+    if unfinished is None and desired.role == "init" and live(desired.places.sa_key) is None:
+        key = generate_key(keys.algorithm_of(made))
+        sa = key_pem(key).decode(), keys.sa_public_pem(key).decode()
     fresh = Unfinished(
         role=desired.role,
         config=desired.mark,
@@ -449,22 +450,17 @@ def _gather_answers(
         return answered, [_waits(item, why) for item in rest], strange
     at_desks = [item for item in rest if item.open and item.open.bundles]
     away = [at_desk for at_desk in at_desks if at_desk.authority not in run.settings.authorities]
-    answered += _ask_cas(run, [item for item in rest if item not in away], expected)
+    if to_ask := [item for item in rest if item not in away]:
+        items = [prepared.item for prepared in to_ask]
+        _assert_asks(run, [item.spec for item in items])
+        with reaching(run, items, expected) as reached:
+            answered += issue(run, to_ask, reached(), expected)
     return answered, [_waits(item, "an operator has the request") for item in away], strange
 
 
 def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Prepared]:
     answered_names = {answer.prepared.name for answer in answered}
     return [item for item in prepared if item.name not in answered_names]
-
-
-def _ask_cas(run: Run, prepared: Sequence[Prepared], expected: Mapping[str, verify.Expectation]) -> list[Answered]:
-    if not prepared:
-        return []
-    items = [answer.item for answer in prepared]
-    _assert_asks(run, [item.spec for item in items])
-    with reaching(run, items, expected) as reached:
-        return issue(run, prepared, reached(), expected)
 
 
 def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:

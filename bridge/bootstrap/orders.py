@@ -139,14 +139,16 @@ def loads(data: bytes) -> Order:
         document = from_json(OrderDocument, values)
     except CodecError as e:
         raise OrderError(f"wanted an order of version 1: {e}") from None
-    node = document.node
+    node, account = document.node, document.service_account
+    if account is not None and not is_sa_pair(account.key_pem, account.public_pem):
+        raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
     if node is not None and not node.socket.isprintable():
         raise OrderError("node: wanted a socket of printable characters, found others")
     return Order(
         cluster=_cluster(document.cluster),
         authorities={name: _authority(name, text) for name, text in document.authorities.items()},
         node=None if node is None else new_node(node.role, node.name, node.addresses, node.socket),
-        sa=None if document.service_account is None else _sa(document.service_account),
+        sa=None if account is None else (account.key_pem, account.public_pem),
         signature=document.signature,
     )
 
@@ -184,12 +186,6 @@ def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -
         except ValueError:
             raise OrderError(f"{name}: wanted an IP address, found {address[:80]!r}") from None
     return NewNode(role=role, name=name, addresses=tuple(addresses), socket=socket)
-
-
-def _sa(account: _ServiceAccount) -> tuple[bytes, bytes]:
-    if not is_sa_pair(account.key_pem, account.public_pem):
-        raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
-    return account.key_pem, account.public_pem
 
 
 _LINE = "a line is `ROLE NAME ADDRESS …`, with each name and address once"

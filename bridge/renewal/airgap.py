@@ -33,7 +33,7 @@ from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Result, expectations, record_failed, remember, verify_all
 from bridge.settings.tables import Settings
 from bridge.state import Outcome, audit
-from bridge.state.open_requests import OpenRequest, OpenRequests
+from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Now, Run, begun
 from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
@@ -235,7 +235,12 @@ def answers_in(run: Run, paths: Sequence[Path]) -> Found:
         is_directory = path.is_dir()
         for file in _files_in(path) if is_directory else [path]:
             _read_answer(run, file, answers, skip=is_directory)
-    _match_loose(run.requests, answers)
+    # loose certificates by public key; a leaf that answers no open request is refused by name
+    matched = {fingerprint(leaf) for request in run.requests for leaf in answers.take_loose(request.request)}
+    for path, certificate in answers.loose:
+        if fingerprint(certificate) not in matched and not is_ca(certificate):
+            text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
+            answers.refuse(path, text, "it answers a cancelled or older request, or another node's")
     for error in answers.strange:
         run.record.add(audit.REFUSED, error=error)
     return answers
@@ -312,15 +317,6 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, answers: Found) -> 
             )
         elif given is not None:
             answers.take(request.name, given, path)
-
-
-def _match_loose(requests: OpenRequests, answers: Found) -> None:
-    """Match loose certificates by public key; refuse, by name, a leaf that answers no open request."""
-    matched = {fingerprint(leaf) for request in requests for leaf in answers.take_loose(request.request)}
-    for path, certificate in answers.loose:
-        if fingerprint(certificate) not in matched and not is_ca(certificate):
-            text = f"wanted the certificate of a request that waits here, found {_about(certificate)} for another key"
-            answers.refuse(path, text, "it answers a cancelled or older request, or another node's")
 
 
 def _about(certificate: x509.Certificate) -> str:

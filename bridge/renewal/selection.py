@@ -151,7 +151,11 @@ class _Choice:
         #: By name, the certificate that an open request replaces.
         self.asked_for = {request.name: request.request.replaces for request in requests}
         self.lost_keys = lost_keys(node)  #: By name, what is wrong with the certificate's key.
-        self.lost_cas = _lost_cas(node, settings)  #: None of their certificates can be verified.
+        # a worker that has not joined has none yet
+        is_to_join = node.is_worker and not (settings.node.kubelet_dir / "config.yaml").exists()
+        there = ("present", "missing") if is_to_join else ("present",)
+        #: CAs whose certificate is missing or can't be read, so that none of theirs can be verified.
+        self.lost_cas = {state.authority.name for state in node.authorities if state.state not in there}
         self.waived: list[str] = []
 
     def of(self, name: str) -> Item | Outcome | str | None:
@@ -286,14 +290,6 @@ def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
     extra = settings.extra_subject(authority)
     violations = kubeadm_names.identity_violations(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
     return ForeignIdentityError(item, violations) if violations else None
-
-
-def _lost_cas(node: Node, settings: Settings) -> list[str]:
-    """Return the CAs whose certificate is missing or can't be read; a worker that has not joined has none yet."""
-    lost = [state for state in node.authorities if state.state != "present"]
-    if node.is_worker and not (settings.node.kubelet_dir / "config.yaml").exists():
-        lost = [state for state in lost if state.state != "missing"]
-    return [state.authority.name for state in lost]
 
 
 def _is_due(item: Item, settings: Settings, now: datetime) -> bool:

@@ -244,7 +244,14 @@ class Transaction:
         """Count the run and run its last hooks; return errors about CAs that need an operator, and failed hooks."""
         if any(isinstance(error, NotNowByHookError) for error in errors):
             return []  # neither success nor failure
-        more: list[BridgeError] = list(self._counted(selection, result, errors))
+        more: list[BridgeError] = []
+        of_the_run = [e for e in errors if not isinstance(e, _NOT_OF_A_CA)]
+        try:
+            for error in self.attempts.note(*by_authority(selection, result, of_the_run), self._run.now()):
+                self._run.record.add(audit.NEEDS_A_PERSON, authority=error.authority, error=error)
+                more.append(error)
+        except StateError as e:
+            more.append(e)
         code = Exit.worst([result.exit_code, *(error.exit_code for error in (*errors, *more))])
         if result.left_to_people and code in (Exit.DONE, Exit.WAITING):
             return more  # it succeeds once it is seen in use
@@ -258,16 +265,6 @@ class Transaction:
         earlier = [(Hooks(self._run.settings, self._run.store, run_id), event) for run_id, event in events.items()]
         return self._recorded([error for hooks, event in earlier for error in hooks.finished(event)])
 
-    def _counted(self, selection: Selection, result: Result, errors: Sequence[BridgeError]) -> list[BridgeError]:
-        of_the_run = [e for e in errors if not isinstance(e, _NOT_OF_A_CA)]
-        try:
-            people = self.attempts.note(*by_authority(selection, result, of_the_run), self._run.now())
-        except StateError as e:
-            return [e]
-        for error in people:
-            self._run.record.add(audit.NEEDS_A_PERSON, authority=error.authority, error=error)
-        return [*people]
-
     def _recorded(self, errors: list[HookError]) -> list[HookError]:
         for error in errors:
             self._run.record.add(audit.FAILED, error=error)
@@ -276,12 +273,11 @@ class Transaction:
 
 def with_activation(result: Result, done: Activation, apart: Collection[str] = ()) -> Result:
     """Add what restarts and proof found to an installation's result; certificates `apart` are not rolled back."""
-    outcomes, errors = result.outcomes, done.errors
-    if (back := done.rolled_back) is not None:
-        outcomes = tuple(outcome if outcome.name in apart else _rolled_back(outcome, back) for outcome in outcomes)
+    outcomes, errors, back = result.outcomes, done.errors, done.rolled_back
+    if back is not None:
+        outcomes = _rolled_back(result, {o.name: back for o in outcomes if o.name not in apart})
         # an installation of CA files alone has no outcome that could carry the error
-        carried = any(outcome.error is back for outcome in outcomes)
-        errors = tuple(error for error in errors if error is not back or not carried)
+        errors = tuple(error for error in errors if error is not back or all(o.error is not back for o in outcomes))
     return dataclasses.replace(
         result,
         outcomes=outcomes,
@@ -311,10 +307,7 @@ def with_pairs(run: Run, result: Result) -> Result:
     if not run.store.pairs.exists():
         return result
     done = pairs.finish(run)
-    outcomes = tuple(
-        _rolled_back(outcome, done.back[outcome.name]) if outcome.name in done.back else outcome
-        for outcome in result.outcomes
-    )
+    outcomes = _rolled_back(result, done.back)
     earlier = [error for error in done.back.values() if all(outcome.error is not error for outcome in outcomes)]
     return dataclasses.replace(
         result,
@@ -325,8 +318,14 @@ def with_pairs(run: Run, result: Result) -> Result:
     )
 
 
-def _rolled_back(outcome: Outcome, error: BridgeError) -> Outcome:
-    return dataclasses.replace(outcome, new=None, error=error) if outcome.new is not None else outcome
+def _rolled_back(result: Result, back: Mapping[str, BridgeError]) -> tuple[Outcome, ...]:
+    """Return the outcomes, with these errors by name for certificates that were installed and are not any more."""
+    return tuple(
+        dataclasses.replace(outcome, new=None, error=back[outcome.name])
+        if outcome.new is not None and outcome.name in back
+        else outcome
+        for outcome in result.outcomes
+    )
 
 
 def put_back_and_retire(
