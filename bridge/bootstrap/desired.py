@@ -21,9 +21,9 @@ from bridge.bootstrap import (
 from bridge.bootstrap.orders import NewNode, Order, OrderError, new_node
 from bridge.errors import BridgeError, Exit
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
+from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import KUBELET_CONF
-from bridge.state import Outcome
 
 
 class LeftoversError(BridgeError):
@@ -99,20 +99,13 @@ class DesiredNode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bootstrapped:
-    """The result of `bootstrap init` or `bootstrap join`."""
+class Bootstrapped(Result):
+    """The result of `bootstrap init` or `bootstrap join`; errors are about answers to other requests, or the audit log."""
 
     node: str
-    outcomes: tuple[Outcome, ...] = ()
     files: int = 0  #: The number of installed files.
     is_complete: bool = False
     from_kept: bool = False
-    errors: tuple[BridgeError, ...] = ()  #: Answers to other requests, and lines missing from the audit log.
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of the worst outcome or error."""
-        return Exit.worst([*(o.exit_code for o in self.outcomes), *(e.exit_code for e in self.errors)])
 
 
 _ADMIN = "admin.conf"

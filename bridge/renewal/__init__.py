@@ -10,22 +10,20 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cryptography import x509
 
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.node.inventory import Item, Node, other_key
+from bridge.node.kubeconfig import FreshKubeconfig
+from bridge.node.pairs import lost_copy
 from bridge.pki import expiry
+from bridge.pki.csr import Naming
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, KeyAlgorithm
 from bridge.state import Outcome
 from bridge.system.paths import UnreadableError, read_ca_file
 from bridge.words import name_found
-
-if TYPE_CHECKING:  # a run with nothing due loads none of them
-    from bridge.node.kubeconfig import FreshKubeconfig
-    from bridge.pki.csr import Naming
 
 #: As in `kubeadm certs renew all`.
 ALL = "all"
@@ -119,8 +117,6 @@ def lost_keys(node: Node) -> dict[str, str]:
     lost = {item.spec.name: item.key_trouble or other_key(item) for item in node.items if not item.foreign}
     for item in node.items:
         if item.pair is not None and item.pair.copies and lost[item.spec.name] is None:
-            from bridge.node.pairs import lost_copy  # noqa: PLC0415 (only where the settings name a copy)
-
             lost[item.spec.name] = lost_copy(item)
     return {name: trouble for name, trouble in lost.items() if trouble is not None}
 

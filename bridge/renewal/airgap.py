@@ -125,7 +125,7 @@ def import_answers(
         transaction = Transaction(run, options)
         node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
-            return transaction.with_earlier(Result(outcomes=())), node
+            return transaction.with_earlier(Result()), node
         answers = answers_in(run, paths)
         result = _finish_import(run, node, answers, transaction)
         reported = {outcome.name for outcome in result.outcomes}
@@ -141,7 +141,7 @@ def import_answers(
 def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction) -> Result:
     items = tuple(item for name in found.candidates if (item := node.item(name)) is not None)
     if not items:
-        return transaction.with_earlier(Result(outcomes=()))
+        return transaction.with_earlier(Result())
     selection = Selection(items=items)
     with transaction.about(selection):
         selection = with_room(run.settings, selection)

@@ -36,14 +36,9 @@ def delay(settings: Settings, now: datetime, *, is_terminal: bool) -> timedelta:
     if is_terminal or not settings.renewal.jitter.most:
         return timedelta()
     node = read_node(settings.node)
-    due = hold(select(node, settings, RunOptions(), now), settings, Attempts(Store(settings.node.state_dir)), now)
+    due = hold_for_window(select(node, settings, RunOptions(), now), settings.renewal, now)
+    due = Attempts(Store(settings.node.state_dir)).held(due, now)
     return jitter(due, settings.renewal, now, share=secrets.SystemRandom().random())
-
-
-def hold(selection: Selection, settings: Settings, attempts: Attempts | None, now: datetime) -> Selection:
-    """Hold back certificates outside of their window and, with `attempts`, those of a CA that failed too often."""
-    selection = hold_for_window(selection, settings.renewal, now)
-    return selection if attempts is None else attempts.held(selection, now)
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------

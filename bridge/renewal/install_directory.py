@@ -57,7 +57,7 @@ def install(
         transaction = Transaction(ours, options)
         node = transaction.settle_earlier(found)
         if not transaction.may_go_on:
-            return transaction.with_earlier(Result(outcomes=())), node, Selection()
+            return transaction.with_earlier(Result()), node, Selection()
         options = dataclasses.replace(options, names=tuple(contents.keys))
         selection = select(node, settings, options, now())
         for sentence in selection.waived:

@@ -53,7 +53,7 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
         transaction = Transaction(ours, options)
         node = transaction.settle_earlier(found)
         if not transaction.may_go_on:
-            return transaction.with_earlier(Result(outcomes=())), node, Selection()
+            return transaction.with_earlier(Result()), node, Selection()
         waiting = [request.name for request in ours.requests if request.reference]
         desired = decide(node, settings, options)
         selection = select(node, settings, options, now(), requests=ours.requests, waiting=waiting, desired=desired)
@@ -66,7 +66,8 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
             }
             attempts = transaction.attempts
             attempts.note(attempts.authorities.keys() - due, {}, now())  # their certificates are no longer due
-            selection = gate.hold(selection, settings, None if is_terminal else attempts, now())
+            selection = gate.hold_for_window(selection, settings.renewal, now())
+            selection = selection if is_terminal else attempts.held(selection, now())
         if selection.items:
             result = renew(ours, transaction, selection, node, options)
             own = _check(settings, ours)

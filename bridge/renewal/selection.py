@@ -12,7 +12,8 @@ from cryptography import x509
 
 from bridge.errors import BridgeError, Violation
 from bridge.node.inventory import Item, Node, NoNodeError
-from bridge.pki import expiry
+from bridge.pki import expiry, kubeadm_names
+from bridge.pki.csr import Naming, alternative_names
 from bridge.renewal import (
     ALL,
     RESTORE,
@@ -271,8 +272,6 @@ def is_other(item: Item, settings: Settings) -> bool:
     if item.spec.name != KUBELET_SERVER or not settings.serving_sans or not item.certificates:
         return False
     leaf = item.certificates[0]
-    from bridge.pki.csr import Naming, alternative_names  # noqa: PLC0415 (only where the settings have SANs)
-
     return item.foreign or not Naming(subject=leaf.subject, sans=alternative_names(settings.serving_sans)).is_of(leaf)
 
 
@@ -285,8 +284,6 @@ def foreign_identity(item: Item, settings: Settings) -> BridgeError | None:
         return e
     if item.pair is not None:  # its identity comes from the settings, not from the live certificate
         return None
-    from bridge.pki import kubeadm_names  # noqa: PLC0415 (a run with nothing due judges none)
-
     extra = settings.extra_subject(authority)
     violations = kubeadm_names.identity_violations(item.spec, item.certificates, anchors, str(item.anchor_path), extra)
     return ForeignIdentityError(item, violations) if violations else None

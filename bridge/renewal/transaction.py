@@ -80,7 +80,7 @@ class Transaction:
             self._errors += [*done.errors, *self._hooks_of_earlier(done.events)]
             node = self._run.read_node()
         if self.may_go_on and self._options.restarts and self._run.store.pairs.exists():
-            self._errors += with_pairs(self._run, Result(outcomes=())).errors
+            self._errors += with_pairs(self._run, Result()).errors
             node = self._run.read_node()
         if self.may_go_on:  # copies are other users' files, and must not hold up the node
             self._errors += copies.finish(self._run.settings, self._run.store, self._run.record)

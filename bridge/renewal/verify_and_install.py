@@ -58,7 +58,7 @@ _NEW_CERTIFICATE_MODE = 0o644
 class Result:
     """The result of a run."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Outcome, ...] = ()
     backup_id: str | None = None
     errors: tuple[BridgeError, ...] = ()  #: About the run as a whole, or about earlier ones.
     restarted: tuple[str, ...] = ()  #: Sentences, one a component.

@@ -179,9 +179,6 @@ def _old_in_backups(store: Store, authority: str, new: x509.Certificate) -> x509
     return next((ca for ca in every if ca != new), None)
 
 
-_OTHERS = 0o077
-
-
 class KeyLeftError(BridgeError):
     """The key of a CA that no longer signs is still where kubeadm put it."""
 
@@ -209,7 +206,7 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
     try:
         if not directory.is_absolute() or not stat.S_ISDIR(directory.stat().st_mode):
             found = f"{directory}, which is no such directory"
-        elif directory.stat().st_mode & _OTHERS:
+        elif directory.stat().st_mode & 0o077:
             found = f"{directory}, which others may look into (chmod 700)"
         elif (open_to := exposure(directory)) is not None:
             found = f"{open_to.path}: {open_to.found}"

@@ -91,11 +91,11 @@ def run(
             assert_keys_can_leave(steps, node, settings, options)
         to_do = [step for step in steps if not step.is_there]
         if not transaction.may_go_on or not to_do:
-            result = _without_keys(ours, steps, transaction.with_earlier(Result(outcomes=())), options)
+            result = _without_keys(ours, steps, transaction.with_earlier(Result()), options)
             return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
         options.assert_open(ours, node, to_do)
         if verb is Verb.ISSUE or (options.emergency and any(_leaves_to_issue(step) for step in to_do)):
-            result = _Issue(ours, transaction, node, to_do, options).result()
+            result = _issue(ours, transaction, node, to_do, options)
         elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):
             result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, options))
         else:
@@ -346,69 +346,52 @@ def _record(run: Run, steps: Sequence[Step]) -> None:
 # --- issue ------------------------------------------------------------------------------------------------------------
 
 
-class _Issue:
+def _issue(run: Run, earlier: Transaction, node: Node, steps: Sequence[Step], options: RotationOptions) -> Result:
     """
-    All leaves by the new CA, and the CAs' new order, in one installation: all or nothing.
+    Install all leaves by the new CA, and the CAs' new order, in one step, or nothing (an error: nothing was replaced).
 
     The order: no request waits at the old CA; the audit log, then the list of next CAs, are on disk; the new CA is asked;
-    its answers are checked, then tried on all servers (`_accept`); only then anything is installed.
+    its answers are checked, then tried on all servers (`accept`); only then anything is installed.
     """
+    by_name = {step.ca.name: step for step in steps}
+    run = dataclasses.replace(run, settings=for_next(run.settings, by_name))
+    names = [name for step in steps for name in _leaves_to_issue(step)]
 
-    def __init__(
-        self, run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], options: RotationOptions
-    ) -> None:
-        self._steps = {step.ca.name: step for step in steps}
-        self._run = dataclasses.replace(run, settings=for_next(run.settings, self._steps))
-        self._node, self._options = node, options
-        self._names = tuple(name for step in steps for name in _leaves_to_issue(step))
-        trust = Trust(
-            bundles={name: step.ca.change.bundle(step.target) for name, step in self._steps.items()},
-            files=tuple(self._trust_files()),
-            edit=_edit(steps),
-            gate=self._accept,
-            stays=options.emergency,
-        )
-        self._renewal = RunOptions(names=self._names, all_or_nothing=True, trust=trust)
-        self._transaction = transaction.going_on(self._run, self._renewal)
-
-    def _trust_files(self) -> Iterator[Replacement]:
-        """The files that get the CAs of the phase, without kubeconfigs whose leaf is renewed: these get both at once."""
-        embedded = {
-            item.certificate_path
-            for step in self._steps.values()
-            for item in step.ca.items
-            if item.spec.name in self._names and item.embedded and str(item.certificate_path) in step.ca.confs
-        }
-        for step in self._steps.values():
-            yield from (file for file in step.ca.trust_files(step.target) if file.path not in embedded)
-
-    def result(self) -> Result:
-        """Ask the new CA, and install (an error: nothing was replaced)."""
-        run, node = self._run, self._node
-        _assert_none_waits(run, self._steps, self._names)
-        selection = select(node, run.settings, self._renewal, run.now(), requests=run.requests)
-        if selection.failed:
-            return self._transaction.with_earlier(Result(outcomes=selection.failed))
-        if left := sorted(set(self._names) - {item.spec.name for item in selection.items}):
-            raise OrderError(f"can't issue all certificates, since these stay: {', '.join(left)}; no CA was asked")
-        _record(run, list(self._steps.values()))
-        next_cas = next_ca_file(run.store)
-        next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *self._steps])))
-        result = renew(run, self._transaction, selection, node, self._renewal)
-        if result.backup_id is not None:
-            _forget_asked(run, self._steps)
-        return result
-
-    def _accept(self, proven: Sequence[Proven]) -> None:
+    def accept(proven: Sequence[Proven]) -> None:
         """Refuse answers that the new CA itself did not sign, or that a server rejects; called before the installation."""
         # no earlier phase restarted the components that read a CA only at their start
-        if first := [
-            step for step in self._steps.values() if self._options.emergency or step.ca.standing.phase is Phase.OLD
-        ]:
-            _owe_reading(self._run, self._transaction, self._node, first, ())
-        assert_signed_by_it(self._run.settings, self._steps, proven)
+        if first := [step for step in steps if options.emergency or step.ca.standing.phase is Phase.OLD]:
+            _owe_reading(run, transaction, node, first, ())
+        assert_signed_by_it(run.settings, by_name, proven)
         pairs = {item.name: (pem(*item.verified.chain), item.prepared.key_pem) for item in proven}
-        self._options.assert_accepted(self._run, self._node, pairs)
+        options.assert_accepted(run, node, pairs)
+
+    bundles = {name: step.ca.change.bundle(step.target) for name, step in by_name.items()}
+    files, edit = tuple(_beside_leaves(steps, names)), _edit(steps)
+    trust = Trust(bundles=bundles, files=files, edit=edit, gate=accept, stays=options.emergency)
+    renewal = RunOptions(names=tuple(names), all_or_nothing=True, trust=trust)
+    transaction = earlier.going_on(run, renewal)
+    _assert_none_waits(run, by_name, names)
+    selection = select(node, run.settings, renewal, run.now(), requests=run.requests)
+    if selection.failed:
+        return transaction.with_earlier(Result(outcomes=selection.failed))
+    if left := sorted(set(names) - {item.spec.name for item in selection.items}):
+        raise OrderError(f"can't issue all certificates, since these stay: {', '.join(left)}; no CA was asked")
+    _record(run, steps)
+    next_cas = next_ca_file(run.store)
+    next_cas.put(tuple(dict.fromkeys([*(next_cas.read() or ()), *by_name])))
+    result = renew(run, transaction, selection, node, renewal)
+    if result.backup_id is not None:
+        _forget_asked(run, by_name)
+    return result
+
+
+def _beside_leaves(steps: Sequence[Step], names: Collection[str]) -> Iterator[Replacement]:
+    """Yield the files that get the CAs of the phase, without kubeconfigs whose leaf is renewed: these get both at once."""
+    items = [(step, item) for step in steps for item in step.ca.items if item.spec.name in names and item.embedded]
+    both = {item.certificate_path for step, item in items if str(item.certificate_path) in step.ca.confs}
+    for step in steps:
+        yield from (file for file in step.ca.trust_files(step.target) if file.path not in both)
 
 
 def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:

@@ -26,7 +26,7 @@ from bridge.node import inventory, sample_pki
 from bridge.node.inventory import Node
 from bridge.renewal import Selection, outcome_of
 from bridge.renewal.activate import Activation, RolledBackError
-from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold
+from bridge.renewal.gate import Attempts, HeldOffError, NeedsAPersonError, delay, hold_for_window
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.selection import RunOptions, select
 from bridge.renewal.transaction import Transaction, by_authority, with_activation
@@ -99,7 +99,8 @@ def held(
     is_terminal: bool = False,
 ) -> Selection:
     """What is left of it at the gate of one more run."""
-    return hold(selection, settings(store, directory, text), None if is_terminal else Attempts(store), now)
+    left = hold_for_window(selection, settings(store, directory, text).renewal, now)
+    return left if is_terminal else Attempts(store).held(left, now)
 
 
 def concluded(
