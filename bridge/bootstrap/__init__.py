@@ -19,15 +19,8 @@ from cryptography import x509
 
 from bridge.ca import registry, signer_of
 from bridge.errors import BridgeError, Exit
-from bridge.node import pairs
-from bridge.node.kubeadm_config import (
-    ExternalEtcd,
-    KubeadmConfig,
-    KubeadmConfigError,
-    is_address,
-    parse_documents,
-    read_file,
-)
+from bridge.node import kubeadm_config, pairs
+from bridge.node.kubeadm_config import ExternalEtcd, KubeadmConfig, KubeadmConfigError, is_address
 from bridge.node.kubelet import KUBELET_DIR
 from bridge.pki.certificates import UNREADABLE, fingerprint, is_ca, name_text, spki
 from bridge.pki.expiry import minute
@@ -447,8 +440,8 @@ def _below(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def read_configuration(path: Path) -> tuple[KubeadmConfig, bytes]:
     """Read kubeadm's configuration file."""
-    data = read_file(path)
-    return parse_documents(data, str(path)), data
+    data = kubeadm_config.read_file(path)
+    return kubeadm_config.parse_documents(data, str(path)), data
 
 
 def together(files: Sequence[Path]) -> KubeadmConfig | None:

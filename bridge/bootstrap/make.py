@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -38,7 +38,7 @@ from bridge.specs import AUTHORITIES, KUBELET_CONF, KUBELET_SERVER, SPECS, SUPER
 from bridge.state import Outcome, Store, audit
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 from bridge.state.open_requests import OpenRequest
-from bridge.state.session import Run, begun, claim, give_up, in_force
+from bridge.state.session import Now, Run, begun, claim, give_up, in_force
 from bridge.system.console import Progress
 from bridge.system.files import Attributes, assert_holds_keys, digest, private_directory, reasons
 from bridge.system.state_file import OnDamage, StateFile, coded
@@ -48,9 +48,7 @@ from bridge.words import some
 _SUPER_ADMIN_MORE = timedelta(days=1)
 
 
-def make(
-    settings: Settings, desired: DesiredNode, now: Callable[[], datetime], progress: Progress, wait: timedelta
-) -> Bootstrapped:
+def make(settings: Settings, desired: DesiredNode, now: Now, progress: Progress, wait: timedelta) -> Bootstrapped:
     """Make the keys, request the certificates, and install all files once complete; after a BridgeError none was."""
     if desired.role != "worker":
         assert_usable(desired.config, str(settings.node.pki_dir), further=desired.role == "control-plane")

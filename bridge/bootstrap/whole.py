@@ -14,16 +14,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bridge.bootstrap import (
-    Certificates,
-    Places,
-    Role,
-    authority_trouble,
-    ca_keys,
-    live,
-    shared_key,
-    traces_of_cluster,
-)
+from bridge.bootstrap import Certificates, Places, Role, authority_trouble, ca_keys, live, shared_key, traces_of_cluster
 from bridge.bootstrap.desired import DesiredNode, LeftoversError, NotWholeError, OtherNodeDesiredError
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig, pairs

@@ -28,6 +28,7 @@ from bridge.state import Store, audit, session
 from bridge.state.install import CERTIFICATE_MASK, KEY_MASK, Replacement, fingerprint, install
 
 _Cluster = Mapping[str, Any]  #: kubeadm's ClusterConfiguration.
+_Edit = Callable[[_Cluster, Component, Path], _Cluster]
 
 _PODS = "/api/v1/namespaces/kube-system/pods?labelSelector=component%3D"
 
@@ -80,13 +81,7 @@ def keep(settings: Settings, wanted: Sequence[Component], wait: timedelta) -> st
     return f"kubeadm-config names them{already}: `kubeadm upgrade` keeps the flags"
 
 
-def _changed(
-    settings: Settings,
-    api: Api,
-    wanted: Sequence[Component],
-    wait: timedelta,
-    edit: Callable[[_Cluster, Component, Path], _Cluster],
-) -> bool:
+def _changed(settings: Settings, api: Api, wanted: Sequence[Component], wait: timedelta, edit: _Edit) -> bool:
     """Change the ClusterConfiguration, and record it in the audit log; return whether anything changed."""
 
     def edited(cluster: _Cluster) -> _Cluster:

@@ -17,16 +17,7 @@ from bridge.ca import owe_putting_away, put_away
 from bridge.control_plane.restarts import times_file
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import (
-    NotReadyError,
-    Selection,
-    activate,
-    in_use,
-    outcome_of,
-    pairs,
-    revocation,
-    verify_and_install,
-)
+from bridge.renewal import NotReadyError, Selection, activate, in_use, outcome_of, pairs, revocation, verify_and_install
 from bridge.renewal.activate import Activation
 from bridge.renewal.gate import Attempts, attempts_file, next_ca_file
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError

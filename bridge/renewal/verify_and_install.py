@@ -317,13 +317,7 @@ def remember(run: Run, answered: Sequence[Answered], proven: Sequence[Proven], *
 
 
 #: Errors after which the CA may still sign the request.
-_NOT_ASKED = (
-    BackendUnavailableError,
-    NoVerdictError,
-    RefusedByCheckError,
-    SettingsError,
-    ShorterError,
-)
+_NOT_ASKED = (BackendUnavailableError, NoVerdictError, RefusedByCheckError, SettingsError, ShorterError)
 
 
 def record_failed(record: audit.Record, failed: Sequence[Outcome]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -157,10 +157,7 @@ OLD_ENOUGH = timedelta(hours=1)
 
 
 def new_ca_violations(
-    change: Change,
-    leaves: Mapping[str, x509.Certificate],
-    others: Mapping[str, Iterable[x509.Certificate]],
-    now: datetime,
+    change: Change, leaves: Mapping[str, x509.Certificate], others: Mapping[str, Bundle], now: datetime
 ) -> Iterator[Violation]:
     """Yield why the new CA can't replace the old one, by the old CA's leaves here and the cluster's other CAs."""
     new = change.new
@@ -204,7 +201,7 @@ def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterato
         yield Violation(subject="notAfter", want=want, got=minute(end))
 
 
-def _keys(new: x509.Certificate, others: Mapping[str, Iterable[x509.Certificate]]) -> Iterator[Violation]:
+def _keys(new: x509.Certificate, others: Mapping[str, Bundle]) -> Iterator[Violation]:
     """If two of the cluster's CAs share a key, each kubeconfig can open etcd, or be any user at the front proxy."""
     key = spki(new.public_key())
     for name, certificates in others.items():

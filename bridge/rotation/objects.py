@@ -184,11 +184,7 @@ NOTHING = NodeStatement(datetime.min.replace(tzinfo=UTC), "", "", ())
 
 
 def signed_statement(
-    statement: NodeStatement,
-    authority: str,
-    node: Mapping[str, Any],
-    chain: Sequence[x509.Certificate],
-    key: PrivateKeyTypes,
+    statement: NodeStatement, authority: str, node: Mapping[str, Any], chain: Bundle, key: PrivateKeyTypes
 ) -> str:
     """Return the annotation for this Node object, signed by its kubelet's key (ValueError: the key can't sign)."""
     signature = signatures.sign(key, _message(statement, authority, node))

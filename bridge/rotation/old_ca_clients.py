@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from bridge.pki.expiry import duration_text
 from bridge.rotation import Change
 from bridge.settings.tables import Settings
 from bridge.state import Store, audit
+from bridge.state.session import Now
 from bridge.system.codec import named
 from bridge.system.files import reasons
 from bridge.system.paths import UnreadableError, read_present, regular_file
@@ -307,9 +308,7 @@ class Watched:
     troubles: list[str]  #: Why some servers gave no counters.
 
 
-def watched(
-    node: Node, settings: Settings, new: Collection[x509.Certificate], period: timedelta, now: Callable[[], datetime]
-) -> Watched:
+def watched(node: Node, settings: Settings, new: Collection[x509.Certificate], period: timedelta, now: Now) -> Watched:
     """Read each API server's counters twice, a period apart (NoAnswerError: the servers are not known)."""
     api = neighbours.connect(node, settings)
     apis = {name: Api(api.clients, [Server(url)]) for name, url in neighbours.api_servers(api, node)}
@@ -328,7 +327,7 @@ def watched(
     return Watched(requests=found, failed=failed, troubles=list(dict.fromkeys([*troubles, *more])))
 
 
-def _counted(apis: Mapping[str, Api], now: Callable[[], datetime]) -> tuple[dict[str, _Look], list[str]]:
+def _counted(apis: Mapping[str, Api], now: Now) -> tuple[dict[str, _Look], list[str]]:
     """Read the counters of each server; return readings by server, and why others failed."""
     counts, troubles = {}, []
     for name, api in apis.items():

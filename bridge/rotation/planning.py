@@ -128,7 +128,7 @@ def violations(
     ca: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
 ) -> Iterator[Violation]:
     """Yield why the new CA can't replace the old one here, or not yet; in an emergency its age does not count."""
-    others = {name: [each.change.old, each.change.new] for name, each in cas.items() if name != ca.name}
+    others = {name: (each.change.old, each.change.new) for name, each in cas.items() if name != ca.name}
     leaves = {item.spec.name: item.certificates[0] for item in ca.items}
     if ca.change.old != ca.change.new:
         yield from new_ca_violations(ca.change, leaves, others, now)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -266,12 +268,8 @@ def assert_followed(api: Api, authority: str, change: Change, target: Phase, lim
     """Wait up to `limit` for a phase's CAs in the cluster's own objects (NotReadyEverywhereError, NoAnswerError)."""
     wanted = {Phase.ISSUED: change.bundle(Phase.TRUSTED), Phase.TRUSTED: (change.old,)}.get(target, (change.new,))
     with doing("looking whether the cluster's objects have the CAs"):
-        behind = wait_until(
-            lambda: trust_copies.behind(api, authority, wanted),
-            lambda troubles: not troubles,
-            limit,
-            pause_seconds=_LOOK_SECONDS,
-        )
+        lagging = functools.partial(trust_copies.behind, api, authority, wanted)
+        behind = wait_until(lagging, operator.not_, limit, pause_seconds=_LOOK_SECONDS)
     if behind:
         again = "`ca-bridge rotate-ca trust`" if target is Phase.ISSUED else "`ca-bridge rotate-ca issue`"
         raise NotReadyEverywhereError(

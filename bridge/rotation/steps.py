@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from bridge import control_plane
 from bridge.ca import CA, registry
@@ -24,18 +23,9 @@ from bridge.renewal.renew import renew
 from bridge.renewal.selection import RunOptions, Trust, select
 from bridge.renewal.transaction import Transaction
 from bridge.renewal.verify_and_install import Proven, Result
-from bridge.rotation import Bundle, Phase, differences, objects, places, text, texts
+from bridge.rotation import Bundle, Phase, differences, objects, places, planning, text, texts
 from bridge.rotation.places import Replaced, with_ca
-from bridge.rotation.planning import (
-    NewCaError,
-    NoWayBackError,
-    OrderError,
-    Step,
-    Verb,
-    assert_possible,
-    planned,
-    straight_to_the_new_ca,
-)
+from bridge.rotation.planning import NewCaError, NoWayBackError, OrderError, Step, Verb
 from bridge.rotation.readiness import RotationOptions
 from bridge.settings.tables import Settings, for_next
 from bridge.specs import CA as CLUSTER_CA
@@ -44,7 +34,7 @@ from bridge.state import Outcome, Store, audit, backups, copies
 from bridge.state.backups import Backup
 from bridge.state.install import Replacement, install
 from bridge.state.obligations import NotProven, unproven_file
-from bridge.state.session import Run, begun, give_up
+from bridge.state.session import Now, Run, begun, give_up
 from bridge.system.console import Progress
 from bridge.system.paths import real_path
 from bridge.system.state_file import OnDamage, StateFile, coded
@@ -66,12 +56,7 @@ class Done:
 
 
 def run(
-    settings: Settings,
-    verb: Verb,
-    names: Sequence[str],
-    now: Callable[[], datetime],
-    progress: Progress,
-    options: RotationOptions,
+    settings: Settings, verb: Verb, names: Sequence[str], now: Now, progress: Progress, options: RotationOptions
 ) -> Done:
     """Bring this node's CAs (without names: all with a next CA) to a verb's phase; an error: nothing was replaced."""
     places.assert_has_next(settings)
@@ -81,11 +66,11 @@ def run(
         cas = places.look(settings, node, names)
         back = _going_back(ours.store).read() or {}
         steps = tuple(
-            straight_to_the_new_ca(ca) if options.emergency else planned(verb, ca, back.get(ca.name))
+            planning.straight_to_the_new_ca(ca) if options.emergency else planning.planned(verb, ca, back.get(ca.name))
             for ca in cas.values()
         )
         if verb is not Verb.BACK:
-            assert_possible(steps, cas, settings, ours.now(), emergency=options.emergency)
+            planning.assert_possible(steps, cas, settings, ours.now(), emergency=options.emergency)
             assert_readable(steps, node, options)
             assert_signs_itself(settings, steps, progress)
             assert_keys_can_leave(steps, node, settings, options)

@@ -282,7 +282,9 @@ def lie_of_the_worker(site: Site) -> str:
     old, new = map(fingerprint, bundle)
     said = NodeStatement(utc_now().replace(microsecond=0), "trusted", old, (old, new))
     key = load_pem_private_key(key_block(pair), None)
-    return objects.signed_statement(said, CA.name, object_of(site, f"{NAME}-w"), load_pem_certificates(pair), key)
+    return objects.signed_statement(
+        said, CA.name, object_of(site, f"{NAME}-w"), tuple(load_pem_certificates(pair)), key
+    )
 
 
 def test_a_worker_that_does_not_trust_the_new_ca_holds_up_issue(site: Site) -> None:

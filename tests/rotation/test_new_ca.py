@@ -41,7 +41,7 @@ def said(
     new: Signer,
     old: Signer = OLD,
     leaves: dict[str, x509.Certificate] | None = None,
-    others: dict[str, list[x509.Certificate]] | None = None,
+    others: dict[str, tuple[x509.Certificate, ...]] | None = None,
 ) -> str:
     """All violations, as text."""
     change = Change(old.certificate, new.certificate)
@@ -91,8 +91,8 @@ def test_one_key_is_for_one_ca() -> None:
     """With etcd-ca's key each kubeconfig would open etcd; another key passes."""
     new = Signer.make("kubernetes-2", key_id=True)
     etcd = Signer.make("etcd-ca", key=new.key)
-    assert "key: wanted another than etcd-ca's" in said(new, others={"etcd-ca": [etcd.certificate]})
-    assert said(new, others={"etcd-ca": [Signer.make("etcd-ca").certificate]}) == ""
+    assert "key: wanted another than etcd-ca's" in said(new, others={"etcd-ca": (etcd.certificate,)})
+    assert said(new, others={"etcd-ca": (Signer.make("etcd-ca").certificate,)}) == ""
 
 
 @pytest.mark.rotation("same subject without key identifiers")
