@@ -113,11 +113,9 @@ def _assert_valid(program: str, file: Path) -> None:
 def _assert_version(program: str, version: str) -> None:
     """Refuse a kubeadm of another version, since it decides the certificates' subjects."""
     lines = _run([program, "version", "-o", "short"])
-    found = next((line.strip() for line in lines if re.match(r"v\d", line.strip())), "")
+    found = next((line.strip() for line in lines if re.match(r"v\d", line.strip())), "no version")
     if _minor(found) != _minor(version):
-        raise KubeadmError(
-            f"{program}: wanted the kubeadm of kubernetesVersion {version}, found {found or 'no version'}"
-        )
+        raise KubeadmError(f"{program}: wanted the kubeadm of kubernetesVersion {version}, found {found}")
 
 
 def _minor(version: str) -> list[str]:

@@ -157,9 +157,8 @@ def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction)
 
 def _answered(run: Run, node: Node, items: Sequence[Item], answers: Found) -> tuple[list[Answered], list[Outcome]]:
     requests = run.requests.by_name()
-    prepared, failed = prepare.divided(
-        [prepare.take_up(item, requests[item.spec.name], run.settings) for item in items]
-    )
+    taken_up = [prepare.take_up(item, requests[item.spec.name], run.settings) for item in items]
+    prepared, failed = prepare.divided(taken_up)
     expected, unproved = expectations(node, run.settings, [item.item for item in prepared], run.now())
     unproven = {outcome.name for outcome in unproved}
     answered = [
@@ -312,9 +311,8 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, answers: Found) -> 
             if node.desk_key is not None and not run.store.bootstrap.exists():  # a signed refusal ends the request
                 again = "`ca-bridge export` makes a new request"
             hint = f"once the desk's policy allows it, {again}"
-            answers.take(
-                request.name, BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint), path
-            )
+            refusal = BackendRefusedError(f"refused by {answer.signer}: {given.reason}", hint=hint)
+            answers.take(request.name, refusal, path)
         elif given is not None:
             answers.take(request.name, given, path)
 

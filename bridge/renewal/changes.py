@@ -70,17 +70,13 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
     decision = _Decision(node, settings, changes)
     desired: dict[str, Desired | BridgeError] = {}
     for item in node.items:
-        name = item.spec.name
+        name, is_named = item.spec.name, item.spec.name in names or ALL in names
         if item.pair is not None:  # its names come from the settings
             continue
         try:
             if item.state == "missing" and name in names:
                 desired[name] = decision.desired_for(item)
-            elif (
-                item.certificates
-                and (name in names or ALL in names)
-                and (changed := decision.changed(item)) is not None
-            ):
+            elif item.certificates and is_named and (changed := decision.changed(item)) is not None:
                 desired[name] = changed
         except BridgeError as e:
             desired[name] = e
@@ -254,10 +250,8 @@ class _Decision:
             names["apiserver"][self._address] = "kube-apiserver.yaml: --advertise-address"
         for url in endpoints.urls(node.flags(Component.APISERVER), "--etcd-servers") if node.local_etcd else ():
             names["etcd-server"][endpoints.Server(url).place.host] = "kube-apiserver.yaml: --etcd-servers"
-        for certificate, flag in (
-            ("etcd-server", "--advertise-client-urls"),
-            ("etcd-peer", "--initial-advertise-peer-urls"),
-        ):
+        flags = {"etcd-server": "--advertise-client-urls", "etcd-peer": "--initial-advertise-peer-urls"}
+        for certificate, flag in flags.items():
             if (host := endpoints.host(node.flags(Component.ETCD), flag)) is not None:
                 names[certificate][host] = f"etcd.yaml: {flag}"
         for spec in SPECS.values():

@@ -219,9 +219,7 @@ class Hooks:
         others = [hook for hook in every if (hook.event, hook.run_id) != (hooks.event, hooks.run_id)]
         if not is_over:
             others = [hook for hook in others if not (hook.event == hooks.event == FAILURE)]  # the newest is enough
-            for other in others[: -(_MOST_REMEMBERED - 1)]:
-                log.warning(
-                    "hook %s of run %s is given up: too many others have failed since", other.event, other.run_id
-                )
+            for hook in others[: -(_MOST_REMEMBERED - 1)]:
+                log.warning("hook %s of run %s is given up: too many others have failed since", hook.event, hook.run_id)
             others = [*others[-(_MOST_REMEMBERED - 1) :], hooks]
         self._file.put(tuple(others))

@@ -98,10 +98,8 @@ def _installed(
 
 def _without_those_in_place(run: Run, node: Node, proven: Sequence[Proven]) -> list[Proven]:
     """Leave out pairs that are live already, with a note: another backup would push out a useful one."""
-    lost, same = (
-        lost_keys(node),
-        {item.name for item in proven if item.verified.chain == item.prepared.item.certificates},
-    )
+    lost = lost_keys(node)
+    same = {item.name for item in proven if item.verified.chain == item.prepared.item.certificates}
     other = {item.spec.name for item in node.items if item.spec.name in lost or item.copy or item.unlike}
     there = [item.name for item in proven if item.name in same - other]
     if there:

@@ -179,10 +179,8 @@ def _opened(run: Run, prepared: Sequence[Prepared], reached: Reached) -> list[Pr
     for item in opened.values():
         ca = reached[item.authority]
         if ca.backend.can("collect") and not _owes(ca, item):
-            request = open_request(run, item)
-            run.requests.put(
-                dataclasses.replace(request, request=item.request, backend=ca.label, reference="", note="")
-            )
+            saved = open_request(run, item)
+            run.requests.put(dataclasses.replace(saved, request=item.request, backend=ca.label, reference="", note=""))
     run.requests.save()
     return list(opened.values())
 

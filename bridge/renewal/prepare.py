@@ -198,9 +198,8 @@ def _is_continuity_current(prepared: Prepared, settings: Settings, now: datetime
 def _continuity(prepared: Prepared, settings: Settings, batch: str, created: datetime) -> Continuity:
     identity = {"batch": batch, "node": settings.node.node_name, "cluster": settings.node.cluster}
     proof = None
-    if (
-        prepared.request.replaces is not None
-    ):  # a key proves nothing for a certificate that the request does not replace
+    # a key proves nothing for a certificate that the request does not replace
+    if prepared.request.replaces is not None:
         with contextlib.suppress(*NO_KEY):
             key, validity = live_key(prepared.item), prepared.request.validity
             about = {"name": prepared.name, **identity}
@@ -221,15 +220,13 @@ def live_key(item: Item) -> PrivateKeyTypes:
     return csr.load_key(pem, item.certificates[0].public_key())
 
 
-def _fits(
-    item: Item, open_: OpenRequest, replaced: x509.Certificate | None, algorithm: str, naming: Naming | None
-) -> bool:
+def _fits(item: Item, open_: OpenRequest, replaced: x509.Certificate | None, key: str, naming: Naming | None) -> bool:
     """Whether an open request replaces the live certificate, with the kind of key and the names that are wanted now."""
     spec = open_.request.spec
     if (spec.authority, spec.ekus) != (item.spec.authority, item.spec.ekus):  # the settings changed
         return False
     says_it = naming is None or naming.is_of(open_.request.csr)
-    is_alike = csr.algorithm_name(open_.request.csr.public_key()) == algorithm
+    is_alike = csr.algorithm_name(open_.request.csr.public_key()) == key
     return open_.request.replaces == replaced and is_alike and says_it
 
 
@@ -443,9 +440,8 @@ class NotAllowedError(BridgeError):
         elif item.certificates:
             what = f"find out who put {item.certificate_path} there"
             hint = f"{what}, and put the right one back (an expired one will do); {hint}"
-        super().__init__(
-            f"this node's policy {file} does not allow the next certificate: {'; '.join(problems)}", hint=hint
-        )
+        text = f"this node's policy {file} does not allow the next certificate: {'; '.join(problems)}"
+        super().__init__(text, hint=hint)
 
 
 def policy_error(

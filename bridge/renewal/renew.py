@@ -61,9 +61,7 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
             progress.note(sentence)
         selection = gate.hold_for_next_ca(selection, ours, node)
         if not options.names:
-            due = {item.spec.authority.name for item in selection.items} | {
-                outcome.authority for outcome in selection.failed
-            }
+            due = {item.spec.authority.name for item in selection.items} | {o.authority for o in selection.failed}
             attempts = transaction.attempts
             attempts.note(attempts.authorities.keys() - due, {}, now())  # their certificates are no longer due
             selection = gate.hold_for_window(selection, settings.renewal, now())
@@ -198,9 +196,7 @@ class Rehearsal:
     @property
     def exit_code(self) -> int:
         """The exit code that a renewal with these results would have."""
-        return Exit.worst(
-            [*(outcome.exit_code for outcome in self.failed), *(error.exit_code for error in self.errors)]
-        )
+        return Exit.worst([*(o.exit_code for o in self.failed), *(e.exit_code for e in self.errors)])
 
 
 def rehearse(settings: Settings, options: RunOptions, now: Now, progress: Progress) -> Rehearsal:
@@ -317,9 +313,8 @@ def _thrown_away(
     unable: dict[str, list[str]] = {}
     for authority in (name for name in AUTHORITIES if name in reached):
         ca = reached[authority]
-        for name, leaf in _signed(
-            [answer for answer in answered if answer.prepared.authority == authority], ca, run.now()
-        ):
+        of_ca = [answer for answer in answered if answer.prepared.authority == authority]
+        for name, leaf in _signed(of_ca, ca, run.now()):
             if not ca.backend.can("revoke"):
                 unable.setdefault(ca.label, []).append(name)
                 continue

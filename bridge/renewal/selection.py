@@ -164,10 +164,8 @@ class _Choice:
         item, desired = self.node.item(name), self.desired.get(name)
         by_hand = name in self.options.names
         if item is None:
-            error = MissingCertificateError(
-                f"there is no certificate to renew: {_why_not_here(SPECS[name], self.node)}"
-            )
-            return Outcome(name=name, authority=SPECS[name].authority.name, error=error)
+            text = f"there is no certificate to renew: {_why_not_here(SPECS[name], self.node)}"
+            return Outcome(name=name, authority=SPECS[name].authority.name, error=MissingCertificateError(text))
         if isinstance(desired, BridgeError):
             return outcome_of(item, desired)
         if item.state == "missing":

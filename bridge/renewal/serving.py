@@ -150,9 +150,8 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
             try:
                 text = pairs.manifest_without(component, item.certificate_path, settings.node.kubeconfig_dir)
             except ValueError as e:
-                raise NoServingError(
-                    f"{component.value}: {e}", hint="take the flags out by hand, then run again"
-                ) from None
+                hint = "take the flags out by hand, then run again"
+                raise NoServingError(f"{component.value}: {e}", hint=hint) from None
             if text is not None:
                 restarts = Restarts(
                     node=node, settings=settings, store=store, record=record, going_back=True, content=text
@@ -175,8 +174,7 @@ def _remove(item: Item, store: Store, record: audit.Record) -> None:
         if path is not None and path.parent.is_dir()
     ]
     backup_id = install(store, replacements, f"{record.run_id}-{name}", audit.about([(name, old, None)]))
-    record.add(
-        audit.ROLLED_BACK, name, authority=item.spec.authority.name, old=old, result=f"removed; backup {backup_id}"
-    )
+    result = f"removed; backup {backup_id}"
+    record.add(audit.ROLLED_BACK, name, authority=item.spec.authority.name, old=old, result=result)
     with contextlib.suppress(OSError):  # the directory holds other files
         item.certificate_path.parent.rmdir()

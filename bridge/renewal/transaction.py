@@ -17,13 +17,21 @@ from bridge.ca import owe_putting_away, put_away
 from bridge.control_plane.restarts import times_file
 from bridge.errors import BridgeError, Exit, PostponedError, SettingsError, WaitingError
 from bridge.node.inventory import Node
-from bridge.renewal import NotReadyError, Selection, activate, in_use, outcome_of, pairs, revocation, verify_and_install
+from bridge.renewal import NotReadyError, Selection, activate, in_use, outcome_of, pairs, revocation
 from bridge.renewal.activate import Activation
 from bridge.renewal.gate import Attempts, attempts_file, next_ca_file
 from bridge.renewal.hooks import HookError, HookEvent, Hooks, NotNowByHookError
 from bridge.renewal.revocation import RevocationError
 from bridge.renewal.selection import RunOptions
-from bridge.renewal.verify_and_install import HeldBackError, Proven, Result
+from bridge.renewal.verify_and_install import (
+    HeldBackError,
+    Proven,
+    Result,
+    await_validity,
+    hold_back,
+    install_all,
+    record_failed,
+)
 from bridge.settings.tables import Settings
 from bridge.state import Outcome, Store, audit, backups, copies, obligations
 from bridge.state.copies import CopyError
@@ -104,11 +112,11 @@ class Transaction:
     def install(self, selection: Selection, proven: Sequence[Proven], failed: Sequence[Outcome]) -> Result:
         """Record the work that follows, then install what passed in one step (BridgeError: nothing was replaced)."""
         if failed and self._options.all_or_nothing:
-            return verify_and_install.hold_back(self._run, [item.prepared for item in proven], failed)
+            return hold_back(self._run, [item.prepared for item in proven], failed)
         if not proven:
             return Result(outcomes=tuple(failed))
         done = [item.outcome for item in proven]
-        verify_and_install.await_validity([item.verified.leaf for item in proven])
+        await_validity([item.verified.leaf for item in proven])
         trust = self._options.trust
         self._run.record.write()  # the audit log comes before the installation
         with self.owing():
@@ -116,11 +124,9 @@ class Transaction:
             try:
                 self._owe(selection, done)
                 files = [*trust.files, *(trust.edit(file) for item in proven for file in item.files)]
-                backup_id = verify_and_install.install_all(self._run, proven, files)
+                backup_id = install_all(self._run, proven, files)
             except BridgeError as e:
-                verify_and_install.record_failed(
-                    self._run.record, [outcome_of(item.prepared.item, e) for item in proven]
-                )
+                record_failed(self._run.record, [outcome_of(item.prepared.item, e) for item in proven])
                 raise
         return Result(outcomes=(*done, *failed), backup_id=backup_id)
 
@@ -188,9 +194,7 @@ class Transaction:
             return result
         if self._run.settings.restart.method == "none":  # each later run reports it
             unproven, ours = obligations.unproven_file(self._run.store).read(), self._run.record.run_id
-            is_ours = unproven is not None and any(
-                certificate.newest_run == ours for certificate in unproven.certificates
-            )
+            is_ours = unproven is not None and any(each.newest_run == ours for each in unproven.certificates)
             return dataclasses.replace(result, left_to_people=is_ours)
         done = activate.finish(self._run, self._run.read_node())
         if not self._is_to_prove:  # else the hooks of earlier installations ran already
@@ -273,18 +277,14 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
         result,
         outcomes=outcomes,
         errors=(*result.errors, *errors),
-        restarted=tuple(
-            f"{restart.component.value} in {restart.seconds:.1f} s" for restart in done.restarted if restart.seconds
-        ),
+        restarted=tuple(f"{each.component.value} in {each.seconds:.1f} s" for each in done.restarted if each.seconds),
         proven=done.proven,
     )
 
 
 def _assert_not_begun(run: Run, node: Node) -> None:
     """Refuse a new node whose bootstrap is unfinished, since that installs all files at once (NotReadyError)."""
-    open_ = [
-        request for request in run.requests if request.request.replaces is None and node.live(request.name) is None
-    ]
+    open_ = [each for each in run.requests if each.request.replaces is None and node.live(each.name) is None]
     if open_ and run.store.bootstrap.exists():
         raise NotReadyError(
             f"wanted a node that is made, found one whose bootstrap waits with {counted(len(open_), 'request')}; nothing was replaced",
@@ -409,9 +409,7 @@ def _of_the_interrupted(store: Store) -> tuple[str, ...]:
     except StateError:
         return ()
     there = [path for path in staged if path.exists()]
-    related = [
-        backup for backup in backups.read_all(store)[0] if any(f"-{backup.run_id}-" in path.name for path in staged)
-    ]
+    related = [each for each in backups.read_all(store)[0] if any(f"-{each.run_id}-" in path.name for path in staged)]
     return (
         *(f"{path} was staged and not installed; it stays" for path in there),
         *(f"the old files of that run are in the backup {backup.backup_id}" for backup in related),

@@ -177,9 +177,8 @@ def replacements(prepared: Prepared, verified: verify.Verified) -> Iterator[Repl
 
 
 def _replacing(prepared: Prepared, path: Path, mask: int, data: bytes | None, **more: Any) -> Replacement:
-    return Replacement(
-        certificate=prepared.name, path=path, data=data, mode_mask=mask, was=prepared.was.get(path), **more
-    )
+    was = prepared.was.get(path)
+    return Replacement(certificate=prepared.name, path=path, data=data, mode_mask=mask, was=was, **more)
 
 
 def _pairs(

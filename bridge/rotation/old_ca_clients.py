@@ -283,16 +283,15 @@ def requests(
     if any(count > last.left.get(most, 0.0) for most, count in first.left.items()) or first.failed > last.failed:
         raise ValueError(f"{server}: wanted one API server that counts, found that it was started anew: look again")
     counted = {most: count for _, most, count in first.buckets}
-    lives = [((leaf.not_valid_after_utc - end), (leaf.not_valid_after_utc - begin)) for leaf in new]
+    ends = [leaf.not_valid_after_utc for leaf in new]
+    lives = [((at - end).total_seconds(), (at - begin).total_seconds()) for at in ends]
     return [
         Requests(
             server=server,
             count=round(count - counted.get(most, 0.0)),
             more_than=timedelta(seconds=least) if least > 0 else None,
             at_most=timedelta(seconds=most) if 0 < most < math.inf else None,
-            is_like_new=any(
-                longest.total_seconds() > least and rest.total_seconds() <= most for rest, longest in lives
-            ),
+            is_like_new=any(longest > least and rest <= most for rest, longest in lives),
         )
         for least, most, count in last.buckets
         if round(count - counted.get(most, 0.0)) > 0

@@ -106,9 +106,8 @@ def late_statements(statements: Mapping[str, NodeStatement], target: Phase, now:
     """Return nodes without a recent statement (pure); none once another node has begun the phase, since that proved it."""
     if any(said.phase == target.value for said in statements.values()):
         return []
-    return [
-        name for name, said in statements.items() if abs(now - said.at) > LATELY
-    ]  # in the future, too: a clock is wrong
+    # in the future, too: a clock is wrong
+    return [name for name, said in statements.items() if abs(now - said.at) > LATELY]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,11 +237,9 @@ def assert_said(
         what = f"have certificates of {text(signer)}"
         behind = [node for node, said in statements.items() if said.signer != fingerprint(signer)]
     if behind:
+        named = [f"{node} ({why})" if (why := statements[node].trouble) else node for node in behind]
         raise NotReadyEverywhereError(
-            f"{authority}: wanted nodes whose components {what}, found others that have not said so: "
-            + ", ".join(
-                f"{node} ({statements[node].trouble})" if statements[node].trouble else node for node in behind
-            ),
+            f"{authority}: wanted nodes whose components {what}, found others that have not said so: {', '.join(named)}",
             hint=_again(target, behind),
         )
     # people at a CA may take longer than an hour; before an installation we try the certificates on each server

@@ -44,7 +44,7 @@ from bridge.system.state_file import OnDamage, StateFile, coded
 class Done:
     """The result of a verb."""
 
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     result: Result
     phases: Mapping[str, str]  #: The phase of each CA afterwards, by its files.
     to_restart: Sequence[Component]  #: The components for an operator to restart, with `restart.method = "none"`.
@@ -82,7 +82,7 @@ def run(
         if verb is Verb.ISSUE or (options.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, options)
         elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):
-            result = transaction.with_earlier(_issue_back(ours, transaction, node, to_do, options))
+            result = transaction.with_earlier(_go_back(ours, transaction, node, to_do, options))
         else:
             if verb is Verb.BACK:
                 _begin_back(ours, to_do)
@@ -93,9 +93,7 @@ def run(
         return _done(ours, node, names, steps, result, is_over=is_over)
 
 
-def _done(
-    run: Run, node: Node, names: Sequence[str], steps: tuple[Step, ...], result: Result, *, is_over: bool
-) -> Done:
+def _done(run: Run, node: Node, names: Sequence[str], steps: Sequence[Step], result: Result, *, is_over: bool) -> Done:
     """End a verb: update the cluster's objects after the files, and read the phases off the files again."""
     result = _with_objects(run, node, steps, result)
     after = places.look(run.settings, run.read_node(), names)
@@ -162,10 +160,8 @@ def _not_read(run: Run, steps: Sequence[Step]) -> list[ProofFinding]:
 def assert_readable(steps: Sequence[Step], node: Node, options: RotationOptions) -> None:
     """Refuse an unreadable leaf that may be the old CA's (UnreadableCaError): no phase would replace it."""
     names = {step.ca.name for step in steps if _leaves(step) and not step.is_there and not options.emergency}
-    lost = [
-        i for i in node.items if i.spec.authority.name in names and i.state in ("broken", "unreadable") and not i.pair
-    ]
-    if lost:
+    items = (item for item in node.items if item.spec.authority.name in names and not item.pair)
+    if lost := [item for item in items if item.state in ("broken", "unreadable")]:
         raise places.UnreadableCaError("; ".join(f"{item.spec.name}: {item.trouble}" for item in lost))
 
 
@@ -321,10 +317,8 @@ def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence
 
 def _record(run: Run, steps: Sequence[Step]) -> None:
     for step in steps:
-        bundle = step.ca.change.bundle(step.target)
-        run.record.add(
-            audit.TRUSTED, step.ca.name, authority=step.ca.name, result=f"{step.target.value}: {texts(bundle)}"
-        )
+        name, bundle = step.ca.name, step.ca.change.bundle(step.target)
+        run.record.add(audit.TRUSTED, name, authority=name, result=f"{step.target.value}: {texts(bundle)}")
     run.record.write()  # the audit log comes before the installation
 
 
@@ -438,9 +432,7 @@ def _leaves_to_issue(step: Step) -> list[str]:
     return [name for name in (item.spec.name for item in step.ca.items) if name in differing]
 
 
-def _issue_back(
-    run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], options: RotationOptions
-) -> Result:
+def _go_back(run: Run, transaction: Transaction, node: Node, steps: Sequence[Step], options: RotationOptions) -> Result:
     """Put back the files that the new CA's certificates replaced, with the CA files, from the backup of `issue`."""
     wanted = {step.ca.name for step in steps}
     backup = _backup_of(run, steps)

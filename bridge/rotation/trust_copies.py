@@ -312,9 +312,8 @@ def _command(kind: str, target: str, key: str, value: bytes, change: Change, pha
         new = new if kind in _TEXTS else base64.b64encode(new.encode()).decode()
         patch = [{"op": "replace", "path": pointer, "value": new}] if pointer else {"data": {key: new}}
         return f"kubectl patch {target} --type={'json' if pointer else 'merge'} -p {shlex.quote(json.dumps(patch))}"
-    inner = next(
-        (run for run in _RUN.findall(text) if _is_certificates(_text(run)) and holds(run.encode(), change.old)), ""
-    )
+    runs = (run for run in _RUN.findall(text) if _is_certificates(_text(run)))
+    inner = next((run for run in runs if holds(run.encode(), change.old)), "")
     if not inner or kind != "Secret" or not re.fullmatch(r"[-._A-Za-z0-9]+", key):
         return ""
     new = base64.b64encode(_replaced(_text(inner), change, phase).encode()).decode()
