@@ -373,10 +373,8 @@ def join_configuration(
     document |= {"discovery": {"file": {"kubeConfigPath": discovery}}, "nodeRegistration": registration}
     document.pop("controlPlane", None)
     if control_plane:
-        document["controlPlane"] = {
-            **_below(base or {}, "controlPlane"),
-            "localAPIEndpoint": {"advertiseAddress": config.address, "bindPort": config.port},
-        }
+        endpoint = {"advertiseAddress": config.address, "bindPort": config.port}
+        document["controlPlane"] = {**_below(base or {}, "controlPlane"), "localAPIEndpoint": endpoint}
     return KubeadmConfig.of((document,))
 
 

@@ -108,7 +108,6 @@ class Bootstrapped(Result):
     from_kept: bool = False
 
 
-_ADMIN = "admin.conf"
 #: A preflight error of `kubeadm join` about the pre-signed kubelet.conf, which replaces a bootstrap token.
 _IGNORED = "FileAvailable--etc-kubernetes-kubelet.conf"
 
@@ -155,7 +154,7 @@ def of_join(settings: Settings, inputs: NodeInputs, role: Role | None) -> Desire
         )
     places = Places.of(settings, config)
     is_worker = node.role == "worker"
-    discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else _ADMIN)
+    discovery = places.kubeconfigs / (KUBELET_CONF if is_worker else "admin.conf")
     joining = join_configuration(config, str(discovery), _IGNORED, control_plane=not is_worker, base=base)
     text = config.text().encode()
     files = {places.join_config: joining.text().encode(), **({} if is_worker else {places.kubeadm_config: text})}

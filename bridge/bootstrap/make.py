@@ -106,7 +106,6 @@ def _make(run: Run, desired: DesiredNode) -> Bootstrapped:
     return result(outcomes=outcomes, files=len(files), is_complete=bool(files), errors=tuple(strange))
 
 
-_DIRECTORY_MODE = 0o755
 #: The names that a kubelet and `Composer` give a kubelet's pairs.
 _DATED = re.compile(r"kubelet-client-\d{4}(-\d\d){5}\.pem")
 
@@ -125,7 +124,7 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
         raise NotWholeError("\n".join(problems))
     _keep(desired, look, kubelet_pem)
     for directory in sorted({path.parent for path in (*look.files(), *desired.files)}):  # parents first
-        directory.mkdir(mode=_DIRECTORY_MODE, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         assert_holds_keys(directory)
     # installed with the files, so that the kubelet's link never dangles; absolute, as a kubelet makes it
     link = Replacement(

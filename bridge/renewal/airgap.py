@@ -39,9 +39,6 @@ from bridge.system.console import Progress, log, printable
 from bridge.system.files import write_atomically
 from bridge.system.paths import UnreadableError, opened, read, read_present, read_public_key
 
-#: Nothing in a bundle is secret.
-BUNDLE_MODE = 0o644
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
@@ -90,7 +87,7 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
     run.record.write()
     try:
         with opened(path) as place:
-            write_atomically(place.path, data, BUNDLE_MODE)
+            write_atomically(place.path, data, 0o644)  # nothing in a bundle is secret
     except OSError as e:
         raise BridgeError(
             f"{path}: can't write the bundle: {e.strerror}",

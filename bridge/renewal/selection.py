@@ -59,9 +59,6 @@ class Trust:
     stays: bool = False  #: A failed proof must not bring the old CA back: see `NotProven.stays`.
 
 
-NO_TRUST = Trust()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """The options of one run, as the command line or a test gives them; each command has some of them."""
@@ -72,7 +69,7 @@ class RunOptions:
     all_or_nothing: bool = False  #: If one certificate fails, none is installed.
     restarts: bool = True  #: False: nothing is restarted; the operator does it, and earlier runs' restarts stay due.
     csrs_only: bool = False  #: No file is replaced, so obstacles to replacing one do not matter.
-    trust: Trust = NO_TRUST
+    trust: Trust = Trust()
     ahead: timedelta | None = None  #: A rehearsal covers the certificates that are due within this time; None: all.
     wait: timedelta = timedelta()  #: How long to wait for another run on this node to end.
 

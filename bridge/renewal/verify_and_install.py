@@ -50,8 +50,6 @@ Bundles = Mapping[str, tuple[x509.Certificate, ...]]
 
 #: Below this version kubeadm reads one certificate a file (measured on 1.20; chains since 1.21).
 FIRST_WITH_CHAINS = (1, 21)
-#: kubeadm's mode, for a file that does not exist yet.
-_NEW_CERTIFICATE_MODE = 0o644
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +170,7 @@ def replacements(prepared: Prepared, verified: verify.Verified) -> Iterator[Repl
         yield _replacing(prepared, path, KEY_MASK, chain + prepared.key_pem)
     else:
         yield _replacing(prepared, item.key_path, KEY_MASK, prepared.key_pem, makes_directory=item.spec.by_flag)
-        new = dataclasses.replace(Attributes.private(), mode=_NEW_CERTIFICATE_MODE)
+        new = dataclasses.replace(Attributes.private(), mode=0o644)  # kubeadm's, for a file that does not exist yet
         yield _replacing(prepared, path, CERTIFICATE_MASK, chain, attributes=new)
 
 

@@ -316,10 +316,6 @@ def spots_of(run: Run, node: Node) -> Iterator[Spot]:
     yield from _members(node)
 
 
-#: The header that kubeadm configures.
-_USER_HEADER = "X-Remote-User"
-
-
 def _nodes(run: Run, node: Node) -> Iterator[Spot]:
     """List the addresses of all kubelets and API servers, including those that are down."""
     flags = node.flags(Component.APISERVER)
@@ -329,7 +325,7 @@ def _nodes(run: Run, node: Node) -> Iterator[Spot]:
             if place is None:
                 raise NotReadyEverywhereError(f"node {name}: its Node object has no address")
             yield Spot(name, "kubelet", Server(f"https://{place}"))
-        header = flags.get("--requestheader-username-headers", _USER_HEADER).partition(",")[0]
+        header = flags.get("--requestheader-username-headers", "X-Remote-User").partition(",")[0]  # kubeadm's
         for name, url in neighbours.api_servers(api, node):
             yield Spot(name, "api", Server(url))
             yield Spot(name, "front-proxy", Server(url), header)

@@ -207,10 +207,8 @@ def _trust_bundles(api: Api, change: Change, phase: Phase) -> Iterator[Held]:
                 where, data = "/spec/trustBundle", spec.get("trustBundle")
                 yield from _foreign("ClusterTrustBundle", bundle, "trustBundle", data, change, phase, where)
         # its name has a digest of the content, so that old and new exist together for a moment
-        if serving and not any(
-            set(_certificates(mapping(bundle, "spec").get("trustBundle"))) == set(change.bundle(phase))
-            for bundle in serving
-        ):
+        held = [set(_certificates(mapping(bundle, "spec").get("trustBundle"))) for bundle in serving]
+        if held and set(change.bundle(phase)) not in held:
             yield from _followers("ClusterTrustBundles", map(_name, serving))
         return
 
