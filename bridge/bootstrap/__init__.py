@@ -337,9 +337,7 @@ def from_facts(facts: ConfigurationFacts) -> KubeadmConfig:
     return KubeadmConfig.of((node, {key: value for key, value in cluster.items() if value}, _KUBELET))
 
 
-def for_node(
-    cluster: KubeadmConfig, name: str, address: str, socket: str = "", port: int | None = None
-) -> KubeadmConfig:
+def for_node(cluster: KubeadmConfig, name: str, address: str, socket: str = "", port: int = 0) -> KubeadmConfig:
     """Return the cluster's configuration with another node's part; for `certs generate-csr` on a control plane."""
     api = str(cluster.cluster.get("apiVersion", "kubeadm.k8s.io/v1beta4"))
     endpoint = {"advertiseAddress": address, "bindPort": port or cluster.port}

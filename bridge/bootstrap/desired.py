@@ -146,7 +146,7 @@ def of_join(settings: Settings, inputs: NodeInputs, role: Role | None) -> Desire
     node = _joining(inputs, own, role)
     base = own.of_kind("JoinConfiguration")
     mine = KubeadmConfig.of([base] if base else [])  # an InitConfiguration beside it may be another node's
-    config = for_node(cluster, node.name, node.addresses[0], node.socket, mine.bind_port)
+    config = for_node(cluster, node.name, node.addresses[0], node.socket, mine.bind_port or 0)
     if node.role == "worker" and not config.endpoint:
         raise KubeadmConfigError(
             "controlPlaneEndpoint is missing: the address by which a worker reaches the control plane",

@@ -94,9 +94,9 @@ def prepare(
     desired: Mapping[str, Desired] = MappingProxyType({}),
 ) -> tuple[list[Prepared], list[Outcome]]:
     """Make keys and CSRs on all cores; return what is prepared, and the failures."""
+    earlier = [(item, requests.get(item.spec.name), desired.get(item.spec.name)) for item in items]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        results = [*pool.map(lambda item: _prepare(item, settings, requests, desired), items)]
-    return divided(results)
+        return divided([*pool.map(lambda each: _prepare(settings, *each), earlier)])
 
 
 def divided(results: Sequence[Prepared | Outcome]) -> tuple[list[Prepared], list[Outcome]]:
@@ -105,10 +105,7 @@ def divided(results: Sequence[Prepared | Outcome]) -> tuple[list[Prepared], list
     return prepared, [result for result in results if isinstance(result, Outcome)]
 
 
-def _prepare(
-    item: Item, settings: Settings, requests: Mapping[str, OpenRequest], desired_by_name: Mapping[str, Desired]
-) -> Prepared | Outcome:
-    open_, desired = requests.get(item.spec.name), desired_by_name.get(item.spec.name)
+def _prepare(settings: Settings, item: Item, open_: OpenRequest | None, desired: Desired | None) -> Prepared | Outcome:
     try:
         live, was = live_pair(item)
         algorithm = _next_key(item, live, settings, open_, desired)

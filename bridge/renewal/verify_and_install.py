@@ -161,7 +161,7 @@ def replacements(prepared: Prepared, verified: verify.Verified) -> Iterator[Repl
     item, path = prepared.item, prepared.item.certificate_path
     if item.pair is not None:
         for files in item.pair.places:
-            yield from _pairs(prepared, files, chain, verified.intermediates)
+            yield from _pairs(prepared, files, verified)
     elif item.current is not None:
         yield from _kubelets(prepared, item.current, chain)
     elif item.key_path is None:
@@ -179,15 +179,14 @@ def _replacing(prepared: Prepared, path: Path, mask: int, data: bytes | None, **
     return Replacement(certificate=prepared.name, path=path, data=data, mode_mask=mask, was=was, **more)
 
 
-def _pairs(
-    prepared: Prepared, files: PairFiles, chain: bytes, intermediates: Sequence[x509.Certificate]
-) -> Iterator[Replacement]:
+def _pairs(prepared: Prepared, files: PairFiles, verified: verify.Verified) -> Iterator[Replacement]:
     """Replace the files of a further pair at one place, key first; the settings name their owners."""
+    chain = pem(*verified.chain)
     contents = {files.key_file: prepared.key_pem, files.certificate_file: chain}
     if os.path.realpath(files.key_file) == os.path.realpath(files.certificate_file):
         contents = {files.key_file: chain + prepared.key_pem}
     if files.ca_file is not None:
-        contents[files.ca_file] = pem(*intermediates, *anchors_of(prepared.item))
+        contents[files.ca_file] = pem(*verified.intermediates, *anchors_of(prepared.item))
     for path, data in contents.items():
         attributes = pairs.attributes_for(files, path)
         mask = pairs.KEY_MASK if path == files.key_file else CERTIFICATE_MASK

@@ -10,7 +10,7 @@ on the node, only root reads that key. The signature covers the Node object's UI
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from typing import Any, ClassVar, NamedTuple
@@ -192,9 +192,7 @@ def signed_statement(
     return " ".join([*_texts(statement), b64encode(signature).decode(), certificates])
 
 
-def statement_of(
-    node: Mapping[str, Any], authority: str, anchors: Sequence[x509.Certificate], now: datetime
-) -> NodeStatement:
+def statement_of(node: Mapping[str, Any], authority: str, anchors: Bundle, now: datetime) -> NodeStatement:
     """Return the statement in a Node object; `NOTHING` with the reason if it does not count by these CAs of the cluster."""
     text = text_of(node, "metadata", "annotations", KEYS[authority])
     if not text:
@@ -209,20 +207,18 @@ def statement_of(
     return NOTHING._replace(trouble=trouble) if trouble else statement
 
 
-def _parsed(text: str) -> tuple[NodeStatement, bytes, list[x509.Certificate]]:
+def _parsed(text: str) -> tuple[NodeStatement, bytes, Bundle]:
     """Parse a statement, its signature, and the chain of the signing key (UNREADABLE)."""
     if len(text) > _LONGEST:
         raise ValueError
     at, phase, signer, trusted, signature, certificates = text.split(" ")
-    chain = [x509.load_der_x509_certificate(b64decode(der, validate=True)) for der in certificates.split(",")]
+    chain = tuple(x509.load_der_x509_certificate(b64decode(der, validate=True)) for der in certificates.split(","))
     seen_at = datetime.strptime(at, TIME).replace(tzinfo=UTC)
     statement = NodeStatement(seen_at, phase, signer, tuple(trusted.split(",")))
     return statement, b64decode(signature, validate=True), chain
 
 
-def _not_this_node(
-    node: Mapping[str, Any], chain: Sequence[x509.Certificate], anchors: Sequence[x509.Certificate], now: datetime
-) -> str:
+def _not_this_node(node: Mapping[str, Any], chain: Bundle, anchors: Bundle, now: datetime) -> str:
     """Return why a chain is not that of the node's kubelet; empty: it is (UNREADABLE)."""
     leaf, user = chain[0], f"system:node:{text_of(node, 'metadata', 'name')}"
     is_its_kubelet = common_names(leaf.subject) == [user] and (O_OID, "system:nodes") in attributes(leaf.subject)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
-from cryptography import x509
-
 from bridge.cluster import ANONYMOUS, Client, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelet_serving, neighbours
@@ -29,7 +27,7 @@ from bridge.pki.certificates import fingerprint, leads_to
 from bridge.pki.expiry import duration_text
 from bridge.renewal import NotReadyError
 from bridge.renewal.gate import next_ca_file
-from bridge.rotation import Change, Phase, objects, text, texts, trust_copies
+from bridge.rotation import Bundle, Change, Phase, objects, text, texts, trust_copies
 from bridge.rotation.objects import KEYS, LATELY, NodeStatement
 from bridge.rotation.planning import Step
 from bridge.specs import CA, ETCD_CA, KUBELET_CONF, SPECS, Component
@@ -208,7 +206,7 @@ def _asks_the_cluster(step: Step) -> bool:
 
 
 def statements_of(
-    nodes: Iterable[Mapping[str, Any]], authority: str, anchors: Sequence[x509.Certificate], now: datetime
+    nodes: Iterable[Mapping[str, Any]], authority: str, anchors: Bundle, now: datetime
 ) -> dict[str, NodeStatement]:
     """Return the statement in the Node object of each node that has certificates of this CA (pure)."""
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bridge import control_plane
@@ -346,7 +346,7 @@ def _issue(run: Run, earlier: Transaction, node: Node, steps: Sequence[Step], op
         options.assert_accepted(run, node, pairs)
 
     bundles = {name: step.ca.change.bundle(step.target) for name, step in by_name.items()}
-    files, edit = tuple(_beside_leaves(steps, names)), _edit(steps)
+    files, edit = tuple(_beside_leaves(steps, names)), functools.partial(_with_cas, steps=steps)
     trust = Trust(bundles=bundles, files=files, edit=edit, gate=accept, stays=options.emergency)
     renewal = RunOptions(names=tuple(names), all_or_nothing=True, trust=trust)
     transaction = earlier.going_on(run, renewal)
@@ -373,28 +373,19 @@ def _beside_leaves(steps: Sequence[Step], names: Collection[str]) -> Iterator[Re
         yield from (file for file in step.ca.trust_files(step.target) if file.path not in both)
 
 
-def _edit(steps: Sequence[Step]) -> Callable[[Replacement], Replacement]:
-    """Return the edit by which new kubeconfigs, and the CA files of further pairs, get the CAs of the phase."""
-    confs = {path: step for step in steps for path in step.ca.confs}
-    pairs = {
-        str(place.ca_file): step
-        for step in steps
-        for item in step.ca.items
-        for place in (item.pair.places if item.pair is not None else ())
-        if place.ca_file is not None
-    }
-
-    def edit(file: Replacement) -> Replacement:
-        step = confs.get(str(file.path)) or pairs.get(str(file.path))
-        if step is None or file.data is None:
-            return file
+def _with_cas(file: Replacement, steps: Sequence[Step]) -> Replacement:
+    """Give a new kubeconfig, or the CA file of a further pair, the CAs of the phase."""
+    if file.data is None:
+        return file
+    for step in steps:
         change, bundle = step.ca.change, step.ca.change.bundle(step.target)
-        if str(file.path) in confs:
+        if str(file.path) in step.ca.confs:
             return dataclasses.replace(file, data=with_ca(file.path, file.data, change, bundle))
-        above = [ca for ca in load_pem_certificates(file.data) if ca not in step.ca.seen.bundle]
-        return dataclasses.replace(file, data=pem(*above, *bundle))
-
-    return edit
+        places_of_pairs = (place for item in step.ca.items if item.pair is not None for place in item.pair.places)
+        if file.path in [place.ca_file for place in places_of_pairs]:
+            above = [ca for ca in load_pem_certificates(file.data) if ca not in step.ca.seen.bundle]
+            return dataclasses.replace(file, data=pem(*above, *bundle))
+    return file
 
 
 def _assert_none_waits(run: Run, authorities: Collection[str], names: Collection[str]) -> None:

@@ -126,8 +126,8 @@ def test_a_worker_says_nothing_of_the_front_proxys_ca() -> None:
     """No server shows an API server's certificate for aggregated ones, and a worker has none."""
     labels = {"node-role.kubernetes.io/control-plane": ""}
     nodes: list[dict[str, Any]] = [{"metadata": {"name": "cp1", "labels": labels}}, {"metadata": {"name": "w1"}}]
-    assert statements_of(nodes, FRONT_PROXY_CA.name, [OLD], NOW) == {"cp1": NOTHING}
-    assert statements_of(nodes, CA.name, [OLD], NOW) == {"cp1": NOTHING, "w1": NOTHING}
+    assert statements_of(nodes, FRONT_PROXY_CA.name, (OLD,), NOW) == {"cp1": NOTHING}
+    assert statements_of(nodes, CA.name, (OLD,), NOW) == {"cp1": NOTHING, "w1": NOTHING}
 
 
 # --- servers that are shown ---------------------------------------------------------------------------------------------
