@@ -91,17 +91,14 @@ def report(
     """The ends of all certificates and CAs; `within` makes them due (None: none), CAs `cas_within`, but never `left_alone`."""
     rows = [(item, _item_row(item, now, within, left_alone)) for item in node.items]
     of_cas = cas_within or within
+    cas = [(state, _authority_row(state, now, of_cas)) for state in node.authorities]
+    unlisted = [row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)]
+    extra = [*sorted(unlisted, key=lambda row: not row.first), *(row for state, row in cas if not state.listed)]
+    extra += [row for state in node.authorities for row in _further_rows(state, node, now, of_cas)]
     return ExpiryReport(
         certificates=[row for item, row in rows if item.listed],
-        authorities=[_authority_row(state, now, of_cas) for state in node.authorities if state.listed],
-        extra=[
-            *sorted(
-                (row for item, row in rows if not item.listed and not (item.state == "missing" and row.optional)),
-                key=lambda row: not row.first,
-            ),
-            *(_authority_row(state, now, of_cas) for state in node.authorities if not state.listed),
-            *(row for state in node.authorities for row in _further_rows(state, node, now, of_cas)),
-        ],
+        authorities=[row for state, row in cas if state.listed],
+        extra=extra,
         troubles=node.troubles,
     )
 
@@ -113,15 +110,14 @@ def _item_row(item: Item, now: datetime, within: Limit | None, left_alone: Colle
     limit = _limit(item.ending, within, late_share)
     chain, path = _shown(item)
     soon = _limit(chain, lambda _: timedelta(days=30), late_share)  # as the default `renewal.before`
-    left, chain_left = _seconds_left(chain, now)
     return Row(
         name=item.spec.name,
         path=str(path),
         state="broken" if item.key_trouble else item.state,
         trouble=item.trouble or item.key_trouble or item.unlike,
         chain=chain,
-        seconds_left=left,
-        chain_seconds_left=chain_left,
+        seconds_left=_seconds_left(chain[:1], now),
+        chain_seconds_left=_seconds_left(chain, now),
         authority="none" if item.foreign else item.spec.authority.name,
         external=item.authority_external and not item.foreign,
         foreign=item.foreign,
@@ -147,11 +143,9 @@ def _is_lacking(item: Item) -> bool:
     return bool(item.key_trouble or item.unlike or (item.state == "missing" and not item.spec.optional))
 
 
-def _seconds_left(chain: Sequence[x509.Certificate], now: datetime) -> tuple[int | None, int | None]:
-    """Time left of the first certificate, and of the one that ends first."""
-    if not chain:
-        return None, None
-    return seconds_left(chain[0].not_valid_after_utc, now), seconds_left(first_end(chain), now)
+def _seconds_left(chain: Sequence[x509.Certificate], now: datetime) -> int | None:
+    """Time left of the certificate that ends first."""
+    return seconds_left(first_end(chain), now) if chain else None
 
 
 def _authority_row(state: AuthorityState, now: datetime, within: Limit | None) -> Row:
@@ -171,8 +165,7 @@ def _further_rows(state: AuthorityState, node: Node, now: datetime, within: Limi
 def _ca_row(
     state: AuthorityState, name: str, chain: Sequence[x509.Certificate], now: datetime, within: Limit | None
 ) -> Row:
-    limit = _limit(chain, within, late_share=1)
-    left, _ = _seconds_left(chain, now)
+    limit, left = _limit(chain, within, late_share=1), _seconds_left(chain, now)
     return Row(
         name=name,
         path=str(state.path),

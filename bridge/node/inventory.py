@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from cryptography import x509
 
@@ -20,6 +20,7 @@ from bridge.node.kubeconfig import parse as parse_kubeconfig
 from bridge.node.kubelet import KUBELET_DIR, KubeletFiles
 from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, Manifest
 from bridge.pki.certificates import anchor_of, has_key_of, is_ca, leads_to, load_pem_certificates
+from bridge.settings.pair_tables import PairSettings
 from bridge.specs import (
     AUTHORITIES,
     CA,
@@ -34,9 +35,6 @@ from bridge.specs import (
 )
 from bridge.system.paths import UnreadableError, kind
 from bridge.system.paths import read as read_file
-
-if TYPE_CHECKING:
-    from bridge.settings.pair_tables import PairSettings
 
 FileState = Literal["present", "missing", "broken", "unreadable"]
 KeyState = Literal["local", "external", "missing"]
@@ -198,9 +196,7 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
     found, troubles = _manifests(kubeconfig_dir)
     if kubelet.trouble is not None:
         troubles.append(f"kubelet: {kubelet.trouble}")
-    role: Role = "etcd host" if _is_etcd_host(pki_dir, kubeconfig_dir) else "control plane"
-    if not found and _is_worker(pki_dir, kubeconfig_dir):
-        role = "worker"
+    role = _role(pki_dir, kubeconfig_dir, has_manifests=bool(found))
     local_etcd = role != "worker" and _has_local_etcd(found, pki_dir, kubeconfig_dir)
     apiserver_flags = found[Component.APISERVER].flags if Component.APISERVER in found else {}
     authorities = _authorities(role, pki_dir, apiserver_flags, local_etcd=local_etcd)
@@ -210,12 +206,10 @@ def read(pki_dir: Path, kubeconfig_dir: Path, kubelet_dir: Path = KUBELET_DIR) -
         authority = by_name.get(spec.authority.name)
         if authority is None:
             continue
-        if not spec.of_kubeadm:
-            items += (
-                _serving_items(authority, kubelet)
-                if spec.kubelets
-                else _component_server(spec, authority, pki_dir, found, items)
-            )
+        if spec.kubelets:
+            items += _serving_items(authority, kubelet)
+        elif spec.by_flag:
+            items += _component_server(spec, authority, pki_dir, found, items)
         elif spec.kubeconfig:
             items.append(_kubeconfig_item(spec, authority, kubeconfig_dir / spec.base, kubelet))
         elif spec.authority != ETCD_CA or local_etcd:
@@ -254,35 +248,28 @@ def troubles_of(items: Sequence[Item], authorities: Sequence[AuthorityState]) ->
             yield f"{state.authority.name}: {state.trouble}"
 
 
-def _is_worker(pki_dir: Path, kubeconfig_dir: Path) -> bool:
-    """Whether there is a kubelet's kubeconfig, and no file of a control plane but perhaps an administrator's kubeconfig."""
-    ours = [spec for spec in SPECS.values() if spec != _KUBELET and spec.name not in _PEOPLES]
-    traces = _traces(ours, manifests.COMPONENTS, pki_dir, kubeconfig_dir)
-    return _exists(kubeconfig_dir / _KUBELET.base) and not any(map(_exists, traces))
+def _role(pki_dir: Path, kubeconfig_dir: Path, *, has_manifests: bool) -> Role:
+    """The role by the files that exist; a worker may have an administrator's kubeconfig, but no file of a control plane."""
 
+    def any_of(specs: Iterable[CertificateSpec], components: Iterable[Component], *more: Path) -> bool:
+        paths = [manifests.path_of(component, kubeconfig_dir) for component in components]
+        for spec in specs:
+            if spec.kubeconfig:
+                paths.append(kubeconfig_dir / spec.base)
+            elif spec.of_kubeadm:
+                paths += [pki_dir / f"{spec.base}.{suffix}" for suffix in ("crt", "key")]
+        return any(map(_exists, (*paths, *more)))
 
-def _traces(
-    specs: Iterable[CertificateSpec], components: Iterable[Component], pki_dir: Path, kubeconfig_dir: Path
-) -> Iterator[Path]:
-    """Files that show the node's role; a kubelet's own do not."""
-    for spec in specs:
-        if spec.kubeconfig:
-            yield kubeconfig_dir / spec.base
-        elif spec.of_kubeadm:
-            yield from (pki_dir / f"{spec.base}.{suffix}" for suffix in ("crt", "key"))
-    for component in components:
-        yield manifests.path_of(component, kubeconfig_dir)
-
-
-def _is_etcd_host(pki_dir: Path, kubeconfig_dir: Path) -> bool:
-    """Whether etcd's own files exist, and no other file of a control plane or worker."""
-    own = [spec for spec in SPECS.values() if spec.authority == ETCD_CA and spec != _ETCD_CLIENT]
+    planes = [spec for spec in SPECS.values() if spec != _KUBELET and spec.name not in _PEOPLES]
+    is_kubelet = _exists(kubeconfig_dir / _KUBELET.base)
+    if is_kubelet and not has_manifests and not any_of(planes, manifests.COMPONENTS):
+        return "worker"
+    etcds = [spec for spec in SPECS.values() if spec.authority == ETCD_CA and spec != _ETCD_CLIENT]
     others = [spec for spec in SPECS.values() if spec.authority != ETCD_CA]
     components = [component for component in manifests.COMPONENTS if component is not Component.ETCD]
-    foreign = [pki_dir / f"{base}.{suffix}" for base in (CA.base, FRONT_PROXY_CA.base) for suffix in ("crt", "key")]
-    foreign += [pki_dir / "sa.key", *_traces(others, components, pki_dir, kubeconfig_dir)]
-    traces = _traces(own, [Component.ETCD], pki_dir, kubeconfig_dir)
-    return any(map(_exists, traces)) and not any(map(_exists, foreign))
+    keys = [pki_dir / f"{base}.{suffix}" for base in (CA.base, FRONT_PROXY_CA.base) for suffix in ("crt", "key")]
+    is_etcd = any_of(etcds, [Component.ETCD]) and not any_of(others, components, pki_dir / "sa.key", *keys)
+    return "etcd host" if is_etcd else "control plane"
 
 
 def _with_shared_files(items: Sequence[Item]) -> tuple[Item, ...]:
@@ -371,12 +358,14 @@ def authority_state(authority: Authority, path: Path, key_path: Path | None, *, 
     state, trouble = found.state, found.trouble
     if found.certificates and not is_ca(found.certificates[0]):
         state, trouble = "broken", f"wanted a CA certificate in {path}, found one that is not a CA"
-    key: KeyState = "external" if found.certificates else "missing"
-    if key_path is not None and _exists(key_path):
-        key = "local"
-    every = found.certificates
     return AuthorityState(
-        authority=authority, path=path, certificates=every, key=key, state=state, trouble=trouble, listed=listed
+        authority=authority,
+        path=path,
+        certificates=found.certificates,
+        key="local" if key_path and _exists(key_path) else "external" if found.certificates else "missing",
+        state=state,
+        trouble=trouble,
+        listed=listed,
     )
 
 

@@ -13,17 +13,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bridge.node import kubeconfig
+from bridge.node.endpoints import reachable
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.node.manifests import flags_of
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.pki.certificates import UNREADABLE, common_names, load_pem_certificates
+from bridge.settings.tables import Settings
 from bridge.system.paths import UnreadableError, read
-
-if TYPE_CHECKING:
-    from bridge.settings.tables import Settings
 
 #: kubeadm's directory for a kubelet's files.
 KUBELET_DIR = Path("/var/lib/kubelet")
@@ -53,11 +52,9 @@ Serving = Literal["made", "named", "asked"]
 
 def health_url() -> str | None:
     """The URL of the kubelet's health check (None: switched off); the default if the configuration has none."""
-    from bridge.node import endpoints  # noqa: PLC0415 (a night with nothing due contacts no component)
-
     found, _ = _configured(KUBELET_CONFIG, ("healthzBindAddress", "healthzPort"))
     host, port = found.get("healthzBindAddress") or "127.0.0.1", found.get("healthzPort") or "10248"
-    return f"http://{endpoints.reachable(host)}:{port}/healthz" if port != "0" else None
+    return f"http://{reachable(host)}:{port}/healthz" if port != "0" else None
 
 
 def runtime_endpoint() -> str:
@@ -92,20 +89,18 @@ class KubeletFiles:
         found |= _flags(kubelet_dir)
         directory = Path(found.get("certDir") or kubelet_dir / "pki")
         certificate, key = found.get("tlsCertFile", ""), found.get("tlsPrivateKeyFile", "")
+        serving: Serving = "made"
+        pair = (directory / "kubelet.crt", directory / "kubelet.key")
         if certificate and key:
             # relative ones are relative to the configuration's directory
             serving, pair = "named", (kubelet_dir / certificate, kubelet_dir / key)
         elif _is_true(found.get("serverTLSBootstrap", "")):
-            current = directory / "kubelet-server-current.pem"
-            serving, pair = "asked", (current, current)
-        else:
-            serving, pair = "made", (directory / "kubelet.crt", directory / "kubelet.key")
+            serving, pair = "asked", (directory / "kubelet-server-current.pem",) * 2
+        rotates = _is_true(found.get("rotateCertificates", ""))
         return cls(
             directory=directory,
-            rotates=_is_true(found.get("rotateCertificates", ""))
-            if is_running or "rotateCertificates" in found
-            else None,
-            serving=serving,  # type: ignore[arg-type]  # one of the three
+            rotates=rotates if is_running or "rotateCertificates" in found else None,
+            serving=serving,
             certificate=pair[0],
             key=pair[1],
             hostname=found.get("hostname", ""),

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from bridge.node import manifests
-from bridge.node.manifests import container, pod
+from bridge.node.manifests import container, pod, words_of
 from bridge.node.yamltree import YamlError, YamlNode, document, split_bom
 from bridge.specs import Component
 
@@ -90,9 +90,7 @@ def _places(text: str, component: Component, flag: str) -> Iterator[tuple[YamlNo
 
 
 def _words(text: str, component: Component) -> list[YamlNode]:
-    """The words of `command` and `args`; a flag may be in either."""
-    root = container(document(text), component.value)
-    words = [word for key in ("command", "args") if (listed := root.get(key)) for word in listed.items()]
+    words = words_of(container(document(text), component.value))
     if not words:
         raise YamlError(f"there is no command of {component.value}")
     return words

@@ -64,9 +64,14 @@ def pod_name(path: Path) -> str | None:
 def parse(component: Component, data: bytes) -> Manifest:
     """Read a manifest."""
     own = container(document(split_bom(data)[1]), component.value)
-    words = [word.text() for key in ("command", "args") if (listed := own.get(key)) for word in listed.items()]
+    words = tuple(word.text() for word in words_of(own))
     tag, version = tag_of(own.text_of("image"))
-    return Manifest(flags=flags_of(words), version=version, tag=tag, words=tuple(words))
+    return Manifest(flags=flags_of(words), version=version, tag=tag, words=words)
+
+
+def words_of(container: YamlNode) -> list[YamlNode]:
+    """The words of `command` and `args`; a flag may be in either."""
+    return [word for key in ("command", "args") if (listed := container.get(key)) for word in listed.items()]
 
 
 def tag_of(image: str) -> tuple[str, tuple[int, int] | None]:

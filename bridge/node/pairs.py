@@ -261,7 +261,7 @@ def _key_or_finding(certificate: x509.Certificate, key_pem: bytes | None) -> csr
 
 
 def _of_key(kind: Kind, cause: str) -> PairFinding:
-    return PairFinding(kind=kind, violation=Violation(subject="key", want="the certificate's private key", got=cause))
+    return PairFinding(kind=kind, violation=Violation("key", want="the certificate's private key", got=cause))
 
 
 def findings(
@@ -281,10 +281,8 @@ def findings(
         request = SignRequest(spec=spec, csr_pem=csr.build(like or leaf, key), validity=timedelta())
         verify.check(Issued(leaf=leaf, intermediates=tuple(intermediates)), request, expected)
     except csr.CannotCarryError as e:
-        yield PairFinding(
-            kind="incomparable",
-            violation=Violation(subject="live certificate", want="one to compare it with", got=str(e)),
-        )
+        violation = Violation("live certificate", want="one to compare it with", got=str(e))
+        yield PairFinding(kind="incomparable", violation=violation)
     except VerificationError as e:
         for violation in e.violations:
             yield PairFinding(kind="certificate", violation=violation)
@@ -335,16 +333,15 @@ def manifest_without(component: Component, certificate: Path, kubeconfig_dir: Pa
     named = None if manifest is None else manifest.flags.get(TLS_CERTIFICATE)
     if named is None or os.path.realpath(named) != os.path.realpath(certificate):
         return None
-    return _edited(component, kubeconfig_dir, dict.fromkeys((TLS_CERTIFICATE, TLS_KEY)), None)
+    return _edited(component, kubeconfig_dir, dict.fromkeys((TLS_CERTIFICATE, TLS_KEY)))
 
 
 def _edited(
-    component: Component, kubeconfig_dir: Path, flags: Mapping[str, str | None], mount: Mount | None
+    component: Component, kubeconfig_dir: Path, flags: Mapping[str, str | None], mount: Mount | None = None
 ) -> bytes | None:
-    path = path_of(component, kubeconfig_dir)
+    path, unmount = path_of(component, kubeconfig_dir), _VOLUME if mount is None else ""
     try:
         data = read(path)
-        unmount = "" if mount is not None else _VOLUME
         return None if data is None else manifest_flags.edited(data, component, flags, mount, unmount)
     except (UnreadableError, YamlError) as e:
         raise ValueError(f"{path}: can't change its flags: {e}") from None
