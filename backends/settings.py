@@ -12,10 +12,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from bridge.contract import CredentialEnd, Secret, SecretUnavailableError
 from bridge.errors import BackendRefusedError, LocalFileError, SettingsError, SettingsProblem
+from bridge.pki.certificates import common_names
 from bridge.system.paths import open_regular
 from bridge.system.tls import HttpsError, context
 
@@ -92,10 +92,10 @@ def subject_of(client_cert: Path, backend: str) -> x509.Name:
         raise BackendRefusedError(text) from e
 
 
-def common_name(client_cert: Path, backend: str) -> str:
-    """The name in a client certificate, such as `CN=node-1`; errors as for `subject_of`."""
-    names = subject_of(client_cert, backend).get_attributes_for_oid(NameOID.COMMON_NAME)
-    return " ".join(f"CN={name.value!s}" for name in names)
+def common_name(client_cert: Path | None, backend: str) -> str:
+    """The name in a client certificate, such as `CN=node-1`, or an empty text; errors as for `subject_of`."""
+    names = common_names(subject_of(client_cert, backend)) if client_cert else ()
+    return " ".join(f"CN={name}" for name in names)
 
 
 def tls_context(ca_file: Path | None, client_cert: Path | None, client_key: Path | None) -> ssl.SSLContext:

@@ -11,6 +11,7 @@ BackendUnavailableError if it does not answer; a docstring lists these errors on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -32,6 +33,7 @@ from bridge.specs import GATEWAY_SPECS, SPECS, USER, Authority, CertificateSpec,
 #: Entry-point group; each entry point is a class derived from `Backend`.
 ENTRY_POINT_GROUP = "kubeadm_ca_bridge.backends"
 USAGES = ("server", "client", "peer")
+_PLAIN_NAME, _PLAIN_SAN = re.compile(r"[A-Za-z0-9._-]+"), re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,19 @@ class Names:
     common_name: str = ""  #: The whole subject is this CN; empty: an empty subject.
     uris: tuple[str, ...] = ()
     dns: tuple[str, ...] = ()
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether no character has a meaning in an openssl.cnf, or in a subject on openssl's command line."""
+        is_plain = all(map(_PLAIN_SAN.fullmatch, (*self.uris, *self.dns)))
+        return is_plain and (not self.common_name or _PLAIN_NAME.fullmatch(self.common_name) is not None)
+
+    @property
+    def openssl_sans(self) -> str:
+        """A line for an openssl.cnf, critical below an empty subject (RFC 5280 §4.2.1.6); empty: there are no SANs."""
+        sans = [*(f"URI:{uri}" for uri in self.uris), *(f"DNS:{dns}" for dns in self.dns)]
+        critical = [] if self.common_name else ["critical"]
+        return f"subjectAltName = {','.join([*critical, *sans])}\n" if sans else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +114,8 @@ Ability = Literal[
 
 class Backend:
     """
-    A way to have CSRs signed by one CA: a backend derives from it, and writes `settings_type`, `sign`, and what else
-    its CA can do. An entry point in `ENTRY_POINT_GROUP` names the class.
+    A way to have CSRs signed by one CA: a backend derives from it, and writes `settings_type`, `sign` (or `sign_many`),
+    and what else its CA can do. An entry point in `ENTRY_POINT_GROUP` names the class.
 
     What a backend does not write has the default of this class: the CA can't do that, or doesn't show it.
     """
@@ -138,7 +153,7 @@ class Backend:
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """
-        Have the CA sign one CSR.
+        Have the CA sign one CSR; by default as a batch of one.
 
         Several threads may call it at once. It does not retry: the bridge does, with the same CSR
         (a second certificate for one key is harmless, a lost key is not).
@@ -151,7 +166,10 @@ class Backend:
             BackendRefusedError: The CA refused; trying again cannot help.
             BackendUnavailableError: No answer, or "later"; trying again may help.
         """
-        raise NotImplementedError
+        [answer] = self.sign_many([request])
+        if isinstance(answer, BackendError):
+            raise answer
+        return answer
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """

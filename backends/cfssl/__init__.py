@@ -23,19 +23,10 @@ from typing import Any
 from cryptography import x509
 from requests import Response
 
-from backends.cfssl.settings import API, EKU_NAMES, MIN_KEY_BYTES, CfsslSettings
+from backends.cfssl.settings import API, EKU_NAMES, MIN_KEY_BYTES, CfsslSettings, setup_files
 from backends.http import Http, OverHttp, Wording, json_object, listed, retry_after_seconds, without
 from backends.settings import common_name, read_secret, tls_context
-from bridge.contract import (
-    Issued,
-    Names,
-    PlannedCertificate,
-    Secret,
-    Selector,
-    SetupFile,
-    SetupRequest,
-    SignRequest,
-)
+from bridge.contract import Issued, Names, PlannedCertificate, Secret, Selector, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import is_signed_by, load_pem_certificates
 from bridge.specs import PODS, CertificateSpec
@@ -46,6 +37,7 @@ class CfsslBackend(OverHttp):
     """One CA behind a cfssl server."""
 
     settings_type = CfsslSettings
+    setup = staticmethod(setup_files)
     names_beside_csr = True
 
     def __init__(self, settings: CfsslSettings) -> None:
@@ -57,13 +49,6 @@ class CfsslBackend(OverHttp):
         tls = functools.partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
         self._http = Http(wording, settings.url, settings.timeout, tls)
         self._issuer: x509.Certificate | None = None  # the CA's certificate at the last look
-
-    @classmethod
-    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `backends.cfssl.setup`."""
-        from backends.cfssl import setup as cfssl_setup  # noqa: PLC0415 (signing does not need it)
-
-        return cfssl_setup.setup(wanted)
 
     def sign(self, request: SignRequest) -> Issued:
         """Have the server sign one CSR (`bridge.contract.Backend`); the profile decides the validity."""
@@ -138,8 +123,7 @@ class CfsslBackend(OverHttp):
 
     def identity(self) -> str:
         """The client certificate's CN; an HMAC key has no name."""
-        file = self._settings.client_cert
-        return common_name(file, "cfssl") if file is not None else ""
+        return common_name(self._settings.client_cert, "cfssl")
 
     def _post(self, endpoint: str, body: Mapping[str, object]) -> _Reply:
         """Send one request to an endpoint; raises as `Http.request`."""

@@ -18,7 +18,6 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from backends.cmp.program import ENROLMENT, OLDEST_WITH_PROFILES, Log, Program, Ran, body_of, failure, quoted
 from backends.settings import pair_problems, read_secret, subject_of, url_problems
@@ -27,7 +26,6 @@ from bridge.contract import (
     BackendSettings,
     Issued,
     NamePatterns,
-    Names,
     Pending,
     Secret,
     Selector,
@@ -45,7 +43,7 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import extended_key_usages, is_signed, name_text, san_entries
+from bridge.pki.certificates import extended_key_usages, is_signed, load_pem_certificates, name_text, pem, san_entries
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
 from bridge.system.tls import Peer, UnreachableError
@@ -182,16 +180,11 @@ class CmpBackend(Backend):
     settings_type = CmpSettings
 
     def __init__(self, settings: CmpSettings) -> None:
+        check_files(settings)
         self._settings = settings
         self._path = Selector(settings.path_pattern, settings.paths, settings.node)
         self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._program = Program(name=settings.openssl, timeout=settings.timeout, wait=settings.wait)
-
-    @classmethod
-    def from_settings(cls, settings: CmpSettings) -> CmpBackend:
-        """Make the backend, without the network."""
-        check_files(settings)
-        return cls(settings)
 
     @classmethod
     def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
@@ -247,10 +240,10 @@ class CmpBackend(Backend):
         if ran.code == 0:
             return _issued(ran)
         log = Log.of(ran.messages)
-        if ran.poll or (log.has_waited and log.must_wait):
+        if ran.poll or (log.has_waited and "received polling response" in log.text):
             return Pending(reference=reference, note=_note(ran))
         error = failure(log, self._url(request.spec))
-        if not log.has_polled:
+        if "sending POLLREQ" not in log.text:  # it could not ask for the answer
             hint = "was the order made with other settings of `secret_file`, `client_cert` or `trusted_file`?"
             raise BackendRefusedError(f"{error} (the answer that was kept can't be used)", hint=hint)
         is_verdict = log.rejection is not None or "our enrollment key" in log.text
@@ -274,7 +267,7 @@ class CmpBackend(Backend):
         """Have the server revoke a certificate (`rr`, RFC 9810 §5.3.9), by the path of the certificates with its usages."""
         spec = _spec_like(certificate)
         words = ["-cmd", "rr", "-oldcert", _OLD_CERTIFICATE, "-revreason", _SUPERSEDED]
-        files = {_OLD_CERTIFICATE: certificate.public_bytes(Encoding.PEM)}
+        files = {_OLD_CERTIFICATE: pem(certificate)}
         ran = self._run(self._url(spec), self._profile(spec), words, files)
         log = Log.of(ran.messages)
         is_done = log.rejection is not None and "certRevoked" in log.rejection.failures
@@ -373,28 +366,17 @@ class CmpBackend(Backend):
         return secret
 
 
-#: Text without a special meaning in an openssl configuration, or in a subject on the command line.
-_PLAIN_SAN, _PLAIN_NAME = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+"), re.compile(r"[A-Za-z0-9._-]+")
-
-
 def _extensions(request: SignRequest) -> bytes:
     """An openssl configuration with the template's extensions, and with SANs if they are not the CSR's."""
     ekus = ", ".join(eku.label for eku in EKU if eku in request.spec.ekus)
     usage, sans = "critical, digitalSignature, keyEncipherment", ""
     if request.names is not None:
-        usage, sans = "critical, digitalSignature", f"subjectAltName = {_sans(request.names)}\n"
+        if not request.names.are_plain:
+            raise BackendRefusedError("cmp: wanted names of plain characters, found others")
+        usage, sans = "critical, digitalSignature", request.names.openssl_sans
+        if not sans:
+            raise BackendRefusedError("cmp: there is no name beside the CSR")
     return f"[wanted]\nkeyUsage = {usage}\nextendedKeyUsage = {ekus}\n{sans}".encode()
-
-
-def _sans(names: Names) -> str:
-    """SANs for the configuration, critical below an empty subject (RFC 5280 §4.2.1.6)."""
-    sans = [*(f"URI:{uri}" for uri in names.uris), *(f"DNS:{dns}" for dns in names.dns)]
-    is_plain = all(map(_PLAIN_SAN.fullmatch, (*names.uris, *names.dns)))
-    if not is_plain or (names.common_name and not _PLAIN_NAME.fullmatch(names.common_name)):
-        raise BackendRefusedError("cmp: wanted names of plain characters, found others")
-    if not sans:
-        raise BackendRefusedError("cmp: there is no name beside the CSR")
-    return ",".join([*([] if names.common_name else ["critical"]), *sans])
 
 
 def _spec_like(certificate: x509.Certificate) -> CertificateSpec:
@@ -411,10 +393,9 @@ def _issued(ran: Ran) -> Issued:
         wanted = "cmp: wanted the certificate in a file of openssl's, found a part of it or none"
         raise BackendUnavailableError(wanted, hint="is the disk with the temporary files full?")
     try:
-        [leaf] = x509.load_pem_x509_certificates(ran.leaf_pem)
-        others = x509.load_pem_x509_certificates(ran.others_pem) if ran.others_pem else []
-        _ = [(certificate.subject, certificate.issuer) for certificate in (leaf, *others)]  # which are read only now
-    except (ValueError, TypeError, x509.InvalidVersion) as e:
+        [leaf] = load_pem_certificates(ran.leaf_pem)
+        others = load_pem_certificates(ran.others_pem) if ran.others_pem else []
+    except ValueError as e:
         raise BackendRefusedError(f"cmp: wanted one certificate, found something else ({type(e).__name__})") from e
     return Issued(leaf=leaf, intermediates=tuple(other for other in others if other != leaf))
 

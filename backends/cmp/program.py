@@ -16,13 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from subprocess import STDOUT
 
-from bridge.errors import (
-    BackendError,
-    BackendRefusedError,
-    BackendUnavailableError,
-    LocalFileError,
-    NoVerdictError,
-)
+from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, NoVerdictError
 from bridge.pki import der
 from bridge.system.run_command import Command, Ended, openssl_environment, run, secret_pipe
 from bridge.words import one_line
@@ -273,16 +267,6 @@ class Log:
         """Whether the server had the request and no answer yet when the run ended."""
         ended = "total timeout" in self.text or "polling failed" in self.text
         return "received 'waiting' PKIStatus" in self.text and ended and self.rejection is None
-
-    @property
-    def has_polled(self) -> bool:
-        """Whether the run asked for the answer to an earlier request."""
-        return "sending POLLREQ" in self.text
-
-    @property
-    def must_wait(self) -> bool:
-        """Whether the server then said "not yet"."""
-        return "received polling response" in self.text
 
     @property
     def is_no_such_path(self) -> bool:

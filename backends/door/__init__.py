@@ -16,13 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 from requests import Response
 
 from backends.http import Http, OverHttp, Wording, json_object, look_until, retry_after_seconds
@@ -51,7 +48,7 @@ from bridge.errors import (
 from bridge.pki import node_proofs
 from bridge.pki.bundle import LARGEST_REQUEST_BYTES, AnswerBundle, BundleError, Refusal, RequestBundle, bundle_of
 from bridge.pki.bundle_format import digest, dumps, is_authentic, loads_answer
-from bridge.pki.certificates import attributes, load_pem_certificates, san_entries
+from bridge.pki.certificates import O_OID, attributes, csr_fingerprint, load_pem_certificates, san_entries
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.paths import read_public_key
 from bridge.words import one_line
@@ -148,13 +145,6 @@ class DoorBackend(OverHttp):
         """The node's name; the door verifies it by the proof."""
         return self._settings.node
 
-    def sign(self, request: SignRequest) -> Issued | Pending:
-        """Send one request in a bundle of its own."""
-        [answer] = self.sign_many([request])
-        if isinstance(answer, BackendError):
-            raise answer
-        return answer
-
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """Send each batch in one bundle or several (`_lots`), and wait for the answers as long as the settings say."""
         batches: dict[str, list[SignRequest]] = {}
@@ -190,8 +180,7 @@ class DoorBackend(OverHttp):
             raise _error(answer)
 
     def _recalled(self, request: SignRequest) -> Issued | None:
-        csr = sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
-        answer = self._ask("GET", f"/v1/certificates/{request.spec.name}/{csr}")
+        answer = self._ask("GET", f"/v1/certificates/{request.spec.name}/{csr_fingerprint(request.csr)}")
         if answer.status_code == HTTPStatus.NOT_FOUND:
             return None
         leaf, *intermediates = self._certificates(answer)
@@ -353,8 +342,8 @@ def _allow_lines(wanted: SetupRequest) -> Iterator[str]:
     yield f"#   nodes = [{_quoted(wanted.node)}]"
     if wanted.validity > _LONGEST:
         yield f'#   max_validity = "{-(-wanted.validity // timedelta(days=1))}d"'
-    group = (NameOID.ORGANIZATION_NAME.dotted_string, MASTERS)
-    masters = [name for name, certificate in wanted.certificates.items() if group in attributes(certificate.subject)]
+    subjects = {name: attributes(certificate.subject) for name, certificate in wanted.certificates.items()}
+    masters = [name for name, subject in subjects.items() if (O_OID, MASTERS) in subject]
     if masters:
         yield f"#   masters = [{', '.join(map(_quoted, masters))}]"
 

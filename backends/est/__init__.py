@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
-import hashlib
 import json
 import re
 import shlex
@@ -32,16 +31,7 @@ from requests.auth import HTTPBasicAuth
 
 from backends.http import Http, OverHttp, Wording, retry_after_seconds, without
 from backends.settings import common_name, pair_problems, read_secret, tls_context, url_problems
-from bridge.contract import (
-    BackendSettings,
-    Issued,
-    Pending,
-    Secret,
-    Selector,
-    SetupFile,
-    SetupRequest,
-    SignRequest,
-)
+from bridge.contract import BackendSettings, Issued, Pending, Secret, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -50,14 +40,11 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import extended_key_usages, is_for, is_signed_by, name_text, san_entries
+from bridge.pki.certificates import csr_fingerprint, extended_key_usages, is_for, is_signed_by, name_text, san_entries
 from bridge.pki.expiry import day, minute
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
 from bridge.words import escaped, one_line
-
-_EXAMPLE_URL = "https://est.corp.example"
-_DAY_SECONDS = 86400
 
 #: A long Retry-After, or a clock that was set back, must not delay the next try until the certificate has expired.
 LONGEST_RETRY_AFTER = timedelta(days=1)
@@ -137,7 +124,7 @@ class EstBackend(OverHttp):
         by_label: dict[str, list[CertificateSpec]] = {}
         for name in wanted.certificates:
             by_label.setdefault(label(SPECS[name]), []).append(SPECS[name])
-        url = str(wanted.settings.get("url", _EXAMPLE_URL)).rstrip("/")
+        url = str(wanted.settings.get("url", "https://est.corp.example")).rstrip("/")
         parts = [_HEAD.format(authority=wanted.authority.name, node=wanted.node, cluster=wanted.cluster)]
         parts += ["\n".join(_label_lines(name, specs, wanted)) for name, specs in by_label.items()]
         parts.append(_ASKER)
@@ -169,7 +156,7 @@ class EstBackend(OverHttp):
     def collect(self, request: SignRequest, reference: str) -> Issued | Pending:
         """Send the same CSR again, as EST demands (RFC 7030 §4.2.3), but not before the server's Retry-After."""
         digest, _, end = reference.partition("@")
-        if digest != _digest(request):
+        if digest != csr_fingerprint(request.csr):
             hint = "`ca-bridge pending cancel` makes room for a new request"
             raise BackendRefusedError("est: wanted the reference of this CSR, found another one's", hint=hint)
         now = datetime.now(UTC)
@@ -195,7 +182,7 @@ class EstBackend(OverHttp):
     def identity(self) -> str:
         """The client certificate's CN, and the user."""
         settings = self._settings
-        name = common_name(settings.client_cert, "est") if settings.client_cert else ""
+        name = common_name(settings.client_cert, "est")
         return ", ".join(filter(None, [name, settings.username and f"user {settings.username}"]))
 
     def _ca_certificates(self, label: str, *, anew: bool = False) -> Sequence[x509.Certificate]:
@@ -290,18 +277,14 @@ NO_ENTRY = frozenset({401, 403, 404, 405})
 _VERDICTS = frozenset({400, 403, 409, 410, 413, 415, 422})
 
 
-def _digest(request: SignRequest) -> str:
-    return hashlib.sha256(request.csr.public_bytes(Encoding.DER)).hexdigest()
-
-
 def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
     """The pending answer: RFC 7030 §4.2.3 has no reference, and not every server sends its Retry-After."""
     said = f" ({answer.text})" if answer.text else ""
     if answer.retry_after_seconds is None:
-        return Pending(reference=_digest(request), note=f"the server answers later{said}")
+        return Pending(reference=csr_fingerprint(request.csr), note=f"the server answers later{said}")
     moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_RETRY_AFTER)
     note = f"the server answers later{said}, and asks to wait until {minute(moment)}"
-    return Pending(reference=f"{_digest(request)}@{int(moment.timestamp())}", note=note)
+    return Pending(reference=f"{csr_fingerprint(request.csr)}@{int(moment.timestamp())}", note=note)
 
 
 def _names(certificates: Sequence[x509.Certificate]) -> str:
@@ -475,21 +458,11 @@ def leaf_of(certificates: Sequence[x509.Certificate], csr: x509.CertificateSigni
 
 def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -> tuple[x509.Certificate, ...]:
     """
-    All certificates that a path from leaf to anchor may need, the path first. Roots are known by their signature:
+    All certificates that a path from leaf to anchor may need, in any order. Roots are known by their signature:
     roll-over certificates (RFC 7030 §4.1.3) also have the same subject and issuer, and are needed.
     """
-    left = [
-        certificate
-        for certificate in dict.fromkeys(pool)
-        if certificate != leaf and not certifies(certificate, certificate)
-    ]
-    path: list[x509.Certificate] = []
-    below = leaf
-    while issuer := next((certificate for certificate in left if certifies(certificate, below)), None):
-        left.remove(issuer)
-        path.append(issuer)
-        below = issuer
-    return (*path, *left)
+    others = (certificate for certificate in dict.fromkeys(pool) if certificate != leaf)
+    return tuple(certificate for certificate in others if not certifies(certificate, certificate))
 
 
 def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
@@ -535,7 +508,7 @@ def _label_lines(label: str, specs: Sequence[CertificateSpec], wanted: SetupRequ
     yield f"  extended key usage  {' / '.join(sorted(usages))}, and no other"
     yield "  key usage           digitalSignature, keyEncipherment"
     yield "  basic constraints   CA:FALSE"
-    yield f"  validity            {wanted.validity.total_seconds() / _DAY_SECONDS:g} days"
+    yield f"  validity            {wanted.validity / timedelta(days=1):g} days"
     for spec in specs:
         yield f"  {spec.name}"
         certificate = wanted.certificates[spec.name]

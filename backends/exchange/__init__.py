@@ -89,13 +89,6 @@ class ExchangeBackend(Backend):
                 )
         return {}
 
-    def sign(self, request: SignRequest) -> Issued | Pending:
-        """Write one request in a bundle of its own."""
-        [answer] = self.sign_many([request])
-        if isinstance(answer, BackendError):
-            raise answer
-        return answer
-
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
         """Write each batch as one bundle, unless it is already in the outbox."""
         self.check(())

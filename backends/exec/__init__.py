@@ -19,17 +19,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.exec.settings import ENVIRONMENT, LONGEST_VARIABLE, ExecSettings, ekus_text
-from bridge.contract import (
-    Backend,
-    Issued,
-    Names,
-    Pending,
-    Selector,
-    SetupFile,
-    SetupRequest,
-    SignRequest,
-)
+from backends.exec.settings import ENVIRONMENT, LONGEST_VARIABLE, ExecSettings, ekus_text, setup_files
+from bridge.contract import Backend, Issued, Names, Pending, Selector, SignRequest
 from bridge.errors import (
     BackendError,
     BackendRefusedError,
@@ -74,30 +65,13 @@ class ExecBackend(Backend):
     """One CA behind a program."""
 
     settings_type = ExecSettings
+    setup = staticmethod(setup_files)
 
-    def __init__(self, settings: ExecSettings, account: Account) -> None:
+    def __init__(self, settings: ExecSettings) -> None:
         self._settings = settings
-        self._account = account
+        self._account = _account_of(settings.user)
         self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._program = Path(settings.command[0])
-
-    @classmethod
-    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `backends.exec.setup`."""
-        from backends.exec import setup as exec_setup  # noqa: PLC0415 (for `setup` alone)
-
-        return exec_setup.setup(wanted)
-
-    @classmethod
-    def from_settings(cls, settings: ExecSettings) -> ExecBackend:
-        """Make the backend, without running the program yet."""
-        try:
-            account = Account.of(settings.user)
-        except KeyError:
-            raise SettingsError([SettingsProblem("user", "a user of this machine", repr(settings.user))]) from None
-        if account.is_other and Account.of("").uid != 0:
-            raise SettingsError([SettingsProblem("user", "no other user (only root can become one)", settings.user)])
-        return cls(settings, account)
 
     @property
     def names_beside_csr(self) -> bool:
@@ -128,8 +102,8 @@ class ExecBackend(Backend):
         lacking = sorted(NOT_OURS_TO_GIVE & set(_names(needed)) - self._settings.environment.keys())
         needs = [Violation(subject="the program's needs", want=name, got="nothing to set it from") for name in lacking]
         offered = _names(profiles)
-        violations = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
-        return {name: violations for name, violations in violations.items() if violations}
+        wrong = {spec.name: [*_profile_violations(self._profile(spec), offered), *needs] for spec in specs}
+        return {name: violations for name, violations in wrong.items() if violations}
 
     def issuers(self) -> list[x509.Certificate]:
         """Run the program with FETCH-ROOTS, without naming an authority; none if it does not know that operation."""
@@ -261,6 +235,16 @@ class ExecBackend(Backend):
         if ended.code in {_WAIT, _UNREACHABLE}:
             return BackendUnavailableError(f"exec: {self._program}: {text}", hint=hint)
         return self._refused(text, hint, NoVerdictError if ended.code in _NO_VERDICT else BackendRefusedError)
+
+
+def _account_of(user: str) -> Account:
+    try:
+        account = Account.of(user)
+    except KeyError:
+        raise SettingsError([SettingsProblem("user", "a user of this machine", repr(user))]) from None
+    if account.is_other and Account.of("").uid != 0:
+        raise SettingsError([SettingsProblem("user", "no other user (only root can become one)", user)])
+    return account
 
 
 _START_HINTS = {

@@ -26,9 +26,9 @@ from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 
 from backends.http import Http, OverHttp, Wording, json_object, look_until, object_of, retry_after_seconds
+from backends.kubernetes import setup as kubernetes_setup
 from backends.settings import context_of, pair_problems, read_secret, tls_context, token_end, url_problems
 from bridge.contract import (
     BackendSettings,
@@ -38,8 +38,6 @@ from bridge.contract import (
     PlannedCertificate,
     Secret,
     Selector,
-    SetupFile,
-    SetupRequest,
     SignRequest,
 )
 from bridge.errors import (
@@ -54,7 +52,7 @@ from bridge.errors import (
 )
 from bridge.node import kubeconfig
 from bridge.node.kubeconfig import KubeconfigError
-from bridge.pki.certificates import is_for, load_pem_certificates
+from bridge.pki.certificates import O_OID, attributes, is_for, load_pem_certificates
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
 from bridge.system.waiting import back_off_seconds
@@ -240,6 +238,7 @@ class KubernetesBackend(OverHttp):
     """One cluster, with any signer in it."""
 
     settings_type = KubernetesSettings
+    setup = staticmethod(kubernetes_setup.files)
     asks_validity = True
 
     def __init__(self, settings: KubernetesSettings) -> None:
@@ -249,13 +248,6 @@ class KubernetesBackend(OverHttp):
         wording = Wording(name="kubernetes", not_ours=_NOT_KUBERNETES, tls=_tls_hint)
         self._http = Http(wording, self._url, settings.timeout, settings.tls_context)
         self._answered: deque[tuple[str, str]] = deque()  #: Name and uid.
-
-    @classmethod
-    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `backends.kubernetes.setup`."""
-        from backends.kubernetes import setup as kubernetes_setup  # noqa: PLC0415 (signing does not need it)
-
-        return kubernetes_setup.files(wanted)
 
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Make the object, or find the one of an earlier try, and wait a little for its answer."""
@@ -284,24 +276,21 @@ class KubernetesBackend(OverHttp):
     def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
         """Ask the API server for our rights, and compare usages with Kubernetes' signers; no API shows others."""
         rights = [missing for verb in ("create", "get") if (missing := self._missing_right(verb))]
-        by_name = {spec.name: [*rights, *_signer_violations(spec, self._signer(spec))] for spec in specs}
-        return {name: violations for name, violations in by_name.items() if violations}
+        return {
+            spec.name: wrong for spec in specs if (wrong := [*rights, *_signer_violations(spec, self._signer(spec))])
+        }
 
     def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare the validity with the API's limit, and the groups with those that it never accepts."""
-        violations_by_name = {}
-        for planned in wanted:
-            violations = []
-            if planned.validity < SHORTEST:
-                violations.append(Violation(subject="validity", want="10m or more", got=f"{planned.validity}"))
-            groups = planned.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-            is_master = any(group.value == MASTERS for group in groups)
-            if self._signer(planned.spec) == "kubernetes.io/kube-apiserver-client" and is_master:
-                got = "it, which no API server takes for kubernetes.io/kube-apiserver-client"
-                violations.append(Violation(subject="O", want=f"no {MASTERS}", got=got))
-            if violations:
-                violations_by_name[planned.spec.name] = violations
-        return violations_by_name
+        return {planned.spec.name: wrong for planned in wanted if (wrong := list(self._beyond_limits(planned)))}
+
+    def _beyond_limits(self, planned: PlannedCertificate) -> Iterator[Violation]:
+        if planned.validity < SHORTEST:
+            yield Violation(subject="validity", want="10m or more", got=f"{planned.validity}")
+        is_master = (O_OID, MASTERS) in attributes(planned.certificate.subject)
+        if self._signer(planned.spec) == "kubernetes.io/kube-apiserver-client" and is_master:
+            got = "it, which no API server takes for kubernetes.io/kube-apiserver-client"
+            yield Violation(subject="O", want=f"no {MASTERS}", got=got)
 
     def advice(self, spec: CertificateSpec) -> str:
         """Name the signer."""

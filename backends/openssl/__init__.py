@@ -30,20 +30,13 @@ from cryptography.x509.oid import NameOID
 
 from backends.openssl.index import Database, Snapshot, file_name
 from backends.openssl.program import KeyFile, Openssl, ProcessEnd, TokenKey
-from backends.openssl.settings import (
-    CA_PLACE_HINT,
-    EKUS,
-    SECTION,
-    CAFiles,
-    OpensslSettings,
-    files_of,
-    setup_files,
-)
-from bridge.contract import Backend, Issued, Names, SetupFile, SetupRequest, SignRequest
+from backends.openssl.settings import CA_PLACE_HINT, EKUS, SECTION, OpensslSettings, files_of, setup_files
+from bridge.contract import Backend, Issued, Names, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import UNREADABLE, asked_key_and_usages, extension, is_signed_by, key_and_usages, spki
 from bridge.pki.expiry import minute
 from bridge.specs import CertificateSpec, Usage
+from bridge.system.files import reasons
 from bridge.system.paths import open_regular
 
 _FAILED_RUNS = 20  # in a row: more than it takes to halve 1000 down to a bad CSR, and no endless list of failures
@@ -53,8 +46,6 @@ _MEMORY = "/dev/shm"  # noqa: S108 (the folder made in it is private)
 _PREFIX = "ca-bridge-"
 _LONGEST_CHECK = 86_400  # seconds
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._-]+")
-#: Other characters have a meaning in an openssl.cnf.
-_PLAIN_SAN = re.compile(r"(?:[a-z]+://)?[A-Za-z0-9._/-]+")
 
 # All paths are relative to the folder of the run, so that none of the site's has to be quoted.
 _CONFIG = """\
@@ -99,26 +90,17 @@ class OpensslBackend(Backend):
     """Signs with `openssl ca` on this host."""
 
     settings_type = OpensslSettings
+    setup = staticmethod(setup_files)
     asks_validity = True
     names_beside_csr = True
 
-    def __init__(self, settings: OpensslSettings, files: CAFiles) -> None:
+    def __init__(self, settings: OpensslSettings) -> None:
         self._settings = settings
-        self._files = files
-        where, token = files.private_key, settings.pkcs11
+        self._files = files_of(settings)
+        where, token = self._files.private_key, settings.pkcs11
         self._key = TokenKey(where, token) if token is not None else KeyFile(Path(where), settings.passphrase)
         self._openssl = Openssl(program=settings.openssl, limit=settings.timeout, key=self._key)
         self._working = Lock()  #: Threads of a process take turns without the polling of the database's lock.
-
-    @classmethod
-    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `setup_files`."""
-        return setup_files(wanted)
-
-    @classmethod
-    def from_settings(cls, settings: OpensslSettings) -> OpensslBackend:
-        """Make the backend; read the site's openssl.cnf, if the settings name one."""
-        return cls(settings, files_of(settings))
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed."""
@@ -189,11 +171,9 @@ class OpensslBackend(Backend):
         """The certificates in the CA's certificate file."""
         path = self._files.certificate
         try:
-            with open_regular(path) as file:
+            failed = f"wanted the CA's certificate in {path}, found"
+            with reasons(LocalFileError, failed, hint=CA_PLACE_HINT), open_regular(path) as file:
                 return x509.load_pem_x509_certificates(file.read())
-        except OSError as e:
-            text = f"wanted the CA's certificate in {path}, found: {e.strerror}"
-            raise LocalFileError(text, hint=CA_PLACE_HINT) from e
         except ValueError as e:
             text = f"{path} holds no PEM certificate; it has to be the CA's"
             raise LocalFileError(text, hint=CA_PLACE_HINT) from e
@@ -388,7 +368,7 @@ class _Desk:
         if alike.names is None:
             return ["-extensions", alike.usage]
         section = SECTION.format(usage="named", ekus=EKUS[alike.usage])
-        self.folder.joinpath("named.cnf").write_text(section + _sans_of(alike.names), encoding="ascii")
+        self.folder.joinpath("named.cnf").write_text(section + alike.names.openssl_sans, encoding="ascii")
         subject = ["-subj", f"/CN={alike.names.common_name}"] if alike.names.common_name else []
         return ["-extfile", "named.cnf", "-extensions", "named", *subject]
 
@@ -426,18 +406,6 @@ def _batches(requests: Sequence[SignRequest], size: int) -> list[_Batch]:
     return [
         (alike, group[start : start + size]) for alike, group in groups.items() for start in range(0, len(group), size)
     ]
-
-
-def _sans_of(names: Names) -> str:
-    """The SANs as an openssl.cnf has them; critical below an empty subject (RFC 5280 §4.2.1.6)."""
-    lines = [
-        *(f"URI.{n} = {uri}" for n, uri in enumerate(names.uris)),
-        *(f"DNS.{n} = {dns_name}" for n, dns_name in enumerate(names.dns)),
-    ]
-    if not lines:
-        return ""
-    critical = "" if names.common_name else "critical,"
-    return "\n".join([f"subjectAltName = {critical}@names", "[names]", *lines, ""])
 
 
 def _checked_all(requests: Sequence[tuple[int, SignRequest]]) -> tuple[list[CheckedCsr], _Answers]:
@@ -531,7 +499,8 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest, names: Names | 
         return "one list of extensions, found several"
     subject = list(csr.subject)
     if names is not None:
-        return "no names in this CSR, found some" if subject or list(csr.extensions) else _wrong_beside(names)
+        wrong = "" if names.are_plain else "names of plain characters, found others"
+        return "no names in this CSR, found some" if subject or list(csr.extensions) else wrong
     if not subject:
         return "a subject, found an empty one"
     unread = [
@@ -540,12 +509,6 @@ def _wrong_with(pem: bytes, csr: x509.CertificateSigningRequest, names: Names | 
         if not _is_readable(attribute)
     ]
     return f"a subject in strings that openssl ca reads, found {', '.join(unread)}" if unread else ""
-
-
-def _wrong_beside(names: Names) -> str:
-    plain = all(map(_PLAIN_SAN.fullmatch, (*names.uris, *names.dns)))
-    plain = plain and (not names.common_name or _PLAIN_NAME.fullmatch(names.common_name) is not None)
-    return "" if plain else "names of plain characters, found others"
 
 
 def _is_readable(attribute: x509.NameAttribute[str | bytes]) -> bool:

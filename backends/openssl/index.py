@@ -12,7 +12,6 @@ import ctypes
 import logging
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from cryptography import x509
 
 from backends.openssl.settings import CA_PLACE_HINT, ConfigDoubtError, parse_config
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
-from bridge.system.files import remove_unfinished, sync_directory, write_atomically
+from bridge.system.files import reasons, remove_unfinished, sync_directory, write_atomically
 from bridge.system.locks import take_lock
 from bridge.system.paths import Exposure, exposure, open_regular
 
@@ -122,13 +121,9 @@ class Database:
     def locked(self, limit: timedelta) -> Iterator[int]:
         """Hold the lock (BackendUnavailableError: another process holds it)."""
         path = self.index.with_name(LOCK_NAME)
-        try:
+        hint = "run as the CA's own user, which must be able to write in the database's folder"
+        with reasons(LocalFileError, f"can't lock {path}", hint=hint):
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise LocalFileError(
-                f"can't lock {path}: {e.strerror}",
-                hint="run as the CA's own user, which must be able to write in the database's folder",
-            ) from e
         try:
             with suppress(PermissionError):  # then it is the CA's own user's already, or we can't give it away
                 os.fchown(lock, self._pattern().st_uid, self._pattern().st_gid)
@@ -166,11 +161,8 @@ class Database:
 
     def revoked(self) -> frozenset[int]:
         """The serial numbers that are revoked; works also while another run signs."""
-        try:
-            with self._open() as file:
-                return frozenset(int(serial, 16) for serial in _REVOKED.findall(file.read()))
-        except OSError as e:
-            raise LocalFileError(f"can't read the CA's database {self.index}: {e.strerror}") from e
+        with reasons(LocalFileError, f"can't read the CA's database {self.index}"), self._open() as file:
+            return frozenset(int(serial, 16) for serial in _REVOKED.findall(file.read()))
 
     def _open(self) -> FileIO:
         """Open the index, or wait while another run's `openssl ca` is between its renames."""
@@ -377,13 +369,10 @@ def _new_serials(before: Snapshot, after: bytes) -> list[int]:
 
 
 def _read_if_there(path: Path, at_most: int = -1) -> bytes | None:
-    try:
-        with open_regular(path, _LARGEST_INDEX if at_most < 0 else None) as file:
-            return file.read(at_most)
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise LocalFileError(f"can't read {path}: {e.strerror}") from e
+    most = _LARGEST_INDEX if at_most < 0 else None
+    with reasons(LocalFileError, f"can't read {path}"), suppress(FileNotFoundError), open_regular(path, most) as file:
+        return file.read(at_most)
+    return None
 
 
 def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
@@ -396,13 +385,10 @@ def _parse_if_whole(data: bytes | None) -> x509.Certificate | None:
 
 def _adopt(fd: int, pattern: os.stat_result) -> None:
     """Give a file the owner and the mode of another; only root can give it away, other users keep it."""
-    status, mode = os.fstat(fd), pattern.st_mode & 0o666
-    if (status.st_uid, status.st_gid) != (pattern.st_uid, pattern.st_gid):
-        with suppress(PermissionError):
-            os.fchown(fd, pattern.st_uid, pattern.st_gid)
-    if stat.S_IMODE(status.st_mode) != mode:
-        with suppress(PermissionError):
-            os.fchmod(fd, mode)
+    with suppress(PermissionError):
+        os.fchown(fd, pattern.st_uid, pattern.st_gid)
+    with suppress(PermissionError):
+        os.fchmod(fd, pattern.st_mode & 0o666)
 
 
 def _write(path: Path, data: bytes, pattern: os.stat_result) -> None:

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from bridge.contract import Secret, SecretUnavailableError
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, LocalFileError, SettingsProblem
 from bridge.pki.certificates import spki
+from bridge.system.files import reasons
 from bridge.system.paths import open_regular
 from bridge.system.run_command import Command, openssl_environment, run, secret_pipe
 
@@ -91,21 +92,15 @@ class KeyFile:
     def __str__(self) -> str:
         return str(self.path)
 
-    def arguments(self, command: str) -> list[str]:  # noqa: ARG002 (a file needs none)
-        """Further arguments of an openssl command."""
-        return []
-
-    def environment(self, command: str) -> dict[str, str]:  # noqa: ARG002 (likewise)
-        """Further variables in the environment of an openssl command."""
-        return {}
+    def options(self, command: str) -> tuple[list[str], dict[str, str]]:  # noqa: ARG002 (a file needs none)
+        """Further arguments of an openssl command, and variables in its environment."""
+        return [], {}
 
     def check(self) -> None:
         """Make sure, without openssl, that the file can be opened."""
-        try:
+        hint = "put it back, or set `private_key` to its file"
+        with reasons(LocalFileError, f"wanted the CA's private key in {self}, found", hint=hint):
             open_regular(self.path).close()
-        except OSError as e:
-            text = f"wanted the CA's private key in {self}, found: {e.strerror}"
-            raise LocalFileError(text, hint="put it back, or set `private_key` to its file") from e
 
     def login(self, secret: bytes) -> AbstractContextManager[Callable[[str], None]]:  # noqa: ARG002 (tried at will)
         """Surround one run of openssl; the caller passes openssl's messages to the function that it yields."""
@@ -177,21 +172,17 @@ class TokenKey:
         """The lines that come first in the openssl.cnf of a run."""
         return _PROVIDER_CONFIG if self.settings.method == "provider" else ""
 
-    def arguments(self, command: str) -> list[str]:
-        """Further arguments of an openssl command."""
-        if self.settings.method == "provider":
-            return []
-        return ["-engine", "pkcs11", "-keyform" if command == "ca" else "-inform", "engine"]
-
-    def environment(self, command: str) -> dict[str, str]:
-        """Further variables of an openssl command; they need no quoting, as a path in an openssl.cnf would."""
+    def options(self, command: str) -> tuple[list[str], dict[str, str]]:
+        """As `KeyFile.options`; variables need no quoting, as a path in an openssl.cnf would."""
         module = str(self.settings.module)
         if self.settings.method == "engine":
-            return {**self.settings.environment, "PKCS11_MODULE_PATH": module}
+            arguments = ["-engine", "pkcs11", "-keyform" if command == "ca" else "-inform", "engine"]
+            return arguments, {**self.settings.environment, "PKCS11_MODULE_PATH": module}
         # a command without -config reads OPENSSL_CONF; and the provider logs what it does only for one key, not for a
         # thousand signatures
         looking = {"OPENSSL_CONF": "openssl.cnf", "PKCS11_PROVIDER_DEBUG": "file:/dev/stderr,level:1"}
-        return {**self.settings.environment, "PKCS11_PROVIDER_MODULE": module, **(looking if command != "ca" else {})}
+        more = looking if command != "ca" else {}
+        return [], {**self.settings.environment, "PKCS11_PROVIDER_MODULE": module, **more}
 
     def check(self) -> None:
         """Make sure that the module can be read; only a login shows what the token lacks."""
@@ -372,11 +363,12 @@ class Openssl:
         """
         self.key.check()
         secret = self._secret()  # an empty line is right for a key without passphrase
+        options, environment = self.key.options(command)
         with secret_pipe(secret) as reading, self.key.login(secret) as note:
             outcome = self._run(
-                [command, "-passin", f"fd:{reading}", *self.key.arguments(command), *arguments],
+                [command, "-passin", f"fd:{reading}", *options, *arguments],
                 folder=folder,
-                environment=self.key.environment(command),
+                environment=environment,
                 inherited=(reading, *inherited),
                 limit=self.limit * (1 + csrs // CSRS_A_LIMIT),
             )

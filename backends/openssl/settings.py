@@ -67,7 +67,6 @@ class OpensslSettings(BackendSettings):
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Find files that are named twice or not at all, and a key that openssl might not find."""
-        yield from super().problems()
         named = [key for key in ("dir", *_FILES) if getattr(self, key) is not None]
         if self.config and named:
             yield SettingsProblem("config", "either config or the files themselves", f"config, {', '.join(named)}")

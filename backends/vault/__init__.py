@@ -13,27 +13,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from functools import lru_cache
 from http import HTTPStatus
 from threading import Lock
 from urllib.parse import quote
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from hvac import Client
 
 from backends.http import OverHttp, listed
+from backends.vault import setup as vault_setup
 from backends.vault.server import Answer, Tokens, identity_text, log, texts
 from backends.vault.settings import VaultSettings, role_selector
-from bridge.contract import (
-    CredentialEnd,
-    Issued,
-    Names,
-    PlannedCertificate,
-    SetupFile,
-    SetupRequest,
-    SignRequest,
-)
+from bridge.contract import CredentialEnd, Issued, Names, PlannedCertificate, SignRequest
 from bridge.errors import BackendRefusedError, LocalFileError, Violation
 from bridge.pki.certificates import (
     UNREADABLE,
@@ -41,6 +32,7 @@ from bridge.pki.certificates import (
     is_signed_by,
     key_and_usages,
     load_pem_certificates,
+    pem,
     serial_hex,
 )
 from bridge.specs import EKU, PODS, USER, CertificateSpec
@@ -49,8 +41,6 @@ from bridge.words import one_line
 
 #: How many of the server's warnings about one certificate we log; usually there are one or two.
 _MOST_WARNINGS = 5
-#: How many issuers' chains are cached; each has at most a megabyte of text.
-_CHAINS = 8
 #: The longest list of certificates that we ask for: a longer one would exceed the size limit of an answer.
 _MOST_LISTED = 10_000
 _NUMBER = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){0,20}")
@@ -66,6 +56,7 @@ class VaultBackend(OverHttp):
     """Has certificates signed by a PKI secrets engine."""
 
     settings_type = VaultSettings
+    setup = staticmethod(vault_setup.setup)
     asks_validity = True
 
     def __init__(self, settings: VaultSettings) -> None:
@@ -81,13 +72,6 @@ class VaultBackend(OverHttp):
         self._read: dict[str, tuple[_Kind, x509.Certificate] | None] = {}
         self._reading = Lock()  # for both
         self._tells_that_it_may_not = True
-
-    @classmethod
-    def setup(cls, wanted: SetupRequest) -> Sequence[SetupFile]:
-        """See `backends.vault.setup`."""
-        from backends.vault import setup as vault_setup  # noqa: PLC0415 (signing does not need it)
-
-        return vault_setup.setup(wanted)
 
     def sign(self, request: SignRequest) -> Issued:
         """Have one CSR signed; see `bridge.contract.Backend.sign`."""
@@ -124,26 +108,19 @@ class VaultBackend(OverHttp):
         paths = [self._sign_path(self._role(spec)) for spec in specs]
         answer = self._ask(lambda client: client.sys.get_capabilities(sorted(set(paths))))
         rights = {} if answer.forbidden else answer.or_raise().data
-        violations = {spec.name: self._violations(spec, rights) for spec in specs}
-        return {name: violations for name, violations in violations.items() if violations}
+        return {spec.name: wrong for spec in specs if (wrong := self._violations(spec, rights))}
 
     def check_whole(self, wanted: Sequence[PlannedCertificate]) -> dict[str, list[Violation]]:
         """Compare each role that the token may read with its certificate; `sign-verbatim` has no roles."""
         if self._settings.mode != "sign":
             return {}
-        from backends.vault import setup as vault_setup  # noqa: PLC0415 (signing does not need it)
+        return {planned.spec.name: wrong for planned in wanted if (wrong := list(self._unlike(planned)))}
 
-        violations_by_name = {}
-        for planned in wanted:
-            role = self._role(planned.spec)
-            looked = self._read_role(role)
-            violations = [*vault_setup.unlike(looked, planned), *self._another_issuer(looked)] if looked else []
-            if violations:
-                place = f"role {role} of {self._settings.mount.strip('/')}"
-                violations_by_name[planned.spec.name] = [
-                    replace(v, subject=f"{place}: {v.subject}") for v in violations
-                ]
-        return violations_by_name
+    def _unlike(self, planned: PlannedCertificate) -> Iterator[Violation]:
+        role = self._role(planned.spec)
+        looked = self._read_role(role)
+        for wrong in (*vault_setup.unlike(looked, planned), *self._another_issuer(looked)) if looked else ():
+            yield replace(wrong, subject=f"role {role} of {self._plain_mount}: {wrong.subject}")
 
     def _another_issuer(self, role: Mapping[str, object]) -> Iterator[Violation]:
         """Find a role whose issuer is not the mount's default one, which `issuers` returns."""
@@ -156,7 +133,7 @@ class VaultBackend(OverHttp):
 
     def advice(self, spec: CertificateSpec) -> str:
         """Name the role, or in mode `sign-verbatim` the engine."""
-        mount = self._settings.mount.strip("/")
+        mount = self._plain_mount
         setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
         if spec == USER:
             setup = "`ca-bridge help users`"
@@ -181,9 +158,8 @@ class VaultBackend(OverHttp):
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Revoke a certificate of this mount's CA, stored or not; the token needs `update` on the mount's `revoke`."""
-        pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
         # not by hvac's `revoke_certificate`, which sends the number alone: a mount that stores nothing does not know it
-        path, body = f"{self._mount}/revoke", {"certificate": pem}
+        path, body = f"{self._mount}/revoke", {"certificate": pem(certificate).decode("ascii")}
         self._ask(lambda client: client.write_data(path, data=body)).or_raise()
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
@@ -220,7 +196,7 @@ class VaultBackend(OverHttp):
         if numbers is None:
             text = "a request of a killed run may be signed twice: the token lacks `list` on %s/certs, or there are more than %d"
             level = logging.WARNING if self._tells_that_it_may_not else logging.DEBUG
-            log.log(level, text, self._settings.mount.strip("/"), _MOST_LISTED)
+            log.log(level, text, self._plain_mount, _MOST_LISTED)
             self._tells_that_it_may_not = False
             return []
         oldest = since - _BACKDATED
@@ -297,7 +273,7 @@ class VaultBackend(OverHttp):
         if not answer.token_rejected:
             return answer
         try:
-            other = self._tokens.renew(client)
+            other = self._tokens.get(rejected=client)
         except BackendRefusedError as e:
             raise BackendRefusedError(f"{answer.error()}; a new login failed: {e}", hint=e.hint) from e
         return answer if other.token == client.token else question(other)
@@ -398,13 +374,7 @@ def _issued(answer: Answer) -> Issued:
         raise BackendRefusedError(f"vault: {answer.where}: wanted one certificate, found {len(leaves)}")
     # Vault leaves the chain out where the issuer is a root.
     chain = texts(answer.data.get("ca_chain")) or texts(answer.data.get("issuing_ca"))
-    return Issued(leaf=leaves[0], intermediates=_issuers(tuple(chain), answer.where) if chain else ())
-
-
-@lru_cache(maxsize=_CHAINS)
-def _issuers(pem: tuple[str, ...], where: str) -> tuple[x509.Certificate, ...]:
-    """The issuers' certificates, which are the same in each answer of a role."""
-    return tuple(_certificates(pem, where))
+    return Issued(leaf=leaves[0], intermediates=tuple(_certificates(chain, answer.where)) if chain else ())
 
 
 def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:

@@ -286,15 +286,8 @@ class Tokens:
         self._revoke()
         self.server.http.close()
 
-    def get(self) -> Client:
-        """Return a client with the token; log in if there is none yet."""
-        return self._current or self._logged_in(None)
-
-    def renew(self, rejected: Client) -> Client:
-        """Return a client with another token than the rejected one's if possible; a token file may be a new one."""
-        return self._logged_in(rejected)
-
-    def _logged_in(self, rejected: Client | None) -> Client:
+    def get(self, rejected: Client | None = None) -> Client:
+        """Return a client with the token, with another one than the rejected client's if possible; log in if needed."""
         with self._lock:
             if rejected in self._made:  # it has ended already
                 self._made.remove(rejected)

@@ -221,13 +221,18 @@ def policy(
     prefix = f"{mount}/issuer/{issuer}" if issuer else mount
     names = list(dict.fromkeys(role_names))
     if mode == "sign-verbatim":
-        stanzas = [_VERBATIM.format(path=f"{prefix}/sign-verbatim")]
+        stanzas = [_stanza(f"{prefix}/sign-verbatim", "update", _ABOUT_VERBATIM)]
     else:
         more = "".join(f' "{key}" = []' for key in beside)
         stanzas = [_SIGN.format(path=f"{prefix}/sign/{name}", more=more) for name in names]
-        stanzas += [_READ.format(path=f"{mount}/roles/{name}") for name in names if read_roles]
-    recall, revoke = _RECALL.format(path=f"{mount}/certs"), _REVOKE.format(path=f"{mount}/revoke")
-    stanzas += [_SELF, _REVOKED.format(path=f"{mount}/certs/revoked"), recall, revoke]
+        stanzas += [_stanza(f"{mount}/roles/{name}", "read") for name in names if read_roles]
+    stanzas += [
+        _stanza("auth/token/revoke-self", "update", _ABOUT_SELF),
+        _stanza("sys/capabilities-self", "update"),
+        _stanza(f"{mount}/certs/revoked", "list", _ABOUT_REVOKED),
+        _stanza(f"{mount}/certs", "list", _ABOUT_RECALL, off=True),
+        _stanza(f"{mount}/revoke", "update", _ABOUT_REVOKE, off=True),
+    ]
     return "\n".join(stanzas)
 
 
@@ -238,45 +243,27 @@ path "{path}" {{
   required_parameters = ["csr", "exclude_cn_from_sans"]
 }}
 """
-_READ = """\
-path "{path}" {{
-  capabilities = ["read"]
-}}
-"""
-_SELF = """\
-# The node may revoke its own token, and ask what the token may do.
-path "auth/token/revoke-self" {
-  capabilities = ["update"]
-}
 
-path "sys/capabilities-self" {
-  capabilities = ["update"]
-}
-"""
-_REVOKED = """\
+
+def _stanza(path: str, right: str, about: str = "", *, off: bool = False) -> str:
+    """A stanza of a policy below the lines `about` it; `off`: as a comment, which an administrator may uncomment."""
+    lines = [f'path "{path}" {{', f'  capabilities = ["{right}"]', "}"]
+    return "".join([about, *(f"# {line}\n" if off else f"{line}\n" for line in lines)])
+
+
+_ABOUT_SELF = "# The node may revoke its own token, and ask what the token may do.\n"
+_ABOUT_REVOKED = """\
 # A desk or a door lists all revoked certificates at once. The CRL is public and contains the same.
-path "{path}" {{
-  capabilities = ["list"]
-}}
 """
-_RECALL = """\
+_ABOUT_RECALL = """\
 # Only for a desk or a door: after a crash it finds the certificates already signed for it, and requests none twice.
-# path "{path}" {{
-#   capabilities = ["list"]
-# }}
 """
-_REVOKE = """\
+_ABOUT_REVOKE = """\
 # Only for `[renewal] revoke = "superseded"`. Can't be limited: the node may then revoke any certificate of the mount.
-# path "{path}" {{
-#   capabilities = ["update"]
-# }}
 """
-_VERBATIM = """\
+_ABOUT_VERBATIM = """\
 # This right allows ANY certificate from this CA, system:masters included: no required or forbidden parameter can limit
 # the CSR. Roles (mode "sign") do limit it.
-path "{path}" {{
-  capabilities = ["update"]
-}}
 """
 
 
@@ -389,13 +376,9 @@ def _subject_unlike(role: Mapping[str, object], wanted: PlannedCertificate) -> I
 
 def _names(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[Violation]:
     """CN and SANs that the role would refuse or leave out."""
-    for attribute in wanted.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
-        if not _allows_cn(role, str(attribute.value)):
-            yield Violation(
-                subject="allowed_domains",
-                want=one_line(attribute.value),
-                got=listed(texts(role.get("allowed_domains"))),
-            )
+    for name in certificates.common_names(wanted.certificate.subject):
+        if not _allows_cn(role, name):
+            yield _lacking(role, "allowed_domains", [name])
     try:
         san = wanted.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
@@ -405,12 +388,16 @@ def _names(role: Mapping[str, object], wanted: PlannedCertificate) -> Iterator[V
         return
     refused = [name for name in san.get_values_for_type(x509.DNSName) if not _allows(role, name)]
     if refused:
-        yield Violation(subject="allowed_domains", want=listed(refused), got=listed(texts(role.get("allowed_domains"))))
+        yield _lacking(role, "allowed_domains", refused)
     yield from _addresses(role, list(map(str, san.get_values_for_type(x509.IPAddress))))
     uris = [uri for uri in san.get_values_for_type(x509.UniformResourceIdentifier)
             if not any(fnmatchcase(uri, pattern) for pattern in texts(role.get("allowed_uri_sans")))]  # fmt: skip
     if uris:
-        yield Violation(subject="allowed_uri_sans", want=listed(uris), got=listed(texts(role.get("allowed_uri_sans"))))
+        yield _lacking(role, "allowed_uri_sans", uris)
+
+
+def _lacking(role: Mapping[str, object], key: str, wanted: Iterable[str]) -> Violation:
+    return Violation(subject=key, want=listed(wanted), got=listed(texts(role.get(key))))
 
 
 def _addresses(role: Mapping[str, object], addresses: Sequence[str]) -> Iterator[Violation]:
@@ -422,7 +409,7 @@ def _addresses(role: Mapping[str, object], addresses: Sequence[str]) -> Iterator
         address for address in addresses if networks and not any(_is_in(address, network) for network in networks)
     ]
     if refused:
-        yield Violation(subject="allowed_ip_sans_cidr", want=listed(refused), got=listed(networks))
+        yield _lacking(role, "allowed_ip_sans_cidr", refused)
 
 
 def _is_in(address: str, network: str) -> bool:

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
 from backends.cfssl import CfsslBackend
-from backends.cfssl import setup as cfssl_setup
+from backends.cfssl import settings as cfssl_settings
 from backends.cfssl.settings import CfsslSettings
 from bridge.ca.registry import configured
 from bridge.contract import Secret, SignRequest
@@ -217,7 +217,7 @@ class TestMultirootca(Conformance):
     def keys(cls, ca: TestCA, live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         """Settings for a server of the class."""
         directory = tmp_path_factory.mktemp("multirootca")
-        config = cfssl_setup.signing_config(ETCD_CA, live, VALIDITY, directory)
+        config = cfssl_settings.signing_config(ETCD_CA, live, VALIDITY, directory)
         kit.write_hmac_keys(config)
         other = TestCA.make("other", "ecdsa-p256")
         theirs: dict[str, Any] = {"cert_pem": other.certificate_pem, "key_pem": other.key_pem}
@@ -771,7 +771,7 @@ def test_no_secret_is_reported(double: kit.Double, to_double: CfsslBackend, capl
 @pytest.mark.kube("cfssl")
 def test_only_what_is_needed_is_open(closed: dict[str, Any], tmp_path: Path) -> None:
     """The printed list switches off all that signs without a key or asks other hosts; a server without it has them."""
-    names = [*cfssl_setup.DISABLED.removesuffix(",/").split(","), ""]
+    names = [*cfssl_settings.DISABLED.removesuffix(",/").split(","), ""]
 
     def statuses(url: str) -> dict[str, int]:
         paths = {name: f"{kit.API}/{name}" if name else "/" for name in names}
@@ -797,8 +797,8 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
         "bridge-clients-ca.crt": tls.ca.read_bytes(),
     }.items():
         (tmp_path / name).write_bytes(data)
-    text = cfssl_setup.text(authority, _LIVE, VALIDITY, tmp_path)
-    default = cfssl_setup.PORTS[authority.name]
+    text = cfssl_settings.text(authority, _LIVE, VALIDITY, tmp_path)
+    default = cfssl_settings.PORTS[authority.name]
 
     def command(port: int) -> list[str]:
         path = f"PATH={programs.require('cfssl').parent}:{os.environ['PATH']}"
@@ -828,7 +828,7 @@ def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: 
     }
     (tmp_path / "ca.crt").write_bytes(_CA.certificate_pem)
     (tmp_path / "ca.key").write_bytes(_CA.key_pem)
-    text = cfssl_setup.text(AUTHORITIES["ca"], _LIVE, VALIDITY, tmp_path, settings=settings)
+    text = cfssl_settings.text(AUTHORITIES["ca"], _LIVE, VALIDITY, tmp_path, settings=settings)
     assert f'url = "https://127.0.0.1:{port}"' in text
     path = f"PATH={programs.require('cfssl').parent}:{os.environ['PATH']}"
     node = tmp_path / "node"
@@ -858,7 +858,7 @@ def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: 
 @pytest.mark.parametrize("authority", AUTHORITIES.values(), ids=AUTHORITIES)
 def test_the_printed_settings(authority: Authority) -> None:
     """The node's part of the text is settings that the bridge takes, for the keys that the script makes."""
-    text = cfssl_setup.text(authority, _LIVE, VALIDITY)
+    text = cfssl_settings.text(authority, _LIVE, VALIDITY)
     lines = text.partition("# In the node's settings:\n")[2].partition("\n\n")[0].splitlines()
     parsed = parse("\n".join(line.removeprefix("#") for line in lines))
     read = configured(parsed, [authority.name])[authority.name]
@@ -870,9 +870,9 @@ def test_the_printed_settings(authority: Authority) -> None:
 
 def test_the_configuration_is_for_certificates_that_are_there() -> None:
     """Without a certificate of the authority there is nothing to configure."""
-    assert cfssl_setup.signing_config(FRONT_PROXY_CA, _LIVE, VALIDITY)
+    assert cfssl_settings.signing_config(FRONT_PROXY_CA, _LIVE, VALIDITY)
     with pytest.raises(ValueError, match="front-proxy-ca"):
-        cfssl_setup.signing_config(FRONT_PROXY_CA, {"apiserver": _LIVE["apiserver"]}, VALIDITY)
+        cfssl_settings.signing_config(FRONT_PROXY_CA, {"apiserver": _LIVE["apiserver"]}, VALIDITY)
 
 
 @pytest.mark.parametrize(
@@ -881,7 +881,7 @@ def test_the_configuration_is_for_certificates_that_are_there() -> None:
 )
 def test_the_configurations_validity(validity: timedelta, text: str) -> None:
     """It is in hours and minutes, since Go's durations know no days."""
-    config: Any = cfssl_setup.signing_config(FRONT_PROXY_CA, _LIVE, validity)
+    config: Any = cfssl_settings.signing_config(FRONT_PROXY_CA, _LIVE, validity)
     assert config["signing"]["profiles"]["client"]["expiry"] == text
 
 

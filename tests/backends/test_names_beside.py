@@ -15,8 +15,7 @@ import pytest
 from cryptography import x509
 
 from backends.cfssl import CfsslBackend
-from backends.cfssl.settings import CfsslSettings
-from backends.cfssl.setup import config_beside
+from backends.cfssl.settings import CfsslSettings, config_beside
 from backends.cmp import CmpBackend, CmpSettings
 from backends.exec import ExecBackend
 from backends.exec.settings import ExecSettings

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from backends.cfssl.setup import DISABLED, signing_config
+from backends.cfssl.settings import DISABLED, signing_config
 from bridge.specs import Authority
 from tests.kit import programs
 from tests.kit.loopback import LoopbackServer, free_port
