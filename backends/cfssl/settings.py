@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path, PurePath
-from types import MappingProxyType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -140,8 +139,7 @@ def setup_files(wanted: SetupRequest) -> list[SetupFile]:
     if wanted.patterns:
         config = json.dumps(config_beside(wanted.authority, wanted.patterns), indent=2, ensure_ascii=False)
         return [SetupFile(name=f"{wanted.authority.name}.json", text=f"{escaped(config)}\n", alone=True)]
-    script = text(wanted.authority, wanted.certificates, wanted.validity, settings=wanted.settings)
-    return [SetupFile(name=f"{wanted.authority.name}.sh", text=script, executable=True, alone=True)]
+    return [SetupFile(name=f"{wanted.authority.name}.sh", text=text(wanted), executable=True, alone=True)]
 
 
 def config_beside(
@@ -189,23 +187,15 @@ def _san(host: str) -> str:
         return f"DNS:{host}"
 
 
-def text(
-    authority: Authority,
-    certificates: Mapping[str, x509.Certificate],
-    validity: timedelta,
-    directory: PurePath = DIRECTORY,
-    *,
-    settings: Mapping[str, Any] = MappingProxyType({}),
-) -> str:
+def text(wanted: SetupRequest, directory: PurePath = DIRECTORY) -> str:
     """A shell script for the server, whose directory also holds the CA; and the node's files and settings."""
-    usages = sorted({spec.usage for spec in _ours(authority, certificates)})
-    config = escaped(
-        json.dumps(signing_config(authority, certificates, validity, directory), indent=2, ensure_ascii=False)
-    )
-    node = _server(authority, settings)
+    authority, specs = wanted.authority, _ours(wanted.authority, wanted.certificates)
+    usages = sorted({spec.usage for spec in specs})
+    config = signing_config(authority, wanted.certificates, wanted.validity, directory)
+    node = _server(authority, wanted.settings)
     host, key_files = urlsplit(node.url).hostname or "localhost", str(node.auth_key)
     san, quoted = _san(host), shlex.quote(str(directory))
-    names = ", ".join(spec.name for spec in _ours(authority, certificates))
+    names = ", ".join(spec.name for spec in specs)
     return _SCRIPT.format(
         authority=authority.name,
         names=textwrap.fill(
@@ -213,7 +203,7 @@ def text(
         ),
         directory=directory,
         quoted=quoted,
-        config=config,
+        config=escaped(json.dumps(config, indent=2, ensure_ascii=False)),
         keys=" ".join(["deny", *(f"{authority.name}-{usage}" for usage in usages)]),
         node_keys="\n".join(
             f"cp {quoted}/keys/{authority.name}-{usage}.hex "

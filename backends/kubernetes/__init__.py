@@ -44,7 +44,6 @@ from bridge.errors import (
     BackendError,
     BackendRefusedError,
     BackendUnavailableError,
-    LocalFileError,
     NoVerdictError,
     SettingsError,
     SettingsProblem,
@@ -118,11 +117,8 @@ class KubernetesSettings(BackendSettings):
         yield from wrong
         if not wrong:
             yield from _signer_problems(selector)
-        others = {
-            "url": self.url, "ca_file": self.ca_file, "token": self.token,
-            "client_cert": self.client_cert, "client_key": self.client_key,
-        }  # fmt: skip
-        given = [key for key, value in others.items() if value]
+        others = ("url", "ca_file", "token", "client_cert", "client_key")
+        given = [key for key in others if getattr(self, key)]
         if self.kubeconfig is not None and given:
             yield SettingsProblem(
                 "kubeconfig", f"either kubeconfig, or {', '.join(others)}", f"both ({', '.join(given)})"
@@ -151,10 +147,7 @@ class KubernetesSettings(BackendSettings):
 
     def bearer(self) -> str | None:
         """The current token; None: a client certificate identifies us."""
-        try:
-            access = self.access() if self.kubeconfig is not None else None
-        except SettingsError as e:
-            raise LocalFileError(f"kubernetes: {e}", hint=e.hint) from e
+        access = self.access() if self.kubeconfig is not None else None
         place = self.token if access is None else access.token
         if place is not None:
             return read_secret(place, "kubernetes: token", "put it there, or fix token_file")
@@ -425,7 +418,8 @@ class KubernetesBackend(OverHttp):
         return kind(text, hint=_HINTS.get(answer.status, "the API server's audit log may say more"))
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
-        token = self._settings.bearer()
+        with self._http.errors(self._url):
+            token = self._settings.bearer()
         headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         answer = self._http.request(method, f"{self._url}{path}", self._url, headers=headers, json=body)
         later = retry_after_seconds(answer)

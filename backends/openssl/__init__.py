@@ -28,7 +28,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.openssl.index import Database, Snapshot, file_name
+from backends.openssl.index import Database, file_name
 from backends.openssl.program import KeyFile, Openssl, ProcessEnd, TokenKey
 from backends.openssl.settings import CA_PLACE_HINT, EKUS, SECTION, OpensslSettings, files_of, setup_files
 from bridge.contract import Backend, Issued, Names, SignRequest
@@ -250,11 +250,13 @@ class _Desk:
     fatal: BackendError | None = None  #: Why nothing more is signed.
 
     def recover(self) -> None:
-        """Repair what a killed run left: no index, or certificates that are in no index."""
+        """Repair what a killed run left: no index, or certificates of this CA that are in no index."""
         self.database.check_folders()
         self.database.put_right()
-        index = self.database.read()
-        for path in self._orphans(index):
+        index, now, signer = self.database.read(), datetime.now(UTC), self.signers[0]
+        for path, leaf in self.database.orphans(index):
+            if leaf.not_valid_after_utc <= now or not is_signed_by(leaf, signer):
+                continue  # sites archive expired rows, which do no harm
             # openssl adds the row itself, so that the certificate can be revoked by its number
             outcome = self._run("-extensions", "client", "-valid", f"newcerts/{path.name}")
             self.database.adopt(index.status)
@@ -262,12 +264,6 @@ class _Desk:
             if int(path.stem, 16) not in index.serials:
                 raise self.openssl.failure(outcome)
             log.warning("%s was signed by a run that did not live to record it; it is recorded now", path)
-
-    def _orphans(self, index: Snapshot) -> list[Path]:
-        """Unrecorded certificates of this CA that have not expired: sites archive expired rows, which do no harm."""
-        orphans, now = self.database.orphans(index), datetime.now(UTC)
-        signer = self.signers[0]
-        return [path for path, leaf in orphans if leaf.not_valid_after_utc > now and is_signed_by(leaf, signer)]
 
     def revoke(self, certificate: x509.Certificate) -> None:
         before = self.database.read()

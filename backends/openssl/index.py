@@ -26,7 +26,7 @@ from backends.openssl.settings import CA_PLACE_HINT, ConfigDoubtError, parse_con
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.files import reasons, remove_unfinished, sync_directory, write_atomically
 from bridge.system.locks import take_lock
-from bridge.system.paths import Exposure, exposure, open_regular
+from bridge.system.paths import exposure, open_regular
 
 #: For operators, too: `flock DIR/.ca-bridge.lock openssl ca …`
 LOCK_NAME = ".ca-bridge.lock"
@@ -191,7 +191,9 @@ class Database:
                 hint = f"mkdir -m 0700 {folder}, as the CA's own user; or set `dir` to the CA's folder"
                 raise LocalFileError(f"there is no folder {folder}", hint=hint)
             if (weakness := exposure(folder)) is not None:
-                raise LocalFileError(f"the CA's folder: {weakness}", hint=_owner_hint(folder, weakness))
+                owner, hint = folder.stat().st_uid, weakness.hint
+                hint = hint if owner in {0, os.geteuid()} else f"run it as the CA's own user {owner}, or {hint}"
+                raise LocalFileError(f"the CA's folder: {weakness}", hint=hint)
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise LocalFileError(
                     f"wanted a folder that we can write in, found {folder}",
@@ -349,11 +351,6 @@ class Database:
             with suppress(FileNotFoundError):
                 return path.stat()
         raise LocalFileError(f"there is no folder {self.index.parent}", hint=CA_PLACE_HINT)
-
-
-def _owner_hint(folder: Path, found: Exposure) -> str:
-    owner = folder.stat().st_uid
-    return found.hint if owner in {0, os.geteuid()} else f"run it as the CA's own user {owner}, or {found.hint}"
 
 
 def _new_serials(before: Snapshot, after: bytes) -> list[int]:

@@ -74,11 +74,6 @@ class Answer:
     retry_after_seconds: float | None
 
     @property
-    def ok(self) -> bool:
-        """Whether the request succeeded."""
-        return 200 <= self.status < 300  # noqa: PLR2004
-
-    @property
     def data(self) -> Mapping[str, object]:
         """The table `data` of the answer; empty where there is none."""
         return object_of(self.body, "data")
@@ -95,7 +90,7 @@ class Answer:
 
     def or_raise(self) -> Answer:
         """Return the answer, or raise its error."""
-        if not self.ok:
+        if not 200 <= self.status < 300:  # noqa: PLR2004
             raise self.error()
         return self
 

@@ -30,7 +30,7 @@ from backends.cfssl import CfsslBackend
 from backends.cfssl import settings as cfssl_settings
 from backends.cfssl.settings import CfsslSettings
 from bridge.ca.registry import configured
-from bridge.contract import Secret, SignRequest
+from bridge.contract import Secret, SetupRequest, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki import csr
 from bridge.settings.load import parse
@@ -57,6 +57,18 @@ _LIVE = {spec.name: _CA.leaf(spec) for spec in SPECS.values()}
 
 def specs_of(authority: Authority) -> tuple[CertificateSpec, ...]:
     return tuple(spec for spec in SPECS.values() if spec.authority == authority)
+
+
+def asked(authority: Authority, settings: dict[str, Any] | None = None) -> SetupRequest:
+    """What `setup` gets for an authority of one node."""
+    return SetupRequest(
+        authority=authority,
+        certificates=_LIVE,
+        validity=VALIDITY,
+        node="cp-1",
+        cluster="kubernetes",
+        settings=settings or {},
+    )
 
 
 def request(spec: CertificateSpec, live: x509.Certificate | None = None) -> SignRequest:
@@ -797,7 +809,7 @@ def test_the_printed_script(authority: Authority, tmp_path: Path, make: Make) ->
         "bridge-clients-ca.crt": tls.ca.read_bytes(),
     }.items():
         (tmp_path / name).write_bytes(data)
-    text = cfssl_settings.text(authority, _LIVE, VALIDITY, tmp_path)
+    text = cfssl_settings.text(asked(authority), tmp_path)
     default = cfssl_settings.PORTS[authority.name]
 
     def command(port: int) -> list[str]:
@@ -828,7 +840,7 @@ def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: 
     }
     (tmp_path / "ca.crt").write_bytes(_CA.certificate_pem)
     (tmp_path / "ca.key").write_bytes(_CA.key_pem)
-    text = cfssl_settings.text(AUTHORITIES["ca"], _LIVE, VALIDITY, tmp_path, settings=settings)
+    text = cfssl_settings.text(asked(AUTHORITIES["ca"], settings), tmp_path)
     assert f'url = "https://127.0.0.1:{port}"' in text
     path = f"PATH={programs.require('cfssl').parent}:{os.environ['PATH']}"
     node = tmp_path / "node"
@@ -858,7 +870,7 @@ def test_the_printed_script_makes_tls_and_the_nodes_files(tmp_path: Path, make: 
 @pytest.mark.parametrize("authority", AUTHORITIES.values(), ids=AUTHORITIES)
 def test_the_printed_settings(authority: Authority) -> None:
     """The node's part of the text is settings that the bridge takes, for the keys that the script makes."""
-    text = cfssl_settings.text(authority, _LIVE, VALIDITY)
+    text = cfssl_settings.text(asked(authority))
     lines = text.partition("# In the node's settings:\n")[2].partition("\n\n")[0].splitlines()
     parsed = parse("\n".join(line.removeprefix("#") for line in lines))
     read = configured(parsed, [authority.name])[authority.name]
