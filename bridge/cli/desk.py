@@ -110,7 +110,7 @@ def _dry_run(desk: Desk, session: Session) -> list[int]:
     """Judge every request; write and sign nothing."""
     codes: list[int] = []
     jobs, _ = session.work(desk)
-    for job in jobs(None):
+    for job in jobs:
         desk.judged(job)
         if good := [request.name for request in job.to_sign]:
             say_sentence(f"{_who(job)}: would sign {', '.join(good)}")

@@ -8,15 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from itertools import groupby
-from threading import Lock
 from typing import Protocol
 
 from cryptography import x509
@@ -28,7 +25,6 @@ from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Journal, NewFile, Submitted, write_together
-from bridge.desk.workers import Judgement, ReadBundle, Workers, compared, reason_against
 from bridge.errors import (
     BackendError,
     BackendUnavailableError,
@@ -37,7 +33,7 @@ from bridge.errors import (
     NoVerdictError,
     WaitingError,
 )
-from bridge.pki import signatures
+from bridge.pki import signatures, verify
 from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
 from bridge.pki.bundle_format import answer_message, describe
 from bridge.pki.certificates import is_signed_by, serial_hex
@@ -52,27 +48,21 @@ from bridge.system.state_file import StateError
 from bridge.system.waiting import workers
 from bridge.words import one_line
 
-#: Requests that are read ahead and signed together: few at first, so that a CA starts soon, and then twice as many each
-#: time, so that starting `openssl ca` and rewriting its long index take little of the time.
-_FIRST_WINDOW, _LARGEST_WINDOW = 250, 1000
-#: The size of a window's files. A thousand requests with P-256 keys fit in; up to four windows are in memory, where a
-#: byte of a stranger's SANs may take 35.
+#: Requests that are signed together: with more, `openssl ca` starts and rewrites its long index less often, but nodes
+#: wait longer for the first answers.
+_WINDOW = 500
+#: The size of a window's files, which are in memory, where a byte of a stranger's SANs may take 35.
 _LARGEST_WINDOW_BYTES = 2 << 20
 #: A run notices within this time that a certificate was revoked after the run began.
 _LISTED_SECONDS = 1.0
-#: Windows that CAs sign at the same time, since near its end one window has few requests left.
-_ASKED_AT_ONCE = 2
-#: Windows that are read and judged while earlier ones are signed or delivered, so that no CA waits for us.
-_AHEAD = 1
 #: Requests to a backend that signs one by one; they are in the journal before the CA gets them.
 _SLICE = 100
+_LEAST_SHARE = 2  #: A certificate requested for a short time has to live for at least half of it.
 
 #: Events of the audit log: a certificate that this run signed, and one of an earlier run that goes out again.
 SIGNED, DELIVERED = "signed for others", "delivered again"
 
 DeskAnswer = Issued | Refusal
-#: The jobs of a window, by worker, with the worker's reasons against their answers; None: no worker has read them.
-_Asked = list[tuple[list["Job"], Future[list[dict[str, str]] | None] | None]]
 
 
 class RefusedByPolicyError(BridgeError):
@@ -116,7 +106,7 @@ class Job:
     label: str  #: For messages, such as the bundle's file name.
     delivery: Callable[[AnswerBundle], Delivery]
     size_bytes: int = 0  #: The file's size.
-    prejudged: ReadBundle | None = None  #: The bundle, if it was read and judged ahead.
+    foreseen: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: Verdicts from moments ago, which still hold.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an existing answer.
     #: Certificates that were signed before, and are given out again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
@@ -195,9 +185,6 @@ class _Authority:
     anchors: tuple[x509.Certificate, ...]  #: The cluster's CA certificates.
     certificates: tuple[x509.Certificate, ...]  #: CA certificates that may have issued a replaced certificate.
     tells: bool  #: See `CA.tells`.
-    #: Serializes requests to a CA that signs a window as a whole, like `openssl ca` with its directory locked, or that
-    #: may sign pending requests again after a crash.
-    turns: AbstractContextManager[object]
 
 
 class Desk:
@@ -221,7 +208,6 @@ class Desk:
         self._without_proof = without_proof
         self._approve = approve
         self._answer_key = answer_key
-        self._workers: Workers | None = None
         self._configured = registry.configured(settings, settings.authorities)
         if not waits:
             self._configured = {name: at_once(ca) for name, ca in self._configured.items()}
@@ -269,19 +255,13 @@ class Desk:
         else:
             job.approved_by = approval.summary(job.standing, job.approved_by)
 
-    def judgement(self) -> Judgement:
-        """The rules for workers, with the CAs that were opened so far."""
-        cas = {name: ca.certificates for name, ca in self._cas.items() if ca.ca.trouble is None}
-        return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
-
     def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
-        foreseen = job.prejudged.verdicts.get(request.name) if job.prejudged is not None else None
+        if (foreseen := job.foreseen.get(request.name)) is not None:
+            return foreseen
         certificates = self._cas[request.authority].certificates
         try:
             waived, held = self._without_proof | job.vouched_for.keys(), job.origin is not None and job.origin.held
-            return foreseen or judge(
-                request, job.bundle, self._policy, certificates, self._now(), waived, held=held
-            )  # fmt: skip
+            return judge(request, job.bundle, self._policy, certificates, self._now(), waived, held=held)
         except Exception as e:  # noqa: BLE001 (one request's error must not stop the others)
             text = f"wanted a request that can be judged, found {type(e).__name__}: {e}"
             return PolicyVerdict(problems=(text,), proven=False)
@@ -403,8 +383,7 @@ class Desk:
             tells = ca.trouble is None and ca.tells()
         except BackendError as e:  # it stands until the CA is reached again
             ca.trouble = e
-        turns = contextlib.nullcontext() if tells and not ca.backend.can("sign_many") else Lock()
-        return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells, turns=turns)
+        return _Authority(ca=ca, anchors=tuple(anchors), certificates=certificates, tells=tells)
 
     def _anchors(
         self, configured: registry.Configured, issuers: Sequence[x509.Certificate]
@@ -448,30 +427,14 @@ class Desk:
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        jobs: Iterable[Job],
-        journal: Journal,
-        record: audit.Record,
-        observer: Observer,
-        workers: Workers | None = None,
-    ) -> None:
+    def run(self, jobs: Iterable[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
         """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
-        self._workers = workers
         self._lists.clear()
         self._asking.clear()
-        with ThreadPoolExecutor(_ASKED_AT_ONCE) as signing:
-            open_: deque[tuple[list[Job], Future[_Asked]]] = deque()
-            try:
-                for window in _windows(map(self._to_be_asked, map(self.judged, jobs)), self._largest_window):
-                    open_.append((window, signing.submit(self._sign, window, journal)))
-                    while len(open_) > _ASKED_AT_ONCE + (0 if open_[0][1].done() else _AHEAD):
-                        self._finish(*open_.popleft(), journal, record, observer)
-                while open_:
-                    self._finish(*open_.popleft(), journal, record, observer)
-            finally:  # after an error, or Ctrl-C, no further window begins
-                for _, later in open_:
-                    later.cancel()
+        for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
+            self._sign(window, journal)
+            self._finish(window, journal, record, observer)
+            self._asking.clear()  # the archive has their answers
         journal.tidy()
 
     def close(self) -> None:
@@ -490,14 +453,8 @@ class Desk:
                 job.duplicates[request.name] = earlier_job
         return job
 
-    @property
-    def _largest_window(self) -> int:
-        """A CA that signs one by one gains nothing from larger windows, it only waits."""
-        at_once = any(configured.backend_type.can("sign_many") for configured in self._configured.values())
-        return _LARGEST_WINDOW if at_once else _FIRST_WINDOW
-
-    def _sign(self, window: Sequence[Job], journal: Journal) -> _Asked:
-        """Have all CAs sign at the same time, each for all requests of the window; then workers compare the answers."""
+    def _sign(self, window: Sequence[Job], journal: Journal) -> None:
+        """Have all CAs sign at the same time, each for all requests of the window."""
         lots: dict[str, list[tuple[Job, SignRequest]]] = defaultdict(list)
         for job in window:
             for request in job.to_sign:
@@ -509,16 +466,10 @@ class Desk:
                     lots[request.authority].append((job, job.requests[request.name]))
         with ThreadPoolExecutor(len(AUTHORITIES)) as pool:
             list(pool.map(lambda lot: self._sign_or_leave(self._cas[lot[0]], lot[1], journal), lots.items()))
-        by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.copy().items()}
-        parts = [
-            (chunk, list(some)) for chunk, some in groupby(window, lambda job: job.prejudged and job.prejudged.chunk)
-        ]
-        return [(some, self._ask_worker(chunk, some, by)) for chunk, some in parts]
 
     def _sign_or_leave(self, authority: _Authority, lot: Sequence[tuple[Job, SignRequest]], journal: Journal) -> None:
         try:
-            with authority.turns:
-                self._sign_lot(authority, lot, journal)
+            self._sign_lot(authority, lot, journal)
         except StateError:
             raise
         except Exception as e:  # noqa: BLE001 (a bug in one backend must not keep back what the other CAs sign)
@@ -577,16 +528,12 @@ class Desk:
             log.warning(text, ca.label, len(rest))
         return rest
 
-    def _finish(
-        self, window: Sequence[Job], signed: Future[_Asked], journal: Journal, record: audit.Record, observer: Observer
-    ) -> None:
+    def _finish(self, window: Sequence[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
         """Verify, record and deliver, in this order, so that nothing leaves unrecorded."""
-        for jobs, answer in signed.result():
-            found = answer.result() if answer is not None else None
-            for job, reasons in zip(jobs, found or [{} for _ in jobs], strict=True):
-                job.take_from_duplicates()
-                self._verify(job, reasons)
-                self._record(job, record)
+        for job in window:
+            job.take_from_duplicates()
+            self._verify(job)
+            self._record(job, record)
         record.write()
         for job, where in zip(window, self._delivered(window), strict=True):
             certificates = {answer.leaf for answer in job.answers.values() if isinstance(answer, Issued)}
@@ -596,8 +543,6 @@ class Desk:
             else:
                 journal.recorded |= certificates
             observer.answered(job, where)
-        done = frozenset(window)
-        self._asking = {key: job for key, job in self._asking.items() if job not in done}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
@@ -608,35 +553,25 @@ class Desk:
             for job, delivery, error in zip(window, deliveries, errors, strict=True)
         ]
 
-    def _ask_worker(
-        self, chunk: int | None, jobs: Sequence[Job], by: Mapping[str, Expectation]
-    ) -> Future[list[dict[str, str]] | None] | None:
-        """Let the worker that read the bundles compare the answers with them; None: no worker did."""
-        if chunk is None or not self._workers:
-            return None
-        answered = [
-            (job.prejudged.number, {name: answer for name, answer in job.answers.items() if isinstance(answer, Issued)})
-            for job in jobs
-            if job.prejudged is not None
-        ]
-        return self._workers.submit(chunk, compared, answered, by)
-
-    def _verify(self, job: Job, reasons: Mapping[str, str]) -> None:
+    def _verify(self, job: Job) -> None:
         """Withhold wrong certificates from a CA, which the node would refuse, too."""
         for request in job.bundle.requests:
             answer = job.answers.get(request.name)
-            if not isinstance(answer, Issued):
-                continue
-            found = reasons.get(request.name)
-            if found is None:
-                found = self._reason_against(job.requests[request.name], answer)
-            if found:
+            if isinstance(answer, Issued) and (reason := self._reason_against(job.requests[request.name], answer)):
                 job.withheld[request.name] = answer.leaf
-                job.answers[request.name] = refusal(f"the desk's CA signed something else: {found}")
+                job.answers[request.name] = refusal(f"the desk's CA signed something else: {reason}")
 
     def _reason_against(self, request: SignRequest, issued: Issued) -> str:
+        """
+        Why a certificate is not the requested one; empty: it is.
+
+        A certificate requested for days or hours, such as a user's, may live that short.
+        """
         authority = request.spec.authority.name
-        return reason_against(issued, request, self._expectation(authority, self._cas[authority].anchors))
+        expected = self._expectation(authority, self._cas[authority].anchors)
+        least = min(expected.min_validity, request.validity / _LEAST_SHARE)
+        error = verify.error_of(issued, request, replace(expected, min_validity=least))
+        return error.reason if error is not None else ""
 
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
@@ -700,15 +635,15 @@ def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
     return delivery.where
 
 
-def _windows(jobs: Iterable[Job], largest: int) -> Iterator[list[Job]]:
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     window: list[Job] = []
-    size, size_bytes, enough = 0, 0, _FIRST_WINDOW
+    size = size_bytes = 0
     for job in jobs:
         window.append(job)
         size, size_bytes = size + len(job.bundle.requests), size_bytes + job.size_bytes
-        if size >= enough or size_bytes >= _LARGEST_WINDOW_BYTES:
+        if size >= _WINDOW or size_bytes >= _LARGEST_WINDOW_BYTES:
             yield window
-            window, size, size_bytes, enough = [], 0, 0, min(2 * enough, largest)
+            window, size, size_bytes = [], 0, 0
     if window:
         yield window
 

@@ -24,7 +24,6 @@ from bridge.desk import csr_directory, node_inventory
 from bridge.desk.desk import Delivery, Desk, Job, Observer
 from bridge.desk.policy import Policy, parse
 from bridge.desk.records import Archive, Journal, NewFile, archive_directory
-from bridge.desk.workers import WORTHWHILE, ReadBundle, Workers
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
 from bridge.pki.budget import MOST_BYTES
@@ -260,8 +259,6 @@ class _InboxFile:
     status: os.stat_result
 
 
-#: Yields bundles as jobs while workers read ahead.
-Jobs = Callable[[Workers | None], Iterator[Job]]
 #: Reports a skipped file, and why it is skipped.
 PassedOver = Callable[[str, BridgeError], None]
 
@@ -292,23 +289,19 @@ class Session:
             if self._options.out is not None and self._options.out.is_dir():
                 ours = answer_suffix(self._settings.authorities)  # another desk may be writing to it
                 remove_unfinished(self._options.out, f".*-{'[0-9a-f]' * 32}{ours}.*")
-            workers = Workers(None if total >= WORTHWHILE else 0)
-            stack.callback(workers.close)
-            desk.run(jobs(workers), journal, record, stack.enter_context(observed(total)), workers)
+            desk.run(jobs, journal, record, stack.enter_context(observed(total)))
         return total
 
-    def work(self, desk: Desk) -> tuple[Jobs, int]:
+    def work(self, desk: Desk) -> tuple[Iterator[Job], int]:
         """Find the bundles to sign, and their number, without writing anything."""
         source, out = self._options.source, self._options.out
         if not source.is_dir():
             beside = source.with_name(f"{source.stem}{answer_suffix(self._settings.authorities)}")
             target = out or beside
             assert_writable(target.parent)
-            bundle = self._one_bundle(source, target)
-            return lambda _: iter([bundle]), 1
+            return iter([self._one_bundle(source, target)]), 1
         if self._options.node or self._options.cluster or (out is None and csr_directory.find(source)):
-            csrs = self._csrs(desk)
-            return lambda _: iter([csrs]), 1
+            return iter([self._csrs(desk)]), 1
         if out is None or out.resolve() == source.resolve():
             raise BridgeError(f"{source}: the inbox is no directory for the answers", hint="name it with -o")
         for directory in (source, out):
@@ -319,7 +312,7 @@ class Session:
             if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
                 raise _whose(source)
             self._assert_none_below(source, out)
-        return lambda workers: self._inbox(desk, source, out, names, workers), len(names)
+        return self._inbox(source, out, names), len(names)
 
     def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
         """Refuse an inbox whose bundles are all one directory deeper: nothing would be signed."""
@@ -342,14 +335,10 @@ class Session:
         assert_free(out, AnswerBundle, bundle.node, bundle.cluster)
         return self._job(bundle, digest(bundle), data, path, out, lambda: None)
 
-    def _inbox(
-        self, desk: Desk, inbox: Path, outbox: Path, names: Sequence[str], workers: Workers | None
-    ) -> Iterator[Job]:
-        files = self._files(inbox, names)
-        read = workers.read_ahead(files, desk.judgement) if workers is not None else ((file, None) for file in files)
-        for file, ahead in read:
+    def _inbox(self, inbox: Path, outbox: Path, names: Sequence[str]) -> Iterator[Job]:
+        for file in self._files(inbox, names):
             try:
-                job = self._inbox_job(file, outbox, ahead)
+                job = self._inbox_job(file, outbox)
             except BridgeError as e:
                 self._passed_over(one_line(file.path), e)
             else:
@@ -371,9 +360,9 @@ class Session:
                 text = f"wanted a file of at most {MOST_BYTES} bytes with a bundle, found: {e}"
                 self._passed_over(one_line(path), BridgeError(text))
 
-    def _inbox_job(self, file: _InboxFile, outbox: Path, ahead: ReadBundle | None) -> Job | None:
+    def _inbox_job(self, file: _InboxFile, outbox: Path) -> Job | None:
         try:
-            bundle = ahead.bundle if ahead is not None else loads(file.data)
+            bundle = loads(file.data)
         except IncompleteBundleError as e:
             if self._now().timestamp() - file.status.st_mtime > STALE.total_seconds():
                 written = minute(datetime.fromtimestamp(file.status.st_mtime, UTC))
@@ -382,15 +371,13 @@ class Session:
             return None
         if isinstance(bundle, AnswerBundle):
             return None  # inbox and outbox may be the same directory
-        request_digest = ahead.digest if ahead is not None else digest(bundle)
+        request_digest = digest(bundle)
         if request_digest in self._seen:
             log.info("%s: a second copy of the same bundle; the next run archives it", one_line(file.path))
             return None
         self._seen.add(request_digest)
         out = outbox / file_names(bundle.node, request_digest, self._settings.authorities)[1]
-        job = self._job(bundle, request_digest, file.data, file.path, out, lambda: _remove(file.path, file.status))
-        job.prejudged = ahead
-        return job
+        return self._job(bundle, request_digest, file.data, file.path, out, lambda: _remove(file.path, file.status))
 
     def _job(
         self, bundle: RequestBundle, request_digest: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]

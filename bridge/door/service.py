@@ -24,7 +24,6 @@ from typing import Any
 from cryptography import x509
 
 from bridge.desk.approval import Trust
-from bridge.desk.workers import Workers
 from bridge.door import fleet
 from bridge.door.app import Door
 from bridge.door.approvals import Approvals, Pages
@@ -106,7 +105,8 @@ class Service:
     def run(self, started: Callable[[int], None]) -> None:
         """Listen, call `started` with the port, and serve until `stop`."""
         spare = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
-        with contextlib.closing(self.memory), contextlib.closing(Workers(spare)) as self._signing.workers:
+        with contextlib.closing(self.memory), contextlib.closing(self._signing.workers):
+            self._signing.workers.begin(spare)
             with serving(self._settings.serve, self._door, self._anchors, ROOT.encode()) as self._https:
                 self._thread.start()
                 started(self._https.port)
@@ -219,13 +219,12 @@ class Service:
         except DatabaseError:
             counts, nodes = {}, ""
         connections = self._https.counts() if self._https is not None else {}
-        workers = self._signing.workers.states() if self._signing.workers is not None else {}
         by_one_label: list[tuple[str, str, str, Mapping[Any, float], str]] = [
             ("requests", "Requests by state.", "state", counts, "gauge"),
             ("certificates_total", "Answers to single requests.", "outcome", self._signing.outcomes, "counter"),
             ("http_answers_total", "Answers by status.", "status", self._door.answers, "counter"),
             ("connections", "Connections now; those turned away since the start.", "kind", connections, "gauge"),
-            ("workers", "Worker processes by state.", "state", workers, "gauge"),
+            ("workers", "Worker processes by state.", "state", self._signing.workers.states(), "gauge"),
             ("ca_down", "CAs that can't be used now.", "authority", dict.fromkeys(self._signing.troubles, 1), "gauge"),
         ]
         parts = [metric(f"{PREFIX}_{name}", text, by_label(label, values), kind)

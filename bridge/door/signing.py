@@ -10,7 +10,6 @@ between finds the answer in the archive, and asks no CA again.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import threading
@@ -33,11 +32,11 @@ from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import books_open, job_of, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, Submitted, archive_directory
-from bridge.desk.workers import Judgement, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments
 from bridge.door.doors import Doors, assert_not_behind, identity, is_foreign, left_text
 from bridge.door.enrolments import Enrolment
 from bridge.door.store import TO_SIGN, UNANSWERED, DatabaseError, DecisionRow, DoorDatabase, IssuedRow, Kept
+from bridge.door.workers import Judgement, ReadBundle, Workers, read, verdicts
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, loads_digested, loads_request
@@ -58,7 +57,7 @@ _LARGEST_READ_BYTES = 32 << 20
 #: Bundles that this process parses or judges at the same time; with more, the signing thread hardly gets a turn, and
 #: the CA waits for it.
 _JUDGED_AT_ONCE = 2
-#: Most bundles at workers or waiting for one, so that a round's answers, which workers compare, wait for few.
+#: Most bundles at workers or waiting for one, so that each waits for few others.
 _AT_WORKERS = 8
 #: If no worker has parsed a bundle after this time, the client has to send it again.
 _WORKER_SECONDS = 10.0
@@ -125,8 +124,7 @@ class Signing:
         self.troubles: Mapping[str, str] = {}  #: Why CAs can't be used, by authority.
         #: The certificates that verify what a CA signs, by authority, as last seen; for any thread.
         self.chains: Mapping[str, tuple[x509.Certificate, ...]] = {}
-        self.workers: Workers | None = None  #: Processes that parse and judge requests.
-        self._turns = itertools.count()
+        self.workers = Workers()  #: Processes that parse and judge requests.
         #: Held while this process parses or judges, never while it waits for a network or a database.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self._at_workers = FairSemaphore(_AT_WORKERS)
@@ -147,7 +145,7 @@ class Signing:
         assert_elsewhere(self._settings, desk.certificates)
         self.cas = {**self.cas, **{name: some for name in names if (some := desk.certificates(name))}}
         # a CA that is down keeps its last certificates
-        self._judgement = replace(desk.judgement(), cas=self.cas)
+        self._judgement = Judgement(policy=self.policy, cas=self.cas, now=self._now(), without_proof=frozenset())
         return desk
 
     def read(self, data: bytes, peer: str) -> ReadBundle:
@@ -170,19 +168,16 @@ class Signing:
         """Have a worker parse and judge a bundle (BundleError: it is not one); None: no worker, or no CA reached yet."""
         if not self.workers or self._judgement is None:
             return None
-        by, number = replace(self._judgement, now=self._now()), next(self._turns)
-        answer = self.workers.submit(number, read, {number: data}, by)
+        by = replace(self._judgement, now=self._now())
+        answer = self.workers.submit(read, data, by)
         try:
-            found = answer.result(over - time.monotonic())
+            bundle = answer.result(over - time.monotonic())
         except TimeoutError:
             answer.cancel()  # or the busy worker would do this later, besides the client's retry
             raise BusyError from None
-        if found is None:
-            return None
-        [one] = found
-        if isinstance(one, BundleError):
-            raise one
-        return replace(one, by=by, number=number, chunk=number)
+        if isinstance(bundle, BundleError):
+            raise bundle
+        return replace(bundle, by=by) if bundle is not None else None
 
     def judged(
         self, read: ReadBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False
@@ -198,7 +193,7 @@ class Signing:
             by = replace(by, now=self._now(), without_proof=without_proof)
         with self._judging:
             found = verdicts(read.bundle, by, held=held) if by is not None else {}
-        return replace(read, by=by, verdicts=found, chunk=None)
+        return replace(read, by=by, verdicts=found)
 
     def refused(self, read: ReadBundle) -> str:
         """Return why no request of a bundle can be signed; empty: some may be, or their CA was not reached yet."""
@@ -257,7 +252,7 @@ class Signing:
                 self._is_prepared = True
             journal.recorded = self._recorded
             kept = self._begun(desk, archive, journal, record)
-            desk.run(self._jobs(kept, archive), journal, record, left, self.workers)
+            desk.run(self._jobs(kept, archive), journal, record, left)
         self._note(kept, left)
         if len(kept) >= _MOST and left.has_answered:  # later ones may be for a CA that answers
             return "more"
@@ -342,7 +337,7 @@ class Signing:
                 job.origin, job.vouched_for = self._proven(row, bundle, used.get(row.id))
                 job.answered = {**self._answered(bundle), **job.answered}
                 if expected is not None and self._is_fresh(expected) and job.origin is None and not job.vouched_for:
-                    job.prejudged = expected
+                    job.foreseen = expected.verdicts
                 job.standing = self.standing(row, bundle)
                 job.earlier_note = row.note or ""
                 yield job

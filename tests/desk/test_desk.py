@@ -15,7 +15,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -33,7 +32,7 @@ from bridge.ca import PARALLEL_REQUESTS_OF_LOT, registry
 from bridge.cli import desk as cli_desk
 from bridge.cli.app import app
 from bridge.contract import Issued, Pending
-from bridge.desk import csr_directory, desk, files, workers
+from bridge.desk import csr_directory, desk, files
 from bridge.desk.records import Journal, Submitted, key_of
 from bridge.errors import BridgeError, Exit, LocalFileError
 from bridge.node import kubeconfig, sample_pki
@@ -49,7 +48,6 @@ from bridge.specs import AUTHORITIES, SPECS
 from bridge.state import Store, audit
 from bridge.system import paths
 from bridge.system.locks import lock
-from bridge.system.waiting import wait_until
 from tests.kit import approval, cfssl, openbao, opensslca, programs
 from tests.kit.bundles import VALIDITY, changed, make_bundle, new_csr, old_pairs, proven
 from tests.kit.desks import PASSPHRASE, POLICY, Desk, killing, make_desk
@@ -1483,25 +1481,19 @@ def test_a_backend_that_fails_by_itself_is_the_trouble_of_its_own_requests(
 def test_no_further_window_is_begun_after_an_interruption(
     desk_: Desk, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C ends a run when the two windows have their answers that CAs were asked for."""
-    begun, goes_on = list[object](), threading.Event()
-
-    class Pool(ThreadPoolExecutor):
-        def shutdown(self, *args: Any, **more: Any) -> None:
-            goes_on.set()
-            super().shutdown(*args, **more)
-
-    def sign(_: object, window: object, __: object) -> None:
-        begun.append(window)
-        goes_on.wait()
+    """Ctrl-C ends a run, and no CA is asked for the windows behind."""
+    begun = list[object]()
 
     def interrupted(*_: object) -> None:
-        wait_until(lambda: len(begun), lambda count: count == 2, timedelta(minutes=3), pause_seconds=0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(desk, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(desk, "_windows", lambda jobs, _: ([job] for job in jobs))
-    for name, double in {"judged": lambda _, job: job, "_sign": sign, "_finish": interrupted}.items():
+    monkeypatch.setattr(desk, "_windows", lambda jobs: ([job] for job in jobs))
+    doubles = {
+        "judged": lambda _, job: job,
+        "_sign": lambda _, window, __: begun.append(window),
+        "_finish": interrupted,
+    }
+    for name, double in doubles.items():
         monkeypatch.setattr(desk.Desk, name, double)
     settings, bundle = load(desk_.config), make_bundle(some(pairs, "apiserver"))
     jobs = [desk.Job(bundle=bundle, digest="", label="", delivery=no_delivery) for _ in range(9)]
@@ -1510,7 +1502,7 @@ def test_no_further_window_is_begun_after_an_interruption(
     with contextlib.closing(one), pytest.raises(KeyboardInterrupt):
         one.run(jobs, nothing, nothing, nothing)
 
-    assert len(begun) == 2
+    assert len(begun) == 1
 
 
 def test_all_cas_are_reached_at_the_same_time(desk_: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1531,50 +1523,13 @@ def test_all_cas_are_reached_at_the_same_time(desk_: Desk, monkeypatch: pytest.M
         one.open_all()  # all were reached
 
 
-@pytest.mark.parametrize("is_signed", [True, False])
-def test_a_window_is_finished_once_it_is_signed_and_two_others_are_asked_for(
-    desk_: Desk, pairs: Pairs, monkeypatch: pytest.MonkeyPatch, is_signed: bool
-) -> None:
-    """One that CAs are still at is waited for when one more is read."""
-    told: list[tuple[str, str]] = []
-
-    class Pool(ThreadPoolExecutor):
-        def submit(self, _: object, window: list[desk.Job], *__: object) -> Future[Any]:  # type: ignore[override]
-            told.append(("asked", window[0].label))
-            future: Future[Any] = Future()
-            if is_signed:
-                future.set_result([])
-            return future
-
-    def finish(_: object, window: list[desk.Job], *__: object) -> None:
-        told.append(("finished", window[0].label))
-
-    monkeypatch.setattr(desk, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(desk, "_windows", lambda jobs, _: ([job] for job in jobs))
-    for name, double in {"judged": lambda _, job: job, "_finish": finish}.items():
-        monkeypatch.setattr(desk.Desk, name, double)
-    settings, bundle = load(desk_.config), make_bundle(some(pairs, "apiserver"))
-    jobs = [desk.Job(bundle=bundle, digest="", label=label, delivery=no_delivery) for label in "12345"]
-    one = desk.Desk(settings, files.load_policy(settings, desk_.policy), lambda: datetime.now(UTC))
-    nothing: Any = SimpleNamespace(tidy=lambda: None)
-    with contextlib.closing(one):
-        one.run(jobs, nothing, nothing, nothing)
-
-    meanwhile = 2 if is_signed else 3
-    assert told[: meanwhile + 2] == [*(("asked", label) for label in "12345"[: meanwhile + 1]), ("finished", "1")]
-    assert [label for what, label in told if what == "finished"] == list("12345")
-
-
 def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
     """Large bundles are signed a few at a time, so that a thousand of them are not in memory; small ones together."""
     bundle, nowhere = make_bundle(some(pairs, "apiserver")), desk.Delivery(where="", files=(), conclude=lambda: None)
     for size, windows in ((1 << 20, [2] * 5), (1 << 10, [10])):
         one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda _: nowhere, size_bytes=size)
         jobs = [one() for _ in range(10)]
-        assert [len(window) for window in desk._windows(jobs, desk._LARGEST_WINDOW)] == windows
-    for size, chunks in ((1 << 20, [1] * 10), (1 << 10, [1, 9])):
-        read = [SimpleNamespace(data=b" " * size) for _ in range(10)]
-        assert [len(chunk) for chunk in workers._chunks(read)] == chunks
+        assert [len(window) for window in desk._windows(jobs)] == windows
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
@@ -1776,16 +1731,13 @@ def windows(sizes: list[int]) -> list[list[int]]:
     def job(size: int) -> Any:
         return SimpleNamespace(size_bytes=0, bundle=SimpleNamespace(requests=[0] * size))
 
-    return [
-        [len(one.bundle.requests) for one in window] for window in desk._windows(map(job, sizes), desk._LARGEST_WINDOW)
-    ]
+    return [[len(one.bundle.requests) for one in window] for window in desk._windows(map(job, sizes))]
 
 
-def test_windows_grow_to_a_limit_and_lose_nothing() -> None:
+def test_windows_have_a_limit_and_lose_nothing() -> None:
     """Memory does not depend on the number of bundles."""
     made = windows([10] * 2000)
 
     assert sum(map(sum, made)) == 20_000
-    assert [sum(window) for window in made[:4]] == [250, 500, 1000, 1000]
-    assert max(map(sum, made)) <= 1010
+    assert {sum(window) for window in made} == {desk._WINDOW}
     assert windows([]) == []

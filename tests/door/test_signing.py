@@ -16,9 +16,9 @@ import sqlalchemy as sa
 
 from bridge.contract import Issued
 from bridge.desk.policy import PolicyVerdict
-from bridge.desk.workers import Judgement, ReadBundle, Workers
 from bridge.door.signing import Signing
 from bridge.door.store import DatabaseError, DoorDatabase, sqlite_url
+from bridge.door.workers import Judgement, ReadBundle, Workers
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.settings.load import load
@@ -208,28 +208,29 @@ class Counted(Workers):
     """Counts the tasks that were not done when another one came."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__()
         self.tasks: list[Future[Any]] = []
         self.most = 0
 
-    def submit(self, chunk: int, task: Callable[..., Any], *arguments: object) -> Future[Any]:
+    def submit(self, task: Callable[..., Any], *arguments: object) -> Future[Any]:
         """As any workers, and count."""
-        self.tasks.append(super().submit(chunk, task, *arguments))
+        self.tasks.append(super().submit(task, *arguments))
         self.most = max(self.most, sum(not one.done() for one in self.tasks))
         return self.tasks[-1]
 
 
 @pytest.mark.parametrize("room", [3, 12])
-def test_requests_that_come_do_not_hold_up_a_round(
+def test_few_requests_wait_at_the_workers(
     desk: Desk, bundle: RequestBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    """So many at most are before a round's comparisons at a worker, however many come; each gets its own answer."""
+    """So many at most, however many come; each gets its own answer."""
     monkeypatch.setattr("bridge.door.signing._AT_WORKERS", room)
     monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
     every = [replace(bundle, batch=f"{number:032x}") for number in range(12)]
     with closing(DoorDatabase(sqlite_url(tmp_path / "door.db"))) as memory, closing(Counted()) as workers:
         signing = Signing(load(desk.config), memory, desk.policy, now)
         signing.workers = workers
+        workers.begin(1)
         signing.look()
         process = workers._workers[0].process
         process.send_signal(signal.SIGSTOP)
@@ -256,8 +257,9 @@ def test_a_malformed_bundle_is_read_by_a_worker_alone(
     signing.look()
     with pytest.raises(BundleError) as alone:
         signing.read(malformed, "192.0.2.1")
-    with closing(Workers(1)) as workers:
+    with closing(Workers()) as workers:
         signing.workers = workers
+        workers.begin(1)
         monkeypatch.setattr("bridge.door.signing._WORKER_SECONDS", 300.0)
         monkeypatch.setattr("bridge.door.signing.loads_digested", lambda _: pytest.fail("read by the door itself"))
         with pytest.raises(BundleError) as by_worker:

@@ -7,7 +7,6 @@ same bundles and answers, in one process. What the steps don't explain is the la
 
 from __future__ import annotations
 
-import pickle
 import resource
 import shutil
 import subprocess
@@ -15,18 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TypeVar
 
 from bridge.contract import Issued
-from bridge.desk import workers
-from bridge.desk.policy import parse
+from bridge.desk.policy import judge, parse
 from bridge.desk.records import Archive, Journal, NewFile, Submitted, write_together
-from bridge.desk.workers import Judgement, ReadBundle
 from bridge.pki.bundle import AnswerBundle, RequestBundle, sign_request
-from bridge.pki.bundle_format import dumps, loads_answer
-from bridge.pki.verify import Expectation
+from bridge.pki.bundle_format import dumps, loads, loads_answer
+from bridge.pki.verify import Expectation, error_of
 from bridge.settings.tables import AuditSettings
 from bridge.state import Store, audit
 from tests.measure import fleet
@@ -72,9 +68,8 @@ def _of_children(action: Callable[[], object]) -> float:
 
 
 def _start() -> None:
-    """Load what each of them does."""
-    for module in ("bridge.desk.workers", "bridge.desk.workers", "bridge.cli.app, bridge.cli.desk"):
-        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+    """Load what it does."""
+    subprocess.run([sys.executable, "-c", "import bridge.cli.app, bridge.cli.desk"], check=True)
 
 
 def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
@@ -84,46 +79,39 @@ def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
     total = _of_children(lambda: fleet.sign_inbox(directory / "desk", made, nodes))
     bare = _of_children(lambda: fleet.sign_bare(directory / "bare", made.cas["ca"], made.live, made.csrs, 0))
     steps.add("bare `openssl ca` over the same CSRs", "openssl", bare)
-    steps.add("starting the desk and two workers", "all", _of_children(_start))
-    bundles = _worker(steps, made, directory / "desk")
+    steps.add("starting the desk", "desk", _of_children(_start))
+    bundles = _computations(steps, made, directory / "desk")
     _desk(steps, made, bundles, directory)
     steps.add_rest(total)
     return steps.rows
 
 
-def _worker(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]:
+def _computations(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]:
     policy, now = parse(desk.joinpath("desk-policy.toml").read_text()), datetime.now(UTC)
     cas = {name: (ca.certificate,) for name, ca in made.cas.items()}
-    by = Judgement(policy=policy, cas={}, now=now, without_proof=frozenset())
-    data = dict(enumerate(made.bundles))
-    read = steps.measure("reading bundles", "worker", lambda: workers.read(data, by))
-    whole = [one for one in read if isinstance(one, ReadBundle)]
-    judged = Judgement(policy=policy, cas=cas, now=now, without_proof=frozenset())
+    read = steps.measure("reading bundles", "desk", lambda: list(map(loads, made.bundles)))
+    bundles = [bundle for bundle in read if isinstance(bundle, RequestBundle)]
+    pairs = [(request, bundle) for bundle in bundles for request in bundle.requests]
     steps.measure(
         "judging requests: both signatures, the origin, the policy",
-        "worker",
-        lambda: [workers.verdicts(one.bundle, judged) for one in whole],
+        "desk",
+        lambda: [judge(request, bundle, policy, cas[request.authority], now) for request, bundle in pairs],
     )
-    sent = steps.measure("sending the bundles to the desk", "worker", lambda: list(map(ForkingPickler.dumps, whole)))
-    steps.measure("receiving the bundles", "desk", lambda: [_loaded(one) for one in sent])
     expected = {
         name: Expectation(anchors=some, anchor_name=name, now=datetime.now(UTC), min_validity=timedelta(days=7))
         for name, some in cas.items()
     }
-    answers = _answers(desk)
-    answered = [(number, _issued(answers[one.bundle.batch])) for number, one in enumerate(whole)]
-    workers.read(data, judged)  # a worker keeps for it what could be judged
-    reasons = steps.measure(
-        "comparing certificates with requests", "worker", lambda: workers.compared(answered, expected)
+    answers = {batch: _issued(answer) for batch, answer in _answers(desk).items()}
+    issued = [
+        (answers[bundle.batch][request.name], sign_request(request, bundle), expected[request.authority])
+        for request, bundle in pairs
+    ]
+    errors = steps.measure(
+        "comparing certificates with requests", "desk", lambda: [error_of(*compared) for compared in issued]
     )
-    if not all(reasons) or any(reason for one in reasons for reason in one.values()):
-        raise SystemExit(f"wanted certificates as they were asked for, found {reasons}")
-    return [one.bundle for one in whole]
-
-
-def _loaded(data: memoryview) -> ReadBundle:
-    one: ReadBundle = pickle.loads(data)  # noqa: S301 (made above)
-    return one
+    if any(errors):
+        raise SystemExit(f"wanted certificates as they were asked for, found {errors}")
+    return bundles
 
 
 def _issued(answer: AnswerBundle) -> Mapping[str, Issued]:

@@ -47,7 +47,7 @@ def test_a_row_above_its_limit_says_so() -> None:
 def test_where_the_desks_time_goes(tmp_path: Path) -> None:
     """The steps and the rest are together a whole run."""
     rows = desk_profile.measure(tmp_path, 2)
-    *steps, _, (_, _, total) = rows  # the rest may be less than nothing here: so few bundles are worth no worker
+    *steps, _, (_, _, total) = rows  # the rest may be less than nothing here, with so few bundles
     assert abs(sum(value for _, _, value in rows[:-1]) - total) < 0.001
     assert all(value > 0 for _, _, value in steps)
     assert desk_profile.table(rows).count("\n| ") == len(rows) + 1
