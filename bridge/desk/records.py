@@ -1,6 +1,6 @@
 """
 The desk's records: which requests CAs received (the journal), and the answer to each (the archive), found by CSR, so
-that no request is signed twice; and how thousands of answers are written with one wait for the disk.
+that no request is signed twice; and how the files of many answers are written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
 
 from cryptography import x509
 
@@ -215,10 +214,7 @@ def _at_desk(key: str, answer: Issued | Pending | Submitted, now: datetime) -> _
     return _AtDesk(key=key, written=now, chain=answer)
 
 
-# --- many files, one wait for the disk (docs/evidence/numbers.md) -----------------------------------------------------
-
-#: Groups whose files are open at the same time.
-_AT_ONCE = 100
+# --- the files of many bundles ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,87 +228,35 @@ class NewFile:
 
 
 def write_together(groups: Sequence[Sequence[NewFile]]) -> list[OSError | None]:
-    """Write groups of files with one wait for the disk; no file of a group is put in place before all are on disk."""
-    errors: list[OSError | None] = []
-    for start in range(0, len(groups), _AT_ONCE):
-        some = [_Group([_File(new) for new in group]) for group in groups[start : start + _AT_ONCE]]
-        try:
-            for group in some:
-                group.each(_File.write)
-            side_by_side(lambda group: group.each(_File.sync), some)
-            for group in some:
-                group.each(_File.put_in_place)
-            _sync_directories(some)
-        finally:
-            for group in some:
-                group.close()
-        errors += [group.error for group in some]
-    return errors
+    """Write groups of files side by side, and return the error of each group."""
+    return side_by_side(_write_group, groups)
 
 
-def _sync_directories(groups: Sequence[_Group]) -> None:
-    """Sync the directories, or a power cut may remove the new names."""
-    for directory in {file.new.path.parent for group in groups for file in group.files}:
-        try:
-            sync_directory(directory)
-        except OSError as e:
-            for group in groups:
-                if any(file.new.path.parent == directory for file in group.files):
-                    group.error = group.error or e
-
-
-class _File:
-    """One file in progress: it has a temporary name until it is on disk."""
-
-    def __init__(self, new: NewFile) -> None:
-        self.new = new
-        self._file: BinaryIO | None = None
-        self._temporary: Path | None = None
-
-    def write(self) -> None:
-        path = self.new.path
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
-        self._file, self._temporary = os.fdopen(descriptor, "wb"), Path(temporary)
-        self._file.write(self.new.data)
-        self._file.flush()
-        os.fchmod(descriptor, self.new.mode)
-
-    def sync(self) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def put_in_place(self) -> None:
-        if self._temporary is not None:
-            self._temporary.rename(self.new.path)
-            self._temporary = None
-        for link in self.new.links:
-            with contextlib.suppress(FileExistsError):
-                os.link(self.new.path, link)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # the first error is the cause
-            if self._temporary is not None:
-                self._temporary.unlink()
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-
-
-@dataclass
-class _Group:
-    """Files that are useless without each other."""
-
-    files: Sequence[_File]
-    error: OSError | None = None  #: After an error, the remaining steps are skipped.
-
-    def each(self, step: Callable[[_File], None]) -> None:
-        for file in self.files:
-            if self.error is None:
-                try:
-                    step(file)
-                except OSError as e:
-                    self.error = OSError(e.errno, e.strerror, str(file.new.path))
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
+def _write_group(group: Sequence[NewFile]) -> OSError | None:
+    """Write files that are useless without each other: none is put in place before all are on disk."""
+    path, staged = Path(), list[Path]()
+    try:
+        for new in group:
+            path = new.path
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
+            staged.append(Path(temporary))
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(new.data)
+                file.flush()
+                os.fchmod(descriptor, new.mode)
+                os.fsync(descriptor)
+        for new, unnamed in zip(group, staged, strict=True):
+            path = new.path
+            unnamed.rename(path)
+            for link in new.links:
+                with contextlib.suppress(FileExistsError):
+                    os.link(path, link)
+        for path in {new.path.parent for new in group}:
+            sync_directory(path)  # or a power cut may remove the new names
+    except OSError as e:
+        return OSError(e.errno, e.strerror, str(path))
+    finally:
+        for unnamed in staged:
+            with contextlib.suppress(OSError):  # it has its name by now, or the first error is the cause
+                unnamed.unlink()
+    return None
