@@ -389,8 +389,7 @@ class Session:
             bundle, request_digest, data, self._archive,
             label=one_line(path), where=str(out), place=place, conclude=lambda *_: remove(),
         )  # fmt: skip
-        job.earlier = _earlier(out, request_digest)
-        return job
+        return replace(job, earlier=_earlier(out, request_digest))
 
     # --- kubeadm's CSRs -----------------------------------------------------------------------------------------------
 

@@ -46,8 +46,8 @@ _SOON_FOR = timedelta(seconds=30)
 #: About how many requests the door answers in a second: polling too early takes time from signing; polling late delays
 #: the node (docs/evidence/numbers.md).
 _PACE = 60
-#: How often to look in the database, where another door may answer without notice.
-_LOOK_SECONDS = 0.25
+#: How often to look in the database for an answer, which may be another door's.
+_LOOK_SECONDS = 0.1
 #: Retry-After of a rejected request.
 _PAUSE_SECONDS = 30
 #: For clients, who may be anyone; only the log has the database's own error, with its address, user and files.
@@ -101,35 +101,20 @@ class Awaited:
         self._memory = memory
         self._longest = longest
         self._places = threading.Semaphore(places)
-        self._mutex = threading.Lock()
-        self._digests: dict[threading.Event, str] = {}  #: Digests of the awaited requests.
 
     def over(self, kept: Kept, limit: timedelta) -> Kept:
         """Return the request once a round has answered it or left it to people, or at the limit."""
         if _is_over(kept) or not self._places.acquire(blocking=False):
             return kept
-        answered = threading.Event()
-        with self._mutex:
-            self._digests[answered] = kept.digest
         try:
             return wait_until(
                 lambda: self._memory.find(kept.id) or kept,
                 _is_over,
                 min(limit, self._longest),
-                pause_seconds=0,
-                between=lambda _: answered.wait(_LOOK_SECONDS),
+                pause_seconds=_LOOK_SECONDS,
             )
         finally:
-            with self._mutex:
-                del self._digests[answered]
             self._places.release()
-
-    def answered(self, request_digest: str) -> None:
-        """Wake the threads that wait for this request."""
-        with self._mutex:
-            for event, waited in self._digests.items():
-                if waited == request_digest:
-                    event.set()
 
 
 def _is_over(kept: Kept) -> bool:
@@ -146,8 +131,9 @@ class Door:
         signing: Signing,
         now: Callable[[], datetime],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
+        brought: Callable[[Environ, str], object] = lambda *_: None,
     ) -> None:
-        """`pages` are the pages for monitors, by path."""
+        """`pages` are the pages for monitors, by path; `brought` gets the environ and the id of each new request."""
         ours = settings.serve
         self._settings = ours
         self.memory = memory
@@ -165,15 +151,12 @@ class Door:
             re.compile(f"/v1/authorities/({'|'.join(map(re.escape, self._authorities))})"): self._issuers,
             **{re.compile(re.escape(path)): partial(_page, page) for path, page in pages.items()},
         }
-        #: Called with the environ and the id of each new request.
-        self.brought: Callable[[Environ, str], object] = lambda *_: None
+        self.brought = brought
         self._mutex = threading.Lock()
-        self.arrived = threading.Event()  #: Set when there is something to sign.
         self.ending = threading.Event()  #: Set when the door takes no new request.
         self.answers: Counter[int] = Counter()  #: By status.
         self.to_sign = 0  #: Requests that wait for a signing round, as last counted.
-        self._answered = 0  #: Requests answered since the start.
-        #: The value of `_answered` at a request's turn, by digest.
+        #: The number of requests that the rounds will have answered at a request's turn, by digest.
         self._turns: OrderedDict[str, int] = OrderedDict()
         #: The handlers of other paths, by prefix.
         self.below: dict[str, Callable[[Environ], Reply]] = {}
@@ -254,7 +237,7 @@ class Door:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
         kept = self.memory.find(read.digest, "digest")
         request_id = kept.id if kept else self._receive(environ, data, read)
-        self.arrived.set()
+        self.signing.arrived.set()
         document = {"id": request_id, "digest": read.digest, "state": "waiting" if kept is None else kept.state}
         place, soon = f"/v1/requests/{request_id}", str(self._soon_seconds(read.digest))
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=soon)
@@ -274,7 +257,7 @@ class Door:
             number = used.id if used is not None else None
             request_id = self.memory.receive(data, digest=read.digest, now=self.now(), enrolment=number, **who)
             with self._mutex:
-                remember(self._turns, read.digest, self._answered + self.to_sign, self._settings.waiting)
+                remember(self._turns, read.digest, self.signing.answered + self.to_sign, self._settings.waiting)
             if not vouched:  # a round judges an enrolled request again
                 self.signing.expect(data, read)
             self.brought(environ, request_id)
@@ -329,14 +312,6 @@ class Door:
         document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(self._pause_seconds(kept)))
 
-    def answered(self, request_digest: str) -> None:
-        """Count one waiting request less, and wake the threads that wait for it."""
-        self.to_sign -= 1
-        with self._mutex:
-            self._answered += 1
-            self._turns.pop(request_digest, None)
-        self.awaited.answered(request_digest)
-
     def _pause_seconds(self, kept: Kept) -> int:
         """Return the seconds until a node should poll again."""
         is_new = kept.begun is None or self.now() - kept.received < _SOON_FOR
@@ -346,7 +321,7 @@ class Door:
         """Return the seconds until about a request's turn; a request from before the start counts as the last."""
         with self._mutex:
             turn = self._turns.get(request_digest)
-            ahead = self.to_sign if turn is None else min(turn - self._answered, self.to_sign)
+            ahead = self.to_sign if turn is None else min(turn - self.signing.answered, self.to_sign)
         return min(max(_SOON_SECONDS, ahead // _PACE), _LATER_SECONDS)
 
     def _certificate(self, name: str, csr: str) -> Reply:

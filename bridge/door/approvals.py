@@ -107,11 +107,9 @@ class Case:
 class Approvals:
     """Who may decide, what waits, and decisions; thread-safe."""
 
-    def __init__(self, memory: DoorDatabase, signing: Signing, decided: Callable[[], object]) -> None:
-        """Call `decided` after each decision that counts, since there may be something to sign."""
+    def __init__(self, memory: DoorDatabase, signing: Signing) -> None:
         self.memory = memory
         self.signing = signing
-        self._decided = decided
 
     def person(self, environ: Environ) -> Person:
         """Return the approver who sent a request (NotDecidedError: the client may not decide)."""
@@ -217,7 +215,7 @@ class Approvals:
         log.info(text, short, case.bundle.node, decision.verdict, decision.approver, extra=who)
         if is_decided:
             self.memory.move(case.kept.id, "refused" if found.refused else "approved", before=["undecided"])
-        self._decided()
+        self.signing.arrived.set()  # there may be something to sign
         return self.case(case.kept.digest)
 
     # --- for programs -------------------------------------------------------------------------------------------------

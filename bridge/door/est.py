@@ -188,7 +188,7 @@ class Est:
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
         self._door.brought(environ, request_id)
-        self._door.arrived.set()
+        self._door.signing.arrived.set()
         if (kept := self._door.memory.find(request_id)) is None:
             raise _later("the request was received, and then removed")
         return kept

@@ -84,14 +84,14 @@ class Service:
         for text in credentials.warnings(credentials.look(settings, served, None), settings, now()):
             log.warning("%s", text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
-        self._door = Door(settings, self.memory, self._signing, now, pages)
-        self._door.below[ROOT] = Est(self._door)
-        self._door.below[REVOCATIONS] = Revocations(settings, self._door)
-        approvals = Approvals(self.memory, self._signing, self._door.arrived.set)
-        self._door.below["/v1/approvals"] = approvals.answer
-        self._door.below["/approvals"] = Pages(approvals, self._secret, now)
-        self._signing.answered = self._door.answered
-        self._door.brought = approvals.brought
+        approvals = Approvals(self.memory, self._signing)
+        self._door = Door(settings, self.memory, self._signing, now, pages, approvals.brought)
+        self._door.below |= {
+            ROOT: Est(self._door),
+            REVOCATIONS: Revocations(settings, self._door),
+            "/v1/approvals": approvals.answer,
+            "/approvals": Pages(approvals, self._secret, now),
+        }
         self._ending = False
         self._fatal: OwnClusterError | None = None
         self._trouble = ""  #: The last round's error; empty if it succeeded.
@@ -122,7 +122,7 @@ class Service:
                 over = time.monotonic() + _DRAIN_SECONDS
                 self._door.ending.set()
                 self._signing.doors.is_ending = True
-                self._door.arrived.set()
+                self._signing.arrived.set()
             while self._thread.is_alive() and time.monotonic() < over:
                 self._thread.join(_TICK_SECONDS)
                 self._signing.workers.tend(_LONGEST_TASK_SECONDS)
@@ -161,7 +161,7 @@ class Service:
         """Run round after round, with a longer pause after each failure in a row."""
         failures, tidied = 0, -_TIDY_SECONDS
         while not self._door.ending.is_set():
-            self._door.arrived.clear()
+            self._signing.arrived.clear()
             after: Next = "down"
             try:
                 after = self._signing.round()
@@ -183,7 +183,7 @@ class Service:
             if after == "down":
                 self._door.ending.wait(pause)
             elif after != "more":
-                self._door.arrived.wait({"busy": _FIRST_PAUSE_SECONDS, "later": pause, "idle": _IDLE_SECONDS}[after])
+                self._signing.arrived.wait({"busy": _FIRST_PAUSE_SECONDS, "later": pause, "idle": _IDLE_SECONDS}[after])
 
     def _failed(self, text: str) -> None:
         if text != self._trouble:

@@ -130,7 +130,8 @@ class Signing:
         self._at_workers = FairSemaphore(_AT_WORKERS)
         #: Bundles parsed on arrival, by their bytes.
         self._read: dict[bytes, ReadBundle] = {}
-        self.answered: Callable[[str], object] = lambda _: None  #: Called with the digest of each answered request.
+        self.arrived = threading.Event()  #: Set when there is something to sign.
+        self.answered = 0  #: Requests that were answered since the start.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
         self._held = 0  #: Requests of the last round that wait for a CA or people; the next takes as many more.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
@@ -334,13 +335,17 @@ class Signing:
                     bundle, row.digest, row.bundle, archive, label=f"request {row.digest[:16]}", where=row.id,
                     place=lambda _: (), conclude=partial(self._conclude, row, bundle),
                 )  # fmt: skip
-                job.origin, job.vouched_for = self._proven(row, bundle, used.get(row.id))
-                job.answered = {**self._answered(bundle), **job.answered}
-                if expected is not None and self._is_fresh(expected) and job.origin is None and not job.vouched_for:
-                    job.foreseen = expected.verdicts
-                job.standing = self.standing(row, bundle)
-                job.earlier_note = row.note or ""
-                yield job
+                origin, vouched_for = self._proven(row, bundle, used.get(row.id))
+                is_foreseen = expected is not None and self._is_fresh(expected) and origin is None and not vouched_for
+                yield replace(
+                    job,
+                    origin=origin,
+                    vouched_for=vouched_for,
+                    answered={**self._answered(bundle), **job.answered},
+                    foreseen=expected.verdicts if expected is not None and is_foreseen else {},
+                    standing=self.standing(row, bundle),
+                    earlier_note=row.note,
+                )
             except (BundleError, DatabaseError) as e:  # it was intact when it came
                 log.error("request %s of %s: %s", row.digest[:16], row.node, e)  # noqa: TRY400
 
@@ -450,7 +455,7 @@ class RoundObserver:
                 log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)
         self.has_answered = True
         self._signing.outcomes += counts
-        self._signing.answered(job.digest)
+        self._signing.answered += 1
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
 

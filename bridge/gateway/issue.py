@@ -100,8 +100,10 @@ class Issuing:
     # --- events of the watch ----------------------------------------------------------------------------------------
 
     def changed(self, request: AnyObject) -> None:
-        """Take in an object that is new or has changed, and has no answer of ours."""
+        """Take in an object that is new or has changed."""
         context = self._context
+        if request.uid in self._answered:
+            return  # the event is our own write, or older
         if request.is_finished:
             if context.queue.remove(request.uid):
                 return  # usually our own write, which is counted where it is made
@@ -114,14 +116,10 @@ class Issuing:
         for uid in context.queue.put(request, self._judge_of(request).look):
             context.give_up(uid, "a newer request of the same node has come")
 
-    def is_answered(self, uid: str) -> bool:
-        """Whether an object has our answer; then the watch's event is our own write, or older."""
-        return uid in self._answered
-
-    def over(self, uid: str) -> None:
-        """Drop an object that was deleted or refused."""
+    def deleted(self, uid: str) -> None:
+        """Drop an object that was deleted."""
         self._context.queue.remove(uid)
-        self._context.give_up(uid, "the object was deleted or refused")
+        self._context.give_up(uid, "the object was deleted")
 
     # --- one job ----------------------------------------------------------------------------------------------------
 

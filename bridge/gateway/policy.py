@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
@@ -134,15 +133,12 @@ class World:
 
 #: A kubelet's request has less than 1 kB. Parsed, an entry takes up to four times as much: 24 MB for all at most.
 USUAL_BYTES = 3 << 10
-#: A request is judged at least three times (CSRs that can't be read are not cached). In a burst of 2,000 requests, all
-#: judged before the first is signed, each CSR is parsed once (docs/gateway.md has the times).
-_remembered = lru_cache(maxsize=2048)(read_strictly)
 
 
 def read_csr(pem: bytes) -> CsrData | OddRequestError:
     """Return a request's CSR, or the error that names what is odd in it."""
     try:
-        return _remembered(pem) if len(pem) <= USUAL_BYTES else read_strictly(pem)
+        return read_strictly(pem)
     except OddRequestError as e:
         return e.with_traceback(None)
 

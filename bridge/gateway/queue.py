@@ -74,9 +74,9 @@ class _Lane:
         #: The waiting jobs, by user (the next user comes first) and by uid.
         self.ready: OrderedDict[str, dict[str, Job]] = OrderedDict()
 
-    def due(self) -> float:
-        """Return when a thread may take the next job: at once, or (infinite) after another change."""
-        return -math.inf if self.ready and self.working < self._most else math.inf
+    def is_due(self) -> bool:
+        """Whether a thread may take the next job."""
+        return bool(self.ready) and self.working < self._most
 
     def pop(self) -> Job:
         """Remove the next job; its user goes to the end of the line."""
@@ -105,7 +105,6 @@ class Queue:
         self._lanes: dict[str, _Lane] = {}  # the lane that was served last comes last
         self._working: dict[str, Job] = {}
         self._closed = False
-        self._watched = math.inf  # the next time at which a waiting thread wakes by itself
         self._reset()
 
     def _reset(self) -> None:
@@ -185,12 +184,7 @@ class Queue:
             self._lanes[job.lane] = _Lane(self._most)
         job.delay = 0  # so that its entry in the heap no longer counts
         self._lanes[job.lane].ready.setdefault(job.one.request.username, {})[job.one.uid] = job
-        self._wake_for(self._lanes[job.lane].due())
-
-    def _wake_for(self, due: float) -> None:
-        """Wake a thread to take the job that is due, or to wait for it, unless one wakes by then anyway."""
-        if due < self._watched:
-            self._changed.notify()
+        self._changed.notify()
 
     def _add(self, job: Job) -> None:
         self._jobs[job.one.uid] = job
@@ -258,11 +252,12 @@ class Queue:
                 now = time.monotonic()
                 self._line_up_due(now)
                 if (job := self._next()) is not None:
-                    self._wake_for(self._due())  # this thread no longer waits for it
+                    self._changed.notify()  # or no thread may be waiting for the next delayed job
                     return job
                 if self._closed or now >= deadline:
                     return None
-                self._wait(now, deadline)
+                due = self._delayed[0][0] if self._delayed else math.inf
+                self._changed.wait(min(due, deadline) - now)
 
     def _line_up_due(self, now: float) -> None:
         while self._delayed and (self._delayed[0][0] <= now or self._delayed[0][2].delay != self._delayed[0][1]):
@@ -270,13 +265,8 @@ class Queue:
             if job.delay == number:
                 self._line_up(job)
 
-    def _due(self) -> float:
-        """Return when the next job is due."""
-        delayed = self._delayed[0][0] if self._delayed else math.inf
-        return min([delayed, *(lane.due() for lane in self._lanes.values())])
-
     def _next(self) -> Job | None:
-        name = next((name for name, lane in self._lanes.items() if lane.due() < 0), None)
+        name = next((name for name, lane in self._lanes.items() if lane.is_due()), None)
         if name is None:
             return None
         lane = self._lanes[name] = self._lanes.pop(name)  # served last, so it goes last
@@ -286,25 +276,12 @@ class Queue:
         self._pop(job.one.uid)
         return job
 
-    def _wait(self, now: float, deadline: float) -> None:
-        """Wait for a change; only one thread also waits for the next due time, or a hundred would wake at once."""
-        due = self._due()
-        if due >= min(deadline, self._watched):
-            self._changed.wait(deadline - now)
-            return
-        self._watched = due
-        try:
-            self._changed.wait(due - now)
-        finally:
-            if self._watched == due:
-                self._watched = math.inf
-
     def _end_work(self, job: Job) -> AnyObject | None:
         """End the work on a job; return the object's newer version if it changed meanwhile."""
         del self._working[job.one.uid]
         lane = self._lanes[job.lane]
         lane.working -= 1
-        self._wake_for(lane.due())
+        self._changed.notify()
         later, job.later = job.later, None
         return later if later is not None and later.version != job.one.version else None
 
@@ -328,7 +305,7 @@ class Queue:
             else:
                 job.delay = next(self._order)
                 heapq.heappush(self._delayed, (time.monotonic() + seconds, job.delay, job))
-                self._wake_for(self._delayed[0][0])
+                self._changed.notify()
 
     def wake(self) -> None:
         """Make all delayed jobs due now, because something has changed."""

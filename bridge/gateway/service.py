@@ -209,7 +209,7 @@ class Service:
             if not self.holder.wait(_TICK_SECONDS):
                 continue
             try:
-                watch.run(self._issuing.changed, self._issuing.over, self._issuing.is_answered)
+                watch.run(self._issuing.changed, self._issuing.deleted)
                 failures = 0
             except NoAnswerError as e:
                 if not watch.trouble:

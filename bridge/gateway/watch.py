@@ -9,13 +9,11 @@ import base64
 import json
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -47,11 +45,8 @@ _OBJECT_BYTES = 4 << 10
 #: The same for each of a requester's groups (a company's directory may give hundreds, and a grant may name the last)
 #: and of a pod's annotations, which its users choose.
 _TEXT_BYTES = 150
-#: The most quoted names of objects, namespaces, service accounts and nodes in the cache.
-_MOST_NAMES = 1000
 
 
-@lru_cache(maxsize=_MOST_NAMES)
 def quoted(name: str) -> str:
     """Quote a name as a segment of a path."""
     return quote(name, safe="")
@@ -193,21 +188,6 @@ def _common(document: Any, size: int) -> dict[str, Any]:
     }
 
 
-#: In the API server's JSON, no text that a user chooses comes before the uid or after the status.
-_UID, _STATUS = re.compile(rb'"uid":"([^"\\]+)"'), b'"status":'
-
-
-def _is_refused(line: bytes) -> bool:
-    """Whether the status alone shows a denied or failed object without a certificate; False: parse the whole object."""
-    try:
-        status = json_of(line[line.rindex(_STATUS + b"{") + len(_STATUS) : -2], Budget(len(line)))
-        found = [condition["type"] for condition in status["conditions"] if condition["status"] == "True"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    has_certificate = status.get("certificate") or status.get("certificateChain")
-    return not has_certificate and not {DENIED, FAILED}.isdisjoint(found)
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise NotAnObjectError("not a text")
@@ -263,15 +243,10 @@ class Watch:
         self.alive = time.monotonic()  #: When the last line arrived.
         self.trouble = "the API server was not asked yet"
 
-    def run(
-        self,
-        changed: Callable[[AnyObject], None],
-        over: Callable[[str], None],
-        is_answered: Callable[[str], bool] = lambda _: False,
-    ) -> None:
+    def run(self, changed: Callable[[AnyObject], None], deleted: Callable[[str], None]) -> None:
         """
         Watch for one round, until the server ends it or `end` is called: `changed` gets each object in its current
-        version, unless its uid `is_answered`, and `over` the uid of each object that was deleted or refused.
+        version, and `deleted` the uid of each object that was deleted.
         """
         self._ended = self._has_seen_all = False
         self.began, self.left_out = time.monotonic(), 0
@@ -289,9 +264,9 @@ class Watch:
             try:
                 for line in lines:
                     self._is_alive()
-                    found = self._found(line, is_answered)
+                    found = self._found(line)
                     if isinstance(found, str):
-                        over(found)
+                        deleted(found)
                     elif found is not None:
                         changed(found)
             except NoAnswerError:
@@ -307,20 +282,14 @@ class Watch:
             log.info("watching %s of %s", self.what, self._api.server)
             self.trouble = ""
 
-    def _found(self, line: bytes, is_answered: Callable[[str], bool]) -> AnyObject | str | None:
-        """Return the object of an event, or the uid of a deleted or refused object; None: neither."""
+    def _found(self, line: bytes) -> AnyObject | str | None:
+        """Return the object of an event, or the uid of a deleted object; None: neither."""
         if not any(name in line for name in self._wanted.values()):
             if b'"ERROR"' in line[:40]:
                 raise NoAnswerError("the API server ended the watch with an error")
             if b'"BOOKMARK"' in line[:40]:  # comes after all objects that existed before
                 self._has_seen_all = True
             return None
-        # most events are about our own writes or finished objects (docs/pod-certificates.md)
-        uid = head[1].decode() if (head := _UID.search(line)) else ""
-        if is_answered(uid):
-            return None
-        if uid and _is_refused(line):
-            return uid
         try:
             event = json_of(line, Budget(len(line)))
             kind, document = event["type"], event["object"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from bridge.door import app
 from bridge.door.app import Awaited, Door
 from bridge.door.store import DoorDatabase, sqlite_url
 from bridge.door.workers import ReadBundle
@@ -74,6 +74,8 @@ def make_application(memory: DoorDatabase, *, is_judged: bool = True, a_minute: 
         refused=lambda _: "",
         judges=lambda _: is_judged,
         expect=lambda *_: None,
+        arrived=threading.Event(),
+        answered=0,
     )
     return Door(Settings(source=Source(None, ""), serve=serve), memory, signing, now, {})
 
@@ -118,8 +120,7 @@ def test_where_many_wait_nodes_look_again_later(memory: DoorDatabase, pki: Pki) 
     door = make_application(memory, waiting=250)
     waiting = [received(memory, f"{number}") for number in range(180)]
     many = posted(door, first)[1]["Retry-After"]
-    for number in range(60):
-        door.answered(f"{number}")
+    door.signing.answered += 60
     fewer = posted(door, first)[1]["Retry-After"]
     for request in waiting:
         memory.move(request, "undecided", before=["waiting"])
@@ -128,19 +129,16 @@ def test_where_many_wait_nodes_look_again_later(memory: DoorDatabase, pki: Pki) 
     assert (many, fewer, few) == ("3", "2", "1")
 
 
-def test_an_answer_that_comes_soon_is_waited_for(memory: DoorDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_comes_soon_is_waited_for(memory: DoorDatabase) -> None:
     """By as many threads as there are places; a further one gets the request as it is."""
-    monkeypatch.setattr(app, "_LOOK_SECONDS", _PATIENCE.total_seconds())  # it is the round that says so
     kept = memory.find(received(memory, "aa"))
     assert kept is not None
     awaited = Awaited(memory, longest=_PATIENCE, places=1)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(awaited.over, kept, _PATIENCE)
-        wait_until(lambda: awaited._digests, bool, _PATIENCE, pause_seconds=0.01)
+        wait_until(lambda: awaited._places._value, lambda places: not places, _PATIENCE, pause_seconds=0.01)
         second = awaited.over(kept, _PATIENCE)
         memory.conclude(kept.id, b"{}", [], now(), "")
-        for other in ("bb", "aa"):
-            awaited.answered(other)
         answered = first.result(_PATIENCE.total_seconds())
 
     assert (answered.answer, second) == (b"{}", kept)

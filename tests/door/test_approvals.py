@@ -510,7 +510,7 @@ def test_a_list_for_people_reads_no_more_than_it_shows(memory: DoorDatabase, mon
 
     monkeypatch.setattr(memory, "select", counted)
     monkeypatch.setattr(approvals, "MOST", 2)
-    list(approvals.Approvals(memory, Mock(), Mock()).waiting())
+    list(approvals.Approvals(memory, Mock()).waiting())
 
     assert found == [2]
 
@@ -521,7 +521,7 @@ def test_a_list_for_people_has_one_bundle_in_memory(memory: DoorDatabase, monkey
         memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
     read = Mock(return_value=Mock(requests=[]))
     monkeypatch.setattr(approvals, "loads_request", read)
-    waiting = iter(approvals.Approvals(memory, Mock(), Mock()).waiting())
+    waiting = iter(approvals.Approvals(memory, Mock()).waiting())
     next(waiting)
 
     assert read.call_count == 1
