@@ -60,7 +60,7 @@ def _check(service: Service) -> int:
         return Exit.REFUSED
     for text in service.notes():
         say_sentence(text)
-    signers, nodes = ", ".join(service.signers), len(service.nodes.files(0.0)[1].nodes)
+    signers, nodes = ", ".join(service.signers), len(service.nodes.files()[1].nodes)
     say_sentence(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
     return Exit.DONE
 
@@ -85,7 +85,7 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
     if not texts:
         raise BridgeError("the program's manifests are not installed", hint="reinstall it")
     if settings.gateway.policy.exists() and settings.gateway.inventory.exists():
-        policy = Nodes(settings.gateway).files(0.0)[0]
+        policy = Nodes(settings.gateway).files()[0]
         signers = policy.signers
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
         if policy.pod_signers:

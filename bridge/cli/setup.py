@@ -179,7 +179,7 @@ def _for_pods(settings: Settings, type_name: str, backend_type: type[Backend]) -
 
     if not backend_type.can("names_beside_csr"):
         raise SettingsError([SettingsProblem("TYPE", registry.with_names_beside_csr(), repr(type_name))])
-    policy = Nodes(settings.gateway).files(0.0)[0]
+    policy = Nodes(settings.gateway).files()[0]
     if not policy.pod_signers:
         problem = SettingsProblem("pod_signer", 'a table such as [pod_signer."corp.example/spiffe"]', "none",
                                   settings.gateway.policy)  # fmt: skip

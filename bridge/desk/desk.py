@@ -106,7 +106,6 @@ class Job:
     label: str  #: For messages, such as the bundle's file name.
     delivery: Callable[[AnswerBundle], Delivery]
     size_bytes: int = 0  #: The file's size.
-    foreseen: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: Verdicts from moments ago, which still hold.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an existing answer.
     #: Certificates that were signed before, and are given out again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
@@ -172,11 +171,8 @@ class Observer(Protocol):
         """A bundle is done; an empty `where`: it is not answered yet."""
 
 
-class Approver(Protocol):
-    """Asks a person."""
-
-    def __call__(self, job: Job, text: str) -> tuple[bool | None, str]:
-        """Whether to sign this bundle (None: later), and the person's name or reason."""
+#: Asks a person whether to sign a bundle (None: later), and returns the person's name or reason, too.
+Approver = Callable[[Job, str], tuple[bool | None, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +212,6 @@ class Desk:
         self._asking: dict[tuple[str, bytes, timedelta | None], Job] = {}
         #: Revoked serial numbers by authority, and when they were read.
         self._lists: dict[str, tuple[Collection[int] | None, float]] = {}
-        #: Shared by all bundles, for the row "`sign` of an inbox" of docs/evidence/numbers.md: threads cost more than looks.
         self._lookups = ThreadPoolExecutor(PARALLEL_REQUESTS)
 
     # --- before anything is signed ------------------------------------------------------------------------------------
@@ -256,8 +251,6 @@ class Desk:
             job.approved_by = approval.summary(job.standing, job.approved_by)
 
     def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
-        if (foreseen := job.foreseen.get(request.name)) is not None:
-            return foreseen
         certificates = self._cas[request.authority].certificates
         try:
             waived, held = self._without_proof | job.vouched_for.keys(), job.origin is not None and job.origin.held
@@ -283,12 +276,7 @@ class Desk:
             except BackendError as e:
                 job.troubles[request.name] = e
 
-        unlisted = [request for request in requests if lists[request.authority] is None]
-        if len(unlisted) > 1 and any(ca.ca.backend.can("is_revoked") for ca in self._cas.values()):
-            list(self._lookups.map(look, requests))
-        else:
-            for request in requests:
-                look(request)
+        list(self._lookups.map(look, requests))
 
     def _listed(self, authority: str) -> Collection[int] | None:
         """The CA's list of revoked certificates, at most a second old; None: it is asked about each certificate."""
@@ -611,11 +599,7 @@ class Desk:
             cluster=job.bundle.cluster,
             signer=f"{name}: {', '.join(sorted(labels)) or 'nothing signed'}{approved}",
             signed=self._now().replace(microsecond=0),
-            answers={
-                request.name: job.answers[request.name]
-                for request in job.bundle.requests
-                if request.name in job.answers
-            },
+            answers={name: job.answers[name] for name in job.requests if name in job.answers},
         )
         if self._answer_key is None:
             return answer

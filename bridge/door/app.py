@@ -258,8 +258,6 @@ class Door:
             request_id = self.memory.receive(data, digest=read.digest, now=self.now(), enrolment=number, **who)
             with self._mutex:
                 remember(self._turns, read.digest, self.signing.answered + self.to_sign, self._settings.waiting)
-            if not vouched:  # a round judges an enrolled request again
-                self.signing.expect(data, read)
             self.brought(environ, request_id)
         except EnrolmentError as e:
             raise _refused(read, peer, e) from None

@@ -52,8 +52,6 @@ log = logging.getLogger("ca-bridge")
 
 #: Most requests of a round; all answers of a round arrive together.
 _MOST = 200
-#: Most bytes of parsed bundles that stay in memory for their round: three rounds of whole nodes.
-_LARGEST_READ_BYTES = 32 << 20
 #: Bundles that this process parses or judges at the same time; with more, the signing thread hardly gets a turn, and
 #: the CA waits for it.
 _JUDGED_AT_ONCE = 2
@@ -61,8 +59,6 @@ _JUDGED_AT_ONCE = 2
 _AT_WORKERS = 8
 #: If no worker has parsed a bundle after this time, the client has to send it again.
 _WORKER_SECONDS = 10.0
-#: How long a round may use the judgement from a request's arrival; the policy's limits are hours or days.
-_FRESH = timedelta(minutes=1)
 #: How often the door reaches its CAs anew, since their certificates and our rights may have changed.
 _OPEN_SECONDS = 300.0
 #: How long to wait for a `sign` on the same state directory.
@@ -128,8 +124,6 @@ class Signing:
         #: Held while this process parses or judges, never while it waits for a network or a database.
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self._at_workers = FairSemaphore(_AT_WORKERS)
-        #: Bundles parsed on arrival, by their bytes.
-        self._read: dict[bytes, ReadBundle] = {}
         self.arrived = threading.Event()  #: Set when there is something to sign.
         self.answered = 0  #: Requests that were answered since the start.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
@@ -214,22 +208,6 @@ class Signing:
         """Return whether each request can be judged: its CA was reached, or is not this door's; from any thread."""
         ours = self._settings.authorities
         return all(request.authority in self.cas or request.authority not in ours for request in bundle.requests)
-
-    def expect(self, data: bytes, read: ReadBundle) -> None:
-        """Keep a parsed bundle for its round, which then need not parse and judge it again; from any thread."""
-        if sum(map(len, [*self._read, data])) > _LARGEST_READ_BYTES:  # other doors signed them, or people refused them
-            self._read.clear()
-        self._read[data] = read
-
-    def _is_fresh(self, read: ReadBundle) -> bool:
-        """
-        Return whether a bundle's verdicts from its arrival still hold: by the same policy and CAs, with no proof
-        waived, moments ago. They do not cover revocation, which each round checks.
-        """
-        by, now = read.by, self._judgement
-        if by is None or now is None or abs(self._now() - by.now) > _FRESH:
-            return False
-        return (by.policy, by.cas, by.without_proof) == (now.policy, now.cas, frozenset())
 
     def round(self) -> Next:
         """Judge and sign the waiting requests."""
@@ -328,21 +306,17 @@ class Signing:
         used = enrolments.for_requests(self._memory, [row.id for row in kept])
         for row in kept:
             try:
-                # found by the database's bytes, which are what gets signed
-                expected = self._read.pop(row.bundle, None)
-                bundle = expected.bundle if expected is not None else loads_request(row.bundle)
+                bundle = loads_request(row.bundle)
                 job = job_of(
                     bundle, row.digest, row.bundle, archive, label=f"request {row.digest[:16]}", where=row.id,
                     place=lambda _: (), conclude=partial(self._conclude, row, bundle),
                 )  # fmt: skip
                 origin, vouched_for = self._proven(row, bundle, used.get(row.id))
-                is_foreseen = expected is not None and self._is_fresh(expected) and origin is None and not vouched_for
                 yield replace(
                     job,
                     origin=origin,
                     vouched_for=vouched_for,
                     answered={**self._answered(bundle), **job.answered},
-                    foreseen=expected.verdicts if expected is not None and is_foreseen else {},
                     standing=self.standing(row, bundle),
                     earlier_note=row.note,
                 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -215,30 +215,7 @@ class DecisionRow:
     decided: datetime
 
 
-#: Statements for every request, built once, because building one takes longer than executing it.
-_REQUEST_BY = {
-    column.name: sa.select(REQUESTS).where(column == sa.bindparam("value"))
-    for column in (REQUESTS.c.id, REQUESTS.c.digest, REQUESTS.c.again)
-}
-_CHANGE = REQUESTS.update().where(REQUESTS.c.id == sa.bindparam("which"))
-_CONCLUDE = _CHANGE.where(REQUESTS.c.state != "answered")
 _ISSUED = sa.select(*(CERTIFICATES.c[name] for name in IssuedRow.__slots__))
-_ISSUED_AMONG = (
-    sa.select(CERTIFICATES.c.csr, CERTIFICATES.c.name, CERTIFICATES.c.chain)
-    .where(CERTIFICATES.c.csr.in_(sa.bindparam("csrs", expanding=True)))
-    .order_by(CERTIFICATES.c.begins)
-)
-# by the indexed state, because most requests are answered
-_UNANSWERED = sa.select(
-    sa.func.count().label("every"),
-    sa.func.count().filter(REQUESTS.c.peer == sa.bindparam("peer")).label("theirs"),
-    sa.func.count().filter(REQUESTS.c.state.in_(TO_SIGN)).label("to_sign"),
-).where(REQUESTS.c.state.in_(UNANSWERED))
-_DECISIONS = (
-    sa.select(*(DECISIONS.c[name] for name in DecisionRow.__slots__))
-    .where(DECISIONS.c.request == sa.bindparam("of"))
-    .order_by(DECISIONS.c.id)
-)
 
 
 class DoorDatabase:
@@ -252,8 +229,6 @@ class DoorDatabase:
             raise DatabaseError(f"wanted a database, found: {one_line(e)}", hint=_NO_DRIVER) from None
         is_file = self.engine.dialect.name == "sqlite"
         self.insert = sqlite.insert if is_file else postgresql.insert
-        self._add = self.insert(REQUESTS).on_conflict_do_nothing().returning(REQUESTS.c.id)
-        self._add_issued = self.insert(CERTIFICATES).on_conflict_do_nothing()
         if is_file:
             sa.event.listen(self.engine, "connect", _set_pragmas)
         if password is not None:
@@ -269,15 +244,15 @@ class DoorDatabase:
         """Close the connections."""
         self.engine.dispose()
 
-    def select(self, query: sa.Executable, values: Mapping[str, Any] | None = None) -> Sequence[sa.RowMapping]:
+    def select(self, query: sa.Executable) -> Sequence[sa.RowMapping]:
         """Return all rows of a query."""
         with asking(), self.engine.connect() as connection:
-            return connection.execute(query, values).mappings().all()
+            return connection.execute(query).mappings().all()
 
-    def change(self, statement: sa.Executable, values: Mapping[str, Any] | None = None) -> int:
+    def change(self, statement: sa.Executable) -> int:
         """Execute one statement, and return the number of rows that it changed."""
         with asking(), self.engine.begin() as connection:
-            return connection.execute(statement, values).rowcount
+            return connection.execute(statement).rowcount
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -304,7 +279,8 @@ class DoorDatabase:
         row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
         row |= {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "again": again}
         with asking(), self.engine.begin() as connection:
-            if connection.execute(self._add, row).first() is None:
+            add = self.insert(REQUESTS).values(row).on_conflict_do_nothing()
+            if connection.execute(add.returning(REQUESTS.c.id)).first() is None:
                 same = REQUESTS.c.digest == digest if again is None else REQUESTS.c.again == again
                 return str(connection.execute(sa.select(REQUESTS.c.id).where(same)).scalar_one())
             if enrolment is not None:
@@ -313,7 +289,7 @@ class DoorDatabase:
 
     def find(self, value: str, column: Literal["id", "digest", "again"] = "id") -> Kept | None:
         """Return the request with this id, with this digest of its bundle, or with this `again` of EST."""
-        return next((Kept(**row) for row in self.select(_REQUEST_BY[column], {"value": value})), None)
+        return next(iter(self._kept(REQUESTS.c[column] == value)), None)
 
     def in_state(self, state: State, most: int | None = None) -> list[Kept]:
         """Return the requests in this state, the oldest first, `most` at most."""
@@ -324,18 +300,19 @@ class DoorDatabase:
 
     def note(self, request_id: str, text: str) -> None:
         """Store why a request has no answer yet."""
-        self.change(_CHANGE, {"which": request_id, "note": text[:2000]})
+        self.change(REQUESTS.update().where(REQUESTS.c.id == request_id).values(note=text[:2000]))
 
     def conclude(
         self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime, note: str = ""
     ) -> None:
         """Store an answer, the issued certificates and the refusals in one transaction; rows that exist stay as they are."""
+        which = (REQUESTS.c.id == request_id, REQUESTS.c.state != "answered")  # the first answer stays
         values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
         rows = [asdict(row) | {"request": request_id} for row in issued]
         with asking(), self.engine.begin() as connection:
-            connection.execute(_CONCLUDE, {"which": request_id, **values})  # the first answer stays
+            connection.execute(REQUESTS.update().where(*which).values(values))
             if rows:
-                connection.execute(self._add_issued, rows)
+                connection.execute(self.insert(CERTIFICATES).on_conflict_do_nothing(), rows)
 
     def counts(self) -> dict[str, int]:
         """Return the number of requests in each state."""
@@ -351,7 +328,12 @@ class DoorDatabase:
 
     def unanswered(self, peer: str) -> tuple[int, int, int]:
         """Return the numbers of unanswered requests: all, this address's, and those for the next signing rounds."""
-        [row] = self.select(_UNANSWERED, {"peer": peer})
+        count = sa.func.count()
+        theirs = count.filter(REQUESTS.c.peer == peer).label("theirs")
+        to_sign = count.filter(REQUESTS.c.state.in_(TO_SIGN)).label("to_sign")
+        # by the indexed state, because most requests are answered
+        query = sa.select(count.label("every"), theirs, to_sign).where(REQUESTS.c.state.in_(UNANSWERED))
+        [row] = self.select(query)
         return row["every"], row["theirs"], row["to_sign"]
 
     # --- decisions ----------------------------------------------------------------------------------------------------
@@ -383,7 +365,9 @@ class DoorDatabase:
 
     def decisions(self, request_id: str) -> list[DecisionRow]:
         """Return the people's actions on a request, the earliest first."""
-        return [DecisionRow(**row) for row in self.select(_DECISIONS, {"of": request_id})]
+        columns = [DECISIONS.c[name] for name in DecisionRow.__slots__]
+        query = sa.select(*columns).where(DECISIONS.c.request == request_id).order_by(DECISIONS.c.id)
+        return [DecisionRow(**row) for row in self.select(query)]
 
     def move(self, request_id: str, state: State, *, before: Sequence[State], note: str = "") -> None:
         """Move a request from one of the states `before` to another; a request in any other state stays there."""
@@ -403,7 +387,8 @@ class DoorDatabase:
 
     def issued_among(self, csrs: Sequence[str]) -> dict[tuple[str, str], bytes]:
         """Return the newest certificate's chain for each CSR and name, by the CSRs' digests."""
-        return {(row["csr"], row["name"]): row["chain"] for row in self.select(_ISSUED_AMONG, {"csrs": csrs})}
+        query = _ISSUED.where(CERTIFICATES.c.csr.in_(csrs)).order_by(CERTIFICATES.c.begins)
+        return {(row["csr"], row["name"]): row["chain"] for row in self.select(query)}
 
     def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
         """Return valid certificates, next to expire first, whose node, cluster, name or serial number contains this text."""

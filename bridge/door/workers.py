@@ -58,7 +58,7 @@ class ReadBundle:
     digest: str  #: The bundle's digest.
     #: By certificate name; the next round adds missing verdicts.
     verdicts: Mapping[str, PolicyVerdict] = field(default_factory=dict)
-    by: Judgement | None = None  #: The rules of the verdicts, by which a door keeps them.
+    by: Judgement | None = None  #: The rules of the verdicts; None: it was not judged yet.
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------

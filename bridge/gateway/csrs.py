@@ -22,7 +22,7 @@ from bridge.cluster.api import MERGE_PATCH, METADATA, NoAnswerError, Reply, requ
 from bridge.errors import BridgeError
 from bridge.gateway import watch
 from bridge.gateway.context import AFTER_REFUSAL_SECONDS, Context, GoneError, LeftError
-from bridge.gateway.nodes import NodeStates
+from bridge.gateway.nodes import state_of
 from bridge.gateway.policy import (
     USUAL_BYTES,
     Allowed,
@@ -46,16 +46,12 @@ from bridge.system.waiting import Rate
 
 log = logging.getLogger("ca-bridge")
 
-#: Before the CA is asked, a file or Node object that was read this recently is not read again.
-_RECENT_SECONDS = 1.0
-
 
 class Judge:
     """Judges CertificateSigningRequests; several threads may use it."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._states = NodeStates(context.api)
         self._mutex = threading.Lock()
         ours = context.settings.gateway
         self._requesters, self._nodes = Rate(ours.requester_rate), Rate(ours.node_rate)
@@ -78,7 +74,7 @@ class Judge:
         A large CSR has to wait for its turn: thousands would delay all requests behind them.
         """
         csr = cast(SigningRequest, csr)
-        world = self._world(csr, time.monotonic() - _RECENT_SECONDS)
+        world = self._world(csr)
         if world is None or len(csr.request.pem) > USUAL_BYTES:
             return Look()
         node = node_of(csr.request)
@@ -92,10 +88,10 @@ class Judge:
         return Look(key=key_of(csr, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
     def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
-        """Return the policy's verdict; files and Node object are at most a second old, and read anew for a write."""
+        """Return the policy's verdict, by the files and the Node object as they are now."""
+        del at_write
         one, nodes = cast(SigningRequest, job.one), self._context.nodes
-        since = time.monotonic() - (0.0 if at_write else _RECENT_SECONDS)
-        world = self._world(one, since)
+        world = self._world(one)
         if world is None:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
         node, verdict = node_of(one.request), judge(one.request, world)
@@ -107,10 +103,8 @@ class Judge:
                 return Later(str(e))
             if entry is not None:
                 entry = nodes.with_dns(node, entry, addresses_of(one.request))
-                # a token's node usually does not exist yet; a node that asks for itself may have just registered
-                itself = one.request.username == f"{NODE_USER}{node}"
-                with_readiness = entry.rejoin and not itself
-                state = self._states.state(node, since, newer=itself, with_readiness=with_readiness)
+                with_readiness = entry.rejoin and one.request.username != f"{NODE_USER}{node}"
+                state = state_of(self._context.api, node, with_readiness=with_readiness)
                 verdict = judge(one.request, replace(world, entry=entry, state=state))
         needs_person = isinstance(verdict, Allowed) and world.policy.signers[one.request.signer].approval == "required"
         if needs_person and not one.is_approved_by_person:
@@ -118,12 +112,12 @@ class Judge:
             return Later(f"{csr or 'it was not approved yet'} (approval = required)")
         return verdict
 
-    def _world(self, csr: SigningRequest, since: float) -> World | None:
+    def _world(self, csr: SigningRequest) -> World | None:
         """Return the facts for a verdict; None: the policy had no table for the signer when the gateway started."""
         context, spec = self._context, spec_of(csr.request.signer)
         if spec is None or spec.authority.name not in context.authorities:
             return None
-        policy, inventory = context.nodes.files(since)
+        policy, inventory = context.nodes.files()
         return World(
             policy=policy,
             cluster=context.settings.node.cluster,

@@ -62,23 +62,19 @@ class WatchedFile(Generic[T]):
         self._parse = parse
         self._mutex = threading.Lock()
         self._stamp = self._look()
-        self._looked = self._tried = time.monotonic()
+        self._tried = time.monotonic()
         self._value = self._read()
         self.trouble = ""  #: Why the current content of the file does not count.
         self.changes = 0
 
-    def get(self, since: float) -> T:
-        """Return the newest valid content, from a check of the file no older than `since` (monotonic)."""
-        if self._looked >= since:
-            return self._value  # without the lock, or a hundred requests at once would queue for it
+    def get(self) -> T:
+        """Return the newest valid content."""
         with self._mutex:
-            if self._looked < since:
-                now, stamp = time.monotonic(), self._look()
-                # the file's stamp does not change when its directory is repaired
-                if stamp != self._stamp or (self.trouble and now - self._tried >= _AGAIN_SECONDS):
-                    self._stamp, self._tried = stamp, now
-                    self._again()
-                self._looked = now
+            now, stamp = time.monotonic(), self._look()
+            # the file's stamp does not change when its directory is repaired
+            if stamp != self._stamp or (self.trouble and now - self._tried >= _AGAIN_SECONDS):
+                self._stamp, self._tried = stamp, now
+                self._again()
             return self._value
 
     def _again(self) -> None:
@@ -156,9 +152,9 @@ class Nodes:
         self._entries: Remembered[str, NodeEntry | None] = Remembered()
         self._resolver = Resolver(max(1, settings.concurrency // 2)) if settings.reverse_dns else None
 
-    def files(self, since: float) -> tuple[GatewayPolicy, Inventory]:
-        """Return policy and inventory, from a check of the files no older than `since` (monotonic)."""
-        return self._policy.get(since), self._inventory.get(since)
+    def files(self) -> tuple[GatewayPolicy, Inventory]:
+        """Return policy and inventory as they are now."""
+        return self._policy.get(), self._inventory.get()
 
     @property
     def trouble(self) -> str:
@@ -274,33 +270,15 @@ def _ask_command(command: Path, name: str) -> NodeEntry | None:
     return entry
 
 
-class NodeStates:
-    """Looks up Node objects; any thread may use it."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-        self._known: Remembered[tuple[str, bool], NodeState] = Remembered()
-
-    def state(self, name: str, since: float, *, newer: bool, with_readiness: bool) -> NodeState:
-        """
-        Return the node's state as of `since` or later (NoAnswerError); `newer` looks again if the last look found no
-        such node. Without `with_readiness` a node that exists counts as ready.
-        """
-        now, known = time.monotonic(), self._known.get((name, with_readiness), since)
-        if known is not None and (known[0].exists or not newer):
-            return known[0]
-        state = self._ask(name, with_readiness=with_readiness)
-        self._known.put((name, with_readiness), state, now)
-        return state
-
-    def _ask(self, name: str, *, with_readiness: bool) -> NodeState:
-        accept = JSON if with_readiness else METADATA  # a whole Node object lists dozens of images
-        reply = self._api.answer(request_of("GET", f"/api/v1/nodes/{quote(name, safe='')}", accept=accept))
-        if reply.status == HTTPStatus.OK:
-            return NodeState(exists=True, ready=not with_readiness or is_ready(reply.document))
-        if reply.status == HTTPStatus.NOT_FOUND:
-            return NodeState(exists=False)
-        raise NoAnswerError(f"can't look at node {name}: HTTP {reply.status} {reply.message}")
+def state_of(api: Api, name: str, *, with_readiness: bool) -> NodeState:
+    """Return the state of a Node object (NoAnswerError); without `with_readiness` a node that exists counts as ready."""
+    accept = JSON if with_readiness else METADATA  # a whole Node object lists dozens of images
+    reply = api.answer(request_of("GET", f"/api/v1/nodes/{quote(name, safe='')}", accept=accept))
+    if reply.status == HTTPStatus.OK:
+        return NodeState(exists=True, ready=not with_readiness or is_ready(reply.document))
+    if reply.status == HTTPStatus.NOT_FOUND:
+        return NodeState(exists=False)
+    raise NoAnswerError(f"can't look at node {name}: HTTP {reply.status} {reply.message}")
 
 
 def is_ready(node: Mapping[str, Any]) -> bool:

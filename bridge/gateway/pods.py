@@ -92,17 +92,18 @@ class PodJudge:
         after which a pod never starts, always rests on fresh lookups of everything.
         """
         now = time.monotonic()
-        verdict = self._judged(job, now if at_write else now - _RECENT_SECONDS, at_write=at_write)
+        verdict = self._judged(job, at_write=at_write)
         if isinstance(verdict, Hostile):
-            # not again what the first judgement read just now: the files for a write, else the pod
-            verdict = self._judged(job, now, now, at_write=not at_write)
+            verdict = self._judged(
+                job, now, at_write=not at_write
+            )  # the pod itself was read just now, unless for a write
         return verdict
 
-    def _judged(self, job: Job, files_since: float, since: float = -math.inf, *, at_write: bool) -> Verdict:
+    def _judged(self, job: Job, since: float = -math.inf, *, at_write: bool) -> Verdict:
         context, request = self._context, _request(job.one)
         if PODS.name not in context.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
-        policy, inventory = context.nodes.files(files_since)
+        policy, inventory = context.nodes.files()
         rules = policy.pod_signers.get(request.signer)
         labels = rules.namespace_labels if rules is not None else {}
         hostile = csr_or_problem(request)

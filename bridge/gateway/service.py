@@ -69,7 +69,7 @@ class Service:
         ours = settings.gateway
         self.settings = settings
         self.nodes = Nodes(ours)
-        policy = self.nodes.files(0.0)[0]
+        policy = self.nodes.files()[0]
         self.kubernetes_signers, self.pod_signers = tuple(sorted(policy.signers)), tuple(sorted(policy.pod_signers))
         self.signers = (*self.kubernetes_signers, *self.pod_signers)
         if not self.signers:
@@ -104,11 +104,11 @@ class Service:
             yield from authority.check(self._now(), self._pod_rules())
 
     def _pod_rules(self) -> Collection[PodSignerRules]:
-        return self.nodes.files(0.0)[0].pod_signers.values()
+        return self.nodes.files()[0].pod_signers.values()
 
     def notes(self) -> Iterator[str]:
         """Yield sentences on what `check` can't see but an administrator has to know."""
-        rules = self.nodes.files(0.0)[0].signers.get(CLIENT_KUBELET)
+        rules = self.nodes.files()[0].signers.get(CLIENT_KUBELET)
         if rules is not None and rules.approval == "required":
             yield (
                 f"{CLIENT_KUBELET} needs a person's approval: delete the bindings by which kube-controller-manager approves, "
@@ -192,7 +192,7 @@ class Service:
         while not self._stop.wait(_ROOTS_SECONDS):
             if not self.holder.is_ours():
                 continue
-            tables = self.nodes.files(time.monotonic() - _ROOTS_SECONDS)[0].pod_signers
+            tables = self.nodes.files()[0].pod_signers
             text = roots.text_of(self.authorities[PODS.name].anchors())
             for signer in self.pod_signers:
                 if (rules := tables.get(signer)) is not None:
@@ -233,7 +233,7 @@ class Service:
         queue = self.context.queue
         while not self._ending:
             time.sleep(_TICK_SECONDS / 2)
-            self.nodes.files(time.monotonic() - 2 * _TICK_SECONDS)  # reads changed files again
+            self.nodes.files()  # reads changed files again
             if self.nodes.changes != changes:
                 changes = self.nodes.changes
                 self._warn_of_new_signers()
@@ -264,7 +264,7 @@ class Service:
             log.error("%s", e)  # noqa: TRY400
 
     def _warn_of_new_signers(self) -> None:
-        policy = self.nodes.files(0.0)[0]
+        policy = self.nodes.files()[0]
         if new := sorted({*policy.signers, *policy.pod_signers} - set(self.signers)):
             log.warning("the policy has new signers: %s; restart the gateway for them", ", ".join(new))
 

@@ -73,7 +73,6 @@ def make_application(memory: DoorDatabase, *, is_judged: bool = True, a_minute: 
         judged=lambda one, _: one,
         refused=lambda _: "",
         judges=lambda _: is_judged,
-        expect=lambda *_: None,
         arrived=threading.Event(),
         answered=0,
     )

@@ -15,10 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from bridge.contract import Issued
-from bridge.desk.policy import PolicyVerdict
 from bridge.door.signing import Signing
 from bridge.door.store import DatabaseError, DoorDatabase, sqlite_url
-from bridge.door.workers import Judgement, ReadBundle, Workers
+from bridge.door.workers import ReadBundle, Workers
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.settings.load import load
@@ -110,69 +109,16 @@ def test_an_answer_that_can_not_be_remembered_is_found_in_the_archive(
     assert len(desk.issued()) == 1
 
 
-#: What may have changed since a request was judged, so that it has to be judged anew.
-CHANGES: dict[str, Callable[[Judgement], Judgement]] = {
-    "nothing": lambda by: by,
-    "the policy": lambda by: replace(by, policy=replace(by.policy, approvals=replace(by.policy.approvals, count=2))),
-    "a CA": lambda by: replace(by, cas={}),
-    "the time": lambda by: replace(by, now=by.now - timedelta(minutes=2)),
-    "an enrolment": lambda by: replace(by, without_proof=frozenset({"apiserver"})),
-}
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_judgement_counts_in_the_round_while_nothing_has_changed(
-    desk: Desk, memory: DoorDatabase, bundle: RequestBundle, what: str
-) -> None:
-    """A refusal that the policy does not give is taken over, or else the request is judged again, and signed; a long one, too."""
-    data = dumps(bundle) + b" " * 100_000
-    place = memory.receive(
-        data, digest=digest(bundle), node=bundle.node, cluster=bundle.cluster, peer="192.0.2.1", now=now()
-    )
-    signing = Signing(load(desk.config), memory, desk.policy, now)
-    signing.look()
-    judged = signing.judged(unjudged(bundle))
-    assert judged.by is not None
-    assert not signing.refused(judged)
-    refused = PolicyVerdict(problems=("judged when it came",), proven=True)
-    signing.expect(data, replace(judged, by=CHANGES[what](judged.by), verdicts={"apiserver": refused}))
-    signing.round()
-    signing.close()
-
-    kept = memory.find(place)
-    assert kept is not None
-    assert kept.answer is not None
-    answer = loads_answer(kept.answer).answers["apiserver"]
-    assert isinstance(answer, Refusal if what == "nothing" else Issued)
-
-
-def test_what_came_takes_so_many_bytes_of_memory(
-    desk: Desk, memory: DoorDatabase, bundle: RequestBundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The latest bundles are kept for a round, as long as the limit has room for all; the others are read again."""
-    monkeypatch.setattr("bridge.door.signing._LARGEST_READ_BYTES", 25)
-    signing = Signing(load(desk.config), memory, desk.policy, now)
-    kept = []
-    for number in range(5):
-        signing.expect(b"%d" % number * 10, unjudged(bundle))
-        kept.append([one[:1] for one in signing._read])
-
-    assert kept == [[b"0"], [b"0", b"1"], [b"2"], [b"2", b"3"], [b"4"]]
-
-
 @pytest.mark.parametrize(("when", "kind"), [("before it", Refusal), ("while it begins", Refusal), ("after it", Issued)])
 def test_a_round_is_by_one_policy(
     desk: Desk, memory: DoorDatabase, pki: Pki, monkeypatch: pytest.MonkeyPatch, when: str, kind: type[Issued | Refusal]
 ) -> None:
-    """A policy that comes while a round begins counts for all of it, whether a request was judged when it came or not."""
+    """A policy that comes while a round begins counts for all of it."""
     signing, places = Signing(load(desk.config), memory, desk.policy, now), []
     signing.look()
-    for number in range(2):
+    for _ in range(2):
         one = make_bundle(old_pairs(pki, ["apiserver"]))
-        data = dumps(one)
-        places.append(received(memory, digest(one), data=data, now=now()))
-        if number:
-            signing.expect(data, signing.judged(unjudged(one)))
+        places.append(received(memory, digest(one), data=dumps(one), now=now()))
 
     def change(*_: object) -> None:
         desk.policy.write_text(desk.policy.read_text().replace("cp-*", "other-*"))

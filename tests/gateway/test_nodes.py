@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.cluster.api import JSON, Reply, Request
+from bridge.cluster.api import JSON, METADATA, Reply, Request
 from bridge.errors import BridgeError
 from bridge.gateway import nodes
+from bridge.gateway.policy import NodeState
 from bridge.system.waiting import wait_until
 
 _ENTRY = '{"addresses": ["192.0.2.9"]}'
@@ -125,31 +125,33 @@ def test_a_name_that_breaks_the_resolver_takes_no_room(monkeypatch: pytest.Monke
     assert resolver.hosts(["198.51.100.1"]) == {"198.51.100.1": "198.51.100.1.example"}
 
 
-def test_what_counts_at_a_write_is_looked_at_then(tmp_path: Path) -> None:
-    """A file and a Node object of a moment ago are good enough before the CA is asked, and not when its answer is written."""
-    there = [b"{}"]
+def test_what_counts_is_looked_at_each_time(tmp_path: Path) -> None:
+    """A file and a Node object count as they are now; only a whole object tells whether a node is ready."""
+    there = [b'{"status": {"conditions": [{"type": "Ready", "status": "False"}]}}']
+    accepted = []
 
     class OneNode:
         """An API server."""
 
         def answer(self, request: Request) -> Reply:
             assert request.path == "/api/v1/nodes/w1"
+            accepted.append(request.headers["Accept"])
             return Reply(status=200, body=there[0]) if there else Reply(status=404, body=b"{}")
 
-    states = nodes.NodeStates(OneNode())  # type: ignore[arg-type]
     file = tmp_path / "inventory.toml"
     file.write_text("old")
     file.chmod(0o644)
     watched = nodes.WatchedFile(file, "inventory", lambda text, _: text)
 
-    def seen(since: float) -> tuple[bool, str]:
-        return states.state("w1", since, newer=False, with_readiness=False).exists, watched.get(since)
+    def seen(*, with_readiness: bool = False) -> tuple[NodeState, str]:
+        return nodes.state_of(OneNode(), "w1", with_readiness=with_readiness), watched.get()  # type: ignore[arg-type]
 
-    assert seen(time.monotonic()) == (True, "old")
+    assert seen() == (NodeState(exists=True, ready=True), "old")
+    assert seen(with_readiness=True) == (NodeState(exists=True, ready=False), "old")
     there.clear()
     file.write_text("another")
-    assert seen(time.monotonic() - 30) == (True, "old")
-    assert seen(time.monotonic()) == (False, "another")
+    assert seen() == (NodeState(exists=False), "another")
+    assert accepted == [METADATA, JSON, METADATA]
 
 
 def test_what_many_threads_want_to_know_is_asked_once() -> None:
@@ -173,32 +175,3 @@ def test_what_many_threads_want_to_know_is_asked_once() -> None:
     assert (answers, len(asked)) == ([7] * 8, 1)
     forgetful = nodes.Remembered[int, int](0.0)
     assert [forgetful.of(1, ask), forgetful.of(1, ask), len(asked)] == [7, 7, 3]
-
-
-def test_a_node_is_looked_at_again_for_its_own_request() -> None:
-    """A node that was not there a moment ago may have just registered; for another's request the last look counts."""
-    asked, names = list[str](), ["cp1"]
-
-    class Nodes:
-        """An API server."""
-
-        def answer(self, request: Request) -> Reply:
-            asked.append(
-                f"{request.path.rpartition('/')[2]} {'whole' if request.headers['Accept'] == JSON else 'name'}"
-            )
-            body = {"status": {"conditions": [{"type": "Ready", "status": "False"}]}}
-            is_there = request.path.rpartition("/")[2] in names
-            return Reply(status=200 if is_there else 404, body=json.dumps(body).encode())
-
-    states, begin = nodes.NodeStates(Nodes()), time.monotonic()  # type: ignore[arg-type]
-
-    def exists(name: str, since: float, *, newer: bool = False) -> bool:
-        return states.state(name, since, newer=newer, with_readiness=False).exists
-
-    assert not exists("w11", begin)
-    names.append("w11")
-    assert (exists("w11", begin), exists("w11", begin, newer=True), exists("w11", begin)) == (False, True, True)
-    assert exists("w11", time.monotonic())
-    assert asked == ["w11 name"] * 3
-    state = states.state("w11", begin, newer=False, with_readiness=True)  # only a whole object tells
-    assert (state.exists, state.ready, asked[3:]) == (True, False, ["w11 whole"])
