@@ -87,9 +87,8 @@ class Judge:
         counts = isinstance(verdict, Allowed) if is_known else node is not None and not is_hostile
         return Look(key=key_of(csr, node) if counts else "", is_known=is_known, is_hostile=is_hostile)
 
-    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
+    def verdict(self, job: Job) -> Verdict:
         """Return the policy's verdict, by the files and the Node object as they are now."""
-        del at_write
         one, nodes = cast(SigningRequest, job.one), self._context.nodes
         world = self._world(one)
         if world is None:

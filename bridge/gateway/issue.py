@@ -187,7 +187,7 @@ class Issuing:
         verified = job.verified
         for _ in writer.turns(job):
             self._assert_current(job)
-            verdict = self._allowed(job, at_write=True)
+            verdict = self._allowed(job)
             if verdict is None:
                 raise GoneError("it was allowed when it was signed, and no longer is")
             self._assert_of_use(job, verdict, verified, is_new=is_new)
@@ -198,9 +198,9 @@ class Issuing:
 
     # --- its steps --------------------------------------------------------------------------------------------------
 
-    def _allowed(self, job: Job, *, at_write: bool = False) -> Allowed | None:
-        """Judge the job now; `at_write`: right before a write; None: we denied the request."""
-        verdict = self._judge_of(job.one).verdict(job, at_write=at_write)
+    def _allowed(self, job: Job) -> Allowed | None:
+        """Judge the job now; None: we denied the request."""
+        verdict = self._judge_of(job.one).verdict(job)
         job.judged = time.monotonic()
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)

@@ -43,8 +43,7 @@ _PODS_AT_ONCE = 16
 #: The most characters of the API server's message in ours.
 _LONGEST_REASON = 200
 
-#: The metadata of service accounts, nodes and namespaces may be this old; so may a pod for the write, since the pod was
-#: read anew right before the CA was asked.
+#: The metadata of service accounts, nodes and namespaces may be this old.
 _RECENT_SECONDS = 2.0
 _EVENTS_A_MINUTE = 120
 #: Reasons for a pod's owner; the CA's own words stay in the gateway's log, since they may hold internals.
@@ -62,7 +61,6 @@ class PodJudge:
         self._context = context
         # UIDs and wanted labels alone: users choose the rest of an object, and so its size
         self._metadata: Remembered[tuple[str, ...], tuple[str | None, Mapping[str, Any]]] = Remembered(_RECENT_SECONDS)
-        self._pods: Remembered[str, PodState | None] = Remembered(_RECENT_SECONDS)  # by the request's UID
         self._looking, self._reading = threading.BoundedSemaphore(_PODS_AT_ONCE), threading.Lock()
         self._mutex = threading.Lock()
         ours = context.settings.gateway
@@ -86,20 +84,16 @@ class PodJudge:
         del request
         return Look()
 
-    def verdict(self, job: Job, *, at_write: bool = False) -> Verdict:
+    def verdict(self, job: Job) -> Verdict:
         """
-        Return the policy's verdict, by the pod as it is now, or for a write by the lookups of a moment ago. A denial,
-        after which a pod never starts, always rests on fresh lookups of everything.
+        Return the policy's verdict, by the pod as it is now. A denial, after which a pod never starts, rests on fresh
+        lookups of everything.
         """
         now = time.monotonic()
-        verdict = self._judged(job, at_write=at_write)
-        if isinstance(verdict, Hostile):
-            verdict = self._judged(
-                job, now, at_write=not at_write
-            )  # the pod itself was read just now, unless for a write
-        return verdict
+        verdict = self._judged(job)
+        return self._judged(job, now) if isinstance(verdict, Hostile) else verdict
 
-    def _judged(self, job: Job, since: float = -math.inf, *, at_write: bool) -> Verdict:
+    def _judged(self, job: Job, since: float = -math.inf) -> Verdict:
         context, request = self._context, _request(job.one)
         if PODS.name not in context.authorities:
             return Later("the policy had no table for this signer when the gateway was started; restart it")
@@ -115,7 +109,7 @@ class PodJudge:
             cluster=context.settings.node.cluster,
             inventory=inventory,
             created=job.one.created,
-            pod=self._pod(job, at_write=at_write),
+            pod=self._pod(job),
             account_uid=self._known(f"{namespace}/serviceaccounts/{quoted(request.service_account)}", since)[0],
             node_uid=self._known(f"nodes/{quoted(request.node)}", since)[0],
             labels=self._known(namespace, since, labels)[1] if labels else {},
@@ -135,16 +129,12 @@ class PodJudge:
 
     # --- lookups at the API server ------------------------------------------------------------------------------------
 
-    def _pod(self, job: Job, *, at_write: bool) -> PodState | None:
-        """Return the request's pod as it is now, or for a write as of a moment ago; None: no pod has this name."""
-        if at_write and (known := self._pods.get(job.one.uid)) is not None:
-            return known[0]
-        now, request = time.monotonic(), _request(job.one)
+    def _pod(self, job: Job) -> PodState | None:
+        """Return the request's pod as it is now; None: no pod has this name."""
+        request = _request(job.one)
         path = f"namespaces/{quoted(request.namespace)}/pods/{quoted(request.pod)}"
         with self._looking:
-            state = self._read(path, JSON, partial(pod_state, request=request))
-        self._pods.put(job.one.uid, state, now)
-        return state
+            return self._read(path, JSON, partial(pod_state, request=request))
 
     def _known(
         self, path: str, since: float = -math.inf, labels: Collection[str] = ()

@@ -383,10 +383,15 @@ def rights_needed(
     signers: Sequence[str], settings: GatewaySettings, pod_signers: Sequence[str] = ()
 ) -> Iterator[Right]:
     """Yield the rights that docs/gateway.md names, except to create the lease, which `Lease.trial` checks (pure)."""
-    if signers:
-        yield from _on_requests(CSRS, ("approval", "status"), signers, ("approve", "sign"))
+    for resource, subresources, names, verbs in (
+        (CSRS, ("approval", "status"), signers, ("approve", "sign")),
+        (POD_REQUESTS, ("status",), pod_signers, ("sign",)),
+    ):
+        if names:
+            yield from (Right(verb, _CERTIFICATES, resource) for verb in ("get", "list", "watch"))
+            yield from (Right("patch", _CERTIFICATES, resource, subresource) for subresource in subresources)
+            yield from (Right(verb, _CERTIFICATES, "signers", name=name) for name in names for verb in verbs)
     if pod_signers:
-        yield from _on_requests(POD_REQUESTS, ("status",), pod_signers, ("sign",))
         for resource in ("pods", "serviceaccounts", "namespaces"):
             yield Right("get", "", resource)
         yield Right("create", _CERTIFICATES, roots.BUNDLES)
@@ -400,18 +405,6 @@ def rights_needed(
         name, namespace = settings.lease_name, settings.lease_namespace
         for verb in ("get", "update"):
             yield Right(verb, "coordination.k8s.io", "leases", name=name, namespace=namespace)
-
-
-def _on_requests(
-    resource: str, subresources: Sequence[str], signers: Sequence[str], verbs: Sequence[str]
-) -> Iterator[Right]:
-    for verb in ("get", "list", "watch"):
-        yield Right(verb, _CERTIFICATES, resource)
-    for subresource in subresources:
-        yield Right("patch", _CERTIFICATES, resource, subresource)
-    for signer in signers:
-        for verb in verbs:
-            yield Right(verb, _CERTIFICATES, "signers", name=signer)
 
 
 def assert_rights(api: Api, rights: Iterator[Right]) -> None:

@@ -706,10 +706,9 @@ def test_what_users_write_into_their_objects_fills_no_memory() -> None:
             assert judge._known(f"namespaces/shop/serviceaccounts/s{number}")[0] == "u"
             assert judge._known(f"namespaces/n{number}", labels={"mtls": "yes"})[1] == {"mtls": "yes"}
             job = pod_job(f"r{number}", annotations=tuple(many.items()))
-            found = judge._pod(job, at_write=False)
+            found = judge._pod(job)
             assert found is not None
             assert found.key_types == {"RSA2048"}
-            assert judge._pod(job, at_write=True) is found
         assert memory()[0] < 1 << 20
 
 
@@ -723,7 +722,7 @@ def test_objects_of_users_are_parsed_one_at_a_time() -> None:
             return super().found(path)
 
     judge = PodJudge(context_of(lambda: Seen(status=200, body=b"{}")))
-    judge._pod(pod_job(), at_write=False)
+    judge._pod(pod_job())
     judge._known("nodes/w1")
     assert (held, judge._reading.locked()) == ([True, True], False)
 
@@ -738,10 +737,10 @@ def test_a_pod_of_megabytes_is_not_read() -> None:
 
     judge = PodJudge(context_of(answer))
     with pytest.raises(LeftError, match=r"^namespaces/shop/pods/web: wanted at most 512 KiB, found more: shorten"):
-        judge._pod(pod_job(), at_write=False)
+        judge._pod(pod_job())
     error.is_too_long = False
     with pytest.raises(NoAnswerError):
-        judge._pod(pod_job(), at_write=False)
+        judge._pod(pod_job())
 
 
 def test_few_pods_are_looked_at_at_once() -> None:
@@ -758,7 +757,7 @@ def test_few_pods_are_looked_at_at_once() -> None:
 
     judge = PodJudge(context_of(answer))
     with ThreadPoolExecutor(40) as pool:
-        found = [pool.submit(judge._pod, pod_job(f"r{number}"), at_write=False) for number in range(40)]
+        found = [pool.submit(judge._pod, pod_job(f"r{number}")) for number in range(40)]
         for _ in range(16):
             assert there.acquire(timeout=180)
         assert not there.acquire(timeout=0.3)
