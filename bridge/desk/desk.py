@@ -92,9 +92,9 @@ class Delivery:
 class Origin:
     """How TLS or a one-time secret proved the requester's identity, for a bundle of one request without a continuity proof."""
 
-    problem: str  #: Why today's policy does not let this requester ask; empty: it does.
-    held: bool  #: The requester has the key of the certificate that is replaced.
-    certificate: x509.Certificate | None  #: The requester's, if the CA of the request signed it.
+    problem: str = ""  #: Why today's policy does not let this requester ask; empty: it does.
+    held: bool = False  #: The requester has the key of the certificate that is replaced.
+    certificate: x509.Certificate | None = None  #: The requester's, if the CA of the request signed it.
 
 
 @dataclass(kw_only=True, eq=False)
@@ -124,7 +124,7 @@ class Job:
     approved_by: str = ""
     #: Requests that need no continuity proof, by certificate name, with a text for the audit log.
     vouched_for: Mapping[str, str] = field(default_factory=dict)
-    origin: Origin | None = None
+    origin: Origin = field(default_factory=Origin)
     standing: Standing = field(default_factory=Standing)  #: People's verified decisions from elsewhere.
 
     @cached_property
@@ -225,7 +225,7 @@ class Desk:
                 job.troubles[request.name] = trouble
             else:
                 verdict = job.verdicts[request.name] = self._verdict(job, request)
-                problems[request.name] = [*_problems_of(job.origin), *verdict.problems]
+                problems[request.name] = [*filter(None, [job.origin.problem]), *verdict.problems]
         self._find_revoked(job, problems)
         for request in [request for request in job.bundle.requests if request.name not in job.troubles]:
             if problems[request.name]:
@@ -253,8 +253,8 @@ class Desk:
     def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
         certificates = self._cas[request.authority].certificates
         try:
-            waived, held = self._without_proof | job.vouched_for.keys(), job.origin is not None and job.origin.held
-            return judge(request, job.bundle, self._policy, certificates, self._now(), waived, held=held)
+            waived = self._without_proof | job.vouched_for.keys()
+            return judge(request, job.bundle, self._policy, certificates, self._now(), waived, held=job.origin.held)
         except Exception as e:  # noqa: BLE001 (one request's error must not stop the others)
             text = f"wanted a request that can be judged, found {type(e).__name__}: {e}"
             return PolicyVerdict(problems=(text,), proven=False)
@@ -639,9 +639,7 @@ def at_once(configured: registry.Configured) -> registry.Configured:
 
 def _proof_of(job: Job, request: BundledRequest) -> x509.Certificate | None:
     """The certificate that proved the requester's identity, if the request's CA can tell whether it is revoked."""
-    if job.verdicts[request.name].proven:
-        return request.replaces
-    return job.origin.certificate if job.origin is not None else None
+    return request.replaces if job.verdicts[request.name].proven else job.origin.certificate
 
 
 def _is_revoked(old: x509.Certificate, listed: Collection[int] | None, by: _Authority) -> bool:
@@ -657,10 +655,6 @@ def _is_revoked(old: x509.Certificate, listed: Collection[int] | None, by: _Auth
         if any(is_signed_by(old, certificate) for certificate in by.ca.certificates[:1]):
             return True
     return by.ca.is_revoked(old)
-
-
-def _problems_of(origin: Origin | None) -> list[str]:
-    return [origin.problem] if origin is not None and origin.problem else []
 
 
 def _keep(

@@ -377,20 +377,18 @@ class Signing:
             return {}
         origin, vouched = self._proven(kept, bundle, used)
         rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(vouched))
-        found = verdicts(bundle, rules, held=origin is not None and origin.held)
-        if origin is not None and origin.problem:
+        found = verdicts(bundle, rules, held=origin.held)
+        if origin.problem:
             return {
                 name: replace(verdict, problems=(origin.problem, *verdict.problems)) for name, verdict in found.items()
             }
         return found
 
-    def _proven(
-        self, kept: Kept, bundle: RequestBundle, used: Enrolment | None
-    ) -> tuple[Origin | None, Mapping[str, str]]:
+    def _proven(self, kept: Kept, bundle: RequestBundle, used: Enrolment | None) -> tuple[Origin, Mapping[str, str]]:
         """Return an EST request's origin by the current policy and CAs, and what TLS or an enrolment vouches for."""
         vouched = used.vouches(bundle) if used is not None else {}
         if kept.origin is None:
-            return None, vouched
+            return Origin(), vouched
         asker, [request] = _asker(kept), bundle.requests
         problem = origin_problem(asker, request, bundle.node, self.policy, self.cas)
         signers, shown = self.cas.get(request.authority, ()), asker.certificate

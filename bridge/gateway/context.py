@@ -9,8 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -54,7 +53,6 @@ class Leader:
         self.said: str | None = None  #: The last trouble that was logged; None: nothing was logged yet.
         #: When we took the lease from a replica that had not released it, perhaps ourselves before a crash.
         self.doubtful_before: datetime | None = None
-        self._changed = threading.Condition()
         self._can_work: Callable[[], bool] = lambda: True
         self._keeper = Keeper(self.lease, duration, self._renew)
         self.threads = (self._keeper.thread,)
@@ -68,11 +66,6 @@ class Leader:
     def is_ours(self) -> bool:
         """Whether we may work."""
         return self._is_settled and time.monotonic() < self._keeper.renewed + self._seconds
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until the lease is ours; return whether it is."""
-        with self._changed:
-            return self._changed.wait_for(self.is_ours, seconds)
 
     def release(self) -> None:
         """Release the lease, so that another replica takes over at once; without an API server the lease expires."""
@@ -101,8 +94,6 @@ class Leader:
             self.doubtful_before = datetime.now(UTC) if self.lease.taken_from else None
             self._is_settled = True
         self._say(f"standing by: {other} has the lease {self.lease.name}" if other else "")
-        with self._changed:
-            self._changed.notify_all()
 
     def _say(self, trouble: str) -> None:
         if trouble != self.said:
@@ -123,10 +114,6 @@ class Alone:
 
     def is_ours(self) -> bool:
         """Return True."""
-        return True
-
-    def wait(self, _: float) -> bool:
-        """Return True at once."""
         return True
 
     def release(self) -> None:
@@ -183,7 +170,6 @@ class Ledger:
         self._path = store.audit
         self._record = Record(store, settings)
         self._noted: list[Line] = []
-        self._waiting: list[tuple[Line | None, Future[None]]] = []  #: Lines of threads that wait for `_writing`.
         self._mutex, self._writing = threading.Lock(), threading.Lock()
 
     def write(self, facts: Line, event: str, **values: Any) -> None:
@@ -222,46 +208,26 @@ class Ledger:
             path.unlink(missing_ok=True)
 
     def _write(self, line: Line | None) -> None:
-        """Write a line, or for None only what was noted and the head; one thread also writes the lines of those that wait."""
-        written: Future[None] = Future()
-        with self._mutex:
-            self._waiting.append((line, written))
+        """Write a line, or for None only what was noted and the head."""
         with self._writing:
-            if not written.done():
-                self._write_waiting()
-        written.result()
-
-    def _write_waiting(self) -> None:
-        with self._mutex:
-            waiting, self._waiting = self._waiting, []
-        try:
-            self._write_lines([line for line, _ in waiting])
-        except Exception as e:  # noqa: BLE001 (each of these threads raises it)
-            for _, written in waiting:
-                written.set_exception(e)
-        else:
-            for _, written in waiting:
-                written.set_result(None)
-
-    def _write_lines(self, lines: Sequence[Line | None]) -> None:
-        with self._mutex:
-            noted, self._noted = self._noted, []
-        for line in [*noted, *filter(None, lines)]:
-            self._record.add(**line)
-        try:
-            self._record.write(head_later=True)
-            noted, self._head_is_old = [], True
-            if None in lines or self.trouble:  # the trouble may be in the head's file, not the lines'
-                self._record.write_head()
-                self._head_is_old = False
-        except AuditError as e:
-            if not self.trouble:
-                self._failing_since = time.monotonic()
-            self.trouble = str(e)
-            with self._mutex:  # the callers of the other lines write them again
-                self._noted = [*noted, *self._noted][:_MOST_NOTED]
-            raise
-        self.trouble = ""
+            with self._mutex:
+                noted, self._noted = self._noted, []
+            for each in [*noted, *([line] if line is not None else [])]:
+                self._record.add(**each)
+            try:
+                self._record.write(head_later=True)
+                noted, self._head_is_old = [], True
+                if line is None or self.trouble:  # the trouble may be in the head's file, not the lines'
+                    self._record.write_head()
+                    self._head_is_old = False
+            except AuditError as e:
+                if not self.trouble:
+                    self._failing_since = time.monotonic()
+                self.trouble = str(e)
+                with self._mutex:  # the caller writes its own line again
+                    self._noted = [*noted, *self._noted][:_MOST_NOTED]
+                raise
+            self.trouble = ""
 
 
 # --- how the work on a job may end, and what all of it shares ---------------------------------------------------------

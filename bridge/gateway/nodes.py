@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -44,8 +45,6 @@ _COMMAND_LIMIT = timedelta(seconds=10)
 _ROOM_SECONDS = 0.25
 _REMEMBERED_SECONDS = 60.0
 _MOST_REMEMBERED = 10_000
-#: Locks for keys that are being looked up, so that threads with the same key share one lookup.
-_MOST_ASKING = 128
 _LONGEST_ANSWER = 64 << 10
 _MOST_LOOKUPS = 4
 #: For all lookups of a request; a later answer counts when the request is judged again.
@@ -107,20 +106,15 @@ class Remembered(Generic[K, V]):
     def __init__(self, seconds: float = _REMEMBERED_SECONDS) -> None:
         self._seconds = seconds
         self._mutex = threading.Lock()
-        self._asking = [threading.Lock() for _ in range(_MOST_ASKING)]
         self._answers: OrderedDict[K, tuple[V, float]] = OrderedDict()
 
     def of(self, key: K, ask: Callable[[], V], since: float = -math.inf) -> V:
-        """Return the answer; if it is not cached, one thread asks, and others with the same key wait for it."""
-        known = self.get(key, since)
-        if known is None:
-            with self._asking[hash(key) % _MOST_ASKING]:
-                known = self.get(key, since)
-                if known is None:
-                    now = time.monotonic()
-                    known = (ask(),)
-                    self.put(key, known[0], now)
-        return known[0]
+        """Return the answer, and ask if it is not cached."""
+        if (known := self.get(key, since)) is not None:
+            return known[0]
+        now, value = time.monotonic(), ask()
+        self.put(key, value, now)
+        return value
 
     def get(self, key: K, since: float = -math.inf) -> tuple[V] | None:
         """Return the answer to a question asked no earlier than `since` (monotonic); None: it is not cached."""
@@ -171,16 +165,15 @@ class Nodes:
         node = inventory.nodes.get(name)
         if node is not None or self._command is None:
             return node
-        if (known := self._entries.get(name)) is not None:
-            return known[0]
+        return self._entries.of(name, partial(self._by_command, self._command, name))
+
+    def _by_command(self, command: Path, name: str) -> NodeEntry | None:
         if not self._commands.acquire(timeout=_ROOM_SECONDS):
             raise BridgeError("gateway.inventory_command: too many of them are running")
         try:
-            answer = _ask_command(self._command, name)
+            return _ask_command(command, name)
         finally:
             self._commands.release()
-        self._entries.put(name, answer, time.monotonic())
-        return answer
 
     def with_dns(self, name: str, entry: NodeEntry, addresses: list[str]) -> NodeEntry:
         """Return the entry, plus the addresses that DNS proves to be the node's if `gateway.reverse_dns` is on."""

@@ -206,7 +206,8 @@ class Service:
         failures = 0
         while not self._stop.is_set():
             watch.alive = time.monotonic()
-            if not self.holder.wait(_TICK_SECONDS):
+            if not self.holder.is_ours():
+                self._stop.wait(_TICK_SECONDS)
                 continue
             try:
                 watch.run(self._issuing.changed, self._issuing.deleted)

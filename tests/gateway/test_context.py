@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +14,6 @@ from bridge.gateway.context import Ledger, PendingAtCa, PendingRequests
 from bridge.settings.tables import AuditSettings
 from bridge.state import Store, audit
 from bridge.state.audit import AuditError
-from bridge.system.waiting import wait_until
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 
@@ -63,35 +59,6 @@ def test_what_was_noted_is_written_once_the_record_can_be(tmp_path: Path, monkey
 
 def failing_write(**_: object) -> None:
     raise AuditError("no space")
-
-
-def test_lines_that_wait_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one write is on its way to the disk, others' lines wait, and the next write has all of them; each error is its own's."""
-    store = Store(tmp_path / "state")
-    store.prepare()
-    ledger, writes, may_write = Ledger(store, AuditSettings()), list[int](), threading.Event()
-    write = ledger._record.write
-
-    def slow(**how: Any) -> None:
-        writes.append(len(ledger._record._waiting))
-        may_write.wait(180)
-        if len(writes) == 3:
-            raise AuditError("no space")
-        write(**how)
-
-    monkeypatch.setattr(ledger._record, "write", slow)
-    facts = {"name": "kubelet-serving", "more": {"request": "u1"}}
-    with ThreadPoolExecutor(16) as pool:
-        lines = [pool.submit(ledger.write, facts, audit.ASKED) for _ in range(16)]
-        wait_until(lambda: len(ledger._waiting), lambda count: count == 15, timedelta(minutes=3), pause_seconds=0.01)
-        assert not any(line.done() for line in lines)
-        may_write.set()
-        for line in lines:
-            line.result(180)
-    assert writes == [1, 15]
-    assert len(store.audit.read_text().splitlines()) == 16
-    with pytest.raises(AuditError):
-        ledger.write(facts, audit.ASKED)
 
 
 def test_nothing_is_signed_while_the_records_head_can_not_be_written(

@@ -14,7 +14,6 @@ from bridge.cluster.api import JSON, METADATA, Reply, Request
 from bridge.errors import BridgeError
 from bridge.gateway import nodes
 from bridge.gateway.policy import NodeState
-from bridge.system.waiting import wait_until
 
 _ENTRY = '{"addresses": ["192.0.2.9"]}'
 
@@ -152,26 +151,3 @@ def test_what_counts_is_looked_at_each_time(tmp_path: Path) -> None:
     file.write_text("another")
     assert seen() == (NodeState(exists=False), "another")
     assert accepted == [METADATA, JSON, METADATA]
-
-
-def test_what_many_threads_want_to_know_is_asked_once() -> None:
-    """Threads that want the same answer at the same time wait for the one that asks; another question waits for none."""
-    asked, may_answer, answers = list[str](), threading.Event(), list[int]()
-
-    def ask() -> int:
-        asked.append(threading.current_thread().name)
-        may_answer.wait(600)
-        return 7
-
-    known: nodes.Remembered[int, int] = nodes.Remembered()
-    threads = [threading.Thread(target=lambda: answers.append(known.of(1, ask))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: len(asked), bool, timedelta(minutes=3), pause_seconds=0.01)
-    assert known.of(2, lambda: 8) == 8
-    may_answer.set()
-    for thread in threads:
-        thread.join(180)
-    assert (answers, len(asked)) == ([7] * 8, 1)
-    forgetful = nodes.Remembered[int, int](0.0)
-    assert [forgetful.of(1, ask), forgetful.of(1, ask), len(asked)] == [7, 7, 3]
