@@ -119,8 +119,8 @@ class Allow:
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
         for key in ("names", "masters"):
-            yield from unknown(key, getattr(self, key), tuple(SPECS))
-        yield from unknown("keys", self.keys, KEY_ALGORITHMS)
+            yield from _unknown(key, getattr(self, key), tuple(SPECS))
+        yield from _unknown("keys", self.keys, KEY_ALGORITHMS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +157,9 @@ class CertificateRules:
         for text in self.sans or ():
             if _san_rule(text.replace("{node}", "x")) is None:
                 yield SettingsProblem("sans", "a name, .suffix, address or network (10.0.0.0/8)", repr(text))
-        yield from unknown("keys", self.keys or (), KEY_ALGORITHMS)
-        yield from unknown("usages", self.usages, tuple(_USAGES))
-        yield from unknown("authority", [self.authority] if self.authority else [], tuple(AUTHORITIES))
+        yield from _unknown("keys", self.keys or (), KEY_ALGORITHMS)
+        yield from _unknown("usages", self.usages, tuple(_USAGES))
+        yield from _unknown("authority", [self.authority] if self.authority else [], tuple(AUTHORITIES))
 
     def pair_problems(self, *, is_pair: bool) -> Iterator[SettingsProblem]:
         """Keys that a further pair lacks, or that make no sense for a certificate of kubeadm's."""
@@ -202,8 +202,7 @@ class UserRules:
         return Limits(groups=self.groups, allow=self.allow, max_validity=self.max_validity, names=self.names)
 
 
-def unknown(key: str, values: Sequence[str], known: Sequence[str]) -> Iterator[SettingsProblem]:
-    """A problem for each value that is not known."""
+def _unknown(key: str, values: Sequence[str], known: Sequence[str]) -> Iterator[SettingsProblem]:
     for value in values:
         if value not in known:
             yield SettingsProblem(key, f"some of {', '.join(known)}", repr(value))

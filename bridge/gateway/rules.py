@@ -10,7 +10,6 @@ from string import Formatter
 from typing import Any, Literal, TypeVar
 
 from bridge.contract import GIVEN, NamePatterns, Names
-from bridge.desk.policy import unknown
 from bridge.errors import SettingsProblem
 from bridge.pki.certificates import CN_OID, O_OID, subject_pattern
 from bridge.pki.expiry import duration_text
@@ -119,7 +118,9 @@ class SignerRules:
 
     def problems(self) -> Iterator[SettingsProblem]:
         """Yield a problem for each unknown key algorithm, and for each group that is too wide."""
-        yield from unknown("keys", self.keys or (), KEY_ALGORITHMS)
+        for key in self.keys or ():
+            if key not in KEY_ALGORITHMS:
+                yield SettingsProblem("keys", f"some of {', '.join(KEY_ALGORITHMS)}", repr(key))
         for group in self.bootstrap_groups:
             if group in {"system:authenticated", "system:unauthenticated", NODES_GROUP, MASTERS}:
                 yield SettingsProblem("bootstrap_groups", "groups of bootstrap tokens", repr(group))
@@ -301,7 +302,9 @@ class PodSignerRules:
         for key in ("service_accounts", "keys"):
             if not getattr(self, key):
                 yield SettingsProblem(key, "at least one", "none")
-        yield from unknown("keys", self.keys, tuple(KEY_TYPES))
+        for key in self.keys:
+            if key not in KEY_TYPES:
+                yield SettingsProblem("keys", f"some of {', '.join(KEY_TYPES)}", repr(key))
 
     def _limit_problems(self) -> Iterator[SettingsProblem]:
         if not SHORTEST <= self.max_validity <= LONGEST:
