@@ -15,7 +15,7 @@ import typer
 from bridge.cli.options import Common, WaitOption, command, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_sentence, wrapped
 from bridge.contract import Issued
-from bridge.desk.desk import Desk, Job, RefusedByPolicyError
+from bridge.desk.desk import Desk, Job, Observer, RefusedByPolicyError
 from bridge.desk.files import Options, Session, load_answer_key, load_policy
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle import Refusal
@@ -195,10 +195,10 @@ def _counts(signed: int, again: int, refused: int) -> str:
 
 
 @contextlib.contextmanager
-def _observer(total: int, codes: list[int]) -> Iterator[_Observer]:
+def _observer(total: int, codes: list[int]) -> Iterator[Observer]:
     is_line = is_lively(sys.stderr) and total > 1
     with doing("signing") if is_line else contextlib.nullcontext() as line:
-        yield _Observer(total, codes, line)
+        yield _Observer(total, codes, line).answered
 
 
 class _Terminal:

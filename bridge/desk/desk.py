@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from typing import Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -164,13 +163,8 @@ class Job:
         return bool(self.answers) and all(isinstance(error, OtherDeskError) for error in self.troubles.values())
 
 
-class Observer(Protocol):
-    """Shows the results; called from one thread."""
-
-    def answered(self, job: Job, where: str) -> None:
-        """A bundle is done; an empty `where`: it is not answered yet."""
-
-
+#: Shows a result: a job, and the answer's place; without a place, it is not answered yet.
+Observer = Callable[[Job, str], object]
 #: Asks a person whether to sign a bundle (None: later), and returns the person's name or reason, too.
 Approver = Callable[[Job, str], tuple[bool | None, str]]
 
@@ -530,7 +524,7 @@ class Desk:
                 journal.recorded -= certificates
             else:
                 journal.recorded |= certificates
-            observer.answered(job, where)
+            observer(job, where)
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""

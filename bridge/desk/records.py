@@ -240,17 +240,10 @@ def _write_group(group: Sequence[NewFile]) -> OSError | None:
             path = new.path
             descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
             staged.append(Path(temporary))
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(new.data)
-                file.flush()
-                os.fchmod(descriptor, new.mode)
-                os.fsync(descriptor)
+            _write(descriptor, new)
         for new, unnamed in zip(group, staged, strict=True):
             path = new.path
-            unnamed.rename(path)
-            for link in new.links:
-                with contextlib.suppress(FileExistsError):
-                    os.link(path, link)
+            _put_in_place(unnamed, new)
         for path in {new.path.parent for new in group}:
             sync_directory(path)  # or a power cut may remove the new names
     except OSError as e:
@@ -260,3 +253,18 @@ def _write_group(group: Sequence[NewFile]) -> OSError | None:
             with contextlib.suppress(OSError):  # it has its name by now, or the first error is the cause
                 unnamed.unlink()
     return None
+
+
+def _write(descriptor: int, new: NewFile) -> None:
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(new.data)
+        file.flush()
+        os.fchmod(descriptor, new.mode)
+        os.fsync(descriptor)
+
+
+def _put_in_place(unnamed: Path, new: NewFile) -> None:
+    unnamed.rename(new.path)
+    for link in new.links:
+        with contextlib.suppress(FileExistsError):
+            os.link(new.path, link)

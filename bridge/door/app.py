@@ -253,16 +253,21 @@ class Door:
             if reason := self.signing.refused(read):
                 raise _refused(read, peer, reason)
             self.assert_room(peer, is_judged=self.signing.judges(bundle), size=len(data))
-            who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
-            number = used.id if used is not None else None
-            request_id = self.memory.receive(data, digest=read.digest, now=self.now(), enrolment=number, **who)
-            with self._mutex:
-                remember(self._turns, read.digest, self.signing.answered + self.to_sign, self._settings.waiting)
-            self.brought(environ, request_id)
+            request_id = self.keep(environ, data, read, self.now(), enrolment=used.id if used is not None else None)
         except EnrolmentError as e:
             raise _refused(read, peer, e) from None
         text, short = "request %s of %s was received", read.digest[:16]
         log.info(text, short, bundle.node, extra={"request": short, "requester": peer})
+        return request_id
+
+    def keep(self, environ: Environ, data: bytes, read: ReadBundle, now: datetime, **more: Any) -> str:
+        """Store a new request for the next round, and return its id; `more` and errors as in `DoorDatabase.receive`."""
+        who = {"node": read.bundle.node, "cluster": read.bundle.cluster, "peer": environ["REMOTE_ADDR"]}
+        request_id = self.memory.receive(data, digest=read.digest, now=now, **who, **more)
+        with self._mutex:
+            remember(self._turns, read.digest, self.signing.answered + self.to_sign, self._settings.waiting)
+        self.brought(environ, request_id)
+        self.signing.arrived.set()
         return request_id
 
     def _enrolment(self, authorization: str, read: ReadBundle) -> Enrolment | None:

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
 from http import HTTPStatus
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
@@ -180,15 +179,12 @@ class Est:
             log.warning(text, bundle.node, request.name, asker.text, peer, one_line(reason, 2000), extra=about)
             raise _away(HTTPStatus.FORBIDDEN, reason)
         self._door.assert_room(peer, is_judged=True)
-        who: dict[str, Any] = {"node": bundle.node, "cluster": bundle.cluster, "peer": peer}
-        who |= {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
+        who = {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
-            request_id = self._door.memory.receive(dumps(bundle), digest=read.digest, now=asker.received, **who)
+            request_id = self._door.keep(environ, dumps(bundle), read, asker.received, **who)
         except EnrolmentError as e:  # another request used the secret first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
-        self._door.brought(environ, request_id)
-        self._door.signing.arrived.set()
         if (kept := self._door.memory.find(request_id)) is None:
             raise _later("the request was received, and then removed")
         return kept

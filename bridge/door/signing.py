@@ -231,7 +231,7 @@ class Signing:
                 self._is_prepared = True
             journal.recorded = self._recorded
             kept = self._begun(desk, archive, journal, record)
-            desk.run(self._jobs(kept, archive), journal, record, left)
+            desk.run(self._jobs(kept, archive), journal, record, left.answered)
         self._note(kept, left)
         if len(kept) >= _MOST and left.has_answered:  # later ones may be for a CA that answers
             return "more"

@@ -62,11 +62,6 @@ def sign(desk_: Desk) -> int:
     return desk_.run("sign", desk_.inbox, "-o", desk_.outbox).returncode
 
 
-class _Silent:
-    def answered(self, job: Job, where: str) -> None:
-        """Report nothing."""
-
-
 def run_with(desk_: Desk, meanwhile: Callable[[], None]) -> None:
     """One run in this process; something happens in the inbox after a bundle was judged, and before it is signed."""
     settings, now = load(desk_.config), lambda: datetime.now(UTC)
@@ -84,7 +79,7 @@ def run_with(desk_: Desk, meanwhile: Callable[[], None]) -> None:
 
     session = Session(settings, policy, Options(source=desk_.inbox, out=desk_.outbox), now, passed_over)
     with contextlib.closing(desk):
-        assert session.run(desk, timedelta(), lambda _: contextlib.nullcontext(_Silent())) == 1
+        assert session.run(desk, timedelta(), lambda _: contextlib.nullcontext(lambda *_: None)) == 1
 
 
 def contents(directory: Path) -> Iterator[bytes]:

@@ -638,11 +638,12 @@ def test_an_answer_that_has_become_old_is_not_given_again(desk_: Desk, pki: Pki,
         ("state.open_requests", "RequestLog._append", False),  # the open requests
         ("ca", "CA.ask", False),  # signed, and not written down
         ("desk.desk", "Desk._verify", True),  # signed and written down
-        ("desk.records", "_File.write", False),  # one answer is written, and not on disk
-        ("desk.records", "_File.put_in_place", True),  # all are on disk
-        ("desk.records", "_File.put_in_place", False),  # one is there
+        ("desk.records", "_write", True),  # the first file is there, and empty
+        ("desk.records", "_write", False),  # a file is on disk
+        ("desk.records", "_put_in_place", True),  # all of an answer are on disk
+        ("desk.records", "_put_in_place", False),  # one is there
         ("desk.records", "os.link", False),  # one is remembered
-        ("desk.records", "_sync_directories", False),  # all are there
+        ("desk.records", "sync_directory", False),  # all are there
         ("desk.files", "_remove", False),  # one is done
     ],
 )
