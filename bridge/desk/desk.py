@@ -477,12 +477,10 @@ class Desk:
                 new.append((job, request))
         new += self._recalled(authority, submitted, journal)
         size = len(new) if ca.backend.can("sign_many") else _SLICE
-        keep = partial(_keep, journal.add_soon if authority.tells else journal.add)
         for start in range(0, len(new), size or 1):
             part = new[start : start + size]
             journal.add((request, Submitted(self._now())) for _, request in part)
-            answers = ca.ask([request for _, request in part], keep)
-            journal.save()
+            answers = ca.ask([request for _, request in part], partial(_keep, journal))
             for (job, request), answer in zip(part, answers, strict=True):
                 _note(job, request, answer, None)
 
@@ -651,12 +649,10 @@ def _is_revoked(old: x509.Certificate, listed: Collection[int] | None, by: _Auth
     return by.ca.is_revoked(old)
 
 
-def _keep(
-    add: Callable[[list[tuple[SignRequest, Issued | Pending]]], None], answered: Sequence[tuple[SignRequest, Answer]]
-) -> None:
+def _keep(journal: Journal, answered: Sequence[tuple[SignRequest, Answer]]) -> None:
     """Write answers to the journal at once: after a kill, the CA might have to sign the others again."""
     if good := [(request, answer) for request, answer in answered if isinstance(answer, Issued | Pending)]:
-        add(good)
+        journal.add(good)
 
 
 def _note(job: Job, request: SignRequest, answer: Answer, journal: Journal | None) -> None:

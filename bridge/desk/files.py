@@ -231,19 +231,21 @@ def job_of(
     *,
     label: str,
     where: str,
-    place: Callable[[bytes], Sequence[NewFile]],
     conclude: Callable[[AnswerBundle, bytes], None],
+    out: Path | None = None,
 ) -> Job:
     """
     The desk's job for a bundle received as `data`; certificates that were signed before come from the archive.
 
-    `where` is the answer's destination in messages; `place` returns further files for it; `conclude` gets the answer and
-    its bytes when all files are safe on disk.
+    `where` is the answer's destination in messages, `out` its file, if any; `conclude` gets the answer and its bytes when
+    all files are safe on disk.
     """
 
     def delivery(answer: AnswerBundle) -> Delivery:
         written = dumps(answer)
-        files = [*place(written), *archive.files(bundle, request_digest, data, answer, written)]
+        files = archive.files(bundle, request_digest, data, answer, written)
+        if out is not None:
+            files.insert(0, NewFile(path=out, data=written, mode=_ANSWER_MODE))
         return Delivery(where=where, files=files, conclude=lambda: conclude(answer, written))
 
     answered = archive.answers(bundle)
@@ -382,12 +384,9 @@ class Session:
     def _job(
         self, bundle: RequestBundle, request_digest: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]
     ) -> Job:
-        def place(written: bytes) -> list[NewFile]:
-            return [NewFile(path=out, data=written, mode=_ANSWER_MODE)]
-
         job = job_of(
             bundle, request_digest, data, self._archive,
-            label=one_line(path), where=str(out), place=place, conclude=lambda *_: remove(),
+            label=one_line(path), where=str(out), conclude=lambda *_: remove(), out=out,
         )  # fmt: skip
         return replace(job, earlier=_earlier(out, request_digest))
 

@@ -172,23 +172,11 @@ class Journal:
 
     def add(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         """Record answers, safe on disk when this returns (StateError: only the CA knows them)."""
-        self._put(answers)
-        self._log.save()
-
-    def add_soon(self, answers: Iterable[tuple[SignRequest, Issued | Pending]]) -> None:
-        """Record answers while others still arrive: the caller waits for the disk only if no other thread does."""
-        self._put(answers)
-        self._log.save_soon()
-
-    def save(self) -> None:
-        """Make the records of `add_soon` safe on disk (StateError)."""
-        self._log.save()
-
-    def _put(self, answers: Iterable[tuple[SignRequest, Issued | Pending | Submitted]]) -> None:
         for request, answer in answers:
             if isinstance(answer, Submitted):
                 self.before_asking()
             self._log.put(_at_desk(key_of(request), answer, self._now))
+        self._log.save()
 
     def forget(self, requests: Iterable[SignRequest]) -> None:
         """Drop requests with delivered answers; on disk after `tidy`."""

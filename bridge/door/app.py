@@ -93,34 +93,6 @@ class TurnedAwayError(Exception):
         self.reply = reply
 
 
-class Awaited:
-    """Lets clients' threads wait for answers, as long as that costs less than another request."""
-
-    def __init__(self, memory: DoorDatabase, *, longest: timedelta, places: int) -> None:
-        """Let at most `places` threads wait, none longer than `longest`."""
-        self._memory = memory
-        self._longest = longest
-        self._places = threading.Semaphore(places)
-
-    def over(self, kept: Kept, limit: timedelta) -> Kept:
-        """Return the request once a round has answered it or left it to people, or at the limit."""
-        if _is_over(kept) or not self._places.acquire(blocking=False):
-            return kept
-        try:
-            return wait_until(
-                lambda: self._memory.find(kept.id) or kept,
-                _is_over,
-                min(limit, self._longest),
-                pause_seconds=_LOOK_SECONDS,
-            )
-        finally:
-            self._places.release()
-
-
-def _is_over(kept: Kept) -> bool:
-    return kept.answer is not None or kept.state not in TO_SIGN
-
-
 class Door:
     """The WSGI application; thread-safe."""
 
@@ -137,7 +109,9 @@ class Door:
         ours = settings.serve
         self._settings = ours
         self.memory = memory
-        self.awaited = Awaited(memory, longest=ours.exchange_for / 2, places=max(1, ours.threads // _PART_AWAITING))
+        self._places = threading.Semaphore(
+            max(1, ours.threads // _PART_AWAITING)
+        )  #: For threads that wait for answers.
         self.signing = signing
         self.now = now
         self._rate = Rate(ours.requests_per_minute)
@@ -307,13 +281,23 @@ class Door:
         if kept is None:
             return Reply.error(HTTPStatus.NOT_FOUND, f"there is no request {one_line(request_id, 16)}")
         if self._pause_seconds(kept) == _SOON_SECONDS:  # its turn may come before the node polls again
-            kept = self.awaited.over(kept, timedelta(seconds=_SOON_SECONDS))
+            kept = self.awaited(kept, timedelta(seconds=_SOON_SECONDS))
         if kept.answer is not None:
             return Reply(status=HTTPStatus.OK, body=kept.answer)
         if kept.state == "answered":
             return Reply.error(HTTPStatus.GONE, "the answer is too old, and no longer kept (serve.keep)")
         document = {"id": kept.id, "digest": kept.digest, "state": kept.state, "note": _note(kept)}
         return Reply.of(HTTPStatus.ACCEPTED, document, retry_after=str(self._pause_seconds(kept)))
+
+    def awaited(self, kept: Kept, limit: timedelta) -> Kept:
+        """Return the request once it is answered or left to people, or at the limit, or at once if many threads wait."""
+        if _is_over(kept) or not self._places.acquire(blocking=False):
+            return kept
+        limit = min(limit, self._settings.exchange_for / 2)
+        try:
+            return wait_until(lambda: self.memory.find(kept.id) or kept, _is_over, limit, pause_seconds=_LOOK_SECONDS)
+        finally:
+            self._places.release()
 
     def _pause_seconds(self, kept: Kept) -> int:
         """Return the seconds until a node should poll again."""
@@ -332,6 +316,10 @@ class Door:
         if chain is None:
             return Reply.error(HTTPStatus.NOT_FOUND, "nothing was signed here for this CSR")
         return Reply(status=HTTPStatus.OK, body=chain, kind=_CHAIN)
+
+
+def _is_over(kept: Kept) -> bool:
+    return kept.answer is not None or kept.state not in TO_SIGN
 
 
 def away(status: HTTPStatus, error: BridgeError | str, **headers: str) -> TurnedAwayError:

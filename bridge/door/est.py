@@ -206,7 +206,7 @@ class Est:
 
     def _answered(self, kept: Kept) -> Reply:
         """Answer with the certificate, the refusal, or 202 if neither comes in time."""
-        kept = self._door.awaited.over(kept, _HOLD)
+        kept = self._door.awaited(kept, _HOLD)
         if kept.state != "answered":
             is_new = self._door.now() - kept.received < timedelta(seconds=_LATER_SECONDS)
             text = (

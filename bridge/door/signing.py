@@ -309,7 +309,7 @@ class Signing:
                 bundle = loads_request(row.bundle)
                 job = job_of(
                     bundle, row.digest, row.bundle, archive, label=f"request {row.digest[:16]}", where=row.id,
-                    place=lambda _: (), conclude=partial(self._conclude, row, bundle),
+                    conclude=partial(self._conclude, row, bundle),
                 )  # fmt: skip
                 origin, vouched_for = self._proven(row, bundle, used.get(row.id))
                 yield replace(

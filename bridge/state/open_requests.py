@@ -184,14 +184,6 @@ class RequestLog(Generic[T]):
                 self._append()
             self._changed.clear()
 
-    def save_soon(self) -> None:
-        """Save, unless another thread is saving; then the next `save`, which has to follow, writes our changes."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self.save()
-            finally:
-                self._lock.release()
-
     def tidy(self) -> None:
         """Remove outdated lines from the file."""
         with self._locked():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from bridge.door.app import Awaited, Door
+from bridge.door.app import Door
 from bridge.door.store import DoorDatabase, sqlite_url
 from bridge.door.workers import ReadBundle
 from bridge.pki.bundle import RequestBundle
@@ -66,8 +66,10 @@ def unjudged(bundle: RequestBundle) -> ReadBundle:
     return ReadBundle(bundle=bundle, digest=digest(bundle))
 
 
-def make_application(memory: DoorDatabase, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10) -> Door:
-    serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute)
+def make_application(
+    memory: DoorDatabase, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10, **more: Any
+) -> Door:
+    serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute, **more)
     signing: Any = SimpleNamespace(
         read=lambda data, _: unjudged(loads_request(data)),
         judged=lambda one, _: one,
@@ -132,16 +134,16 @@ def test_an_answer_that_comes_soon_is_waited_for(memory: DoorDatabase) -> None:
     """By as many threads as there are places; a further one gets the request as it is."""
     kept = memory.find(received(memory, "aa"))
     assert kept is not None
-    awaited = Awaited(memory, longest=_PATIENCE, places=1)
+    door = make_application(memory, threads=4, exchange_for=2 * _PATIENCE)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(awaited.over, kept, _PATIENCE)
-        wait_until(lambda: awaited._places._value, lambda places: not places, _PATIENCE, pause_seconds=0.01)
-        second = awaited.over(kept, _PATIENCE)
+        first = pool.submit(door.awaited, kept, _PATIENCE)
+        wait_until(lambda: door._places._value, lambda places: not places, _PATIENCE, pause_seconds=0.01)
+        second = door.awaited(kept, _PATIENCE)
         memory.conclude(kept.id, b"{}", [], now(), "")
         answered = first.result(_PATIENCE.total_seconds())
 
     assert (answered.answer, second) == (b"{}", kept)
-    assert awaited.over(kept, timedelta()).answer == b"{}"
+    assert door.awaited(kept, timedelta()).answer == b"{}"
 
 
 def test_a_full_disk_takes_no_request(tmp_path: Path, bundle: RequestBundle, caplog: pytest.LogCaptureFixture) -> None:

@@ -338,7 +338,7 @@ def test_a_killed_door_finds_what_openbao_has_signed(desk: Desk, pki: Pki, pairs
             f'[node]\nstate_dir = "{desk.state}"\n[backend.x]\n{table}\n[authority.ca]\nbackend = "x"\n'
         )
         door = add_door(desk.config, desk.directory)
-        door.start([sys.executable, str(killing(tmp_path, "desk.records", "Journal.add_soon", before=True))])
+        door.start([sys.executable, str(killing(tmp_path, "desk.desk", "_keep", before=True))])
         with contextlib.suppress(OSError, HTTPException):
             door.post(dumps(bundle))
         assert door.ended() == -signal.SIGKILL

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from bridge.state import open_requests
 from bridge.state.open_requests import Kind, RequestLog
-from bridge.system.files import append
 from bridge.system.state_file import StateDamagedError
 
 
@@ -66,31 +62,6 @@ def test_changes_are_on_disk_after_save(tmp_path: Path, each: Kind[Entry]) -> No
     again.put(Entry("d", 1))
     again.save()
     assert list(RequestLog(path, each)) == [Entry("d", 1)]
-
-
-def test_who_saves_soon_waits_for_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one thread waits for the disk, another one goes on; the next save takes its change along."""
-    disk, goes_on = threading.Event(), threading.Event()
-
-    def slow(path: Path, data: bytes) -> None:
-        disk.set()
-        assert goes_on.wait(180)
-        append(path, data)
-
-    monkeypatch.setattr(open_requests, "append", slow)
-    log = RequestLog(tmp_path / "entries", kind())
-    with ThreadPoolExecutor(1) as pool:
-        log.put(Entry("a", 1))
-        first = pool.submit(log.save_soon)
-        assert disk.wait(180)
-        log.put(Entry("b", 1))
-        log.save_soon()
-        assert not first.done()
-        goes_on.set()
-        first.result(180)
-    assert list(RequestLog(tmp_path / "entries", kind())) == [Entry("a", 1)]
-    log.save_soon()
-    assert list(RequestLog(tmp_path / "entries", kind())) == [Entry("a", 1), Entry("b", 1)]
 
 
 def test_what_is_dropped_leaves_the_disk(tmp_path: Path) -> None:
