@@ -343,7 +343,10 @@ class Pages:
             person = self._approvals.person(environ)
             return self._page(person, path, method, environ)
         except NotDecidedError as e:
-            return self._html("error.html", e.status, error=e, title="Not done")
+            return self._error(e.status, e)
+
+    def _error(self, status: HTTPStatus, error: BridgeError, title: str = "Not done") -> Reply:
+        return self._html("error.html", status, error=error, title=title)
 
     def _page(self, person: Person, path: str, method: str, environ: Environ) -> Reply:
         match = _PAGE.fullmatch(path)
@@ -351,13 +354,11 @@ class Pages:
         if match is not None and match[1] is not None and method == "POST":
             return self._post(person, match[1], environ)
         if method != "GET":
-            error = BridgeError("this page takes GET alone")
-            return self._html("error.html", HTTPStatus.METHOD_NOT_ALLOWED, error=error, title="Not done")
+            return self._error(HTTPStatus.METHOD_NOT_ALLOWED, BridgeError("this page takes GET alone"))
         if path in lists:
             return lists[path](person, query(environ))
         if match is None:
-            error = BridgeError("there is no such page")
-            return self._html("error.html", HTTPStatus.NOT_FOUND, error=error, title="No such page")
+            return self._error(HTTPStatus.NOT_FOUND, BridgeError("there is no such page"), "No such page")
         if match[1] is None:
             return self._html("list.html", person=person, cases=self._approvals.waiting(), title="Waiting requests")
         case = self._approvals.case(match[1])

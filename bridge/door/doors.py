@@ -118,16 +118,12 @@ class Doors:
         """Return the hosts of all doors, by door."""
         return {row["id"]: row["host"] for row in self._memory.select(sa.select(DOORS))}
 
-    @property
-    def _is_shared(self) -> bool:
-        return self._engine.dialect.name == "postgresql"
-
     # --- turns --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[bool]:
         """Yield whether this door may sign now; PostgreSQL itself ends a killed door's turn, and SQLite has one door."""
-        if not self._is_shared:
+        if self._engine.dialect.name != "postgresql":
             yield True
             return
         with asking(), self._engine.connect() as connection:

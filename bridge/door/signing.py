@@ -153,26 +153,21 @@ class Signing:
         with self._at_workers.taken(peer, _WORKER_SECONDS) as has_place:
             if not has_place:
                 raise BusyError
-            if (read := self._by_worker(data, over)) is not None:
-                return read
+            if self.workers and self._judgement is not None:
+                by = replace(self._judgement, now=self._now())
+                answer = self.workers.submit(read, data, by)
+                try:
+                    judged = answer.result(over - time.monotonic())
+                except TimeoutError:
+                    answer.cancel()  # or the busy worker would do this later, besides the client's retry
+                    raise BusyError from None
+                if isinstance(judged, BundleError):
+                    raise judged
+                if judged is not None:
+                    return replace(judged, by=by)
             with self._judging:
                 bundle, request_digest = loads_digested(data)
                 return ReadBundle(bundle=bundle, digest=request_digest)
-
-    def _by_worker(self, data: bytes, over: float) -> ReadBundle | None:
-        """Have a worker parse and judge a bundle (BundleError: it is not one); None: no worker, or no CA reached yet."""
-        if not self.workers or self._judgement is None:
-            return None
-        by = replace(self._judgement, now=self._now())
-        answer = self.workers.submit(read, data, by)
-        try:
-            bundle = answer.result(over - time.monotonic())
-        except TimeoutError:
-            answer.cancel()  # or the busy worker would do this later, besides the client's retry
-            raise BusyError from None
-        if isinstance(bundle, BundleError):
-            raise bundle
-        return replace(bundle, by=by) if bundle is not None else None
 
     def judged(
         self, read: ReadBundle, without_proof: frozenset[str] = frozenset(), *, held: bool = False
@@ -183,12 +178,11 @@ class Signing:
 
         Requests in `without_proof` need no continuity proof; `held` as in `bridge.desk.policy.judge`.
         """
-        by = self._judgement
-        if by is not None:
-            by = replace(by, now=self._now(), without_proof=without_proof)
+        if self._judgement is None:
+            return read
+        by = replace(self._judgement, now=self._now(), without_proof=without_proof)
         with self._judging:
-            found = verdicts(read.bundle, by, held=held) if by is not None else {}
-        return replace(read, by=by, verdicts=found)
+            return replace(read, by=by, verdicts=verdicts(read.bundle, by, held=held))
 
     def refused(self, read: ReadBundle) -> str:
         """Return why no request of a bundle can be signed; empty: some may be, or their CA was not reached yet."""
@@ -377,12 +371,9 @@ class Signing:
             return {}
         origin, vouched = self._proven(kept, bundle, used)
         rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(vouched))
+        before = (origin.problem,) if origin.problem else ()
         found = verdicts(bundle, rules, held=origin.held)
-        if origin.problem:
-            return {
-                name: replace(verdict, problems=(origin.problem, *verdict.problems)) for name, verdict in found.items()
-            }
-        return found
+        return {name: replace(verdict, problems=(*before, *verdict.problems)) for name, verdict in found.items()}
 
     def _proven(self, kept: Kept, bundle: RequestBundle, used: Enrolment | None) -> tuple[Origin, Mapping[str, str]]:
         """Return an EST request's origin by the current policy and CAs, and what TLS or an enrolment vouches for."""
