@@ -39,6 +39,7 @@ from bridge.specs import (
     Authority,
     CertificateSpec,
 )
+from bridge.system.files import reasons
 from bridge.system.paths import NoCaFileError, UnreadableError, read, read_ca_file
 
 Certificates = Mapping[str, tuple[x509.Certificate, ...]]
@@ -169,10 +170,8 @@ def specs_of(
 
 def live(path: Path) -> bytes | None:
     """Read a file on the node; None: it does not exist."""
-    try:
+    with reasons(BridgeError, f"{path}: can't read it"):
         return read(path)
-    except UnreadableError as e:
-        raise BridgeError(f"{path}: can't read it: {e}") from None
 
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:

@@ -26,8 +26,8 @@ from bridge.pki.certificates import common_names, spki
 from bridge.pki.csr import Naming, general_name, generate_key, subject_of
 from bridge.pki.kubeadm_names import NoFactError, naming, sample
 from bridge.specs import KEY_ALGORITHMS, KUBELET_CONF, KUBELET_SERVER, SPECS, CertificateSpec, KeyAlgorithm
-from bridge.system.files import Attributes, write_staged
-from bridge.system.paths import UnreadableError, read_present
+from bridge.system.files import Attributes, reasons, write_staged
+from bridge.system.paths import read_present
 from bridge.system.run_command import OutputLines, run_logged
 
 #: Enough for a dozen RSA keys of 4096 bits on a slow machine.
@@ -137,10 +137,8 @@ def _read_pair(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with reasons(KubeadmError, f"wanted {path.name} of kubeadm, found"):
         return read_present(path)
-    except UnreadableError as e:
-        raise KubeadmError(f"wanted {path.name} of kubeadm, found: {e}") from None
 
 
 def made_for(wanted: Naming, algorithm: KeyAlgorithm, server: str = "") -> Made:

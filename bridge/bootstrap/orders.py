@@ -44,7 +44,7 @@ from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES
 from bridge.system.codec import CodecError, from_json, left_out, named, to_json
 from bridge.system.console import log
-from bridge.system.files import held_directory, write_atomically
+from bridge.system.files import held_directory, reasons, write_atomically
 from bridge.system.paths import UnreadableError, open_secret, read, read_present, read_public_key
 
 _SCHEMA: Final = "ca-bridge/new-node"
@@ -245,10 +245,10 @@ def read_order(path: Path) -> Order:
     """Read an order from a file, or from standard input (`-`); refuse a file with a key that other users can read."""
     if str(path) == "-":
         return loads(sys.stdin.buffer.read(MOST_BYTES + 1))
+    with reasons(OrderError, f"{path}: wanted an order, found"):
+        data = read_present(path)
     try:
-        order = loads(read_present(path))
-    except UnreadableError as e:
-        raise OrderError(f"{path}: wanted an order, found: {e}") from None
+        order = loads(data)
     except OrderError as e:
         raise OrderError(f"{path}: {e}", hint=e.hint) from None
     if order.sa is not None and (trouble := open_secret(path)) is not None:

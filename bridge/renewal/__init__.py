@@ -22,7 +22,8 @@ from bridge.pki.csr import Naming
 from bridge.settings.tables import Settings
 from bridge.specs import SPECS, KeyAlgorithm
 from bridge.state import Outcome
-from bridge.system.paths import UnreadableError, read_ca_file
+from bridge.system.files import reasons
+from bridge.system.paths import read_ca_file
 from bridge.words import name_found
 
 #: As in `kubeadm certs renew all`.
@@ -96,10 +97,8 @@ def anchors_of(item: Item) -> tuple[x509.Certificate, ...]:
 
 def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]:
     """Return all certificates of a CA file (MissingCertificateError: it can't be read)."""
-    try:
+    with reasons(MissingCertificateError, f"{path}: wanted {what}, found", hint=hint):
         return read_ca_file(path)
-    except UnreadableError as e:
-        raise MissingCertificateError(f"{path}: wanted {what}, found: {e}", hint=hint) from e
 
 
 def assert_known(names: Collection[str], node: Node, more: Collection[str] = ()) -> None:

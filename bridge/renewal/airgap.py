@@ -36,7 +36,7 @@ from bridge.state import Outcome, audit
 from bridge.state.open_requests import OpenRequest
 from bridge.state.session import Now, Run, begun
 from bridge.system.console import Progress, log, printable
-from bridge.system.files import write_atomically
+from bridge.system.files import reasons, write_atomically
 from bridge.system.paths import UnreadableError, opened, read, read_present, read_public_key
 
 
@@ -85,23 +85,17 @@ def carry(run: Run, prepared: Sequence[Prepared], path: Path) -> tuple[RequestBu
         run.record.add(audit.ASKED, item.name, authority=item.authority)
     run.requests.save()
     run.record.write()
-    try:
-        with opened(path) as place:
-            write_atomically(place.path, data, 0o644)  # nothing in a bundle is secret
-    except OSError as e:
-        raise BridgeError(
-            f"{path}: can't write the bundle: {e.strerror}",
-            hint="export again, to another place: the keys and CSRs are kept",
-        ) from e
+    hint = "export again, to another place: the keys and CSRs are kept"
+    with reasons(BridgeError, f"{path}: can't write the bundle", hint=hint), opened(path) as place:
+        write_atomically(place.path, data, 0o644)  # nothing in a bundle is secret
     return requests, prepared
 
 
 def inspect(settings: Settings, path: Path, now: datetime) -> tuple[str, int]:
     """Describe a bundle for the person who approves it; exit code 5 if a continuity proof does not hold."""
     try:
-        loads = bundle_format.loads(read_present(path))
-    except UnreadableError as e:
-        raise BridgeError(f"{path}: wanted a bundle, found: {e}") from None
+        with reasons(BridgeError, f"{path}: wanted a bundle, found"):
+            loads = bundle_format.loads(read_present(path))
     except BundleError as e:
         raise BridgeError(f"{path}: {e}", hint=e.hint) from None
     cas = known_cas(settings)
@@ -243,10 +237,8 @@ def answers_in(run: Run, paths: Sequence[Path]) -> Found:
 
 
 def _files_in(directory: Path) -> list[Path]:
-    try:
+    with reasons(BridgeError, f"{directory}: can't look for answers there"):
         return sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError as e:
-        raise BridgeError(f"{directory}: can't look for answers there: {e.strerror}") from None
 
 
 def _read_answer(run: Run, path: Path, answers: Found, *, skip: bool) -> None:

@@ -49,6 +49,7 @@ from bridge.system.files import (
     digest,
     disk_spaces,
     make_directories,
+    reasons,
     sync_directory,
     write_staged,
 )
@@ -283,10 +284,8 @@ def _was_elsewhere(item: Item) -> dict[Path, str | None]:
 
 def _was_current(item: Item) -> dict[Path, str | None]:
     """Return the fingerprint of the symlink to a kubelet's pair, by path: the symlink is replaced, not its target."""
-    try:
+    with reasons(MissingCertificateError, f"{item.current}: can't read it"):
         return {} if item.current is None else {item.current: fingerprint(item.current)}
-    except OSError as e:
-        raise MissingCertificateError(f"{item.current}: can't read it: {e.strerror}") from e
 
 
 def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:

@@ -33,7 +33,7 @@ from bridge.state import Store, audit
 from bridge.state.session import Now
 from bridge.system.codec import named
 from bridge.system.files import reasons
-from bridge.system.paths import UnreadableError, read_present, regular_file
+from bridge.system.paths import read_present, regular_file
 from bridge.words import one_line
 
 _CREDENTIAL_ID = "authentication.kubernetes.io/credential-id"
@@ -171,10 +171,8 @@ def _certificates(path: Path) -> Iterator[x509.Certificate]:
     with reasons(UnreadableLogError, f"{path}: can't read its certificates"):
         files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     for file in files:
-        try:
+        with reasons(UnreadableLogError, f"{file}: can't read its certificates"):
             data = read_present(file)
-        except UnreadableError as e:
-            raise UnreadableLogError(f"{file}: can't read its certificates: {e}") from None
         with contextlib.suppress(ValueError):  # a CA's directory also has other files
             yield from load_pem_certificates(data)
 
@@ -347,13 +345,14 @@ _Look = tuple[datetime, datetime, Counters]
 def _lines(paths: Iterable[Path]) -> Iterator[bytes]:
     """Yield the lines of files that may grow meanwhile; a line that is too long is empty (UnreadableLogError)."""
     for path in paths:
-        try:
-            with regular_file(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
-                is_rest = False
-                while line := file.readline(_LONGEST_LINE):
-                    is_whole, was_rest = line.endswith(b"\n"), is_rest
-                    is_rest = not is_whole and len(line) == _LONGEST_LINE
-                    if not was_rest:
-                        yield b"" if is_rest else line
-        except (OSError, UnreadableError) as e:
-            raise UnreadableLogError(f"{path}: wanted a log, found: {getattr(e, 'strerror', None) or e}") from None
+        with (
+            reasons(UnreadableLogError, f"{path}: wanted a log, found"),
+            regular_file(path) as (descriptor, _),
+            open(descriptor, "rb", closefd=False) as file,
+        ):
+            is_rest = False
+            while line := file.readline(_LONGEST_LINE):
+                is_whole, was_rest = line.endswith(b"\n"), is_rest
+                is_rest = not is_whole and len(line) == _LONGEST_LINE
+                if not was_rest:
+                    yield b"" if is_rest else line

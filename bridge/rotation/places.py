@@ -23,7 +23,7 @@ from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import CA, SPECS, Component
 from bridge.state import Store, backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
-from bridge.system.files import digest, sync_directory, write_atomically
+from bridge.system.files import digest, reasons, sync_directory, write_atomically
 from bridge.system.paths import UnreadableError, exposure, own_text, read, real_path
 
 #: Weeks with both CAs are normal; after this, the replacement was probably forgotten.
@@ -158,10 +158,8 @@ def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
     for item in node.items:
         path = settings.node.kubeconfig_dir / item.spec.base
         if item.spec.kubeconfig and item.state != "missing":
-            try:
+            with reasons(UnreadableCaError, f"{path}: can't read it"):
                 yield str(path), read(path) or b""
-            except UnreadableError as e:
-                raise UnreadableCaError(f"{path}: can't read it: {e}") from None
 
 
 def _ca_data(place: str, data: bytes) -> Bundle:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bridge.errors import BridgeError
-from bridge.system.paths import exposure, opened
+from bridge.system.paths import UnreadableError, exposure, opened
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -48,11 +48,11 @@ def version(status: os.stat_result) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def reasons(kind: Callable[..., BridgeError], failed: str, **more: Any) -> Iterator[None]:
-    """Turn an OSError into a BridgeError that says what `failed`, such as `PATH: can't write it`, and why."""
+    """Turn an OSError or UnreadableError into a BridgeError: what `failed`, such as `PATH: can't write it`, and why."""
     try:
         yield
-    except OSError as e:
-        raise kind(f"{failed}: {e.strerror}", **more) from e
+    except (OSError, UnreadableError) as e:
+        raise kind(f"{failed}: {e.strerror if isinstance(e, OSError) else e}", **more) from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
