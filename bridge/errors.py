@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class Exit:
@@ -49,6 +50,17 @@ class BridgeError(Exception):
     def reason(self) -> str:
         """The text without the name of a certificate, for messages that name several."""
         return str(self)
+
+
+@contextlib.contextmanager
+def converted(
+    caught: type[Exception] | tuple[type[Exception], ...], kind: Callable[..., BridgeError], prefix: str, **more: Any
+) -> Iterator[None]:
+    """Turn the caught errors into one of another kind: the prefix, then the caught error's text."""
+    try:
+        yield
+    except caught as e:
+        raise kind(f"{prefix}{e}", **more) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from bridge.bootstrap import live, servers_of, specs_of
 from bridge.bootstrap.desired import DesiredNode
 from bridge.bootstrap.orders import NewNode, Order, OrderError
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, converted
 from bridge.node import kubeconfig
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
 from bridge.node.kubeconfig import KubeconfigError
@@ -126,10 +126,8 @@ def _read_pair(spec: CertificateSpec, pki: Path, kubeconfigs: Path) -> Made:
     if not spec.kubeconfig:
         return Made(csr_pem=_read(pki / f"{spec.base}.csr"), key_pem=_read(pki / f"{spec.base}.key"))
     text = _read(kubeconfigs / spec.base)
-    try:
+    with converted(KubeconfigError, KubeadmError, f"wanted {spec.base} of kubeadm, found: "):
         key, server = kubeconfig.key_data(text), kubeconfig.parse(text).server
-    except KubeconfigError as e:
-        raise KubeadmError(f"wanted {spec.base} of kubeadm, found: {e}") from None
     if not key or not server:
         missing = "server" if key else "key"
         raise KubeadmError(f"{spec.base} of kubeadm has no {missing}")

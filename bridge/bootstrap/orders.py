@@ -32,7 +32,7 @@ from bridge.bootstrap import (
     shared,
 )
 from bridge.desk.files import load_signing_key
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, converted
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError, parse_documents
 from bridge.node.pairs import is_sa_pair
 from bridge.pki import kubeadm_names, signatures
@@ -135,10 +135,8 @@ def loads(data: bytes) -> Order:
         values = None  # not raised here, since a traceback could lead to the text, which may hold a key
     if not isinstance(values, dict) or values.get("schema") != _SCHEMA:
         raise OrderError("wanted an order in JSON, found something else")
-    try:
+    with converted(CodecError, OrderError, "wanted an order of version 1: "):
         document = from_json(OrderDocument, values)
-    except CodecError as e:
-        raise OrderError(f"wanted an order of version 1: {e}") from None
     node, account = document.node, document.service_account
     if account is not None and not is_sa_pair(account.key_pem, account.public_pem):
         raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
@@ -154,10 +152,8 @@ def loads(data: bytes) -> Order:
 
 
 def _cluster(text: str) -> KubeadmConfig:
-    try:
+    with converted(KubeadmConfigError, OrderError, "cluster: "):
         documents = parse_documents(text.encode())
-    except KubeadmConfigError as e:
-        raise OrderError(f"cluster: {e}") from None
     if not documents.cluster:
         raise OrderError("cluster: there is no ClusterConfiguration in it")
     return documents
@@ -166,10 +162,8 @@ def _cluster(text: str) -> KubeadmConfig:
 def _authority(name: str, text: str) -> tuple[x509.Certificate, ...]:
     if name not in AUTHORITIES or "PRIVATE KEY" in text:
         raise OrderError(f"authorities: wanted certificates of {', '.join(AUTHORITIES)}, found something else")
-    try:
+    with converted(ValueError, OrderError, f"authorities.{name}: wanted certificates in PEM, found "):
         return tuple(load_pem_certificates(text.encode()))
-    except ValueError as e:
-        raise OrderError(f"authorities.{name}: wanted certificates in PEM, found {e}") from None
 
 
 def new_node(role: str, name: str, addresses: Sequence[str], socket: str = "") -> NewNode:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from bridge.cluster import items, kubeadm, mapping, url_of
 from bridge.cluster.api import Api, NoAnswerError
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, converted
 from bridge.node import endpoints, kubeadm_config, kubeconfig
 from bridge.node.inventory import Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig, KubeadmConfigError
@@ -120,15 +120,13 @@ class _Decision:
             )
         if not path.parent.is_dir():
             raise CannotMakeError(f"can't make {path}: there is no directory {path.parent}")
-        try:
+        with converted(NoFactError, CannotMakeError, f"can't make {path} anew, since its names are unknown: "):
             facts, names = self._facts()
             naming = self._with_sans(item, kubeadm_names.naming(spec, facts))
             if facts.release is not None and (facts.release.major, facts.release.minor) < spec.since:
                 since = Release(*spec.since)
-                raise NoFactError(f"{spec.name} is known from Kubernetes {since} on, found {facts.release}")  # noqa: TRY301
+                raise NoFactError(f"{spec.name} is known from Kubernetes {since} on, found {facts.release}")
             fresh = self._kubeconfig(item, facts) if spec.kubeconfig else None
-        except NoFactError as e:
-            raise CannotMakeError(f"can't make {path} anew, since its names are unknown: {e}") from None
         notes = [
             f"{spec.name} is not on this node; it is made anew from {self.source}: {naming.text}",
             f"{spec.name}: names as of Kubernetes {facts.release or '(any)'}, {names}",
@@ -145,10 +143,9 @@ class _Decision:
                 hint='restart.method = "static-pods" does both; `ca-bridge help certificates` has the flags',
             )
         facts = NamingFacts(node=self.settings.node.node_name, address=self._address)
-        try:
+        unknown = f"can't make {item.certificate_path}, since its names are unknown: "
+        with converted(NoFactError, CannotMakeError, unknown):
             naming = self._with_sans(item, kubeadm_names.naming(item.spec, facts))
-        except NoFactError as e:
-            raise CannotMakeError(f"can't make {item.certificate_path}, since its names are unknown: {e}") from None
         live = self.node.live("apiserver")
         note = f"{item.spec.name} is made for this node: {naming.text}"
         return Desired(naming=naming, notes=(note,), key=csr.known_algorithm(live.public_key()) if live else None)
@@ -269,16 +266,12 @@ class _Decision:
         file = self.changes.kubeadm_config
         if file is not None:
             return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
-        try:
+        with converted(NoAnswerError, NoSourceError, f"wanted {self.source}, found "):
             config_map = kubeadm.read(self.api, kubeadm.CLUSTER)
-        except NoAnswerError as e:
-            raise NoSourceError(f"wanted {self.source}, found {e}") from None
         if config_map.text is None:
             raise NoSourceError(f"there is no {self.source} (HTTP {config_map.status})")
-        try:
+        with converted(KubeadmConfigError, NoSourceError, ""):
             return kubeadm_config.parse(config_map.text.encode(), self.source)
-        except KubeadmConfigError as e:
-            raise NoSourceError(str(e)) from None
 
     def _rights(self, naming: Naming, spec: CertificateSpec, *, strictly: bool) -> list[str]:
         """Return a sentence about the binding behind the rights (BridgeError: missing or, if `strictly`, not seen)."""

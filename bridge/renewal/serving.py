@@ -17,7 +17,7 @@ from bridge.cluster import items, kubeadm, text_of
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane.neighbours import CONTROL_PLANE_NODES
 from bridge.control_plane.restarts import Restarted, RestartReport, Restarts
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, converted
 from bridge.node import pairs
 from bridge.node.inventory import Item, Node
 from bridge.node.manifests import TLS_CERTIFICATE
@@ -57,11 +57,9 @@ def components(node: Node, settings: Settings) -> list[Component]:
                 f"{component.value}: wanted a manifest without {TLS_CERTIFICATE}, or with our pair, found {path}",
                 hint="an operator put it there, and it stays: take the flags out first, here and in kubeadm-config",
             )
-        try:
+        hint = "put the flags in, or take them out, by hand"
+        with converted(ValueError, NoServingError, f"{component.value}: ", hint=hint):
             pairs.manifest_with(item, component, settings.node.kubeconfig_dir)
-        except ValueError as e:
-            hint = "put the flags in, or take them out, by hand"
-            raise NoServingError(f"{component.value}: {e}", hint=hint) from None
     return found
 
 
@@ -147,11 +145,9 @@ def take_out(settings: Settings, wait: timedelta) -> RestartReport:
             item = pairs.served_item(node, component)
             if item is None or (item.state == "missing" and not item.named):
                 continue
-            try:
+            hint = "take the flags out by hand, then run again"
+            with converted(ValueError, NoServingError, f"{component.value}: ", hint=hint):
                 text = pairs.manifest_without(component, item.certificate_path, settings.node.kubeconfig_dir)
-            except ValueError as e:
-                hint = "take the flags out by hand, then run again"
-                raise NoServingError(f"{component.value}: {e}", hint=hint) from None
             if text is not None:
                 restarts = Restarts(
                     node=node, settings=settings, store=store, record=record, going_back=True, content=text

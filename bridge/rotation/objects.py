@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bridge.cluster import kubeadm, text_of
 from bridge.cluster.api import MERGE_PATCH, Api
 from bridge.control_plane import neighbours
-from bridge.errors import BridgeError, Exit
+from bridge.errors import BridgeError, Exit, converted
 from bridge.node import kubeconfig
 from bridge.node.inventory import Node
 from bridge.node.kubeconfig import KubeconfigError
@@ -160,11 +160,9 @@ def _cluster_info(api: Api, bundle: Bundle) -> None:
         return
 
     def edit(text: str) -> str:
-        try:
+        with converted((KubeconfigError, ValueError), ObjectError, f"{place}: wanted its CA data to change, found "):
             held = load_pem_certificates(kubeconfig.ca_data(text.encode()) or b"")
             return text if set(held) == set(bundle) else kubeconfig.with_ca(text.encode(), pem(*bundle)).decode()
-        except (KubeconfigError, ValueError) as e:
-            raise ObjectError(f"{place}: wanted its CA data to change, found {e}") from None
 
     kubeadm.change(api, place, edit)
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 from cryptography import x509
 
 from bridge.ca.registry import load_cross
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, converted
 from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
@@ -125,10 +125,8 @@ def new_ca(settings: Settings, name: str) -> x509.Certificate:
     """Read an authority's next CA (SettingsError: its file is not ours; UnreadableCaError: it has not exactly one)."""
     path, what = Path(settings.authorities[name].next["anchor"]), f"the certificate of {name}'s next CA"
     text = own_text(path, what, "its owner has it; a copy that root alone can change will do")
-    try:
+    with converted(ValueError, UnreadableCaError, f"{path}: wanted {what}, found: "):
         certificates = load_pem_certificates(text.encode())
-    except ValueError as e:
-        raise UnreadableCaError(f"{path}: wanted {what}, found: {e}") from None
     if len(certificates) != 1:
         raise UnreadableCaError(
             f"{path}: wanted one certificate, of the CA that signs, found {len(certificates)}",
@@ -164,11 +162,10 @@ def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:
 
 def _ca_data(place: str, data: bytes) -> Bundle:
     """Return the CA data of a kubeconfig; empty: it names a file, or relies on the system's CAs."""
-    try:
+    prefix = f"{place}: wanted its certificate-authority-data, found: "
+    with converted((KubeconfigError, ValueError), UnreadableCaError, prefix):
         ca_pem = kubeconfig.parse(data).ca_data
         return tuple(load_pem_certificates(ca_pem)) if ca_pem else ()
-    except (KubeconfigError, ValueError) as e:
-        raise UnreadableCaError(f"{place}: wanted its certificate-authority-data, found: {e}") from None
 
 
 def _old_in_backups(store: Store, authority: str, new: x509.Certificate) -> x509.Certificate | None:

@@ -17,7 +17,7 @@ from bridge.cluster import ANONYMOUS, Client, mapping
 from bridge.cluster.api import Api, NoAnswerError
 from bridge.control_plane import kubelet_serving, neighbours
 from bridge.control_plane.probes import Etcd
-from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
+from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, converted
 from bridge.node import endpoints, kubeconfig
 from bridge.node.endpoints import Server
 from bridge.node.inventory import Node
@@ -304,10 +304,12 @@ def spots_of(run: Run, node: Node) -> Iterator[Spot]:
     """List all nodes' servers; a worker knows its API server, an etcd host the members (NotReadyEverywhereError)."""
     if node.is_worker:
         path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
-        try:
+        unusable, prefix = (
+            (KubeconfigError, UnreadableError, ValueError),
+            f"{path}: wanted the API server's address, found ",
+        )
+        with converted(unusable, NotReadyEverywhereError, prefix):
             url = kubeconfig.parse(file_contents(path)).server
-        except (KubeconfigError, UnreadableError, ValueError) as e:
-            raise NotReadyEverywhereError(f"{path}: wanted the API server's address, found {e}") from None
         yield Spot("the cluster", "api", Server(url.rstrip("/")))
     elif not node.is_etcd_host:
         yield from _nodes(run, node)
@@ -332,10 +334,8 @@ def _nodes(run: Run, node: Node) -> Iterator[Spot]:
 @contextlib.contextmanager
 def _cluster(run: Run, node: Node) -> Iterator[Api]:
     """Connect to the cluster's API (NotReadyEverywhereError: its lists and objects can't be read)."""
-    try:
+    with converted(NoAnswerError, NotReadyEverywhereError, "wanted the cluster's nodes and objects, found "):
         yield neighbours.connect(node, run.settings)
-    except NoAnswerError as e:
-        raise NotReadyEverywhereError(f"wanted the cluster's nodes and objects, found {e}") from None
 
 
 def _members(node: Node) -> Iterator[Spot]:
@@ -345,10 +345,8 @@ def _members(node: Node) -> Iterator[Spot]:
     if not node.local_etcd or Component.ETCD not in node.manifests:
         return
     own = Server(endpoints.etcd_url(node.manifests[Component.ETCD].flags))
-    try:
+    with converted(HttpsError, NotReadyEverywhereError, f"{own.url}: wanted the list of etcd's members, found "):
         members = Etcd.of(node).members(own)
-    except HttpsError as e:
-        raise NotReadyEverywhereError(f"{own.url}: wanted the list of etcd's members, found {e}") from None
     for member in members:
         peers = [url for url in member.peer_urls if url.startswith("https:")]
         for kind, urls in (("etcd", member.client_urls), ("peer", peers)):
