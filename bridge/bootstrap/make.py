@@ -236,14 +236,8 @@ class Kept:
 
 def kept_file(directory: Path, node: str) -> StateFile[Kept]:
     """Return the file with a node's copies."""
-    file = coded(
-        Kept,
-        directory / f"{node}.kept.json",
-        "copies of a node's files",
-        OnDamage.REFUSE,
-        key="kept",
-        afterwards="without it all is signed again",
-    )
+    what, afterwards = "copies of a node's files", "without it all is signed again"
+    file = coded(Kept, directory / f"{node}.kept.json", what, OnDamage.REFUSE, key="kept", afterwards=afterwards)
     return dataclasses.replace(file, by_command=False)
 
 

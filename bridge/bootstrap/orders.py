@@ -269,13 +269,7 @@ def read_signed_order(settings: Settings, path: Path) -> Order:
 
 
 def write_orders(
-    settings: Settings,
-    nodes: Path,
-    config: Path,
-    ca_dir: Path | None,
-    directory: Path,
-    sign_with: Path | None,
-    now: datetime,
+    settings: Settings, nodes: Path, config: Path, ca_dir: Path | None, out: Path, sign_with: Path | None, now: datetime
 ) -> dict[NewNode, tuple[Path, Order]]:
     """Write an order for each node of a list, never over a different order; return each node's file and order."""
     key = load_signing_key(sign_with, "--sign-with", "orders") if sign_with is not None else None
@@ -292,11 +286,11 @@ def write_orders(
             config_of_node = for_node(cluster, node.name, node.addresses[0])
             assert_usable(config_of_node, str(settings.node.pki_dir), further=node.role != "init")
     certificates = gather_authorities(settings, Places.of(settings, cluster), "control-plane", ca_dir, {}, now)
-    made = {node: (directory / f"{node.name}.order.json", order_for(cluster, certificates, node)) for node in listed}
+    made = {node: (out / f"{node.name}.order.json", order_for(cluster, certificates, node)) for node in listed}
     for path, order in made.values():
         if not _is_older(path, order):
             raise OrderError(f"{path}: another order is there already", hint="name an empty directory")
-    with held_directory(directory) as held:
+    with held_directory(out) as held:
         for path, order in made.values():
             signature = signatures.sign(key, message(order)) if key is not None else None
             write_atomically(held / path.name, dumps(replace(order, signature=signature)), _PUBLIC)

@@ -84,13 +84,8 @@ class Replaced:
         for place, data in self.confs.items():
             if set(self.seen.kubeconfigs[place]) != set(bundle):
                 path = Path(place)
-                yield Replacement(
-                    certificate=names[path.name],
-                    path=path,
-                    data=with_ca(path, data, self.change, bundle),
-                    mode_mask=KUBECONFIG_MASK,
-                    was=digest(data),
-                )
+                name, new = names[path.name], with_ca(path, data, self.change, bundle)
+                yield Replacement(certificate=name, path=path, data=new, mode_mask=KUBECONFIG_MASK, was=digest(data))
 
 
 def with_ca(path: Path, data: bytes, change: Change, bundle: Bundle) -> bytes:

@@ -39,6 +39,7 @@ from bridge.system.tls import ClientRefusedError, HttpsError
 from bridge.system.waiting import wait_until, workers
 from bridge.words import some
 
+Statements = Mapping[str, NodeStatement]  #: By the node's name.
 _AT_ONCE = 8
 
 
@@ -100,7 +101,7 @@ class Spot(NamedTuple):
 _CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
 
 
-def late_statements(statements: Mapping[str, NodeStatement], target: Phase, now: datetime) -> list[str]:
+def late_statements(statements: Statements, target: Phase, now: datetime) -> list[str]:
     """Return nodes without a recent statement (pure); none once another node has begun the phase, since that proved it."""
     if any(said.phase == target.value for said in statements.values()):
         return []
@@ -150,7 +151,7 @@ class RotationOptions:
                 name, now = step.ca.name, run.now()
                 statements = statements_of(nodes, name, node.bundles[CA.name], now)
                 own, has_begun = run.settings.node.node_name, step.target is Phase.ISSUED and has_asked(run, name)
-                assert_said(name, step.ca.change, step.target, statements, own, now, has_begun=has_begun)
+                assert_said(name, step.ca.change, step.target, statements, own, None if has_begun else now)
             for step in steps:
                 if step.target is not Phase.OLD:
                     assert_followed(api, step.ca.name, step.ca.change, step.target)
@@ -217,16 +218,9 @@ def statements_of(
 
 
 def assert_said(
-    authority: str,
-    change: Change,
-    target: Phase,
-    statements: Mapping[str, NodeStatement],
-    own: str,
-    now: datetime,
-    *,
-    has_begun: bool = False,
+    authority: str, change: Change, target: Phase, statements: Statements, own: str, now: datetime | None
 ) -> None:
-    """Check that nodes said they are in the previous phase, recently unless `has_begun` (NotReadyEverywhereError)."""
+    """Check that nodes said they are in the previous phase, recently unless `now` is None (NotReadyEverywhereError)."""
     signer, others = change.signer(target), {node: said for node, said in statements.items() if node != own}
     if target is Phase.ISSUED:
         what = f"trust {text(change.new)}"
@@ -241,7 +235,7 @@ def assert_said(
             hint=_again(target, behind),
         )
     # people at a CA may take longer than an hour; before an installation we try the certificates on each server
-    late = [] if has_begun else late_statements(others, target, now)
+    late = [] if now is None else late_statements(others, target, now)
     if late:
         raise NotReadyEverywhereError(
             f"{authority}: wanted nodes that have said within {duration_text(LATELY)} that their components {what}, found "

@@ -77,7 +77,7 @@ def test_a_phase_that_has_begun_goes_on() -> None:
 def refused(target: Phase, authority: str = CA.name, *, has_begun: bool = False, **words: NodeStatement) -> str:
     """Why a phase does not begin on cp1; empty: it does."""
     try:
-        assert_said(authority, CHANGE, target, words, "cp1", NOW, has_begun=has_begun)
+        assert_said(authority, CHANGE, target, words, "cp1", None if has_begun else NOW)
     except NotReadyEverywhereError as e:
         return str(e)
     return ""
