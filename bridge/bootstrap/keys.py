@@ -33,7 +33,6 @@ from bridge.system.run_command import OutputLines, run_logged
 #: Enough for a dozen RSA keys of 4096 bits on a slow machine.
 _LIMIT = timedelta(minutes=5)
 _SCRATCH = "generate-csr-"
-_USER = "system:node:"
 _ERROR = "error: "
 #: How kubeadm names the document with the error.
 _UNMARSHALING = re.compile(
@@ -147,7 +146,7 @@ def made_for(wanted: Naming, algorithm: KeyAlgorithm, server: str = "") -> Made:
 
 def kubelets(node: str, sans: tuple[x509.GeneralName, ...] = ()) -> Naming:
     """Return a kubelet's subject, as kubeadm and the signer kubernetes.io/kubelet-serving require it, and SANs."""
-    return Naming(subject=subject_of(f"{_USER}{node}", ("system:nodes",)), sans=sans)
+    return Naming(subject=subject_of(f"system:node:{node}", ("system:nodes",)), sans=sans)
 
 
 def algorithm_of(made: Mapping[str, Made]) -> KeyAlgorithm:

@@ -44,9 +44,6 @@ from bridge.system.files import Attributes, assert_holds_keys, digest, private_d
 from bridge.system.state_file import OnDamage, StateFile, coded
 from bridge.words import some
 
-#: super-admin.conf is needed for seconds, so it gets little more than the settings' minimum.
-_SUPER_ADMIN_MORE = timedelta(days=1)
-
 
 def make(settings: Settings, desired: DesiredNode, now: Now, progress: Progress, wait: timedelta) -> Bootstrapped:
     """Make the keys, request the certificates, and install all files once complete; after a BridgeError none was."""
@@ -373,9 +370,9 @@ def _made_keys(run: Run, desired: DesiredNode) -> dict[str, Made]:
 
 
 def _open(run: Run, spec: CertificateSpec, made: Made) -> OpenRequest:
-    renewal = run.settings.renewal
-    is_short = spec.name == SUPER_ADMIN
-    validity = min(renewal.validity, renewal.min_validity + _SUPER_ADMIN_MORE) if is_short else renewal.validity
+    validity = run.settings.renewal.validity
+    if spec.name == SUPER_ADMIN:  # needed for seconds, so it gets little more than the settings' minimum
+        validity = min(validity, run.settings.renewal.min_validity + timedelta(days=1))
     request = SignRequest(spec=spec, csr_pem=made.csr_pem, validity=validity)
     return OpenRequest(request=request, key_pem=made.key_pem, created=run.now(), run_id=run.record.run_id)
 

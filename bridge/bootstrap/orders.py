@@ -215,7 +215,6 @@ def order_for(cluster: KubeadmConfig, authorities: Mapping[str, tuple[x509.Certi
     return Order(cluster=shared(cluster), authorities=certificates, node=node)
 
 
-_PUBLIC = 0o644
 _IN_ORDERS = ("apiVersion", "kind", "nodeRegistration.name", "localAPIEndpoint.advertiseAddress")
 
 
@@ -293,7 +292,7 @@ def write_orders(
     with held_directory(out) as held:
         for path, order in made.values():
             signature = signatures.sign(key, message(order)) if key is not None else None
-            write_atomically(held / path.name, dumps(replace(order, signature=signature)), _PUBLIC)
+            write_atomically(held / path.name, dumps(replace(order, signature=signature)), 0o644)
     return made
 
 

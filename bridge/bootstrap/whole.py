@@ -230,13 +230,6 @@ def look_at(
     )
 
 
-_MADE_FOR_ANOTHER = (
-    "the files here were made for another configuration: run this as before; or have `kubeadm reset` remove them, keys "
-    "included, and run this again"
-)
-_BRING_BACK = "bring back the missing files, or move all of them away and run this again"
-
-
 def assert_no_cluster(desired: DesiredNode) -> None:
     """Refuse a node on which kubeadm or a kubelet has run."""
     if traces := list(traces_of_cluster(desired.places)):
@@ -250,7 +243,8 @@ def assert_as_desired(desired: DesiredNode, look: NodeLook) -> None:
         if live(path) != wanted:
             raise OtherNodeDesiredError(
                 f"{path}: wanted the configuration that is asked for now, found another one, or none",
-                hint=_MADE_FOR_ANOTHER,
+                hint="the files here were made for another configuration: run this as before; or have `kubeadm reset` "
+                "remove them, keys included, and run this again",
             )
     if problems := look.problems():
         raise NotWholeError(
@@ -290,7 +284,8 @@ def assert_no_leftovers(desired: DesiredNode, look: NodeLook) -> None:
     there = [path for path in look.files() if path not in allowed and look.read(path) is not None]
     missing = look.missing()
     if there and len(missing) < len(there):
-        raise NotWholeError("\n".join(look.problems()), hint=_BRING_BACK)
+        hint = "bring back the missing files, or move all of them away and run this again"
+        raise NotWholeError("\n".join(look.problems()), hint=hint)
     if there:
         raise LeftoversError(f"wanted a node without certificates, or with all of them, found {some(there)}")
     for path, data in desired.files.items():

@@ -307,10 +307,6 @@ def _server_of(path: Path) -> str:
         return ""  # the inventory reports what is wrong with it
 
 
-_PATH = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
-_KUBELET_CLIENT = "kubeadm:apiserver-kubelet-client"
-
-
 class _Binding(NamedTuple):
     """A ClusterRoleBinding on which a subject's rights depend."""
 
@@ -328,13 +324,14 @@ def _needed_by(naming: Naming, spec: CertificateSpec) -> _Binding | None:
     if ADMINS in groups:
         return _Binding(ADMINS, "cluster-admin", "Group", ADMINS)
     if spec.name == "apiserver-kubelet-client":
-        return _Binding(_KUBELET_CLIENT, "system:kubelet-api-admin", "User", "kube-apiserver-kubelet-client")
+        role, user = "system:kubelet-api-admin", "kube-apiserver-kubelet-client"
+        return _Binding("kubeadm:apiserver-kubelet-client", role, "User", user)
     return None
 
 
 def _missing(api: Api, needed: _Binding) -> str:
     """Describe what was found instead of the binding; empty: the binding is there."""
-    reply = api.ask("GET", f"{_PATH}/{needed.name}")
+    reply = api.ask("GET", f"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{needed.name}")
     if reply.status != HTTPStatus.OK:
         return "none" if reply.status == HTTPStatus.NOT_FOUND else f"HTTP {reply.status}"
     ref = mapping(reply.document, "roleRef")

@@ -79,10 +79,8 @@ def jitter(selection: Selection, settings: RenewalSettings, now: datetime, *, sh
 
 def _first_end(selection: Selection) -> datetime:
     """Return the earliest expiry; a missing certificate, which an operator asked for, waits for no window."""
-    return min(first_end(item.ending) if item.certificates else _LONG_AGO for item in selection.items)
-
-
-_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+    long_ago = datetime(2000, 1, 1, tzinfo=UTC)
+    return min(first_end(item.ending) if item.certificates else long_ago for item in selection.items)
 
 
 # --- a CA that is being replaced -------------------------------------------------------------------------------------

@@ -98,9 +98,6 @@ class Spot(NamedTuple):
         return f"{_KINDS[self.kind].text} of {self.node} ({self.server.url})"
 
 
-_CONTROL_PLANE = "node-role.kubernetes.io/control-plane"
-
-
 def late_statements(statements: Statements, target: Phase, now: datetime) -> list[str]:
     """Return nodes without a recent statement (pure); none once another node has begun the phase, since that proved it."""
     if any(said.phase == target.value for said in statements.values()):
@@ -213,7 +210,7 @@ def statements_of(
     return {
         kubelet_serving.name_of(node): objects.statement_of(node, authority, anchors, now)
         for node in nodes
-        if authority == CA.name or _CONTROL_PLANE in mapping(node, "metadata", "labels")
+        if authority == CA.name or "node-role.kubernetes.io/control-plane" in mapping(node, "metadata", "labels")
     }
 
 
@@ -298,11 +295,8 @@ def spots_of(run: Run, node: Node) -> Iterator[Spot]:
     """List all nodes' servers; a worker knows its API server, an etcd host the members (NotReadyEverywhereError)."""
     if node.is_worker:
         path = run.settings.node.kubeconfig_dir / SPECS[KUBELET_CONF].base
-        unusable, prefix = (
-            (KubeconfigError, UnreadableError, ValueError),
-            f"{path}: wanted the API server's address, found ",
-        )
-        with converted(unusable, NotReadyEverywhereError, prefix):
+        prefix = f"{path}: wanted the API server's address, found "
+        with converted((KubeconfigError, UnreadableError, ValueError), NotReadyEverywhereError, prefix):
             url = kubeconfig.parse(file_contents(path)).server
         yield Spot("the cluster", "api", Server(url.rstrip("/")))
     elif not node.is_etcd_host:
