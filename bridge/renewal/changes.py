@@ -202,7 +202,10 @@ class _Decision:
             difference = ", ".join([*more, *less]) or "since nothing changes"
             notes.append(f"{name}: SANs as in the live certificate, {difference}")
         if self.changes.adopt_defaults:
-            subject = kubeadm_names.subject(item.spec, self._version_and_node())
+            release = self._release_here() if self.changes.kubeadm_config is None else self.config.release
+            if release is None and (version := self.settings.node.kubernetes_version) is not None:
+                release = Release(version.major, version.minor)
+            subject = kubeadm_names.subject(item.spec, NamingFacts(release=release, node=self.settings.node.name))
             if sorted(attributes(subject)) == sorted(attributes(naming.subject)):
                 notes.append(f"{name}: the subject is kubeadm's of today")
             else:
@@ -211,12 +214,6 @@ class _Decision:
                 notes.append(f"{name}: subject {texts[0]} instead of {texts[1]}")
                 notes += self._rights(naming, item.spec, strictly=True)
         return Desired(naming=naming, notes=tuple(notes)) if notes else None
-
-    def _version_and_node(self) -> NamingFacts:
-        release = self._release_here() if self.changes.kubeadm_config is None else self.config.release
-        if release is None and (version := self.settings.node.kubernetes_version) is not None:
-            release = Release(version.major, version.minor)
-        return NamingFacts(release=release, node=self.settings.node.name)
 
     def _with_sans(self, item: Item, naming: Naming) -> Naming:
         add, drop = (changes.get(item.spec.name, ()) for changes in (self.changes.add, self.changes.drop))

@@ -248,7 +248,10 @@ def live_pair(item: Item) -> tuple[x509.Certificate | None, dict[Path, str | Non
             hint="look at the file, or where the symlink leads; move it away, and a renewal puts a new key there",
         )
     was = {path: None if content is None else digest(content) for path, content in contents.items()}
-    was |= _was_current(item) | _was_elsewhere(item)
+    was |= _was_elsewhere(item)
+    if item.current is not None:  # the symlink to a kubelet's pair is replaced, not its target
+        with reasons(MissingCertificateError, f"{item.current}: can't read it"):
+            was[item.current] = fingerprint(item.current)
     if item.state == "missing":
         if data is not None:
             raise MissingCertificateError(f"{item.certificate_path} was made while this run began", hint="run again")
@@ -280,12 +283,6 @@ def _was_elsewhere(item: Item) -> dict[Path, str | None]:
                 )
             digests[path] = None if data is None else digest(data)
     return digests
-
-
-def _was_current(item: Item) -> dict[Path, str | None]:
-    """Return the fingerprint of the symlink to a kubelet's pair, by path: the symlink is replaced, not its target."""
-    with reasons(MissingCertificateError, f"{item.current}: can't read it"):
-        return {} if item.current is None else {item.current: fingerprint(item.current)}
 
 
 def present(item: Item, live: x509.Certificate | None) -> x509.Certificate:
