@@ -217,12 +217,12 @@ def _ordered(order: Order, roles: tuple[Role, ...]) -> NewNode:
 
 def _carried(inputs: NodeInputs) -> dict[str, tuple[x509.Certificate, ...]]:
     """Return the CAs of the order and of another node, which must agree, since each CA in a file is trusted."""
-    order: dict[str, tuple[x509.Certificate, ...]] = {}
-    for one in (inputs.order, inputs.given):
-        for name, certificates in one.authorities.items() if one is not None else ():
-            if order.setdefault(name, certificates) != certificates:
+    cas: dict[str, tuple[x509.Certificate, ...]] = {}
+    for order in (inputs.order, inputs.given):
+        for name, certificates in order.authorities.items() if order is not None else ():
+            if cas.setdefault(name, certificates) != certificates:
                 raise OrderError(
                     f"authorities.{name}: wanted the same CA in the order and from the other node, found two",
                     hint="one of the two belongs to another cluster",
                 )
-    return order
+    return cas

@@ -129,18 +129,19 @@ def import_answers(
         return dataclasses.replace(result, outcomes=outcomes, errors=errors), node
 
 
-def _finish_import(run: Run, node: Node, found: Found, transaction: Transaction) -> Result:
-    items = tuple(item for name in found.candidates if (item := node.item(name)) is not None)
+def _finish_import(run: Run, node: Node, answers: Found, transaction: Transaction) -> Result:
+    items = tuple(item for name in answers.candidates if (item := node.item(name)) is not None)
     if not items:
         return transaction.with_earlier(Result())
     selection = Selection(items=items)
     with transaction.about(selection):
         selection = with_room(run.settings, selection)
-        answered, failed = _answered(run, node, selection.items, found)
+        answered, failed = _answered(run, node, selection.items, answers)
         proven, failed = verify_all(run, answered, [*selection.failed, *failed])
-        for one in answered if run.settings.node.desk_key is not None else ():
-            if isinstance(one.answer, BackendRefusedError) and one.prepared.open and one.prepared.open.is_waiting:
-                run.requests.drop(one.prepared.name)  # a signed refusal ends the request
+        refused = [each.prepared for each in answered if isinstance(each.answer, BackendRefusedError)]
+        for prepared in refused if run.settings.node.desk_key is not None else ():
+            if prepared.open and prepared.open.is_waiting:
+                run.requests.drop(prepared.name)  # a signed refusal ends the request
         remember(run, answered, proven, by_hand=True)
         result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))

@@ -53,9 +53,9 @@ def install(
 ) -> tuple[Result, Node, Selection]:
     """Verify a directory's certificates as a CA's answers, and install them with their keys."""
     contents = _read(directory, {pair.name: pair.spec for pair in settings.node.pairs})
-    with begun(settings, now, progress, options.wait) as (ours, found):
-        transaction = Transaction(ours, options)
-        node = transaction.settle_earlier(found)
+    with begun(settings, now, progress, options.wait) as (run, as_found):
+        transaction = Transaction(run, options)
+        node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result()), node, Selection()
         options = dataclasses.replace(options, names=tuple(contents.keys))
@@ -63,9 +63,9 @@ def install(
         for sentence in selection.waived:
             progress.note(sentence)
         if selection.items:
-            result = _installed(ours, transaction, selection, node, contents, options)
+            result = _installed(run, transaction, selection, node, contents, options)
         else:
-            record_failed(ours.record, selection.failed)
+            record_failed(run.record, selection.failed)
             result = transaction.nothing_to_install(selection)
         return result, node, selection
 
@@ -88,10 +88,10 @@ def _installed(
         proven, failed = verify_all(run, answered, failed)
         proven = _without_those_in_place(run, node, proven)
         if not (failed and options.all_or_nothing):
-            for one in proven:
-                give_up(run, one.prepared.name, "another certificate is installed in its place")  # its key differs
-            names = {one.name for one in proven}
-            remember(run, [one for one in answered if one.prepared.name in names], proven)
+            for passed in proven:
+                give_up(run, passed.name, "another certificate is installed in its place")  # its key differs
+            names = {each.name for each in proven}
+            remember(run, [answer for answer in answered if answer.prepared.name in names], proven)
         result = transaction.install(selection, proven, failed)
     return transaction.conclude(selection, transaction.activate(selection, result))
 

@@ -110,8 +110,8 @@ def reaching(run: Run, items: Sequence[Item], expected: Expected) -> Iterator[Ca
 def _sharing(backends: Mapping[str, registry.Configured]) -> list[list[str]]:
     """Group authorities whose requests are carried the same way, so that one file goes out instead of several."""
     lots: list[list[str]] = []
-    for name, ours in backends.items():
-        is_carried, same = ours.backend_type.carries, (ours.name, ours.settings)
+    for name, configured in backends.items():
+        is_carried, same = configured.backend_type.carries, (configured.name, configured.settings)
         alike = [lot for lot in lots if is_carried and (backends[lot[0]].name, backends[lot[0]].settings) == same]
         if alike:
             alike[0].append(name)

@@ -49,9 +49,9 @@ def run(settings: Settings, options: RunOptions, now: Now, progress: Progress) -
     if not options.names and (delay := gate.delay(settings, now(), is_terminal=is_terminal)):
         progress.note(f"waits {duration_text(timedelta(seconds=int(delay.total_seconds())))} (renewal.jitter)")
         time.sleep(delay.total_seconds())
-    with begun(settings, now, progress, options.wait) as (ours, found):
+    with begun(settings, now, progress, options.wait) as (ours, as_found):
         transaction = Transaction(ours, options)
-        node = transaction.settle_earlier(found)
+        node = transaction.settle_earlier(as_found)
         if not transaction.may_go_on:
             return transaction.with_earlier(Result()), node, Selection()
         waiting = [request.name for request in ours.requests if request.reference]
@@ -237,7 +237,7 @@ def _without_open(selection: Selection, run: Run) -> Selection:
 def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -> Rehearsal:
     selection = with_room(run.settings, selection)
     expected, unproved = expectations(node, run.settings, selection.items, run.now())
-    expected = {name: _expected(one, settings, name) for name, one in expected.items()}
+    expected = {name: _expected(expectation, settings, name) for name, expectation in expected.items()}
     impossible = dict(_impossible(run.settings, expected))
     stuck = without_restart(node, run.settings, selection.items, run.now())
     without = {outcome.name: outcome for outcome in (*unproved, *stuck)}
@@ -252,11 +252,11 @@ def _rehearsed(run: Run, settings: Settings, selection: Selection, node: Node) -
         proven, failed = verify_all(run, answered, [*selection.failed, *without.values(), *unmade])
         revoked, errors = _thrown_away(run, answered, cas)
     passed = []
-    for one in proven:
-        authority, leaf = one.prepared.authority, one.verified.leaf
-        passed.append(Rehearsed(outcome=one.outcome, leaf=leaf, revoked=leaf in revoked))
+    for signed in proven:
+        authority, leaf = signed.prepared.authority, signed.verified.leaf
+        passed.append(Rehearsed(outcome=signed.outcome, leaf=leaf, revoked=leaf in revoked))
         result = "passed, and revoked" if leaf in revoked else "passed, and thrown away; not revoked"
-        run.record.add(audit.REHEARSED, one.name, authority=authority, new=leaf, result=result)
+        run.record.add(audit.REHEARSED, signed.name, authority=authority, new=leaf, result=result)
     failures = tuple(map(_reworded, failed))
     return Rehearsal(passed=tuple(passed), failed=failures, errors=tuple(errors), skipped=selection.skipped)
 
@@ -340,10 +340,10 @@ def _thrown_away(
 
 def _signed(answered: Sequence[Answered], ca: CA, now: datetime) -> list[tuple[str, x509.Certificate]]:
     """Return names and certificates to revoke: those for our new keys, and lost answers that the CA still finds."""
-    found = [(one, one.answer.leaf) for one in answered if isinstance(one.answer, Issued)]
-    lost = [one for one in answered if isinstance(one.answer, Pending | BackendError)]
+    leaves = [(each, each.answer.leaf) for each in answered if isinstance(each.answer, Issued)]
+    lost = [each for each in answered if isinstance(each.answer, Pending | BackendError)]
     with contextlib.suppress(BackendError):  # those answers stay lost
         if lost and ca.tells():
-            recalled = ca.recall([one.prepared.request for one in lost], now - timedelta(days=1))
-            found += [(one, answer.leaf) for one, answer in zip(lost, recalled, strict=True) if answer is not None]
-    return [(one.prepared.name, leaf) for one, leaf in found if is_for(leaf, one.prepared.request.csr)]
+            recalled = ca.recall([each.prepared.request for each in lost], now - timedelta(days=1))
+            leaves += [(each, issued.leaf) for each, issued in zip(lost, recalled, strict=True) if issued is not None]
+    return [(each.prepared.name, leaf) for each, leaf in leaves if is_for(leaf, each.prepared.request.csr)]

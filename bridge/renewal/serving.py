@@ -50,8 +50,8 @@ def components(node: Node, settings: Settings) -> list[Component]:
         raise NoServingError(f"there is no manifest of {names}", hint="run it on a control-plane node")
     for component in found:
         item = pairs.served_item(node, component)
-        ours = settings.node.pki_dir / f"{SERVERS[component].base}.crt"
-        if item is None or item.foreign or (item.named and item.certificate_path != ours):
+        own = settings.node.pki_dir / f"{SERVERS[component].base}.crt"
+        if item is None or item.foreign or (item.named and item.certificate_path != own):
             path = node.manifests[component].flags.get(TLS_CERTIFICATE)
             raise NoServingError(
                 f"{component.value}: wanted a manifest without {TLS_CERTIFICATE}, or with our pair, found {path}",

@@ -193,8 +193,8 @@ class Transaction:
         if not self._is_to_prove:
             return result
         if self._run.settings.restart.method == "none":  # each later run reports it
-            unproven, ours = obligations.unproven_file(self._run.store).read(), self._run.record.run_id
-            is_ours = unproven is not None and any(each.newest_run == ours for each in unproven.certificates)
+            unproven, run_id = obligations.unproven_file(self._run.store).read(), self._run.record.run_id
+            is_ours = unproven is not None and any(each.newest_run == run_id for each in unproven.certificates)
             return dataclasses.replace(result, left_to_people=is_ours)
         done = activate.finish(self._run, self._run.read_node())
         if not self._is_to_prove:  # else the hooks of earlier installations ran already

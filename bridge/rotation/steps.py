@@ -60,9 +60,9 @@ def run(
 ) -> Done:
     """Bring this node's CAs (without names: all with a next CA) to a verb's phase; an error: nothing was replaced."""
     places.assert_has_next(settings)
-    with begun(settings, now, progress, options.wait) as (ours, found):
+    with begun(settings, now, progress, options.wait) as (ours, as_found):
         transaction = Transaction(ours, RunOptions())
-        node = transaction.settle_earlier(found)
+        node = transaction.settle_earlier(as_found)
         cas = places.look(settings, node, names)
         back = _going_back(ours.store).read() or {}
         steps = tuple(

@@ -270,14 +270,14 @@ def _called(api: Api, kind: str, path: str, change: Change, phase: Phase) -> Ite
 def _bundles(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the JSON pointer and value of each `caBundle` in an object."""
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, child in value.items():
             if key == "caBundle":
-                yield f"{where}/caBundle", one
+                yield f"{where}/caBundle", child
             elif key != "metadata":
-                yield from _bundles(one, f"{where}/{key}")
+                yield from _bundles(child, f"{where}/{key}")
     elif isinstance(value, list):
-        for number, one in enumerate(value):
-            yield from _bundles(one, f"{where}/{number}")
+        for number, child in enumerate(value):
+            yield from _bundles(child, f"{where}/{number}")
 
 
 def _foreign(
