@@ -188,20 +188,16 @@ _FIRST = "further nodes with a control plane have the role control-plane"
 
 def read_nodes(path: Path) -> list[NewNode]:
     """Read a list of nodes: `ROLE NAME ADDRESS …` on each line, and at most one `init`."""
-    try:
-        listed = kubeadm_names.parse_nodes((read(path) or b"").decode(), with_roles=True)
-    except (UnreadableError, UnicodeDecodeError) as e:
-        hint = "a line is `ROLE NAME ADDRESS …`"
-        raise OrderError(f"{path}: wanted a list of nodes, found: {e}", hint=hint) from None
-    except ValueError as e:
-        raise OrderError(f"{path}: {e}", hint=_LINE) from None
+    unreadable, prefix = (UnreadableError, UnicodeDecodeError), f"{path}: wanted a list of nodes, found: "
+    with converted(unreadable, OrderError, prefix, hint="a line is `ROLE NAME ADDRESS …`"):
+        text = (read(path) or b"").decode()
+    with converted(ValueError, OrderError, f"{path}: ", hint=_LINE):
+        listed = kubeadm_names.parse_nodes(text, with_roles=True)
     nodes: list[NewNode] = []
     for node in listed:
         where = f"{path}: line {node.line}"
-        try:
+        with converted(OrderError, OrderError, f"{where}: ", hint=_LINE):
             nodes.append(new_node(node.role, node.name, node.addresses))
-        except OrderError as e:
-            raise OrderError(f"{where}: {e}", hint=_LINE) from None
         if [node.role for node in nodes].count("init") > 1:
             raise OrderError(f"{where}: wanted one node for `kubeadm init`, found another one", hint=_FIRST)
     if not nodes:
