@@ -148,11 +148,9 @@ def _completed(path: Path, data: bytes, issued: Issued, chain: bytes, ca: x509.C
     except KubeconfigError as e:
         raise CsrDirectoryError(f"{path}: {e}") from None
     if config.has_others or key is None:
-        raise CsrDirectoryError(
-            f"{path}: wanted one cluster, and one user with its key, as `kubeadm certs generate-csr` writes them"
-        )
+        wanted = "one cluster, and one user with its key, as `kubeadm certs generate-csr` writes them"
+        raise CsrDirectoryError(f"{path}: wanted {wanted}")
     if not has_key_of(key, issued.leaf):
         raise CsrDirectoryError(f"{path}: wanted the key of {path.name}{_SUFFIX} in it, found another one")
-    return FreshKubeconfig(server=config.server, cluster=config.cluster, user=config.user, ca_pem=pem(ca)).text(
-        chain, key
-    )
+    fresh = FreshKubeconfig(server=config.server, cluster=config.cluster, user=config.user, ca_pem=pem(ca))
+    return fresh.text(chain, key)

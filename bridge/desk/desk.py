@@ -312,9 +312,8 @@ class Desk:
 
     def _trouble(self, request: BundledRequest) -> BridgeError | None:
         if request.authority not in self._configured:
-            return OtherDeskError(
-                f"wanted a request for {' or '.join(self._configured)}, found one for {request.authority}"
-            )
+            wanted = f"a request for {' or '.join(self._configured)}"
+            return OtherDeskError(f"wanted {wanted}, found one for {request.authority}")
         if request.authority not in self._cas:
             self._cas[request.authority] = self._open(request.authority)
         return self._cas[request.authority].ca.error(request.name)

@@ -96,10 +96,9 @@ def load_policy(settings: Settings, path: Path | None) -> Policy:
     path = path or policy_path(settings)
     policy = parse(own_text(path, "a policy file", how_to_begin(f"desk/{POLICY_NAME}", path)), path)
     former = {name: _ca_of(Path(file), "desk.former_cas", _FROM_NODE) for name, file in policy.desk.former_cas.items()}
+    hint = "get it from the CA that signs the clients' certificates"
     est_cas = {
-        label: _ca_of(
-            rules.clients_ca, f"est.{label}.clients_ca", "get it from the CA that signs the clients' certificates"
-        )
+        label: _ca_of(rules.clients_ca, f"est.{label}.clients_ca", hint)
         for label, rules in policy.est.items()
         if rules.clients_ca is not None
     }
@@ -134,9 +133,8 @@ def assert_free(path: Path, kind: type[AnswerBundle | RequestBundle], node: str,
                 return
             found = f"that of node {one_line(there.node)}, cluster {one_line(there.cluster)}"
     if os.path.lexists(path):
-        wanted = (
-            f"no file, or {'an' if what == 'answer' else 'a'} {what} bundle of before (node {node}, cluster {cluster})"
-        )
+        article = "an" if what == "answer" else "a"
+        wanted = f"no file, or {article} {what} bundle of before (node {node}, cluster {cluster})"
         raise BridgeError(f"{path}: wanted {wanted}, found {found}", hint="name another file")
 
 
@@ -276,9 +274,8 @@ class Session:
         self._now = now
         self._passed_over = passed_over
         self._store = Store(settings.node.state_dir)
-        self._archive = Archive(
-            options.archive or policy.desk.archive or archive_directory(self._store), self._store.directory
-        )
+        directory = options.archive or policy.desk.archive or archive_directory(self._store)
+        self._archive = Archive(directory, self._store.directory)
         self._seen: set[str] = set()  #: Digests.
 
     def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:

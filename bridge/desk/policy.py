@@ -170,9 +170,8 @@ class CertificateRules:
                 yield SettingsProblem(key, wanted, found)
         for key, rule in (("subjects", self.subjects), ("sans", self.sans)):
             if is_pair and rule is None:
-                yield SettingsProblem(
-                    key, "a list for a node's further pair, whose names no other rule limits", "nothing"
-                )
+                wanted = "a list for a node's further pair, whose names no other rule limits"
+                yield SettingsProblem(key, wanted, "nothing")
         if is_pair and self.groups is not None:
             yield SettingsProblem("groups", "whole subjects for a node's further pair", "groups")
 
@@ -263,9 +262,8 @@ def parse(text: str, file: Path | None = None) -> Policy:
 
 def read(reader: Reader, document: Mapping[str, Any]) -> Policy:
     """Read the desk's tables of a policy; only the gateway uses the tables `[signer."NAME"]`."""
-    tables = reader.tables(
-        document, ("desk", "allow", "approvals", "certificate", "signer", "pod_signer", "users", "est")
-    )
+    names = ("desk", "allow", "approvals", "certificate", "signer", "pod_signer", "users", "est")
+    tables = reader.tables(document, names)
     allow = reader.read(Allow, tables["allow"], ("allow",))
     desk = reader.read(DeskSettings, tables["desk"], ("desk",))
     certificates = _certificates(reader, tables["certificate"])

@@ -83,9 +83,8 @@ class Archive:
 
     def answers(self, bundle: RequestBundle) -> Mapping[str, Answered]:
         """Earlier answers to the same CSRs, by certificate name."""
-        return {
-            request.name: answers for request in bundle.requests if (answers := self._answered(request)) is not None
-        }
+        found = {request.name: self._answered(request) for request in bundle.requests}
+        return {name: answered for name, answered in found.items() if answered is not None}
 
     def _answered(self, request: BundledRequest) -> Answered | None:
         path = self._path(request)

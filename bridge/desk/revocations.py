@@ -112,9 +112,8 @@ def revoke(settings: Settings, authority: str, revocation: Revocation) -> None:
     configured = at_once(registry.configured(settings, [authority])[authority])
     with contextlib.closing(CA.of(configured)) as ca:
         if not ca.backend.can("revoke"):
-            raise NotRevokedError(
-                f"wanted a CA that can revoke, found {ca.label}", hint="revoke it by the CA's own means"
-            )
+            hint = "revoke it by the CA's own means"
+            raise NotRevokedError(f"wanted a CA that can revoke, found {ca.label}", hint=hint)
         if ca.is_revoked(revocation.successor):
             found = f"the revoked one with serial {serial_hex(revocation.successor)}"
             raise NotRevokedError(f"wanted a proof by a certificate that is not revoked, found {found}")

@@ -13,6 +13,7 @@ from framing a page, and a page from loading anything but its style.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
@@ -153,28 +154,22 @@ class Approvals:
             bundle = loads_request(kept.bundle)
         except BundleError:
             text = "wanted a request whose bundle is still here, found one whose bundle was put away after its answer"
-            raise UnknownError(
-                text, hint="the audit log at the door's host has who decided, and the evidence"
-            ) from None
+            hint = "the audit log at the door's host has who decided, and the evidence"
+            raise UnknownError(text, hint=hint) from None
+        names = [request.name for request in bundle.requests]
         return Case(
             kept=kept,
             bundle=bundle,
             standing=self.signing.standing(kept, bundle),
             verdicts=self.signing.verdicts(kept, bundle),
-            need_approval=frozenset(
-                filter(self.signing.policy.needs_approval, (request.name for request in bundle.requests))
-            ),
+            need_approval=frozenset(filter(self.signing.policy.needs_approval, names)),
         )
 
     def brought(self, environ: Environ, request_id: str) -> None:
         """Record the approver who submitted a request, if any, since that person may not decide about it."""
-        try:
-            person = self.person(environ)
-        except NotDecidedError:
-            return
-        self.memory.decide(
-            request_id, approver=person.name, verdict="asked", reason="", evidence=None, now=self.signing.trust().now
-        )
+        with contextlib.suppress(NotDecidedError):
+            name, now = self.person(environ).name, self.signing.trust().now
+            self.memory.decide(request_id, approver=name, verdict="asked", reason="", evidence=None, now=now)
 
     def decide(self, person: Person, digest: str, verdict: Verdict, reason: str, signature: bytes | None) -> Case:
         """
@@ -224,9 +219,8 @@ class Approvals:
         """Answer a request below /v1/approvals."""
         match = _PATH.fullmatch(environ["PATH_INFO"])
         if match is None:
-            return Reply.error(
-                HTTPStatus.NOT_FOUND, "there is no such page, but /v1/approvals, and a request's digest below it"
-            )
+            text = "there is no such page, but /v1/approvals, and a request's digest below it"
+            return Reply.error(HTTPStatus.NOT_FOUND, text)
         method, request_digest = environ["REQUEST_METHOD"], match[1]
         assert_method(environ, "GET", *([] if request_digest is None else ["POST"]))
         try:

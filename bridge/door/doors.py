@@ -389,8 +389,7 @@ def _copy(source: Path, to: Path, name: Path) -> None:
         Path(temporary).replace(to)
         sync_directory(to.parent)
     except (sqlite3.Error, OSError) as e:
-        raise UpkeepError(
-            f"{source}: wanted a database of a door, and room for its copy at {name}, found: {e}"
-        ) from None
+        wanted = f"wanted a database of a door, and room for its copy at {name}"
+        raise UpkeepError(f"{source}: {wanted}, found: {e}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -81,10 +81,9 @@ class Enrolment:
         """Return why requests of a bundle need no continuity proof, for the record, by certificate name; never a user's."""
         if self.withdrawn is not None or (bundle.node, bundle.cluster) != (self.node, self.cluster):
             return {}
-        names = [
-            request.name for request in bundle.requests if not self.certificates or request.name in self.certificates
-        ]
-        return {name: f"by enrolment {self.id} of {self.created_by}" for name in names if name != USER.name}
+        names = {request.name for request in bundle.requests} - {USER.name}
+        allowed = names.intersection(self.certificates) if self.certificates else names
+        return dict.fromkeys(allowed, f"by enrolment {self.id} of {self.created_by}")
 
 
 def find(memory: DoorDatabase, secret_hash: str) -> Enrolment | None:

@@ -209,9 +209,8 @@ class Est:
         kept = self._door.awaited(kept, _HOLD)
         if kept.state != "answered":
             is_new = self._door.now() - kept.received < timedelta(seconds=_LATER_SECONDS)
-            text = (
-                f"request {kept.digest[:16]} waits{' for people' if kept.state == 'undecided' else ''}; send it again"
-            )
+            whom = " for people" if kept.state == "undecided" else ""
+            text = f"request {kept.digest[:16]} waits{whom}; send it again"
             return _text(HTTPStatus.ACCEPTED, text, retry_after=str(_SOON_SECONDS if is_new else _LATER_SECONDS))
         answer = next(iter(loads_answer(kept.answer).answers.values())) if kept.answer is not None else None
         if isinstance(answer, Refusal):

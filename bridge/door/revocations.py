@@ -68,9 +68,8 @@ class Revocations:
             log.warning(text, revocation.name, serial, whose, peer, one_line(e, 2000), extra={"requester": peer})
             if isinstance(e, NotRevokedError):
                 return Reply.error(HTTPStatus.FORBIDDEN, e)
-            return Reply.error(
-                HTTPStatus.FORBIDDEN, "wanted a CA that revokes it, found a refusal; the door's log has it"
-            )
+            text = "wanted a CA that revokes it, found a refusal; the door's log has it"
+            return Reply.error(HTTPStatus.FORBIDDEN, text)
         except BridgeError as e:
             log.error("%s, serial %s, of %s is not revoked yet: %s", revocation.name, serial, whose, e)  # noqa: TRY400
             text = "wanted a CA and a record that can be written to, found one that can't now; the door's log says why"
@@ -97,11 +96,9 @@ class Revocations:
                 bundle = loads_request(data)
             except BundleError:  # dropped, by `serve.keep`
                 return None
-            fitting = [
-                request
-                for request in bundle.requests
-                if request.name == row.name and csr_fingerprint(request.csr) == row.csr
-            ]
-            return (fitting[0], bundle) if fitting else None
+            for request in bundle.requests:
+                if (request.name, csr_fingerprint(request.csr)) == (row.name, row.csr):
+                    return request, bundle
+            return None
 
         return Signed(name=row.name, node=row.node, cluster=row.cluster, authority=row.authority, asked=asked)

@@ -243,9 +243,8 @@ def secret(store: Store) -> bytes:
     if exposed is not None or len(found) != _SECRET_BYTES:
         what = exposed.found if exposed is not None else f"{len(found)} bytes"
         hint = "remove it and start again: decisions without a signature that were not carried out are void then"
-        raise BridgeError(
-            f"{path}: wanted {_SECRET_BYTES} bytes that only their owner can read, found {what}", hint=hint
-        )
+        wanted = f"{_SECRET_BYTES} bytes that only their owner can read"
+        raise BridgeError(f"{path}: wanted {wanted}, found {what}", hint=hint)
     return found
 
 

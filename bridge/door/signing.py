@@ -405,9 +405,8 @@ class RoundObserver:
             text = self.notes[job.digest] = job.trouble_text or "it waits for its turn"
             if any(isinstance(trouble, UndecidedError) for trouble in job.troubles.values()):
                 self.undecided.add(job.digest)
-            self.is_down |= not all(
-                isinstance(trouble, WaitingError | OtherDeskError) for trouble in job.troubles.values()
-            )
+            usual = (WaitingError, OtherDeskError)
+            self.is_down |= not all(isinstance(trouble, usual) for trouble in job.troubles.values())
             if text != job.earlier_note:
                 log.info("%s: %s waits: %s", job.label, node, text, extra={"request": job.digest[:16]})
             return
@@ -451,9 +450,8 @@ def assert_elsewhere(
         with contextlib.suppress(UnreadableError):
             if here := set(read_ca_file(path)).intersection(certificates("ca")):
                 serial = serial_hex(next(iter(here)))
-                raise OwnClusterError(
-                    f"this door runs inside the cluster it signs for: that cluster's CA (serial {serial}) is in {path}"
-                )
+                text = f"that cluster's CA (serial {serial}) is in {path}"
+                raise OwnClusterError(f"this door runs inside the cluster it signs for: {text}")
 
 
 def asker_json(asker: Asker) -> bytes:

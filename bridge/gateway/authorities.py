@@ -45,7 +45,6 @@ class AuthorityOfSigners:
         self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
         self._mutex = threading.Lock()
         self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
-        self._end = self._end_of_anchors()
         self._issuer_end: datetime | None = None
         self.identity = ""  #: Our name at the CA as of the last check, if the CA reports it.
         self._min_validity, self._signer = settings.gateway.min_validity, self._anchors[0]
@@ -73,20 +72,15 @@ class AuthorityOfSigners:
                 self._read_at = time.monotonic()
                 try:
                     self._anchors = read_anchors(self._anchor_file)
-                    self._end = self._end_of_anchors()
                 except SettingsError as e:
                     log.error("%s; the certificates that were read before still count", e)  # noqa: TRY400
             return self._anchors
 
     def end(self) -> datetime:
         """Return when the issuer's path ends if the CA reports its issuer, else when the first CA certificate expires."""
-        self.anchors()
-        return self._issuer_end or self._end
-
-    def _end_of_anchors(self) -> datetime:
-        ends = [anchor.not_valid_after_utc for anchor in self._anchors]
-        if not self._each_anchor_counts:
-            return ends[0]
+        ends = [anchor.not_valid_after_utc for anchor in self.anchors()]
+        if self._issuer_end is not None or not self._each_anchor_counts:
+            return self._issuer_end or ends[0]
         # any that has not expired may be the issuer, and a certificate that outlives its issuer would be refused
         return min((end for end in ends if end > datetime.now(UTC)), default=ends[0])
 

@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID
@@ -50,7 +51,7 @@ from bridge.gateway.csrs import Judge, Writer, name_in
 from bridge.gateway.pods import PodJudge, PodWriter
 from bridge.gateway.policy import Allowed, Hostile, Later
 from bridge.gateway.queue import Job
-from bridge.gateway.watch import AnyObject, PodObject, chain_of
+from bridge.gateway.watch import AnyObject, PodObject, SigningRequest, chain_of
 from bridge.pki.certificates import load_pem_certificates
 from bridge.pki.expiry import minute
 from bridge.pki.verify import CLOCK_SKEW, Verified
@@ -85,17 +86,11 @@ class Issuing:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._judge, self._writer = Judge(context), Writer(context)
-        self._pod_judge, self._pod_writer = PodJudge(context), PodWriter(context)
+        self._judges: Mapping[type, Judge | PodJudge] = {SigningRequest: Judge(context), PodObject: PodJudge(context)}
+        self._writers: Mapping[type, Writer] = {SigningRequest: Writer(context), PodObject: PodWriter(context)}
         self._mutex = threading.Lock()
         #: Uids of objects with our certificate or refusal; the watch may still deliver older versions of them.
         self._answered: OrderedDict[str, None] = OrderedDict()
-
-    def _judge_of(self, request: AnyObject) -> Judge | PodJudge:
-        return self._pod_judge if isinstance(request, PodObject) else self._judge
-
-    def _writer_of(self, request: AnyObject) -> Writer:
-        return self._pod_writer if isinstance(request, PodObject) else self._writer
 
     # --- events of the watch ----------------------------------------------------------------------------------------
 
@@ -113,7 +108,7 @@ class Issuing:
                     leaf = load_pem_certificates(chain_of(request))[0]
                     context.metrics.saw(request.request.signer, name_in(request, leaf), leaf.not_valid_after_utc)
             return
-        for uid in context.queue.put(request, self._judge_of(request).look):
+        for uid in context.queue.put(request, self._judges[type(request)].look):
             context.give_up(uid, "a newer request of the same node has come")
 
     def deleted(self, uid: str) -> None:
@@ -165,13 +160,13 @@ class Issuing:
             level = logging.WARNING if error.outcome in {"ca-refused", "bad-answer"} else logging.INFO
             log.log(level, "left alone: %s", reason, extra=extra(job, error.outcome))
         if job.attempts:  # not for troubles that pass within a second
-            self._writer_of(job.one).tell(job, error.outcome, for_owner)
+            self._writers[type(job.one)].tell(job, error.outcome, for_owner)
         job.attempts += 1
         usual = back_off_seconds(job.attempts - 1, _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS)
         return usual if error.seconds is None else error.seconds
 
     def _answer(self, job: Job) -> None:
-        context, writer = self._context, self._writer_of(job.one)
+        context, writer = self._context, self._writers[type(job.one)]
         if job.one.uid in self._answered:
             return  # this version is older than our own write, and no CA should sign twice
         self._assert_current(job)
@@ -200,7 +195,7 @@ class Issuing:
 
     def _allowed(self, job: Job) -> Allowed | None:
         """Judge the job now; None: we denied the request."""
-        verdict = self._judge_of(job.one).verdict(job)
+        verdict = self._judges[type(job.one)].verdict(job)
         job.judged = time.monotonic()
         if isinstance(verdict, Later):
             raise LeftError("left", verdict.reason)
@@ -210,7 +205,7 @@ class Issuing:
         return verdict
 
     def _deny(self, job: Job, hostile: Hostile) -> None:
-        context, writer = self._context, self._writer_of(job.one)
+        context, writer = self._context, self._writers[type(job.one)]
         context.ledger.write(facts_of(job.one), audit.REFUSED, error=NotAllowedError(hostile.reason))
         for _ in writer.turns(job):
             self._assert_current(job)
@@ -222,7 +217,7 @@ class Issuing:
                 return
 
     def _assert_turn(self, job: Job) -> None:
-        wait = self._judge_of(job.one).turn(job)
+        wait = self._judges[type(job.one)].turn(job)
         job.begun = wait is not None
         if wait != 0:
             wait = wait if wait is not None else _CROWDED_SECONDS
@@ -234,7 +229,7 @@ class Issuing:
             raise GoneError("a newer request of the same node has come")
 
     def _assert_of_use(self, job: Job, verdict: Allowed, verified: Verified, *, is_new: bool) -> None:
-        refused, trouble = self._writer_of(job.one).trouble(verdict, verified), ""
+        refused, trouble = self._writers[type(job.one)].trouble(verdict, verified), ""
         if verified.leaf.not_valid_after_utc - self._context.now() < timedelta():
             trouble = "the certificate has ended before it could be written"
         elif job.signed_for != _content(verdict):
@@ -346,7 +341,7 @@ class Issuing:
         if isinstance(answer, Issued):
             return answer
         self._keep(asking, answer)
-        self._writer_of(job.one).mark(job, watch.PENDING_AT_CA, watch.WAITS)
+        self._writers[type(job.one)].mark(job, watch.PENDING_AT_CA, watch.WAITS)
         raise LeftError("pending", "the CA answers later", context.settings.gateway.collect_every.total_seconds())
 
     def _assert_may_ask(self, authority: AuthorityOfSigners) -> None:
@@ -381,7 +376,7 @@ class Issuing:
         if context.now() - at_ca.asked < context.settings.gateway.pending_for:
             return
         context.ledger.write(facts_of(job.one), audit.CANCELLED, result=why)
-        if self._writer_of(job.one).mark(job, watch.FAILED, watch.NOT_ANSWERED):
+        if self._writers[type(job.one)].mark(job, watch.FAILED, watch.NOT_ANSWERED):
             self._remember(job)
         context.drop_pending(job.one.uid)
         raise GoneError(why)

@@ -120,9 +120,8 @@ class Remembered(Generic[K, V]):
         """Return the answer to a question asked no earlier than `since` (monotonic); None: it is not cached."""
         with self._mutex:
             answer = self._answers.get(key)
-        return (
-            (answer[0],) if answer is not None and answer[1] >= max(since, time.monotonic() - self._seconds) else None
-        )
+        oldest = max(since, time.monotonic() - self._seconds)
+        return (answer[0],) if answer is not None and answer[1] >= oldest else None
 
     def put(self, key: K, value: V, since: float) -> None:
         """Store the answer to a question that was asked at `since` (monotonic)."""

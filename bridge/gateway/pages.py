@@ -36,9 +36,7 @@ class Metrics:
 
     def __init__(self, signers: tuple[str, ...]) -> None:
         self._mutex = threading.Lock()
-        self._requests: Counter[tuple[str, str]] = Counter(
-            {(signer, outcome): 0 for signer in signers for outcome in OUTCOMES}
-        )
+        self._requests = Counter({(signer, outcome): 0 for signer in signers for outcome in OUTCOMES})
         #: The count of each bucket, then of the bucket without a limit, and the sum of all seconds.
         self._seconds: dict[str, list[float]] = {signer: [0.0] * (len(_BUCKETS) + 2) for signer in signers}
         self._successes: dict[str, float] = {}

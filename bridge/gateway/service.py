@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from bridge.specs import PODS
 from bridge.state import Store, credentials
 from bridge.state.audit import AuditError
 from bridge.system.locks import LockedError, lock
-from bridge.system.metrics import health
+from bridge.system.metrics import health, labels
 from bridge.system.waiting import back_off_seconds
 from bridge.words import one_line
 
@@ -163,9 +163,8 @@ class Service:
         deadline, looked = time.monotonic() + _FIRST_LOOK_SECONDS, []
         for authority in self.authorities.values():
             looked.append(threading.Event())
-            thread = threading.Thread(
-                target=self._keep_looking, args=(authority, looked[-1]), name=f"look at {authority.name}", daemon=True
-            )
+            work, name = partial(self._keep_looking, authority, looked[-1]), f"look at {authority.name}"
+            thread = threading.Thread(target=work, name=name, daemon=True)
             thread.start()
             yield thread
         for event in looked:
@@ -301,11 +300,10 @@ class Service:
                 "inventory_good": not self.nodes.trouble,
             }
             self.metrics.gauges = {
-                **{("queue", f'{{state="{state}"}}'): float(count) for state, count in states.items()},
+                **{("queue", labels(state=state)): float(count) for state, count in states.items()},
                 **{(name, ""): float(value) for name, value in flags.items()},
                 **{
-                    ("roots_published", f'{{signer="{signer}"}}'): float(good)
-                    for signer, good in self._roots.good.items()
+                    ("roots_published", labels(signer=signer)): float(good) for signer, good in self._roots.good.items()
                 },
             }
         own = credentials.look(self.settings, self._places, None)
