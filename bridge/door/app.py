@@ -18,7 +18,7 @@ import re
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -35,7 +35,7 @@ from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError
 from bridge.pki.certificates import pem
 from bridge.settings.tables import Settings
-from bridge.system.waiting import Rate, remember, wait_until
+from bridge.system.waiting import Rate, wait_until
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge")
@@ -129,9 +129,6 @@ class Door:
         self._mutex = threading.Lock()
         self.ending = threading.Event()  #: Set when the door takes no new request.
         self.answers: Counter[int] = Counter()  #: By status.
-        self.to_sign = 0  #: Requests that wait for a signing round, as last counted.
-        #: The number of requests that the rounds will have answered at a request's turn, by digest.
-        self._turns: OrderedDict[str, int] = OrderedDict()
         #: The handlers of other paths, by prefix.
         self.below: dict[str, Callable[[Environ], Reply]] = {}
 
@@ -213,7 +210,10 @@ class Door:
         request_id = kept.id if kept else self._receive(environ, data, read)
         self.signing.arrived.set()
         document = {"id": request_id, "digest": read.digest, "state": "waiting" if kept is None else kept.state}
-        place, soon = f"/v1/requests/{request_id}", str(self._soon_seconds(read.digest))
+        place, soon = (
+            f"/v1/requests/{request_id}",
+            str(self._soon_seconds(self.now() if kept is None else kept.received)),
+        )
         return Reply.of(HTTPStatus.ACCEPTED, document, location=place, retry_after=soon)
 
     def _receive(self, environ: Environ, data: bytes, read: ReadBundle) -> str:
@@ -238,8 +238,6 @@ class Door:
         """Store a new request for the next round, and return its id; `more` and errors as in `DoorDatabase.receive`."""
         who = {"node": read.bundle.node, "cluster": read.bundle.cluster, "peer": environ["REMOTE_ADDR"]}
         request_id = self.memory.receive(data, digest=read.digest, now=now, **who, **more)
-        with self._mutex:
-            remember(self._turns, read.digest, self.signing.answered + self.to_sign, self._settings.waiting)
         self.brought(environ, request_id)
         self.signing.arrived.set()
         return request_id
@@ -262,7 +260,7 @@ class Door:
 
         Requests that could not be judged get a tenth of the places, so that strangers take no node's place, and no memory.
         """
-        every, theirs, self.to_sign = self.memory.unanswered(peer)
+        every, theirs = self.memory.unanswered(peer)
         later = {"retry_after": str(_PAUSE_SECONDS)}
         kind, part = ("requests", 1) if is_judged else ("requests of a CA that was not reached yet", _PART_UNJUDGED)
         most, most_theirs = -(-self._settings.waiting // part), -(-self._settings.waiting_per_peer // part)
@@ -302,14 +300,11 @@ class Door:
     def _pause_seconds(self, kept: Kept) -> int:
         """Return the seconds until a node should poll again."""
         is_new = kept.begun is None or self.now() - kept.received < _SOON_FOR
-        return self._soon_seconds(kept.digest) if is_new else _LATER_SECONDS
+        return self._soon_seconds(kept.received) if is_new else _LATER_SECONDS
 
-    def _soon_seconds(self, request_digest: str) -> int:
-        """Return the seconds until about a request's turn; a request from before the start counts as the last."""
-        with self._mutex:
-            turn = self._turns.get(request_digest)
-            ahead = self.to_sign if turn is None else min(turn - self.signing.answered, self.to_sign)
-        return min(max(_SOON_SECONDS, ahead // _PACE), _LATER_SECONDS)
+    def _soon_seconds(self, received: datetime) -> int:
+        """Return the seconds until about the turn of a request that came at this time."""
+        return min(max(_SOON_SECONDS, self.memory.ahead_of(received) // _PACE), _LATER_SECONDS)
 
     def _certificate(self, name: str, csr: str) -> Reply:
         chain = self.memory.issued_among([csr]).get((csr, name))

@@ -375,12 +375,8 @@ class Pages:
         if verdict not in ("approved", "refused"):
             raise NotDecidedError("the form says neither approve nor refuse", hint=ForgedFormError.hint)
         self._approvals.decide(person, digest, cast("Verdict", verdict), form.get("reason", ""), None)
-        return Reply(
-            status=HTTPStatus.SEE_OTHER,
-            body=b"",
-            kind="text/plain",
-            headers={**_HEADERS, "Location": f"/approvals/{digest}"},
-        )
+        headers = {**_HEADERS, "Location": f"/approvals/{digest}"}
+        return Reply(status=HTTPStatus.SEE_OTHER, body=b"", kind="text/plain", headers=headers)
 
     def _token(self, person: Person, digest: str) -> str:
         message = f"ca-bridge form 1\n{fingerprint(person.certificate)}\n{digest}"

@@ -165,7 +165,6 @@ class Service:
             after: Next = "down"
             try:
                 after = self._signing.round()
-                *_, self._door.to_sign = self.memory.unanswered("")
                 if time.monotonic() - tidied > _TIDY_SECONDS:
                     tidied = time.monotonic()
                     self.memory.forget(self._now() - self._settings.serve.keep)

@@ -125,7 +125,6 @@ class Signing:
         self._judging = threading.Semaphore(_JUDGED_AT_ONCE)
         self._at_workers = FairSemaphore(_AT_WORKERS)
         self.arrived = threading.Event()  #: Set when there is something to sign.
-        self.answered = 0  #: Requests that were answered since the start.
         self._recorded: set[x509.Certificate] = set()  #: See `Journal.recorded`.
         self._held = 0  #: Requests of the last round that wait for a CA or people; the next takes as many more.
         self.outcomes: Counter[str] = Counter()  #: Certificates that were signed, answered again or refused.
@@ -417,7 +416,6 @@ class RoundObserver:
                 log.warning("%s: %s: %s is refused: %s", job.label, node, name, answer.reason)
         self.has_answered = True
         self._signing.outcomes += counts
-        self._signing.answered += 1
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
         log.info("%s: %s: %s", job.label, node, text, extra={"request": job.digest[:16]})
 

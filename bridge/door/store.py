@@ -326,15 +326,19 @@ class DoorDatabase:
             connection.execute(REQUESTS.update().where(old).values(bundle=b"", answer=None))
             connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < before))
 
-    def unanswered(self, peer: str) -> tuple[int, int, int]:
-        """Return the numbers of unanswered requests: all, this address's, and those for the next signing rounds."""
+    def unanswered(self, peer: str) -> tuple[int, int]:
+        """Return the numbers of unanswered requests: all, and this address's."""
         count = sa.func.count()
         theirs = count.filter(REQUESTS.c.peer == peer).label("theirs")
-        to_sign = count.filter(REQUESTS.c.state.in_(TO_SIGN)).label("to_sign")
         # by the indexed state, because most requests are answered
-        query = sa.select(count.label("every"), theirs, to_sign).where(REQUESTS.c.state.in_(UNANSWERED))
-        [row] = self.select(query)
-        return row["every"], row["theirs"], row["to_sign"]
+        [row] = self.select(sa.select(count.label("every"), theirs).where(REQUESTS.c.state.in_(UNANSWERED)))
+        return row["every"], row["theirs"]
+
+    def ahead_of(self, received: datetime) -> int:
+        """Return how many requests for the next signing rounds were received before this time."""
+        which = (REQUESTS.c.state.in_(TO_SIGN), REQUESTS.c.received < received)
+        [row] = self.select(sa.select(sa.func.count().label("count")).where(*which))
+        return int(row["count"])
 
     # --- decisions ----------------------------------------------------------------------------------------------------
 

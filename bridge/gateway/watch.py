@@ -161,12 +161,8 @@ def parse_pod(document: Any, size: int) -> PodObject:
         )
         certificate = _text(status.get("certificateChain") or "")
         group = BETA_GROUP if document.get("apiVersion") == BETA_GROUP.removeprefix("/apis/") else GROUP
-        return PodObject(
-            request=request,
-            certificate=certificate,
-            group=group,
-            **_common(document, size + _TEXT_BYTES * len(annotations)),
-        )
+        common = _common(document, size + _TEXT_BYTES * len(annotations))
+        return PodObject(request=request, certificate=certificate, group=group, **common)
     except _MALFORMED as e:
         raise NotAnObjectError(f"{type(e).__name__}") from None
 
