@@ -23,7 +23,7 @@ from bridge.node.endpoints import Flags, Server
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.node.manifests import pod_name
-from bridge.node.pairs import KEY_MASK, account, lost_copy
+from bridge.node.pairs import account, lost_copy
 from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
@@ -31,7 +31,7 @@ from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks
 from bridge.renewal.pairs import how, late
 from bridge.settings import command_words
-from bridge.settings.pair_tables import PairFiles, PairSettings
+from bridge.settings.pair_tables import MOST_OF_A_KEY, PairFiles, PairSettings
 from bridge.settings.tables import Settings
 from bridge.specs import SERVERS, Component
 from bridge.state import Store
@@ -383,7 +383,7 @@ def _key_file(name: str, files: PairFiles) -> Iterator[Finding]:
     except (OSError, LookupError):
         return  # `key_of` reports it
     mode = stat.S_IMODE(status.st_mode)
-    if mode & ~KEY_MASK:
+    if mode & ~MOST_OF_A_KEY:
         text = f"{files.key_file}: wanted it for its owner, and perhaps a group that reads it, found mode {mode:04o}"
         hint = f"chmod 640 {files.key_file}; renew {name} if another user may have read it"
         yield Finding.error("open-secret", name, text, hint)

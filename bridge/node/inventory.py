@@ -156,10 +156,8 @@ class Node:
     @property
     def is_here(self) -> bool:
         """Whether the node has any of these files."""
-        states = [
-            *(item.state for item in self.items if item.pair is None),
-            *(authority.state for authority in self.authorities),
-        ]
+        states = [item.state for item in self.items if item.pair is None]
+        states += [authority.state for authority in self.authorities]
         return bool(self.manifests) or any(state != "missing" for state in states)
 
     @property
@@ -354,7 +352,7 @@ def _authorities(
 
 def authority_state(authority: Authority, path: Path, key_path: Path | None, *, listed: bool) -> AuthorityState:
     """Read one CA: its certificates, and whether its key is here."""
-    found = _certificates_in(path)
+    found = read_certificates(path)
     state, trouble = found.state, found.trouble
     if found.certificates and not is_ca(found.certificates[0]):
         state, trouble = "broken", f"wanted a CA certificate in {path}, found one that is not a CA"
@@ -369,7 +367,8 @@ def authority_state(authority: Authority, path: Path, key_path: Path | None, *, 
     )
 
 
-def _certificates_in(path: Path) -> _Found:
+def read_certificates(path: Path) -> _Found:
+    """Read a file of certificates, which may also have their key; a problem with it is no error."""
     try:
         data = read_file(path)
         if data is None:
@@ -384,7 +383,7 @@ def _certificates_in(path: Path) -> _Found:
 
 def file_item(spec: CertificateSpec, authority: AuthorityState, certificate_path: Path, key_path: Path) -> Item:
     """The item of a certificate and key in separate files."""
-    return _item(spec, authority, _certificates_in(certificate_path), certificate_path, key_path)
+    return _item(spec, authority, read_certificates(certificate_path), certificate_path, key_path)
 
 
 def _external_etcd_client(authority: AuthorityState, apiserver_flags: Mapping[str, str]) -> Item:
@@ -392,7 +391,7 @@ def _external_etcd_client(authority: AuthorityState, apiserver_flags: Mapping[st
     path = Path("/", apiserver_flags["--etcd-certfile"])
     key_path = Path("/", apiserver_flags.get("--etcd-keyfile", ""))
     managed = authority.state == "present" and "--etcd-keyfile" in apiserver_flags
-    return _item(_ETCD_CLIENT, authority, _certificates_in(path), path, key_path, managed=managed, listed=False)
+    return _item(_ETCD_CLIENT, authority, read_certificates(path), path, key_path, managed=managed, listed=False)
 
 
 def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Path, kubelet: KubeletFiles) -> Item:
@@ -416,7 +415,7 @@ def _kubeconfig_item(spec: CertificateSpec, authority: AuthorityState, path: Pat
     if spec != _KUBELET or not kubelet.directory.is_dir():
         return item
     # a new pair is written where the kubelet keeps its own; the earlier end of the two counts
-    return replace(item, current=kubelet.client, copy=_certificates_in(kubelet.client).certificates[:1])
+    return replace(item, current=kubelet.client, copy=read_certificates(kubelet.client).certificates[:1])
 
 
 def _rotating(item: Item, rotates: bool | None) -> Item:
@@ -432,7 +431,7 @@ def _rotating(item: Item, rotates: bool | None) -> Item:
 
 def _serving_items(authority: AuthorityState, kubelet: KubeletFiles) -> list[Item]:
     """The kubelet's serving certificate, empty before its first start; managed by us if no signer can answer."""
-    found = _certificates_in(kubelet.certificate)
+    found = read_certificates(kubelet.certificate)
     if found.state == "missing" and kubelet.serving != "named":
         return []
     is_asked = kubelet.serving == "asked"
@@ -472,7 +471,7 @@ def _component_server(
             trouble = f"the manifest has {TLS_CERTIFICATE}, and no {TLS_KEY}"
     if _real(path) in {_real(path) for item in others for path in (item.certificate_path, item.key_path) if path}:
         return []
-    files = _certificates_in(path) if trouble is None else _Found(state="broken", trouble=trouble)
+    files = read_certificates(path) if trouble is None else _Found(state="broken", trouble=trouble)
     item = _item(spec, authority, files, path, key_path, listed=False)
     return [replace(_or_foreign(item, authority), named=is_named)]
 
@@ -500,7 +499,7 @@ def _referring_item(
 ) -> Item:
     """The item of a kubeconfig that refers to files; we renew even a kubelet's if the CA's key is elsewhere."""
     certificate_path, key_path = path.parent / certificate_file, path.parent / key_file
-    found = _certificates_in(certificate_path)
+    found = read_certificates(certificate_path)
     if found.state == "missing":
         trouble = f"there is no certificate {certificate_path}, to which {path} refers"
         found = _Found(state="broken", trouble=trouble + (_older(certificate_path) if spec == _KUBELET else ""))

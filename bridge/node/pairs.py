@@ -9,12 +9,11 @@ root replaces.
 
 from __future__ import annotations
 
-import dataclasses
 import grp
 import os
 import pwd
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,7 +25,16 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from bridge.contract import Issued, SignRequest
 from bridge.errors import BridgeError, Exit, VerificationError, Violation
 from bridge.node import manifest_flags, manifests
-from bridge.node.inventory import AuthorityState, Item, Node, authority_state, file_item, other_key, troubles_of
+from bridge.node.inventory import (
+    AuthorityState,
+    Item,
+    Node,
+    authority_state,
+    file_item,
+    other_key,
+    read_certificates,
+    troubles_of,
+)
 from bridge.node.manifest_flags import Mount
 from bridge.node.manifests import TLS_CERTIFICATE, TLS_KEY, path_of
 from bridge.node.yamltree import YamlError
@@ -40,12 +48,11 @@ from bridge.pki.certificates import (
     has_key_of,
     is_ca,
     leads_to,
-    load_pem_certificates,
     san_entries,
     spki,
 )
 from bridge.pki.csr import Naming, names_of
-from bridge.settings.pair_tables import PairFiles, PairSettings, collisions
+from bridge.settings.pair_tables import MOST_OF_A_KEY, PairFiles, PairSettings, collisions
 from bridge.settings.tables import NodeSettings
 from bridge.specs import AUTHORITIES, EKU, SERVERS, CertificateSpec, Component
 from bridge.system.files import Attributes
@@ -58,8 +65,6 @@ Kind = Literal["missing", "unreadable", "other", "unusable", "certificate", "inc
 
 _Files = TypeVar("_Files", bound=PairFiles)
 _CERTIFICATE_MODE, _KEY_MODE = 0o644, 0o600
-#: The most permissive mode of a pair's key: programs that read it run with a group of their own.
-KEY_MASK = 0o640
 
 
 class PairPlaceError(BridgeError):
@@ -70,13 +75,13 @@ class PairPlaceError(BridgeError):
 
 def added(node: Node, settings: NodeSettings) -> Node:
     """The node with its further pairs after kubeadm's certificates."""
-    named = [dataclasses.replace(pair, node=settings.node_name) for pair in settings.pairs]
-    items = [_item(pair, _authority(node, settings, pair.authority)) for pair in named]
+    named = [replace(pair, node=settings.node_name) for pair in settings.pairs]
     taken = _taken(node, settings, named)
-    obstacles = {pair.name: taken.get(pair.name) or _obstacle(pair) for pair in named}
-    items = [dataclasses.replace(item, obstacle=obstacles[item.spec.name] or item.obstacle) for item in items]
-    every = (*node.items, *items)
-    return dataclasses.replace(node, items=every, troubles=(*node.troubles, *troubles_of(items, ())))
+    items = [
+        _item(pair, _authority(node, settings, pair.authority), taken.get(pair.name) or _obstacle(pair))
+        for pair in named
+    ]
+    return replace(node, items=(*node.items, *items), troubles=(*node.troubles, *troubles_of(items, ())))
 
 
 def _authority(node: Node, settings: NodeSettings, name: str) -> AuthorityState:
@@ -86,15 +91,15 @@ def _authority(node: Node, settings: NodeSettings, name: str) -> AuthorityState:
     return state or authority_state(authority, settings.pki_dir / authority.certificate_file, None, listed=False)
 
 
-def _item(pair: PairSettings, authority: AuthorityState) -> Item:
+def _item(pair: PairSettings, authority: AuthorityState, obstacle: BridgeError | None) -> Item:
     item = file_item(pair.spec, authority, pair.certificate_file, pair.key_file)
-    item = dataclasses.replace(item, pair=pair, listed=False)
+    item = replace(item, pair=pair, listed=False, obstacle=obstacle)
     if item.state != "present":
         return item
     if is_ca(item.certificates[0]):
         trouble = f"wanted a certificate of a server or client in {pair.certificate_file}, found a CA's"
-        return dataclasses.replace(item, state="broken", trouble=trouble, certificates=())
-    return dataclasses.replace(item, unlike=next(_unlike(item, pair, authority), None))
+        return replace(item, state="broken", trouble=trouble, certificates=())
+    return replace(item, unlike=next(_unlike(item, pair, authority), None))
 
 
 def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterator[str]:
@@ -112,11 +117,11 @@ def _unlike(item: Item, pair: PairSettings, authority: AuthorityState) -> Iterat
     except UNREADABLE:
         yield "wanted names and usages that can be read, found others"
     for copy in pair.copies:
-        if _certificates(copy.certificate_file) != list(item.certificates):
+        if read_certificates(copy.certificate_file).certificates != item.certificates:
             yield f"wanted the same certificate in {copy.certificate_file}, found another or none"
     trusted = {*item.certificates[1:], *authority.certificates}
     for files in pair.places:
-        if files.ca_file is not None and set(_certificates(files.ca_file)) != trusted:
+        if files.ca_file is not None and set(read_certificates(files.ca_file).certificates) != trusted:
             yield f"wanted what {authority.path} has in {files.ca_file}, found other certificates or none"
 
 
@@ -124,13 +129,6 @@ def _is_named(leaf: x509.Certificate, naming: Naming) -> bool:
     """Whether a certificate has these names; a CA may add subject parts (`allow_extra_subject`), but no CN or O."""
     identity_of = [part for part in attributes(leaf.subject) if part[0] in (CN_OID, O_OID)]
     return sorted(identity_of) == sorted(attributes(naming.subject)) and san_entries(leaf) == names_of(naming.sans)
-
-
-def _certificates(path: Path) -> list[x509.Certificate]:
-    try:
-        return load_pem_certificates(read(path) or b"")
-    except (UnreadableError, ValueError):
-        return []
 
 
 def lost_copy(item: Item) -> str | None:
@@ -153,11 +151,10 @@ def proves_itself(item: Item) -> bool:
     if item.pair is None or not item.certificates or item.key_trouble or other_key(item) is not None:
         return False
     try:
-        anchors = load_pem_certificates(read(item.anchor_path) or b"")
         wanted, found = attributes(item.pair.naming.subject), attributes(item.certificates[0].subject)
-    except (UnreadableError, *UNREADABLE):
+    except UNREADABLE:
         return False
-    return wanted[-1] in found and leads_to(item.certificates, anchors)
+    return wanted[-1] in found and leads_to(item.certificates, read_certificates(item.anchor_path).certificates)
 
 
 # --- why a pair's files can't be replaced -----------------------------------------------------------------------------
@@ -167,7 +164,7 @@ def _taken(node: Node, settings: NodeSettings, pairs: Sequence[PairSettings]) ->
     """Pairs with a file that, by its real path, is kubeadm's, the kubelet's, ours or another pair's."""
     paths = [path for item in node.items for path in (item.certificate_path, item.key_path, item.current) if path]
     paths += [path for state in node.authorities for path in (state.path, state.path.with_suffix(".key"))]
-    real = [dataclasses.replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]
+    real = [replace(_real(pair), copies=tuple(map(_real, pair.copies))) for pair in pairs]
     return {
         name: PairPlaceError(f"wanted {wanted}, found {file}", hint=f"name other files in [certificate.{name}]")
         for name, wanted, file in collisions(real, list(map(real_path, (*paths, *settings.taken))))
@@ -178,7 +175,7 @@ def _real(files: _Files) -> _Files:
     """The same files with their real paths."""
     ca_file = None if files.ca_file is None else real_path(files.ca_file)
     certificate_file, key_file = real_path(files.certificate_file), real_path(files.key_file)
-    return dataclasses.replace(files, certificate_file=certificate_file, key_file=key_file, ca_file=ca_file)
+    return replace(files, certificate_file=certificate_file, key_file=key_file, ca_file=ca_file)
 
 
 def _obstacle(pair: PairSettings) -> BridgeError | None:
@@ -218,11 +215,11 @@ def account(owner: str) -> tuple[int, int]:
 def attributes_for(files: PairFiles, path: Path) -> Attributes:
     """The owner and mode for a file at one place; attributes that the settings leave open stay."""
     is_secret = path == files.key_file
-    mask = KEY_MASK if is_secret else _CERTIFICATE_MODE
+    mask = MOST_OF_A_KEY if is_secret else _CERTIFICATE_MODE
     try:
         now = Attributes.of(path).narrowed(mask)
     except OSError:
-        now = dataclasses.replace(Attributes.private(), mode=_KEY_MODE if is_secret else _CERTIFICATE_MODE)
+        now = replace(Attributes.private(), mode=_KEY_MODE if is_secret else _CERTIFICATE_MODE)
     uid, gid = account(files.owner) if files.owner else (now.uid, now.gid)
     mode = files.key_mode.bits if is_secret and files.key_mode is not None else now.mode
     kept = {name: value for name, value in now.extended.items() if not files.owner or "acl" not in name}

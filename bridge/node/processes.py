@@ -121,10 +121,8 @@ def _boot_id() -> str:
 
 def oldest_start(component: Component, named: Sequence[Path], proc: Path = PROC) -> datetime | None:
     """The start of a component's oldest process that names one of these files; None: no process is visible."""
-    found = (
-        process.started for process in running(component.value, proc) if any(_names(process, path) for path in named)
-    )
-    return next(found, None)
+    processes = running(component.value, proc)
+    return next((process.started for process in processes if any(_names(process, path) for path in named)), None)
 
 
 def reader_of(component: Component, path: Path) -> Process | None:
@@ -167,9 +165,8 @@ def compare_age(
         return Age(None, f"wanted {component.value} with {named} among its arguments, found process {pids} without it")
     started = ours[0].started if ours else _container_made(component)
     if started is None:
-        return Age(
-            None, f"there is no process {component.value} to be seen (root alone sees all), and crictl knows none"
-        )
+        detail = f"there is no process {component.value} to be seen (root alone sees all), and crictl knows none"
+        return Age(None, detail)
     exact = abs(started - changed) < timedelta(seconds=1)
     times = f"started at {moment_text(started, exact=exact)}, {path} changed at {moment_text(changed, exact=exact)}"
     if any(_sees_another(process, path, data) for process in ours):
@@ -237,10 +234,8 @@ def _container_made(component: Component) -> datetime | None:
     """When a component's oldest running container was made, other namespaces excluded; None: the runtime can't tell."""
     try:
         answer = _crictl("ps", "--state", "running", "--name", f"^{component.value}$")
-        containers = [
-            container for container in answer["containers"] if container["labels"][_NAMESPACE] == "kube-system"
-        ]
-        nanoseconds = [int(container["createdAt"]) for container in containers]
+        own = (container for container in answer["containers"] if container["labels"][_NAMESPACE] == "kube-system")
+        nanoseconds = [int(container["createdAt"]) for container in own]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # no crictl, no runtime, or an unexpected answer
     return datetime.fromtimestamp(min(nanoseconds) / 1e9, UTC) if nanoseconds else None

@@ -123,9 +123,9 @@ class YamlNode:
             raise YamlError(f"line {self.place.line}: wanted a {self.kind}, found a value with a tag")
         if self.kind == "sequence":
             return [child.plain() for child in self.children]
-        for key in self.children[::2]:
-            self.get(key.text())  # refuses duplicate and merge keys
         keys = [key.text() for key in self.children[::2]]
+        for key in keys:
+            self.get(key)  # refuses duplicate and merge keys
         return dict(zip(keys, [child.plain() for child in self.children[1::2]], strict=True))
 
 

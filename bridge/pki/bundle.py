@@ -104,10 +104,9 @@ Bundle = RequestBundle | AnswerBundle
 
 def bundle_of(requests: Sequence[SignRequest]) -> RequestBundle:
     """Bundle the requests of one batch."""
-    batches = {
-        (who.batch, who.node, who.cluster, who.asked) for request in requests if (who := request.continuity) is not None
-    }
-    if len(batches) != 1 or any(request.continuity is None for request in requests):
+    known = [(request, request.continuity) for request in requests if request.continuity is not None]
+    batches = {(who.batch, who.node, who.cluster, who.asked) for _, who in known}
+    if len(batches) != 1 or len(known) != len(requests):
         raise ValueError(f"wanted requests of one batch, found {len(batches)}")
     [(batch, node, cluster, created)] = batches
     return RequestBundle(
@@ -123,9 +122,9 @@ def bundle_of(requests: Sequence[SignRequest]) -> RequestBundle:
                 validity=timedelta(seconds=int(request.validity.total_seconds())),
                 csr=request.csr,
                 replaces=request.replaces,
-                proof=request.continuity.proof if request.continuity is not None else None,
+                proof=who.proof,
             )
-            for request in requests
+            for request, who in known
         ),
     )
 

@@ -169,9 +169,8 @@ def loads_request(data: bytes) -> RequestBundle:
     """Decode a request bundle."""
     bundle = loads(data)
     if not isinstance(bundle, RequestBundle):
-        raise BundleError(
-            "schema", REQUEST_SCHEMA, ANSWER_SCHEMA, hint="this is the answer, which goes back to the node"
-        )
+        hint = "this is the answer, which goes back to the node"
+        raise BundleError("schema", REQUEST_SCHEMA, ANSWER_SCHEMA, hint=hint)
     return bundle
 
 
@@ -187,9 +186,8 @@ def loads_answer(data: bytes) -> AnswerBundle:
     """Decode an answer bundle, without verifying the answers: see `bridge.pki.verify`."""
     bundle = loads(data)
     if not isinstance(bundle, AnswerBundle):
-        raise BundleError(
-            "schema", ANSWER_SCHEMA, REQUEST_SCHEMA, hint="this is the request, which goes to the CA desk"
-        )
+        hint = "this is the request, which goes to the CA desk"
+        raise BundleError("schema", ANSWER_SCHEMA, REQUEST_SCHEMA, hint=hint)
     return bundle
 
 
@@ -272,11 +270,8 @@ def _node(fields: Fields) -> str:
 def _ekus(fields: Fields) -> frozenset[EKU]:
     labels = {eku.label: eku for eku in EKU}
     value = fields.values["ekus"]
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(entry, str) and entry in labels for entry in value)
-    ):
+    is_list = isinstance(value, list) and bool(value)
+    if not is_list or not all(isinstance(entry, str) and entry in labels for entry in value):
         fields.fail("ekus", f"a list of {' and '.join(sorted(labels))}")
     if value != sorted(set(value)):
         fields.fail("ekus", "each once, in alphabetical order")
@@ -491,17 +486,13 @@ def describe(bundle: Bundle, now: datetime, cas: Mapping[str, Sequence[x509.Cert
 def _asked_in_short(bundle: RequestBundle, cas: Mapping[str, Sequence[x509.Certificate]]) -> str:
     """A summary that highlights unusual parts: proofs, other CAs, changes, and the group with all rights."""
     every = bundle.requests
-    proven = [request for request in every if (proof_problem(request, bundle) or usages_problem(request)) is None]
-    provable = [
-        request
-        for request in every
-        if request.authority in cas and origin_problem(request, cas[request.authority]) is None
-    ]
+    proven = sum((proof_problem(request, bundle) or usages_problem(request)) is None for request in every)
+    of_cas = [request for request in every if request.authority in cas]
+    provable = sum(origin_problem(request, cas[request.authority]) is None for request in of_cas)
+    origin = f"{counted(provable, 'replaced certificate')} {'is' if provable == 1 else 'are'} of these CAs"
     parts = [
-        f"{len(proven)} of {counted(len(every), 'proof')} {'holds' if len(every) == 1 else 'hold'}",
-        f"{counted(len(provable), 'replaced certificate')} {'is' if len(provable) == 1 else 'are'} of these CAs"
-        if cas
-        else "no CA is here to compare with",
+        f"{proven} of {counted(len(every), 'proof')} {'holds' if len(every) == 1 else 'hold'}",
+        origin if cas else "no CA is here to compare with",
     ]
     if changed := sum(any(_changes(request)) for request in every):
         parts.append(f"{changed} CHANGED")

@@ -266,11 +266,8 @@ def identity_violations(
     """A live certificate's deviations: another CA, another user, or other groups."""
     leaf = certificates[0]
     try:
-        return [
-            *_foreign_issuer(certificates, anchors, anchor_name),
-            *_foreign_user(spec, leaf),
-            *_foreign_groups(spec, leaf, extra),
-        ]
+        issuers = _foreign_issuer(certificates, anchors, anchor_name)
+        return [*issuers, *_foreign_user(spec, leaf), *_foreign_groups(spec, leaf, extra)]
     except UNREADABLE as e:
         return [Violation("subject", want="one that can be read", got=one_line(e))]
 
@@ -280,11 +277,8 @@ def _foreign_issuer(
 ) -> Iterator[Violation]:
     leaf = certificates[0]
     if not leads_to(certificates, anchors):
-        yield Violation(
-            "issuer",
-            want=f"a signature of a CA in {anchor_name}, expired or not",
-            got=f"one of {issuer_line(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate",
-        )
+        got = f"one of {issuer_line(leaf)}" if leaf.issuer != leaf.subject else "a self-signed certificate"
+        yield Violation("issuer", want=f"a signature of a CA in {anchor_name}, expired or not", got=got)
 
 
 def _foreign_user(spec: CertificateSpec, leaf: x509.Certificate) -> Iterator[Violation]:

@@ -356,11 +356,8 @@ def _path_violations(
             who = f"{name_text(issuer.subject)} with keyUsage {_key_usage_text(usage)}"
             yield Violation("chain", want="issuers that may sign certificates", got=who)
     if intermediates and not expected.intermediates_allowed:
-        yield Violation(
-            "chain",
-            want=f"a leaf signed by {expected.anchor_name} itself (kubeadm below 1.21 reads one certificate a file)",
-            got=f"one signed through {name_text(intermediates[0].subject)}",
-        )
+        want = f"a leaf signed by {expected.anchor_name} itself (kubeadm below 1.21 reads one certificate a file)"
+        yield Violation("chain", want=want, got=f"one signed through {name_text(intermediates[0].subject)}")
 
 
 def _authority_key(certificate: x509.Certificate, issuer: x509.Certificate) -> Iterator[Violation]:

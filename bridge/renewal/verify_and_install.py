@@ -34,7 +34,7 @@ from bridge.pki.expiry import duration_text, first_end, is_due, minute, residual
 from bridge.renewal import MissingCertificateError, NotReadyError, anchors_of, outcome_of
 from bridge.renewal.issuance import Answered, ShorterError
 from bridge.renewal.prepare import Prepared, open_request, read_live
-from bridge.settings.pair_tables import PairFiles
+from bridge.settings.pair_tables import MOST_OF_A_KEY, PairFiles
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import Outcome, audit
@@ -189,7 +189,7 @@ def _pairs(prepared: Prepared, files: PairFiles, verified: verify.Verified) -> I
         contents[files.ca_file] = pem(*verified.intermediates, *anchors_of(prepared.item))
     for path, data in contents.items():
         attributes = pairs.attributes_for(files, path)
-        mask = pairs.KEY_MASK if path == files.key_file else CERTIFICATE_MASK
+        mask = MOST_OF_A_KEY if path == files.key_file else CERTIFICATE_MASK
         yield _replacing(prepared, path, mask, data, attributes=attributes, is_imposed=True)
 
 

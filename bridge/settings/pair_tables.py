@@ -16,7 +16,8 @@ from bridge.settings import address_of, command_words
 from bridge.specs import EKU, MASTERS, CertificateSpec, Component, KeyAlgorithm, pair_spec
 
 _ACCOUNT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?(:[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
-_MOST_OF_A_KEY = 0o640
+#: The most permissive mode of a key: programs that read it run with a group of their own.
+MOST_OF_A_KEY = 0o640
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Mode:
     def from_setting(cls, value: object) -> Mode:
         """A mode such as `"0640"`."""
         bits = int(value, 8) if isinstance(value, str) and re.fullmatch(r"0?[0-7]{3}", value) else 0
-        if not bits & 0o400 or bits & ~_MOST_OF_A_KEY:
+        if not bits & 0o400 or bits & ~MOST_OF_A_KEY:
             raise ValueError('"0600", "0640", "0400" or "0440": a key is for its owner, and perhaps for a group')
         return cls(bits)
 

@@ -19,6 +19,7 @@ from bridge.node.inventory import Item, Node
 from bridge.node.manifests import path_of
 from bridge.pki import csr
 from bridge.pki.certificates import UNREADABLE, anchor_of, load_pem_certificates
+from bridge.settings.pair_tables import MOST_OF_A_KEY
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, KUBELET_SERVER, SERVERS, is_pair_name
 from bridge.state import Outcome, Store, audit, copies, static_pods
@@ -569,7 +570,7 @@ def _replacement(file: File, node: Node) -> Replacement:
         mask = CERTIFICATE_MASK  # a CA file
     elif item.pair is not None:
         keys = {real_path(files.key_file) for files in item.pair.places}
-        mask = pairs.KEY_MASK if real_path(file.path) in keys else CERTIFICATE_MASK
+        mask = MOST_OF_A_KEY if real_path(file.path) in keys else CERTIFICATE_MASK
     elif item.spec.kubeconfig and file.path.name == item.spec.base:
         mask = KUBECONFIG_MASK
     elif item.key_path is None or item.current is not None:
