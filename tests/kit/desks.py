@@ -30,7 +30,7 @@ SIGNING_STEPS = (
     ("state.open_requests", "RequestLog._append", False),  # what the CA is asked is in the journal
     ("ca", "CA.ask", False),  # signed, and not written down
     ("desk.desk", "Desk._verify", True),  # signed and in the journal
-    ("desk.records", "_sync_directories", False),  # in the archive
+    ("desk.records", "_write_group", False),  # in the archive
     ("door.store", "DoorDatabase.conclude", True),  # as before
     ("door.store", "DoorDatabase.conclude", False),  # answered
 )
