@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, TypeVar
+from typing import Any
 
 from requests import PreparedRequest, Response, Session
 from requests.adapters import HTTPAdapter
@@ -33,10 +33,11 @@ from bridge.words import one_line
 
 #: Time limit for the second look at a broken connection.
 _ALERT_SECONDS = 5.0
+#: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5
+#: and §15.6, RFC 6585 §4).
+LATER_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 #: The hint for a server whose certificate is not valid yet.
 _CLOCK_HINT = "is this node's clock behind? then put it right; else the server's certificate begins in the future"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,27 +199,6 @@ def _moment(date: str) -> datetime | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return moment if moment.tzinfo is not None else None
-
-
-def look_until(
-    look: Callable[[], T], is_enough: Callable[[T], bool], seconds: float, pause_seconds: Callable[[int, T], float]
-) -> T:
-    """
-    Look at a CA's progress until it is enough, and return the last look, which begins when the time is over;
-    `pause_seconds` gets the number of pauses so far, and what was seen.
-    """
-    from tenacity import Retrying, retry_if_not_result, stop_after_delay  # noqa: PLC0415 (25 ms)
-
-    def wait(state: Any) -> float:
-        left: float = seconds - state.seconds_since_start
-        return max(0.0, min(pause_seconds(state.attempt_number - 1, state.outcome.result()), left))
-
-    return Retrying(
-        retry=retry_if_not_result(is_enough),
-        stop=stop_after_delay(max(0.0, seconds)),
-        wait=wait,
-        retry_error_callback=lambda state: state.outcome and state.outcome.result(),
-    )(look)
 
 
 def without(text: str, hidden: Iterable[str | None]) -> str:

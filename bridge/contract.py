@@ -530,6 +530,5 @@ class Selector:
             yield SettingsProblem(key, "a text that may hold {name}, {usage} and {node}", repr(self.pattern))
         for name in self.exceptions:
             if name not in {*SPECS, *GATEWAY_SPECS, USER.name, *USAGES, *pairs}:
-                yield SettingsProblem(
-                    f"{exceptions_key}.{name}", f"a certificate's name or one of {', '.join(USAGES)}", repr(name)
-                )
+                wanted = f"a certificate's name or one of {', '.join(USAGES)}"
+                yield SettingsProblem(f"{exceptions_key}.{name}", wanted, repr(name))

@@ -210,8 +210,11 @@ _ALSO = {
     "backends.vault": ["bridge.system.waiting"],
     # a CA that is reached by files: the bundles' format, and what reads and writes files safely
     "backends.exchange": ["bridge.pki.bundle", "bridge.pki.bundle_format", "bridge.system.files"],
-    # the bundles' format
-    "backends.door": [f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs")],
+    # the bundles' format, and the pauses between looks at an answer
+    "backends.door": [
+        "bridge.system.waiting",
+        *(f"bridge.pki.{room}" for room in ("bundle", "bundle_format", "node_proofs")),
+    ],
 }
 
 

@@ -115,10 +115,9 @@ class CfsslBackend(OverHttp):
         body = {"serial": serial, "authority_key_id": authority, "reason": "superseded"}
         reply = self._post("revoke", body)
         if reply.message == _NOT_FOUND:
+            text = f"cfssl: can't revoke {certificate.serial_number:x}: this server has no endpoint for it"
             hint = "`revoke` is disabled there (as `ca-bridge setup cfssl` has it), or the server has no database"
-            raise BackendRefusedError(
-                f"cfssl: can't revoke {certificate.serial_number:x}: this server has no endpoint for it", hint=hint
-            )
+            raise BackendRefusedError(text, hint=hint)
         self._result(reply, "")
 
     def identity(self) -> str:
@@ -168,10 +167,10 @@ class CfsslBackend(OverHttp):
         """Return a success's result; the one place where cfssl's errors become ours."""
         if reply.result is not None:
             return reply.result
-        code = "" if reply.code is None else f", code {reply.code}"
-        text = f"cfssl: {reply.message} (HTTP {reply.status}{code})"
-        if reply.status in _LATER_STATUSES or reply.code in _LATER_CODES:
-            raise BackendUnavailableError(text, retry_after_seconds=reply.retry_after_seconds)
+        code, status = "" if reply.code is None else f", code {reply.code}", reply.response.status_code
+        text = f"cfssl: {reply.message} (HTTP {status}{code})"
+        if status in _LATER_STATUSES or reply.code in _LATER_CODES:
+            raise BackendUnavailableError(text, retry_after_seconds=retry_after_seconds(reply.response))
         hint = _HINTS.get(reply.message) or _HINTS.get(reply.code, "the server's log may say more")
         raise BackendRefusedError(text, hint=hint.format(profile=repr(profile), label=repr(self._settings.label)))
 
@@ -270,37 +269,30 @@ _HINTS: Mapping[str | int | None, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reply:
-    status: int
+    response: Response
     result: Mapping[str, Any] | None = None  #: The result of a success.
     code: int | None = None  #: cfssl's error code.
     message: str = ""
-    retry_after_seconds: float | None = None
 
 
 #: Answers of cfssl's own that are not JSON. Others are not quoted: they may hold anything.
 _PLAIN = frozenset({"404 page not found", "Invalid CN", "Client sent an HTTP request to an HTTPS server."})
 
 
-def _parse(answer: Response, sent: Mapping[str, object]) -> _Reply:
+def _parse(response: Response, sent: Mapping[str, object]) -> _Reply:
     """Read status and envelope; a request that the answer quotes is not shown, since anyone could send it again."""
-    later = retry_after_seconds(answer)
-    envelope = json_object(answer.content)
+    envelope = json_object(response.content)
     if envelope is None or "success" not in envelope:
-        text = answer.content.decode("utf-8", "replace").strip()
-        message = text if text in _PLAIN else _NOT_CFSSL
-        return _Reply(status=answer.status_code, message=message, retry_after_seconds=later)
+        text = response.content.decode("utf-8", "replace").strip()
+        return _Reply(response=response, message=text if text in _PLAIN else _NOT_CFSSL)
     result = envelope.get("result")
-    if answer.status_code == HTTPStatus.OK and envelope["success"] is True and isinstance(result, dict):
-        return _Reply(status=answer.status_code, result=result)
+    if response.status_code == HTTPStatus.OK and envelope["success"] is True and isinstance(result, dict):
+        return _Reply(response=response, result=result)
     errors = envelope.get("errors")
     first = errors[0] if isinstance(errors, list) and errors and isinstance(errors[0], dict) else {}
     code, secrets_sent = first.get("code"), [str(sent.get(key, "")) for key in ("token", "request")]
-    return _Reply(
-        status=answer.status_code,
-        code=code if isinstance(code, int) else None,
-        message=one_line(without(str(first.get("message", "no reason given")), secrets_sent)),
-        retry_after_seconds=later,
-    )
+    message = one_line(without(str(first.get("message", "no reason given")), secrets_sent))
+    return _Reply(response=response, code=code if isinstance(code, int) else None, message=message)
 
 
 def _tls_hint(reason: str) -> str:

@@ -194,9 +194,8 @@ class CmpBackend(Backend):
         profile = Selector(server.profile, server.profiles, wanted.node)
         problems = [*path.problems("path", "paths"), *profile.problems("profile", "profiles")]
         if wanted.patterns and server.mode != "cr":
-            problems.append(
-                SettingsProblem("mode", '"cr", whose template takes names beside the CSR', repr(server.mode))
-            )
+            wanted_mode = '"cr", whose template takes names beside the CSR'
+            problems.append(SettingsProblem("mode", wanted_mode, repr(server.mode)))
         if problems:
             raise SettingsError(problems)
         places: dict[str, list[CertificateSpec]] = {}
@@ -291,10 +290,8 @@ class CmpBackend(Backend):
             words += ["-rspin", _WAITING]
         if self._settings.mode == "cr":
             if not is_signed(request.csr):  # the CSR's signature is not sent: we vouch for it as an RA (RFC 4211 §4)
-                name = request.spec.name
-                raise BackendRefusedError(
-                    f"cmp: wanted a CSR that is signed with its own key for {name}, found another"
-                )
+                wanted = f"a CSR that is signed with its own key for {request.spec.name}"
+                raise BackendRefusedError(f"cmp: wanted {wanted}, found another")
             files[_EXTENSIONS] = _extensions(request)
             words += ["-popo", "0", "-config", _EXTENSIONS, "-reqexts", "wanted"]
             if request.names is not None and request.names.common_name:
@@ -421,9 +418,8 @@ def _answer_of(reference: str) -> bytes:
     except binascii.Error:
         answer = b""
     if body_of(answer) is None:
-        raise BackendRefusedError(
-            "cmp: wanted the server's answer in the reference that was kept, found something else"
-        )
+        wanted = "the server's answer in the reference that was kept"
+        raise BackendRefusedError(f"cmp: wanted {wanted}, found something else")
     return answer
 
 

@@ -58,9 +58,7 @@ class Program:
         """Major and minor version."""
         ended, output = self._run(["version"], Path("/"), self.timeout + _GRACE)
         if ended.code is None:
-            raise BackendUnavailableError(
-                f"cmp: wanted `{self.name} version` to end, found it still running; it was stopped"
-            )
+            raise _still_running(f"`{self.name} version` to end")
         text = output.decode(errors="replace").strip()
         match = re.match(r"OpenSSL (\d+)\.(\d+)\.\d+", text)
         found = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -108,9 +106,7 @@ class Program:
             wanted = f"cmp: wanted a few files in {tempfile.gettempdir()}, found: {e.strerror}"
             raise BackendUnavailableError(wanted, hint="make room there") from e
         if ended.stopped == "time":
-            raise BackendUnavailableError(
-                f"cmp: wanted openssl to end within {limit.total_seconds():g} s, found it still running; it was stopped"
-            )
+            raise _still_running(f"openssl to end within {limit.total_seconds():g} s")
         return ran
 
     def _run(
@@ -169,6 +165,10 @@ class _Watch:
                 self.poll, self._enough_at = found, seconds + _MOMENT_SECONDS
                 return False
         return False
+
+
+def _still_running(wanted: str) -> BackendUnavailableError:
+    return BackendUnavailableError(f"cmp: wanted {wanted}, found it still running; it was stopped")
 
 
 def _read(file: Path) -> bytes:

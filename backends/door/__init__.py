@@ -22,7 +22,7 @@ from pathlib import Path
 from cryptography import x509
 from requests import Response
 
-from backends.http import Http, OverHttp, Wording, json_object, look_until, retry_after_seconds
+from backends.http import LATER_STATUSES, Http, OverHttp, Wording, json_object, retry_after_seconds
 from backends.settings import tls_context, url_problems
 from bridge.contract import (
     GIVEN,
@@ -51,13 +51,12 @@ from bridge.pki.bundle_format import digest, dumps, is_authentic, loads_answer
 from bridge.pki.certificates import O_OID, attributes, csr_fingerprint, load_pem_certificates, san_entries
 from bridge.specs import MASTERS, CertificateSpec
 from bridge.system.paths import read_public_key
+from bridge.system.waiting import wait_until
 from bridge.words import one_line
 
 log = logging.getLogger("ca-bridge.door")
 
 _REFERENCE = re.compile(r"([0-9a-f]{64})@([A-Za-z0-9_-]{1,100})")
-#: Statuses that may change later.
-_LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HINTS = {
     403: (
         "the door's policy, or the proof, is against it; a node without certificates needs the secret that "
@@ -166,9 +165,8 @@ class DoorBackend(OverHttp):
             raise given
         return given
 
-    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:
-        """Ask for the certificate of each CSR by its digest, which is as unguessable as its key."""
-        del since  # a CSR is signed once
+    def recall(self, requests: Sequence[SignRequest], since: datetime) -> Sequence[Issued | None]:  # noqa: ARG002
+        """Ask for the certificate of each CSR, which is signed once, by its digest, as unguessable as its key."""
         if self._desk_key is not None:  # it signs only whole answers; the same bundle gets its answer again
             return [None] * len(requests)
         return [self._recalled(request) for request in requests]
@@ -242,8 +240,9 @@ class DoorBackend(OverHttp):
             return self._read(answer, waiting.reference), pause_seconds
 
         # one look, even where other bundles took all the time
-        read, _ = look_until(
-            look, lambda seen: isinstance(seen[0], AnswerBundle), end - time.monotonic(), lambda _, seen: seen[1]
+        left = timedelta(seconds=end - time.monotonic())
+        read, _ = wait_until(
+            look, lambda seen: isinstance(seen[0], AnswerBundle), left, pause_seconds=lambda seen: seen[1]
         )
         return read or waiting
 
@@ -322,9 +321,8 @@ def _said(answer: Response) -> str:
 
 def _error(answer: Response) -> BackendError:
     text = ", ".join(filter(None, (f"door: HTTP {answer.status_code}", _said(answer))))
-    if answer.status_code in _LATER:
-        wanted = retry_after_seconds(answer)
-        return BackendUnavailableError(text, retry_after_seconds=wanted)
+    if answer.status_code in LATER_STATUSES:
+        return BackendUnavailableError(text, retry_after_seconds=retry_after_seconds(answer))
     kind = BackendRefusedError if _said(answer) and answer.status_code != HTTPStatus.UNAUTHORIZED else NoVerdictError
     return kind(text, hint=_HINTS.get(answer.status_code, _NOT_OURS))
 

@@ -27,9 +27,10 @@ from urllib.parse import quote
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
+from requests import Response
 from requests.auth import HTTPBasicAuth
 
-from backends.http import Http, OverHttp, Wording, retry_after_seconds, without
+from backends.http import LATER_STATUSES, Http, OverHttp, Wording, retry_after_seconds, without
 from backends.settings import common_name, pair_problems, read_secret, tls_context, url_problems
 from bridge.contract import BackendSettings, Issued, Pending, Secret, Selector, SetupFile, SetupRequest, SignRequest
 from bridge.errors import (
@@ -109,10 +110,7 @@ class EstBackend(OverHttp):
         self._label = Selector(settings.label, settings.labels, settings.node)
         self._cas: dict[str, Sequence[x509.Certificate]] = {}  #: CA certificates by label, as last seen.
         wording = Wording(
-            name="est",
-            not_ours=_NOT_EST,
-            tls=lambda reason: _tls_hint(reason, settings, datetime.now(UTC)),
-            cut_off=_CUT_OFF_HINT,
+            name="est", not_ours=_NOT_EST, tls=functools.partial(_tls_hint, settings), cut_off=_CUT_OFF_HINT
         )
         self._http = Http(wording, settings.url, settings.timeout, settings.tls_context)
 
@@ -203,7 +201,7 @@ class EstBackend(OverHttp):
         if answer.status != HTTPStatus.OK:
             raise self._error(answer)
         try:
-            return certificates(answer.body)
+            return certificates(answer.response.content)
         except ValueError as e:
             found = f"{e}: {answer.text}" if answer.text else str(e)
             hint = f"is it an EST server that answers below {self._settings.url}, and not a proxy or a log-in page?"
@@ -237,8 +235,8 @@ class EstBackend(OverHttp):
         said = answer.text.removeprefix(f"{answer.status} ")
         text = f"est: {answer.where}: HTTP {answer.status}" + (f", {said}" if said else "")
         if answer.status in LATER_STATUSES:
-            hint = _LATER_HINTS.get(answer.status, "")
-            return BackendUnavailableError(text, hint=hint, retry_after_seconds=answer.retry_after_seconds)
+            hint, wait_seconds = _LATER_HINTS.get(answer.status, ""), retry_after_seconds(answer.response)
+            return BackendUnavailableError(text, hint=hint, retry_after_seconds=wait_seconds)
         kind = BackendRefusedError if answer.status in _VERDICTS else NoVerdictError
         return kind(text, hint=self._hint(answer))
 
@@ -260,15 +258,9 @@ class EstBackend(OverHttp):
         secret = self._settings.password if method == "POST" else None  # `cacerts` needs none
         password = read_secret(secret, "est: password", "put it there, or fix password_file") if secret else None
         auth = password and HTTPBasicAuth(self._settings.username.encode(), password.encode())
-        answer = self._http.request(method, url, headers=headers, data=data, auth=auth)
-        return Answer(
-            where=url,
-            status=answer.status_code,
-            headers=answer.headers,
-            body=answer.content,
-            retry_after_seconds=retry_after_seconds(answer),
-            hidden=[password, base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()],
-        )
+        response = self._http.request(method, url, headers=headers, data=data, auth=auth)
+        basic = base64.b64encode(f"{self._settings.username}:{password}".encode()).decode()
+        return Answer(where=url, response=response, hidden=[password, basic])
 
 
 #: Statuses for a request without a CSR that a request with a CSR would also get.
@@ -280,18 +272,17 @@ _VERDICTS = frozenset({400, 403, 409, 410, 413, 415, 422})
 def _pending(request: SignRequest, answer: Answer, now: datetime) -> Pending:
     """The pending answer: RFC 7030 §4.2.3 has no reference, and not every server sends its Retry-After."""
     said = f" ({answer.text})" if answer.text else ""
-    if answer.retry_after_seconds is None:
+    wait_seconds = retry_after_seconds(answer.response)
+    if wait_seconds is None:
         return Pending(reference=csr_fingerprint(request.csr), note=f"the server answers later{said}")
-    moment = now + min(timedelta(seconds=answer.retry_after_seconds), LONGEST_RETRY_AFTER)
+    moment = now + min(timedelta(seconds=wait_seconds), LONGEST_RETRY_AFTER)
     note = f"the server answers later{said}, and asks to wait until {minute(moment)}"
     return Pending(reference=f"{csr_fingerprint(request.csr)}@{int(moment.timestamp())}", note=note)
 
 
 def _names(certificates: Sequence[x509.Certificate]) -> str:
-    return (
-        one_line(" and ".join(certificate.subject.rfc4514_string() or "a nameless one" for certificate in certificates))
-        or "none"
-    )
+    names = [name_text(certificate.subject) or "a nameless one" for certificate in certificates]
+    return one_line(" and ".join(names)) or "none"
 
 
 #: Below the server's root (RFC 7030 §3.2.2).
@@ -309,17 +300,19 @@ class Answer:
     """One HTTP answer of the server, whatever its status."""
 
     where: str  #: The URL.
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    retry_after_seconds: float | None
+    response: Response = field(repr=False)
     hidden: Sequence[str | None] = field(repr=False)  #: Secrets that we sent and never show.
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self.response.status_code
 
     @functools.cached_property
     def text(self) -> str:
         """The body's beginning on one line for people, or a web page's title; without our secrets."""
-        kind = self.headers.get("content-type", "")
-        text = without(self.body.decode("utf-8", "replace"), self.hidden)
+        kind = self.response.headers.get("content-type", "")
+        text = without(self.response.content.decode("utf-8", "replace"), self.hidden)
         if "html" in kind or text.lstrip()[:1] == "<":
             title = re.search(r"<title[^>]*>([^<]{,500})", text[:20000], re.IGNORECASE)
             return f"a web page, {one_line(title[1])!r}" if title else "a web page"
@@ -327,12 +320,9 @@ class Answer:
 
     def header(self, name: str) -> str:
         """A header, safe to show; empty: there is none."""
-        return one_line(without(self.headers.get(name.lower(), ""), self.hidden))
+        return one_line(without(self.response.headers.get(name, ""), self.hidden))
 
 
-#: Statuses that may pass: a limit of requests or of time, a CA that fails behind the server, proxies (RFC 9110 §15.5
-#: and §15.6, RFC 6585 §4).
-LATER_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 _LATER_HINTS: Mapping[int, str] = {
     HTTPStatus.TOO_MANY_REQUESTS: "the server limits how often it is asked, by this node or by all",
     HTTPStatus.INTERNAL_SERVER_ERROR: "the CA behind the server has failed (its log says why), or the CSR is too long "
@@ -377,7 +367,7 @@ def _unauthorized_hint(challenge: str, username: str) -> str:
     return "the server wants username and password_file, or a client certificate"
 
 
-def _tls_hint(reason: str, settings: EstSettings, now: datetime) -> str:
+def _tls_hint(settings: EstSettings, reason: str) -> str:
     """A hint for a TLS handshake that failed; OpenSSL's reasons name the alert that the server sent."""
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return _our_verdict_hint(reason)
@@ -387,7 +377,7 @@ def _tls_hint(reason: str, settings: EstSettings, now: datetime) -> str:
         return "the server must speak TLS 1.2 or 1.3 with a common cipher; some say so where a client certificate lacks"
     if settings.client_cert is None:
         return "the server wants a client certificate: client_cert and client_key"
-    wrong = " and ".join(_agent_faults(settings.client_cert, now))
+    wrong = " and ".join(_agent_faults(settings.client_cert, datetime.now(UTC)))
     return f"the server does not accept client_cert: {wrong or 'its CA, or a missing intermediate, is the usual cause'}"
 
 
@@ -432,9 +422,8 @@ def certificates(body: bytes) -> list[x509.Certificate]:
     """
     try:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
-        _ = [
-            (certificate.subject, certificate.issuer, certificate.not_valid_before_utc) for certificate in found
-        ]  # which are read only now
+        for certificate in found:
+            _ = certificate.subject, certificate.issuer, certificate.not_valid_before_utc  # which are read only now
     except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
         # ValueError: also a date in the year 0; TypeError: a type that does not fit an attribute
         raise ValueError(f"{len(body)} bytes in another form") from e

@@ -78,15 +78,13 @@ class ExchangeBackend(Backend):
         self.authenticated = self._desk_key is not None
         self._read: dict[Path, tuple[tuple[int, ...], _Found]] = {}
 
-    def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:
+    def check(self, specs: Sequence[CertificateSpec]) -> Mapping[str, Sequence[Violation]]:  # noqa: ARG002
         """Check that both directories are there; files can't ask the CA."""
-        del specs
         for key in ("outbox", "inbox"):
             directory: Path = getattr(self._settings, key)
             if not directory.is_dir():
-                raise BackendUnavailableError(
-                    f"{directory}: there is no such directory (the {key})", hint="mount or make it, or fix the settings"
-                )
+                missing = f"{directory}: there is no such directory (the {key})"
+                raise BackendUnavailableError(missing, hint="mount or make it, or fix the settings")
         return {}
 
     def sign_many(self, requests: Sequence[SignRequest]) -> Sequence[Issued | Pending | BackendError]:
@@ -140,11 +138,8 @@ class ExchangeBackend(Backend):
 
     def candidates(self, request: SignRequest, reference: str) -> Sequence[Issued]:
         """Certificates in all answer bundles to the request bundle with this digest, the latest first."""
-        return [
-            answer
-            for _, answer in _given(self._inbox(_node_of(request), reference)[0], request)
-            if isinstance(answer, Issued)
-        ]
+        answers, _ = self._inbox(_node_of(request), reference)
+        return [answer for _, answer in _given(answers, request) if isinstance(answer, Issued)]
 
     def accepted(self, request: SignRequest, reference: str) -> None:
         """Remove the request bundle from the outbox once all of it is answered; until then another desk may need it."""
@@ -251,11 +246,8 @@ def _written(path: Path) -> int:
 def _given(answers: Sequence[AnswerBundle], request: SignRequest) -> list[tuple[AnswerBundle, Issued | Refusal]]:
     """Each answer to a request with its bundle, the latest first by the sender's own time of signing."""
     latest = sorted(answers, key=lambda answer: answer.signed, reverse=True)
-    return [
-        (answer, answer_of_request)
-        for answer in latest
-        if (answer_of_request := answer.answers.get(request.spec.name)) is not None
-    ]
+    answered = ((answer, answer.answers.get(request.spec.name)) for answer in latest)
+    return [(answer, given) for answer, given in answered if given is not None]
 
 
 def _to_carry(path: Path, bundle: RequestBundle) -> str:

@@ -115,9 +115,8 @@ class ExecBackend(Backend):
         except ValueError as e:
             raise self._refused(f"FETCH-ROOTS: wanted the CA's certificates, found {e}") from e
         # roots come first in this operation, and our callers want the signing certificate first
-        return sorted(
-            issuers, key=lambda issuer: any(issuer.subject == other.issuer for other in issuers if other != issuer)
-        )
+        above = {other.issuer for other in issuers if other.issuer != other.subject}
+        return sorted(issuers, key=lambda issuer: issuer.subject in above)
 
     def _answer(self, request: SignRequest, ended: _Answer) -> Issued | Pending:
         try:
@@ -136,10 +135,8 @@ class ExecBackend(Backend):
         longest = LONGEST_VARIABLE - len("CERTMONGER_CA_COOKIE=")
         if len(cookie.encode()) > longest:
             raise ValueError(f"a cookie of more than {longest} bytes")
-        cookie_text = display_text(cookie.encode())
-        return Pending(
-            reference=cookie, note=f'{self._program} waits{when}; its cookie: "{cookie_text}"{_aside(ended)}'
-        )
+        note = f'{self._program} waits{when}; its cookie: "{display_text(cookie.encode())}"{_aside(ended)}'
+        return Pending(reference=cookie, note=note)
 
     def _ask(
         self, operation: str, variables: Mapping[str, str], silent: Collection[int] = (_UNKNOWN_OPERATION,)
@@ -186,8 +183,7 @@ class ExecBackend(Backend):
             text = f"can't be run: {e.strerror}"
             raise self._refused(text, "`command` begins with its path", LocalFileError) from e
         if exposure is not None:
-            text = f"{exposure.path}: wanted {exposure.wanted}, found {exposure.found}"
-            raise self._refused(text, exposure.hint, LocalFileError)
+            raise self._refused(str(exposure), exposure.hint, LocalFileError)
 
     def _stopped(self, operation: str, ended: Ended, answer: _Answer) -> BackendError:
         if isinstance(ended.error, TimeoutError):
@@ -287,9 +283,8 @@ def _issued(request: SignRequest, output: bytes) -> Issued:
         raise ValueError(f"{len(certificates)} for other keys")
     newest = max(leaves, key=lambda certificate: certificate.not_valid_before_utc)
     # the rest may lead to its CA; `bridge.pki.verify` finds out which of them do
-    return Issued(
-        leaf=newest, intermediates=tuple(certificate for certificate in certificates if certificate not in leaves)
-    )
+    others = tuple(certificate for certificate in certificates if certificate not in leaves)
+    return Issued(leaf=newest, intermediates=others)
 
 
 def _profile_violations(profile: str, offered: Sequence[str]) -> Iterator[Violation]:
@@ -389,9 +384,8 @@ def _delayed_cookie(output: bytes) -> tuple[int, str]:
     first, _, rest = output.partition(b"\n")
     seconds = first.decode("ascii", "replace").strip()
     if not _SECONDS.fullmatch(seconds):
-        raise ValueError(
-            f'"{display_text(first)}" in the place of the seconds' if seconds else "no line with the seconds"
-        )
+        instead = f'"{display_text(first)}" in the place of the seconds'
+        raise ValueError(instead if seconds else "no line with the seconds")
     cookie = cookie_of(rest)
     if not cookie:
         raise ValueError("no cookie after the seconds")

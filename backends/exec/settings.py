@@ -322,9 +322,8 @@ def _step_ca_template(names: Iterable[str], certificates: Mapping[str, x509.Cert
     allowed: dict[str, set[str]] = {}
     for name in names:
         ekus.add(SPECS[name].ekus)
-        allowed.setdefault(_quoted_subject(name, certificates[name]), set()).update(
-            _quoted_sans(name, certificates[name])
-        )
+        subject = _quoted_subject(name, certificates[name])
+        allowed.setdefault(subject, set()).update(_quoted_sans(name, certificates[name]))
     if len(ekus) != 1:
         text = f"wanted a provisioner for one usage class, found one for {', '.join(names)}"
         raise BridgeError(text, hint="have {usage} in `profile`")

@@ -27,7 +27,7 @@ from urllib.parse import quote
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from backends.http import Http, OverHttp, Wording, json_object, look_until, object_of, retry_after_seconds
+from backends.http import Http, OverHttp, Wording, json_object, object_of, retry_after_seconds
 from backends.kubernetes import setup as kubernetes_setup
 from backends.settings import context_of, pair_problems, read_secret, tls_context, token_end, url_problems
 from bridge.contract import (
@@ -54,7 +54,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import O_OID, attributes, is_for, load_pem_certificates
 from bridge.specs import EKU, MASTERS, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
-from bridge.system.waiting import back_off_seconds
+from bridge.system.waiting import back_off_seconds, wait_until
 from bridge.words import one_line
 
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
@@ -77,8 +77,7 @@ class Access:
     trust: bytes  #: PEM.
     certificate: bytes | None = None  #: PEM.
     key: bytes | None = field(default=None, repr=False)
-    token: Secret | None = None  #: From `tokenFile`.
-    token_text: str = field(default="", repr=False)  #: The embedded token.
+    token: Secret | str = field(default="", repr=False)  #: From `tokenFile`, or the embedded one.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +119,8 @@ class KubernetesSettings(BackendSettings):
         others = ("url", "ca_file", "token", "client_cert", "client_key")
         given = [key for key in others if getattr(self, key)]
         if self.kubeconfig is not None and given:
-            yield SettingsProblem(
-                "kubeconfig", f"either kubeconfig, or {', '.join(others)}", f"both ({', '.join(given)})"
-            )
+            wanted = f"either kubeconfig, or {', '.join(others)}"
+            yield SettingsProblem("kubeconfig", wanted, f"both ({', '.join(given)})")
         if self.kubeconfig is None:
             yield from self._direct_problems()
 
@@ -148,10 +146,10 @@ class KubernetesSettings(BackendSettings):
     def bearer(self) -> str | None:
         """The current token; None: a client certificate identifies us."""
         access = self.access() if self.kubeconfig is not None else None
-        place = self.token if access is None else access.token
-        if place is not None:
-            return read_secret(place, "kubernetes: token", "put it there, or fix token_file")
-        return (access and access.token_text) or None
+        token = self.token if access is None else access.token
+        if isinstance(token, Secret):
+            return read_secret(token, "kubernetes: token", "put it there, or fix token_file")
+        return token or None
 
     def access(self) -> Access:
         """The server and credentials that the kubeconfig names now; errors quote nothing of it."""
@@ -191,9 +189,8 @@ def parse_kubeconfig(data: bytes, directory: Path) -> Access:
         raise ValueError("one of client-certificate and client-key, not both")
     if certificate is None and not config.token_file and not token:
         raise ValueError("neither a client certificate nor a token")
-    place = Secret("file", str(directory / config.token_file)) if config.token_file else None
-    text = "" if place else token
-    return Access(url=config.server, trust=trust, certificate=certificate, key=key, token=place, token_text=text)
+    place = Secret("file", str(directory / config.token_file)) if config.token_file else token
+    return Access(url=config.server, trust=trust, certificate=certificate, key=key, token=place)
 
 
 def _bounded(path: Path) -> bytes:
@@ -310,7 +307,9 @@ class KubernetesBackend(OverHttp):
             return []
         if settings.kubeconfig is None:
             return [] if settings.token is None else list(token_end("token", settings.token, token))
-        place = settings.access().token or Secret("file", str(settings.kubeconfig))
+        place = settings.access().token
+        if not isinstance(place, Secret):
+            place = Secret("file", str(settings.kubeconfig))
         return [replace(end, key="kubeconfig") for end in token_end("token", place, token)]
 
     def close(self) -> None:
@@ -341,11 +340,9 @@ class KubernetesBackend(OverHttp):
             document = next(answers).document
             return self._verdict(request, reference, document) or Pending(reference=reference, note=_note(document))
 
-        return look_until(
-            look,
-            lambda answer: isinstance(answer, Issued),
-            self._settings.wait.total_seconds(),
-            lambda looks, _: back_off_seconds(looks, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS),
+        pauses = (back_off_seconds(looks, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS) for looks in itertools.count())
+        return wait_until(
+            look, lambda answer: isinstance(answer, Issued), self._settings.wait, pause_seconds=lambda _: next(pauses)
         )
 
     def _verdict(self, request: SignRequest, reference: str, document: Mapping[str, Any]) -> Issued | None:
@@ -357,15 +354,14 @@ class KubernetesBackend(OverHttp):
                 self._is_answered(reference)
                 reason, message = (one_line(conditions[kind].get(key) or "") for key in ("reason", "message"))
                 said = f": {': '.join(filter(None, [reason, message]))}" if reason or message else ""
+                text = one_line(f"kubernetes: {name}: {kind.lower()}{said}")
                 who = "the cluster's approver" if kind == "Denied" else "the signer"
-                raise BackendRefusedError(
-                    one_line(f"kubernetes: {name}: {kind.lower()}{said}"), hint=f"{who} says so; its log may say more"
-                )
-        text = object_of(document, "status").get("certificate")
-        if not text:
+                raise BackendRefusedError(text, hint=f"{who} says so; its log may say more")
+        certificate = object_of(document, "status").get("certificate")
+        if not certificate:
             return None
         self._is_answered(reference)
-        return _issued(request, name, text)
+        return _issued(request, name, certificate)
 
     def _is_answered(self, reference: str) -> None:
         name, _, uid = reference.partition(" ")
@@ -382,18 +378,14 @@ class KubernetesBackend(OverHttp):
 
     def _missing_right(self, verb: str) -> Violation | None:
         attributes = {"group": "certificates.k8s.io", "resource": "certificatesigningrequests", "verb": verb}
-        answer = self._ask("POST", ACCESS_REVIEWS, {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": attributes},
-        })  # fmt: skip
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        answer = self._ask("POST", ACCESS_REVIEWS, {**review, "spec": {"resourceAttributes": attributes}})
         if answer.status != HTTPStatus.CREATED:
             raise self._error(answer)
         if object_of(answer.document, "status").get("allowed") is True:
             return None
-        return Violation(
-            subject="rights", want=f"{verb} certificatesigningrequests", got="no such right of the account"
-        )
+        want = f"{verb} certificatesigningrequests"
+        return Violation(subject="rights", want=want, got="no such right of the account")
 
     # --- the server ---------------------------------------------------------------------------------------------------
 
@@ -476,9 +468,8 @@ def _issued(request: SignRequest, name: str, text: object) -> Issued:
     if not leaves:
         text = f"kubernetes: {name}: wanted a certificate for the CSR's key, found another"
         raise BackendRefusedError(text, hint=hint)
-    return Issued(
-        leaf=leaves[0], intermediates=tuple(certificate for certificate in certificates if certificate not in leaves)
-    )
+    others = tuple(certificate for certificate in certificates if certificate not in leaves)
+    return Issued(leaf=leaves[0], intermediates=others)
 
 
 def _conditions(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

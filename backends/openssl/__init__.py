@@ -154,9 +154,8 @@ class OpensslBackend(Backend):
         with _os_errors():
             return self._database().revoked()
 
-    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:
+    def check(self, specs: Sequence[CertificateSpec]) -> dict[str, list[Violation]]:  # noqa: ARG002
         """Find out whether a run could begin: program, certificate, database, key; the usages are always ours."""
-        del specs
         with _os_errors():
             signer = self.issuers()[0]
             _check_signer(self._files.certificate, signer)
@@ -181,9 +180,8 @@ class OpensslBackend(Backend):
     def _database(self) -> Database:
         index = self._files.database.resolve()  # openssl would replace a link by a file
         if not _PLAIN_NAME.fullmatch(index.name):
-            raise BackendRefusedError(
-                f"wanted a database whose file name has only letters, digits, '.', '_' and '-', found {index.name!r}"
-            )
+            wanted = "a database whose file name has only letters, digits, '.', '_' and '-'"
+            raise BackendRefusedError(f"wanted {wanted}, found {index.name!r}")
         return Database(index=index, new_certs_dir=self._files.new_certs_dir.resolve())
 
     @contextmanager

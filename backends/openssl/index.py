@@ -75,14 +75,12 @@ def parse_index(data: bytes) -> dict[int, int]:
         if not row:
             fields = line.count(b"\t") + 1
             found = f"{fields} fields that are not that" if fields != 1 else "1 field that is not that"
-            raise IndexDamagedError(
-                f"line {number}: wanted type, dates, serial number, file and subject with tabs between them, found {found}"
-            )
+            wanted = "type, dates, serial number, file and subject with tabs between them"
+            raise IndexDamagedError(f"line {number}: wanted {wanted}, found {found}")
         serial = int(row[1], 16)
         if serial in lines:
-            raise IndexDamagedError(
-                f"line {number}: wanted each serial number once, found {serial:X} in line {lines[serial]} too"
-            )
+            found = f"{serial:X} in line {lines[serial]} too"
+            raise IndexDamagedError(f"line {number}: wanted each serial number once, found {found}")
         lines[serial] = number
     return lines
 
@@ -130,9 +128,8 @@ class Database:
             with suppress(PermissionError):
                 os.fchmod(lock, 0o600)  # a user who may open it may hold it for ever
             if not take_lock(lock, limit):
-                raise BackendUnavailableError(
-                    f"wanted the lock {path} within {limit.total_seconds():g} s, found it held by another process"
-                )
+                wanted = f"the lock {path} within {limit.total_seconds():g} s"
+                raise BackendUnavailableError(f"wanted {wanted}, found it held by another process")
             yield lock
         finally:
             os.close(lock)
@@ -146,10 +143,8 @@ class Database:
                 self._check_emptiness()
             return Snapshot(data, frozenset(parse_index(data)), status)
         except FileNotFoundError as e:
-            raise LocalFileError(
-                f"there is no file {self.index}, the CA's database",
-                hint="if this CA has signed nothing yet, an empty file is right",
-            ) from e
+            hint = "if this CA has signed nothing yet, an empty file is right"
+            raise LocalFileError(f"there is no file {self.index}, the CA's database", hint=hint) from e
         except OSError as e:
             raise LocalFileError(f"can't read the CA's database {self.index}: {e.strerror}") from e
         except IndexDamagedError as e:
@@ -195,10 +190,8 @@ class Database:
                 hint = hint if owner in {0, os.geteuid()} else f"run it as the CA's own user {owner}, or {hint}"
                 raise LocalFileError(f"the CA's folder: {weakness}", hint=hint)
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-                raise LocalFileError(
-                    f"wanted a folder that we can write in, found {folder}",
-                    hint="run as the CA's own user; openssl ca replaces files by renaming, so it must write the folder",
-                )
+                hint = "run as the CA's own user; openssl ca replaces files by renaming, so it must write the folder"
+                raise LocalFileError(f"wanted a folder that we can write in, found {folder}", hint=hint)
 
     def put_right(self) -> None:
         """Repair what a killed run left: no index, or no attributes."""
@@ -283,16 +276,13 @@ class Database:
         wanted = _INDEX_COPIES * index_size + _BYTES_PER_CERTIFICATE * (certificates + 1)
         for folder in {self.index.parent, self.new_certs_dir}:
             disk = os.statvfs(folder)
-            free_bytes = disk.f_bavail * disk.f_frsize
-            if free_bytes < wanted:
-                raise BackendUnavailableError(
-                    f"wanted {wanted} bytes of free space in {folder}, found {free_bytes}",
-                    hint="openssl ca damages its database when the disk is full; make room",
-                )
+            if (free_bytes := disk.f_bavail * disk.f_frsize) < wanted:
+                text = f"wanted {wanted} bytes of free space in {folder}, found {free_bytes}"
+                hint = "openssl ca damages its database when the disk is full; make room"
+                raise BackendUnavailableError(text, hint=hint)
             if disk.f_files and disk.f_favail < certificates + _INDEX_COPIES:
-                raise BackendUnavailableError(
-                    f"wanted room for {certificates + _INDEX_COPIES} files in {folder}, found {disk.f_favail}"
-                )
+                wanted_files = f"room for {certificates + _INDEX_COPIES} files in {folder}"
+                raise BackendUnavailableError(f"wanted {wanted_files}, found {disk.f_favail}")
 
     def back_up(self, before: Snapshot) -> Path:
         """Keep a copy of the index; `.old` is no backup, since the next run would put a damaged index there."""

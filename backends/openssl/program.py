@@ -402,9 +402,8 @@ class Openssl:
     ) -> ProcessEnd:
         program = shutil.which(self.program)
         if not program:
-            raise LocalFileError(
-                f"there is no program {self.program!r}", hint="install openssl, or set `openssl` to its path"
-            )
+            hint = "install openssl, or set `openssl` to its path"
+            raise LocalFileError(f"there is no program {self.program!r}", hint=hint)
         command = Command(
             words=[str(Path(program).absolute()), *arguments],
             environment={**openssl_environment(), **environment},
@@ -438,10 +437,8 @@ class Openssl:
 
     def _stopped(self, outcome: ProcessEnd) -> BackendUnavailableError | None:
         if outcome.code is None:
-            limit = outcome.limit.total_seconds()
-            return BackendUnavailableError(
-                f"wanted openssl to end within {limit:g} s, found it still running; it was stopped"
-            )
+            wanted = f"openssl to end within {outcome.limit.total_seconds():g} s"
+            return BackendUnavailableError(f"wanted {wanted}, found it still running; it was stopped")
         if _DISK_FULL.search(outcome.messages):
             return BackendUnavailableError("wanted room for the CA's database, found the disk full")
         return None

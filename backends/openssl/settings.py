@@ -209,15 +209,11 @@ def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
         if line.endswith("\\") and not line.endswith("\\\\"):
             joined = joined[:-1]
             continue
-        if content := _without_comment(joined).strip():
+        before, _, _ = joined.partition("#")
+        # a `#` behind a quote or an escape may be part of a value, which then is in doubt anyway
+        if content := (joined if _QUOTES.search(before) else before).strip():
             yield first, content
         joined, first = "", 0
-
-
-def _without_comment(line: str) -> str:
-    """A `#` behind a quote or an escape may be part of a value, which then is in doubt anyway."""
-    before, _, _ = line.partition("#")
-    return line if _QUOTES.search(before) else before
 
 
 def _expanded(value: Value, section: str, config: Config, environment: Mapping[str, str]) -> Value:

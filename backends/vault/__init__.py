@@ -381,7 +381,5 @@ def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
     try:
         return load_pem_certificates("\n".join(pem).encode())
     except ValueError:
-        hint = "is there a Vault or OpenBao PKI engine behind this URL?"
-        raise BackendRefusedError(
-            f"vault: {where}: wanted a certificate in PEM, found something else", hint=hint
-        ) from None
+        text = f"vault: {where}: wanted a certificate in PEM, found something else"
+        raise BackendRefusedError(text, hint="is there a Vault or OpenBao PKI engine behind this URL?") from None

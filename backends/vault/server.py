@@ -146,9 +146,8 @@ class _Adapter(RawAdapter):  # type: ignore[misc]
         """The token in a login's answer (BackendError: none)."""
         token = object_of(response.or_raise().body, "auth").get("client_token")
         if not isinstance(token, str) or not token:
-            raise BackendRefusedError(
-                f"vault: {response.where}: the answer has no token (does the server ask for a second factor?)"
-            )
+            missing = "the answer has no token (does the server ask for a second factor?)"
+            raise BackendRefusedError(f"vault: {response.where}: {missing}")
         return self._server.hide(token)
 
 

@@ -195,10 +195,8 @@ def _subject(spec: CertificateSpec, certificate: x509.Certificate) -> tuple[list
         elif oid in _SUBJECT_FIELDS:
             others.setdefault(_SUBJECT_FIELDS[oid], []).append(value)
         else:
-            label = certificates.oid_label(oid)
-            raise NoRoleError(
-                f"{spec.name}: wanted a subject of CN, O, OU, C, L, ST, street or postalCode, found {label}"
-            )
+            wanted = "a subject of CN, O, OU, C, L, ST, street or postalCode"
+            raise NoRoleError(f"{spec.name}: wanted {wanted}, found {certificates.oid_label(oid)}")
     if len(common_names) != 1:
         raise NoRoleError(f"{spec.name}: wanted one CN in the subject, found {len(common_names)}")
     return common_names, others
@@ -405,10 +403,8 @@ def _addresses(role: Mapping[str, object], addresses: Sequence[str]) -> Iterator
         yield Violation(subject="allow_ip_sans", want="true", got="false")
         return
     networks = texts(role.get("allowed_ip_sans_cidr"))  # OpenBao's; Vault lets any address pass
-    refused = [
-        address for address in addresses if networks and not any(_is_in(address, network) for network in networks)
-    ]
-    if refused:
+    refused = [address for address in addresses if not any(_is_in(address, network) for network in networks)]
+    if networks and refused:
         yield _lacking(role, "allowed_ip_sans_cidr", refused)
 
 

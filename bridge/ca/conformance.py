@@ -237,7 +237,7 @@ def close_can_be_called_twice(trial: Trial) -> None:
     trial.backend.close()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ConformanceCheck:
     """One check of a backend that is configured and in use."""
 
@@ -248,21 +248,19 @@ class ConformanceCheck:
 
 #: In order: the check that spends no signature is the first, `close` the last.
 CHECKS = (
-    ConformanceCheck(name="its preflight finds nothing wrong", run=preflight_finds_nothing_wrong),
+    ConformanceCheck("its preflight finds nothing wrong", preflight_finds_nothing_wrong),
     *(
         ConformanceCheck(
-            name=f"it signs exactly what was asked ({algorithm})",
-            run=functools.partial(signs_exactly_what_was_asked, algorithm=algorithm),
+            f"it signs exactly what was asked ({algorithm})",
+            functools.partial(signs_exactly_what_was_asked, algorithm=algorithm),
         )
         for algorithm in ALGORITHMS
     ),
-    ConformanceCheck(name="it tells the certificate that signs", run=issuers_start_with_the_one_that_signs),
-    ConformanceCheck(
-        name="it gives the validity that was asked for", run=gives_the_validity_that_was_asked_for, must=False
-    ),
-    ConformanceCheck(name="it signs the same CSR again", run=signs_the_same_csr_again),
-    ConformanceCheck(name="it signs from several threads", run=signs_from_several_threads),
-    ConformanceCheck(name="it signs a batch in its order", run=signs_many_in_the_order_asked),
-    ConformanceCheck(name="it refuses a CSR with a bad signature", run=refuses_a_csr_with_a_bad_signature),
-    ConformanceCheck(name="it can be closed twice", run=close_can_be_called_twice),
+    ConformanceCheck("it tells the certificate that signs", issuers_start_with_the_one_that_signs),
+    ConformanceCheck("it gives the validity that was asked for", gives_the_validity_that_was_asked_for, must=False),
+    ConformanceCheck("it signs the same CSR again", signs_the_same_csr_again),
+    ConformanceCheck("it signs from several threads", signs_from_several_threads),
+    ConformanceCheck("it signs a batch in its order", signs_many_in_the_order_asked),
+    ConformanceCheck("it refuses a CSR with a bad signature", refuses_a_csr_with_a_bad_signature),
+    ConformanceCheck("it can be closed twice", close_can_be_called_twice),
 )

@@ -31,11 +31,12 @@ def wait_until(
     is_enough: Callable[[T], bool],
     limit: timedelta,
     *,
-    pause_seconds: float,
+    pause_seconds: float | Callable[[T], float],
     between: Callable[[T], object] = lambda _: None,
 ) -> T:
     """
     Look until the result is enough, and return the last look, which begins when the time is over; `between` may end it.
+    A function for `pause_seconds` gets what was seen.
 
     A look during which the time ran out is not the last: the machine may have stalled in it.
     """
@@ -47,7 +48,8 @@ def wait_until(
         between(seen)
         if is_last:
             return seen
-        time.sleep(max(0.0, min(end - time.monotonic(), pause_seconds)))
+        pause = pause_seconds(seen) if callable(pause_seconds) else pause_seconds
+        time.sleep(max(0.0, min(end - time.monotonic(), pause)))
 
 
 def back_off_seconds(failures: int, first: float, longest: float) -> float:

@@ -727,7 +727,7 @@ def test_a_kubeconfigs_forms(api: ApiServer, tmp_path: Path) -> None:
     by_file["users"][0]["user"] = {"tokenFile": "t"}
     found = parse_kubeconfig(json.dumps(by_file).encode(), tmp_path)
     assert found.trust == access.trust
-    assert found.token is not None
+    assert isinstance(found.token, Secret)
     assert found.token.read() == "abc"
 
     def broken(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> str:
