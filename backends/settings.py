@@ -48,6 +48,11 @@ def url_problems(
         yield SettingsProblem("url", risky, f"http:// to {host}, which is not this machine")
 
 
+def is_https(url: str) -> bool:
+    """Whether a URL leads to a server that speaks TLS."""
+    return url.lower().startswith("https:")
+
+
 def is_loopback(host: str) -> bool:
     """Whether the host is this machine, to which a secret may go in the clear."""
     try:

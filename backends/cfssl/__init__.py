@@ -25,7 +25,7 @@ from requests import Response
 
 from backends.cfssl.settings import API, EKU_NAMES, MIN_KEY_BYTES, CfsslSettings, setup_files
 from backends.http import Http, OverHttp, Wording, json_object, listed, retry_after_seconds, without
-from backends.settings import common_name, read_secret, tls_context
+from backends.settings import common_name, is_https, read_secret, tls_context
 from bridge.contract import Issued, Names, PlannedCertificate, Secret, Selector, SignRequest
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError, Violation
 from bridge.pki.certificates import is_signed_by, load_pem_certificates
@@ -44,7 +44,7 @@ class CfsslBackend(OverHttp):
         self._settings = settings
         self._profile = Selector(settings.profile, settings.profiles, settings.node)
         self._label = {"label": settings.label} if settings.label else {}
-        silent = "" if settings.tls else "does the server speak TLS? url says http://"
+        silent = "" if is_https(settings.url) else "does the server speak TLS? url says http://"
         wording = Wording(name="cfssl", not_ours=_HINTS[_NOT_CFSSL], tls=_tls_hint, silent=silent)
         tls = functools.partial(tls_context, settings.ca_file, settings.client_cert, settings.client_key)
         self._http = Http(wording, settings.url, settings.timeout, tls)

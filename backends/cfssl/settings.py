@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 
-from backends.settings import pair_problems, url_problems
+from backends.settings import is_https, pair_problems, url_problems
 from bridge.contract import BackendSettings, NamePatterns, Secret, Selector, SetupFile, SetupRequest
 from bridge.errors import SettingsProblem
 from bridge.pki.certificates import common_names, extension
@@ -55,11 +55,6 @@ class CfsslSettings(BackendSettings):
     #: Allow `http://` to another machine: anyone on the network path can read, record and replay every request.
     plain_http: bool = False
 
-    @property
-    def tls(self) -> bool:
-        """Whether the URL is https."""
-        return self.url.lower().startswith("https:")
-
     def private_files(self) -> Iterator[Path]:
         """The files with HMAC keys; one for each profile if their path is a pattern."""
         yield from super().private_files()
@@ -79,7 +74,7 @@ class CfsslSettings(BackendSettings):
                 yield SettingsProblem(key, "a profile's name", "an empty text")
         yield from self._auth_key_problems()
         yield from pair_problems(self.client_cert, self.client_key)
-        if not self.tls and (self.ca_file or self.client_cert or self.client_key):
+        if not is_https(self.url) and (self.ca_file or self.client_cert or self.client_key):
             yield SettingsProblem("url", "https:// (as ca_file or client_cert is given)", "http://")
 
     def _auth_key_problems(self) -> Iterator[SettingsProblem]:
@@ -153,16 +148,16 @@ def config_beside(
     return _config(authority, {pattern.spec.usage: profile_beside(pattern) for pattern in patterns}, directory)
 
 
-def profile_beside(one: NamePatterns) -> dict[str, object]:
+def profile_beside(patterns: NamePatterns) -> dict[str, object]:
     """A profile for an empty CSR."""
-    names = (*one.uris, *one.dns, *one.common_names)
-    patterns = (_quoted(name).replace(r"\*", ".*").replace(r"\?", ".") for name in names)
+    names = (*patterns.uris, *patterns.dns, *patterns.common_names)
+    expressions = (_quoted(name).replace(r"\*", ".*").replace(r"\?", ".") for name in names)
     return {
-        "usages": ["digital signature", *(EKU_NAMES[eku] for eku in EKU if eku in one.spec.ekus)],
-        "expiry": _duration(one.longest),
+        "usages": ["digital signature", *(EKU_NAMES[eku] for eku in EKU if eku in patterns.spec.ekus)],
+        "expiry": _duration(patterns.longest),
         "backdate": "1m",
-        "auth_key": one.spec.usage,
-        "name_whitelist": f"^({'|'.join(['', *patterns])})$",
+        "auth_key": patterns.spec.usage,
+        "name_whitelist": f"^({'|'.join(['', *expressions])})$",
     }
 
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from backends.cmp.program import ENROLMENT, OLDEST_WITH_PROFILES, Log, Program, Ran, body_of, failure, quoted
-from backends.settings import pair_problems, read_secret, subject_of, url_problems
+from backends.settings import is_https, pair_problems, read_secret, subject_of, url_problems
 from bridge.contract import (
     Backend,
     BackendSettings,
@@ -92,11 +92,6 @@ class CmpSettings(BackendSettings):
             return self.path
         return WELL_KNOWN if self.mode == "cr" or self.profile else f"{WELL_KNOWN}/p/{{usage}}"
 
-    @property
-    def tls(self) -> bool:
-        """Whether the URL is https."""
-        return self.url.lower().startswith("https:")
-
     def problems(self) -> Iterator[SettingsProblem]:
         """Find contradictions, and settings that would accept unprotected answers."""
         yield from url_problems(self.url, "http://HOST[:PORT], without a query", plain_http=True)
@@ -135,10 +130,10 @@ class CmpSettings(BackendSettings):
 
     def _tls_problems(self) -> Iterator[SettingsProblem]:
         yield from pair_problems(self.tls_client_cert, self.tls_client_key, "tls_")
-        if self.tls and not self.tls_ca_file:
+        if is_https(self.url) and not self.tls_ca_file:
             wanted = "the CA of the server's TLS certificate (openssl would not check it, and not say so)"
             yield SettingsProblem("tls_ca_file", wanted, "nothing")
-        if not self.tls and (self.tls_ca_file or self.tls_client_cert or self.tls_client_key):
+        if not is_https(self.url) and (self.tls_ca_file or self.tls_client_cert or self.tls_client_key):
             yield SettingsProblem("url", "https:// (as files for TLS are given)", "http://")
 
 
@@ -315,31 +310,29 @@ class CmpBackend(Backend):
 
     def _addressed(self, url: str, profile: str) -> list[str]:
         """The arguments for the server, for our credentials and for its protection."""
-        ours = self._settings
+        settings = self._settings
         words = ["-batch", "-server", url]
         optional: dict[str, object] = {
-            "-recipient": ours.recipient,
-            "-ref": ours.reference,
-            "-cert": ours.client_cert,
-            "-key": ours.client_key,
-            "-trusted": ours.trusted_file,
-            "-expect_sender": ours.sender,
-            "-tls_trusted": ours.tls_ca_file,
-            "-tls_cert": ours.tls_client_cert,
-            "-tls_key": ours.tls_client_key,
+            "-recipient": settings.recipient,
+            "-ref": settings.reference,
+            "-cert": settings.client_cert,
+            "-key": settings.client_key,
+            "-trusted": settings.trusted_file,
+            "-expect_sender": settings.sender,
+            "-tls_trusted": settings.tls_ca_file,
+            "-tls_cert": settings.tls_client_cert,
+            "-tls_key": settings.tls_client_key,
             "-profile": profile,
         }
         for option, value in optional.items():
             words += [option, str(value)] if value else []
-        words += ["-tls_used"] if ours.tls else []
-        words += ["-unprotected_errors"] if ours.unprotected_errors else []
-        found = self._version
-        if profile and found < OLDEST_WITH_PROFILES:
+        words += ["-tls_used"] if is_https(settings.url) else []
+        words += ["-unprotected_errors"] if settings.unprotected_errors else []
+        major, minor = self._version
+        if profile and (major, minor) < OLDEST_WITH_PROFILES:
             wanted = ".".join(map(str, OLDEST_WITH_PROFILES))
-            raise NoVerdictError(
-                f"cmp: wanted openssl {wanted} or newer, which can name a profile, found {found[0]}.{found[1]}",
-                hint="use `path` instead of `profile`, or name a newer program in `openssl`",
-            )
+            text = f"cmp: wanted openssl {wanted} or newer, which can name a profile, found {major}.{minor}"
+            raise NoVerdictError(text, hint="use `path` instead of `profile`, or name a newer program in `openssl`")
         return words
 
     @functools.cached_property
@@ -491,6 +484,4 @@ def _patterns(patterns: NamePatterns) -> Iterator[str]:
 def _names(spec: CertificateSpec, certificate: x509.Certificate) -> Iterator[str]:
     sans = ", ".join(f"{kind}:{value}" for kind, value in sorted(san_entries(certificate)))
     text = f"{spec.name}: {name_text(certificate.subject)}; {f'SANs {sans}' if sans else 'no SANs'}"
-    yield from textwrap.wrap(
-        text, width=116, initial_indent="#      ", subsequent_indent="#        ", break_long_words=False
-    )
+    yield from textwrap.wrap(text, 116, initial_indent="#      ", subsequent_indent="#        ", break_long_words=False)

@@ -200,9 +200,8 @@ class DoorBackend(OverHttp):
             return BackendRefusedError(f"door: {wanted}", hint=_LARGE_HINT)
         answer = self._ask("POST", "/v1/requests", data, self._enrolled(bundle))
         if answer.status_code != HTTPStatus.ACCEPTED:
-            if answer.status_code == HTTPStatus.FORBIDDEN or (
-                answer.status_code == HTTPStatus.BAD_REQUEST and _said(answer)
-            ):
+            is_about_this_one = answer.status_code == HTTPStatus.BAD_REQUEST and _said(answer)
+            if is_about_this_one or answer.status_code == HTTPStatus.FORBIDDEN:
                 return _error(answer)  # the next bundle may be taken
             raise _error(answer)
         request_digest, reference = digest(bundle), (json_object(answer.content) or {}).get("id")
@@ -304,12 +303,12 @@ def _bundled(requests: Sequence[SignRequest]) -> tuple[RequestBundle, bytes]:
 def _given(answer: AnswerBundle | Pending | BackendError, request: SignRequest) -> Issued | Pending | BackendError:
     if not isinstance(answer, AnswerBundle):
         return answer
-    one = answer.answers.get(request.spec.name)
-    if isinstance(one, Issued):
-        return one
+    given = answer.answers.get(request.spec.name)
+    if isinstance(given, Issued):
+        return given
     signer = one_line(answer.signer)
-    if isinstance(one, Refusal):
-        return BackendRefusedError(f"{signer} refused: {one.reason}")
+    if isinstance(given, Refusal):
+        return BackendRefusedError(f"{signer} refused: {given.reason}")
     return BackendRefusedError(f"{signer}: this door has no CA for {request.spec.authority.name}")
 
 

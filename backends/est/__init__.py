@@ -25,7 +25,6 @@ from typing import Any
 from urllib.parse import quote
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 from requests import Response
 from requests.auth import HTTPBasicAuth
@@ -41,7 +40,15 @@ from bridge.errors import (
     SettingsProblem,
     Violation,
 )
-from bridge.pki.certificates import csr_fingerprint, extended_key_usages, is_for, is_signed_by, name_text, san_entries
+from bridge.pki.certificates import (
+    UNREADABLE,
+    csr_fingerprint,
+    extended_key_usages,
+    is_for,
+    is_signed_by,
+    name_text,
+    san_entries,
+)
 from bridge.pki.expiry import day, minute
 from bridge.specs import EKU, SPECS, CertificateSpec
 from bridge.system.paths import open_regular
@@ -125,9 +132,7 @@ class EstBackend(OverHttp):
         url = str(wanted.settings.get("url", "https://est.corp.example")).rstrip("/")
         parts = [_HEAD.format(authority=wanted.authority.name, node=wanted.node, cluster=wanted.cluster)]
         parts += ["\n".join(_label_lines(name, specs, wanted)) for name, specs in by_label.items()]
-        parts.append(_ASKER)
-        parts.append("\n".join(_settings_lines(wanted, url, label)))
-        parts.append("\n".join(_try_lines(url, list(by_label))))
+        parts += [_ASKER, "\n".join(_settings_lines(wanted, url, label)), "\n".join(_try_lines(url, list(by_label)))]
         text = "\n".join(parts) + "\n"
         return [SetupFile(name=f"est-{wanted.authority.name}.txt", text=text)]
 
@@ -147,7 +152,9 @@ class EstBackend(OverHttp):
             hint = "does the server make keys by itself, or answer with an older request's certificate?"
             raise BackendRefusedError(f"est: {text}", hint=hint)
         known = [*found, *self._ca_certificates(label)]
-        if not any(certifies(issuer, leaf) for issuer in known):  # the CA has another certificate than at the last look
+        if not any(
+            is_signed_by(leaf, issuer) for issuer in known
+        ):  # the CA has another certificate than at the last look
             known = [*found, *self._ca_certificates(label, anew=True)]
         return Issued(leaf=leaf, intermediates=intermediates_of(leaf, known))
 
@@ -211,9 +218,9 @@ class EstBackend(OverHttp):
         subject = f"label {label!r}" if label else "no label"
         if not self._knows(label):
             return [Violation(subject=subject, want="one that the server knows", got="HTTP 404 for its cacerts")]
-        first, ours = next(iter(self._cas.values())), self._cas[label]
-        if not set(first) & set(ours):
-            return [Violation(subject=subject, want=f"the same CA as other labels, {_names(first)}", got=_names(ours))]
+        first, cas = next(iter(self._cas.values())), self._cas[label]
+        if not set(first) & set(cas):
+            return [Violation(subject=subject, want=f"the same CA as other labels, {_names(first)}", got=_names(cas))]
         entry = self._enrol(label, b"")
         if entry.status in NO_ENTRY:
             error = self._error(entry)
@@ -424,7 +431,7 @@ def certificates(body: bytes) -> list[x509.Certificate]:
         found = pkcs7.load_der_pkcs7_certificates(_der(body))
         for certificate in found:
             _ = certificate.subject, certificate.issuer, certificate.not_valid_before_utc  # which are read only now
-    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
+    except UNREADABLE as e:
         # ValueError: also a date in the year 0; TypeError: a type that does not fit an attribute
         raise ValueError(f"{len(body)} bytes in another form") from e
     if len(found) > MAX_CERTIFICATES:
@@ -451,22 +458,13 @@ def intermediates_of(leaf: x509.Certificate, pool: Sequence[x509.Certificate]) -
     roll-over certificates (RFC 7030 §4.1.3) also have the same subject and issuer, and are needed.
     """
     others = (certificate for certificate in dict.fromkeys(pool) if certificate != leaf)
-    return tuple(certificate for certificate in others if not certifies(certificate, certificate))
+    return tuple(certificate for certificate in others if not is_signed_by(certificate, certificate))
 
 
 def issuing_first(pool: Sequence[x509.Certificate]) -> list[x509.Certificate]:
     """The CA's certificates, first those that certify no other one, since RFC 7030 §4.1.3 promises no order."""
-    certificates = list(dict.fromkeys(pool))
-    return sorted(
-        certificates,
-        key=lambda certificate: sum(certifies(certificate, other) for other in certificates if other != certificate),
-    )
-
-
-@functools.lru_cache(maxsize=256)  # the CA's own certificates come again with every leaf
-def certifies(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
-    """Whether a certificate names this issuer, and is signed with its key."""
-    return issuer.subject == certificate.issuer and is_signed_by(certificate, issuer)
+    cas = list(dict.fromkeys(pool))
+    return sorted(cas, key=lambda ca: sum(is_signed_by(other, ca) for other in cas if other != ca))
 
 
 # --- what the CA's administrator needs ---------------------------------------------------------------------------------

@@ -97,11 +97,11 @@ class ExchangeBackend(Backend):
         return [answers[request.continuity.batch if request.continuity else ""] for request in requests]
 
     def _submit(self, bundle: RequestBundle) -> Pending:
-        csrs = {one.csr for one in bundle.requests}
+        csrs = {request.csr for request in bundle.requests}
         there = (
-            (path, one)  # from a run that died before it could report it
-            for path, one in self._outbox(bundle.node)
-            if one.batch == bundle.batch and csrs <= {request.csr for request in one.requests}
+            (path, sent)  # from a run that died before it could report it
+            for path, sent in self._outbox(bundle.node)
+            if sent.batch == bundle.batch and csrs <= {request.csr for request in sent.requests}
         )
         path, bundle = next(there, None) or self._write(bundle)
         return Pending(reference=digest(bundle), note=_to_carry(path, bundle))

@@ -156,9 +156,8 @@ def setup_files(wanted: SetupRequest) -> list[SetupFile]:
     # a line break in a CA's certificate would end the comment, and the shell would run the rest
     lines = [[one_line(cell, _LONGEST_CELL) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    table = "\n".join(
-        "# " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    row = "# " + "  ".join(f"{{:{width}}}" for width in widths)
+    table = "\n".join(row.format(*line).rstrip() for line in lines)
     text = _TEXT.format(
         node=one_line(wanted.node),
         cluster=one_line(wanted.cluster),
@@ -340,9 +339,8 @@ def _quoted_subject(name: str, certificate: x509.Certificate) -> str:
     for attribute in certificate.subject:
         field = _STEP_CA_FIELDS.get(attribute.oid)
         if field is None or not isinstance(attribute.value, str) or (field in _SINGLE and values[field]):
-            text = (
-                f"{name}: wanted a subject of attributes that step-ca knows, found {attribute.rfc4514_attribute_name}"
-            )
+            wanted = "a subject of attributes that step-ca knows"
+            text = f"{name}: wanted {wanted}, found {attribute.rfc4514_attribute_name}"
             raise BridgeError(text, hint="have another CA renew this certificate")
         values[field].append(attribute.value)
     fields = {field: values[0] if field in _SINGLE else values for field, values in values.items() if values}

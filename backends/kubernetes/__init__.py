@@ -242,10 +242,9 @@ class KubernetesBackend(OverHttp):
     def sign(self, request: SignRequest) -> Issued | Pending:
         """Make the object, or find the one of an earlier try, and wait a little for its answer."""
         if request.validity < SHORTEST:
-            raise BackendRefusedError(
-                f"kubernetes: wanted a validity of 10 minutes or more, found {request.validity.total_seconds():.0f} s",
-                hint="no API server takes a request for less: renewal.validity",
-            )
+            found = f"{request.validity.total_seconds():.0f} s"
+            text = f"kubernetes: wanted a validity of 10 minutes or more, found {found}"
+            raise BackendRefusedError(text, hint="no API server takes a request for less: renewal.validity")
         body = _object(request, self._signer(request.spec))
         name = body["metadata"]["name"]
         answer = self._ask("POST", CSRS, body)
@@ -314,18 +313,15 @@ class KubernetesBackend(OverHttp):
 
     def close(self) -> None:
         """Remove the objects that were answered, and close the connections."""
-        with contextlib.suppress(BackendError):  # kube-controller-manager removes the rest, in an hour
-            while self._answered:
-                self._remove(*self._answered.popleft())
+        self._remove_answered(most_left=0)
         super().close()
 
     def _look(self, reference: str) -> Answer:
         name, _, uid = reference.partition(" ")
         answer = self._ask("GET", path_of(name))
         found = _metadata(answer.document, "uid")
-        if found not in {"", uid} or (
-            answer.status == HTTPStatus.NOT_FOUND and answer.document.get("kind") == "Status"
-        ):
+        is_removed = answer.status == HTTPStatus.NOT_FOUND and answer.document.get("kind") == "Status"
+        if is_removed or found not in {"", uid}:
             hint = "without an answer it is removed after 24 hours, with one after an hour; the next run asks anew"
             raise BackendRefusedError(f"kubernetes: {one_line(name)}: wanted our request, found it removed", hint=hint)
         if answer.status != HTTPStatus.OK or not found:
@@ -367,14 +363,15 @@ class KubernetesBackend(OverHttp):
         name, _, uid = reference.partition(" ")
         if self._settings.delete and (name, uid) not in self._answered:
             self._answered.append((name, uid))
-            with contextlib.suppress(BackendError):
-                while len(self._answered) > _MOST_ANSWERED:
-                    self._remove(*self._answered.popleft())
+            self._remove_answered(_MOST_ANSWERED)
 
-    def _remove(self, name: str, uid: str) -> None:
-        """Delete an object, whatever the answer: otherwise kube-controller-manager deletes it an hour later."""
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
-        self._ask("DELETE", path_of(name), body)
+    def _remove_answered(self, most_left: int) -> None:
+        """Delete objects, whatever the answer: otherwise kube-controller-manager deletes them an hour later."""
+        with contextlib.suppress(BackendError):
+            while len(self._answered) > most_left:
+                name, uid = self._answered.popleft()
+                body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}
+                self._ask("DELETE", path_of(name), body)
 
     def _missing_right(self, verb: str) -> Violation | None:
         attributes = {"group": "certificates.k8s.io", "resource": "certificatesigningrequests", "verb": verb}

@@ -10,7 +10,6 @@ show what was issued.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from backends.openssl.index import Database, file_name
+from backends.openssl.index import Database, file_name, log
 from backends.openssl.program import KeyFile, Openssl, ProcessEnd, TokenKey
 from backends.openssl.settings import CA_PLACE_HINT, EKUS, SECTION, OpensslSettings, files_of, setup_files
 from bridge.contract import Backend, Issued, Names, SignRequest
@@ -69,8 +68,6 @@ x509_extensions = no_section_so_that_forgetting_one_fails
 [any]
 commonName = optional
 """
-
-log = logging.getLogger("ca-bridge.openssl")
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,10 +193,9 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
         if not equals or not name or re.search(r"\s", name):
             raise ConfigDoubtError(number, "name = value", repr(line))
         section, _, key = name.rpartition("::")
-        # a repeated key counts from its second line on, as in openssl
-        config.sections.setdefault(section or current, {})[key] = _expanded(
-            Value(value, number), section or current, config, environment
-        )
+        section = section or current
+        expanded = _expanded(Value(value, number), section, config, environment)
+        config.sections.setdefault(section, {})[key] = expanded  # a repeated key counts from its second line on
     return config
 
 
@@ -342,15 +341,13 @@ echo 'unique_subject = no' > {quoted}/index.txt.attr
 
 def setup_files(wanted: SetupRequest) -> list[SetupFile]:
     """Write an openssl.cnf for the authority's directory: the settings' or else one below `DIRECTORY`."""
-    directory = wanted.settings.get("dir")
+    directory, authority = wanted.settings.get("dir"), wanted.authority.name
     if wanted.patterns:
-        place = str(directory or DIRECTORY / wanted.authority.name)
-        text = _BESIDE.format(
-            quoted=shlex.quote(place), text=escaped(json.dumps(place)), authority=wanted.authority.name
-        )
-        return [SetupFile(name=f"{wanted.authority.name}.sh", text=text, executable=True)]
+        place = str(directory or DIRECTORY / authority)
+        text = _BESIDE.format(quoted=shlex.quote(place), text=escaped(json.dumps(place)), authority=authority)
+        return [SetupFile(name=f"{authority}.sh", text=text, executable=True)]
     text = config_text(wanted.authority, wanted.certificates, wanted.validity, directory)
-    return [SetupFile(name=f"{wanted.authority.name}.cnf", text=text, alone=True)]
+    return [SetupFile(name=f"{authority}.cnf", text=text, alone=True)]
 
 
 def config_text(

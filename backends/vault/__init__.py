@@ -26,15 +26,7 @@ from backends.vault.server import Answer, Tokens, identity_text, log, texts
 from backends.vault.settings import VaultSettings, role_selector
 from bridge.contract import CredentialEnd, Issued, Names, PlannedCertificate, SignRequest
 from bridge.errors import BackendRefusedError, LocalFileError, Violation
-from bridge.pki.certificates import (
-    UNREADABLE,
-    asked_key_and_usages,
-    is_signed_by,
-    key_and_usages,
-    load_pem_certificates,
-    pem,
-    serial_hex,
-)
+from bridge.pki import certificates
 from bridge.specs import EKU, PODS, USER, CertificateSpec
 from bridge.system.waiting import workers
 from bridge.words import one_line
@@ -134,9 +126,9 @@ class VaultBackend(OverHttp):
     def advice(self, spec: CertificateSpec) -> str:
         """Name the role, or in mode `sign-verbatim` the engine."""
         mount = self._plain_mount
-        setup = f"`ca-bridge setup vault --authority {spec.authority.name}`"
-        if spec == USER:
-            setup = "`ca-bridge help users`"
+        setup = (
+            "`ca-bridge help users`" if spec == USER else f"`ca-bridge setup vault --authority {spec.authority.name}`"
+        )
         if self._settings.mode != "sign":
             return f"see what sign-verbatim of {mount} makes of it, and the policy that {setup} prints"
         return f"compare role {self._role(spec)} of {mount}, and the token's policy, with what {setup} prints"
@@ -159,12 +151,12 @@ class VaultBackend(OverHttp):
     def revoke(self, certificate: x509.Certificate) -> None:
         """Revoke a certificate of this mount's CA, stored or not; the token needs `update` on the mount's `revoke`."""
         # not by hvac's `revoke_certificate`, which sends the number alone: a mount that stores nothing does not know it
-        path, body = f"{self._mount}/revoke", {"certificate": pem(certificate).decode("ascii")}
+        path, body = f"{self._mount}/revoke", {"certificate": certificates.pem(certificate).decode("ascii")}
         self._ask(lambda client: client.write_data(path, data=body)).or_raise()
 
     def is_revoked(self, certificate: x509.Certificate) -> bool:
         """Look a certificate up by its serial number, without a token; False also if the mount did not store it."""
-        number = "-".join(re.findall("..", serial_hex(certificate).lower()))
+        number = "-".join(re.findall("..", certificates.serial_hex(certificate).lower()))
         answer = self._certificate(number)
         if answer.status == HTTPStatus.NOT_FOUND and not answer.reasons:
             return False
@@ -182,9 +174,9 @@ class VaultBackend(OverHttp):
     def recall(self, requests: Sequence[SignRequest], since: datetime) -> list[Issued | None]:
         """Search the certificates that the mount has stored, the newest first, for those of the first of `issuers`."""
         signers, leaves = self.issuers(), dict[_Kind, x509.Certificate]()
-        wanted = [asked_key_and_usages(request.csr_pem, request.spec.ekus) for request in requests]
+        wanted = [certificates.asked_key_and_usages(request.csr_pem, request.spec.ekus) for request in requests]
         for kind, leaf in sorted(self._stored(since), key=lambda entry: entry[1].not_valid_before_utc, reverse=True):
-            is_wanted = kind in wanted and kind not in leaves and is_signed_by(leaf, signers[0])
+            is_wanted = kind in wanted and kind not in leaves and certificates.is_signed_by(leaf, signers[0])
             if is_wanted and not self.is_revoked(leaf):  # an operator may revoke a certificate that no node got
                 leaves[kind] = leaf
         answers = [leaves.get(kind) for kind in wanted]
@@ -218,9 +210,9 @@ class VaultBackend(OverHttp):
         pem = texts(answer.or_raise().data.get("certificate"))
         if not pem:
             raise BackendRefusedError(f"vault: {answer.where}: the answer has no certificate")
-        with contextlib.suppress(*UNREADABLE):  # one that can't be read is not ours
-            [leaf] = load_pem_certificates("\n".join(pem).encode())
-            return (key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None
+        with contextlib.suppress(*certificates.UNREADABLE):  # one that can't be read is not ours
+            [leaf] = certificates.load_pem_certificates("\n".join(pem).encode())
+            return (certificates.key_and_usages(leaf), leaf) if leaf.not_valid_before_utc >= oldest else None
         return None
 
     def _certificate(self, number: str) -> Answer:
@@ -379,7 +371,7 @@ def _issued(answer: Answer) -> Issued:
 
 def _certificates(pem: Sequence[str], where: str) -> list[x509.Certificate]:
     try:
-        return load_pem_certificates("\n".join(pem).encode())
+        return certificates.load_pem_certificates("\n".join(pem).encode())
     except ValueError:
         text = f"vault: {where}: wanted a certificate in PEM, found something else"
         raise BackendRefusedError(text, hint="is there a Vault or OpenBao PKI engine behind this URL?") from None

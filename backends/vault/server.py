@@ -190,10 +190,8 @@ class Server:
             raise TypeError("a secret that `VaultSettings.problems` demands is not set")
         value = read_secret(secret, "vault", "put the secret there, readable for this process")
         if token and not re.fullmatch(r"[!-~]+", value):
-            raise LocalFileError(
-                f"vault: wanted a token in {secret}, found more than one word of ASCII text",
-                hint="put the token there, and nothing else",
-            )
+            text = f"vault: wanted a token in {secret}, found more than one word of ASCII text"
+            raise LocalFileError(text, hint="put the token there, and nothing else")
         return self.hide(value)
 
     def answer(self, response: Response, where: str) -> Answer:

@@ -99,10 +99,8 @@ def _text_beside(engine: VaultSettings, wanted: SetupRequest) -> str:
     for pattern in wanted.patterns:
         role, payload = select(pattern.spec), role_beside(pattern)
         if payloads.setdefault(role, payload) != payload:
-            raise NoRoleError(
-                f"{pattern.spec.name}: wanted a role of its own, found {role} shared",
-                hint="give the certificates different roles in the backend's table `roles`",
-            )
+            message = f"{pattern.spec.name}: wanted a role of its own, found {role} shared"
+            raise NoRoleError(message, hint="give the certificates different roles in the backend's table `roles`")
     parameters = [key for key, texts in (("uri_sans", "uris"), ("alt_names", "dns"), ("common_name", "common_names"))
                   if any(getattr(patterns, texts) for patterns in wanted.patterns)]  # fmt: skip
     allowed = policy(engine.mount, payloads, issuer=engine.issuer, beside=parameters)

@@ -347,10 +347,8 @@ def assert_right_ca(issuers: Sequence[x509.Certificate], expected: verify.Expect
             hint = "have the CA certificate renewed, or correct this node's clock"
     except ValueError as e:
         got += f", whose dates can't be read: {e}"
-    raise BackendRefusedError(
-        f"wanted the CA of {expected.anchor_name} ({subject_line(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…), got {got}",
-        hint=hint,
-    )
+    want = f"the CA of {expected.anchor_name} ({subject_line(anchor)}, SHA-256 {fingerprint(anchor)[:16]}…)"
+    raise BackendRefusedError(f"wanted {want}, got {got}", hint=hint)
 
 
 # --- putting away finished requests and answers; if a run is killed before, the next one does it ----------------------

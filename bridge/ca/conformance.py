@@ -19,6 +19,7 @@ from bridge.ca.retry import NoWaitPolicy
 from bridge.contract import Ability, Backend, Continuity, Issued, Pending, SignRequest
 from bridge.errors import BackendError, BackendRefusedError, BackendUnavailableError, BridgeError, Exit, WaitingError
 from bridge.pki import csr, verify
+from bridge.pki.certificates import name_text
 from bridge.pki.expiry import minute
 from bridge.specs import SPECS, CertificateSpec, KeyAlgorithm
 from bridge.system.waiting import wait_until
@@ -155,10 +156,9 @@ def issuers_start_with_the_one_that_signs(trial: Trial) -> None:
     try:
         leaf.verify_directly_issued_by(issuers[0])
     except (ValueError, TypeError, InvalidSignature) as e:
-        raise NotConformingError(
-            f"wanted the first of the CA's certificates to have signed, found {issuers[0].subject.rfc4514_string()}"
-            f" first and a certificate of {leaf.issuer.rfc4514_string()}"
-        ) from e
+        wanted = "the first of the CA's certificates to have signed"
+        found = f"{name_text(issuers[0].subject)} first and a certificate of {name_text(leaf.issuer)}"
+        raise NotConformingError(f"wanted {wanted}, found {found}") from e
 
 
 def signs_exactly_what_was_asked(trial: Trial, algorithm: KeyAlgorithm) -> None:

@@ -78,17 +78,17 @@ def configured(settings: Settings, authorities: Iterable[str]) -> dict[str, Conf
     A SettingsError has all problems of all tables. DuplicatePluginError, BrokenPluginError: a backend can't be loaded.
     """
     (types, problems), result = _types(settings), {}
-    for authority, ours in settings.authorities.items():
-        if ours.backend not in types:
+    for authority, chosen in settings.authorities.items():
+        if chosen.backend not in types:
             continue
         keys, reader = merged(settings, authority)
-        backend_type = types[ours.backend]
+        backend_type = types[chosen.backend]
         read = reader.read(backend_type.settings_type, keys, ("authority", authority), given=_given(settings))
         problems += [problem for problem in reader.problems if problem not in problems]
         if read is not None:
-            type_name = str(settings.backends[ours.backend]["type"])
+            type_name = str(settings.backends[chosen.backend]["type"])
             result[authority] = Configured(
-                authority=authority, name=ours.backend, type_name=type_name, settings=read, backend_type=backend_type
+                authority=authority, name=chosen.backend, type_name=type_name, settings=read, backend_type=backend_type
             )
     problems += _unused(settings, types)
     missing = [settings.source.problem(("authority", a), "a table with the CA's backend", "none")
@@ -124,10 +124,8 @@ def _types(settings: Settings) -> tuple[dict[str, type[Backend]], list[SettingsP
         if type_name in entry_points:
             types[name] = _loaded(entry_points[type_name])
         else:
-            known = ", ".join(sorted(entry_points)) or "none is"
-            reader.add(
-                ("backend", name, "type"), f"an installed backend type: {known}", name_found(type_name, entry_points)
-            )
+            wanted = f"an installed backend type: {', '.join(sorted(entry_points)) or 'none is'}"
+            reader.add(("backend", name, "type"), wanted, name_found(type_name, entry_points))
     return types, reader.problems
 
 

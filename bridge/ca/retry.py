@@ -8,14 +8,13 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from bridge.errors import BackendRefusedError, BackendUnavailableError, LocalFileError
 from bridge.system.console import is_attended, log
 from bridge.system.waiting import back_off_seconds
-
-if TYPE_CHECKING:
-    from tenacity import RetryCallState
 
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 15.0
 _FIRST_REST_SECONDS, _LONGEST_REST_SECONDS = 1.0, 30.0
@@ -42,8 +41,6 @@ class WaitPolicy:
 
     def ask(self, question: Callable[[], T]) -> T:
         """Ask, and ask again while the CA is unavailable; after giving up once, fail at once."""
-        from tenacity import Retrying, retry_if_exception_type  # noqa: PLC0415 (25 ms; only where a CA is asked)
-
         if self._gave_up is not None:
             raise BackendUnavailableError(str(self._gave_up), hint=self._gave_up.hint)
         policy = Retrying(
