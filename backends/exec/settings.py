@@ -172,7 +172,7 @@ def setup_files(wanted: SetupRequest) -> list[SetupFile]:
         command=shlex.join(settings.command),
     )
     tries = SetupFile(name=f"try-{wanted.authority.name}.sh", text=text, executable=True, by_node=True)
-    return [*([provisioners(wanted, profile)] if Path(*settings.command[:1]).name == STEP_CA else []), tries]
+    return [*([provisioners(wanted, profile)] if Path(*settings.command[:1]).name == "step-ca" else []), tries]
 
 
 def _beside(wanted: SetupRequest) -> Iterator[str]:
@@ -212,9 +212,6 @@ def sans_text(certificate: x509.Certificate) -> str:
 
 
 # --- step-ca ----------------------------------------------------------------------------------------------------------
-
-#: The program's file name, by which we recognise it in `command`.
-STEP_CA = "step-ca"
 
 #: step-ca's fields of a subject, in the order in which it writes them.
 _STEP_CA_FIELDS = {

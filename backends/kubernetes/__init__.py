@@ -508,13 +508,12 @@ class Answer:
         return one_line(_last_clause(str(self.document.get("message") or "no reason given")))
 
 
-_QUOTED = '": '
 _LONG = 300
 
 
 def _last_clause(text: str) -> str:
     """A short message as it is; the end of a long one, after the value that it quotes."""
-    return text if len(text) <= _LONG else text.rpartition(_QUOTED)[2]
+    return text if len(text) <= _LONG else text.rpartition('": ')[2]
 
 
 def path_of(name: str) -> str:

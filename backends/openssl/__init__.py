@@ -267,7 +267,7 @@ class _Desk:
         outcome = self._run("-revoke", "superseded.crt", "-crl_reason", "superseded")
         self.database.adopt(before.status)
         self.database.sync([])
-        if outcome.code != 0 and _ALREADY_REVOKED not in outcome.messages:
+        if outcome.code != 0 and "Already revoked" not in outcome.messages:
             raise self.openssl.failure(outcome)
 
     def sign(self, batches: Sequence[_Batch]) -> _Answers:
@@ -375,10 +375,6 @@ class _Desk:
         fixed = ("-config", "openssl.cnf", "-name", "bridge", "-batch")
         # if we are killed, the process keeps the lock until it ends
         return self.openssl.run(self.folder, "ca", *fixed, *arguments, inherited=[self.lock], csrs=csrs)
-
-
-#: openssl's text about a certificate that needs no second revocation.
-_ALREADY_REVOKED = "Already revoked"
 
 
 def _not_issued(lost: Sequence[str]) -> BackendError:
