@@ -152,9 +152,8 @@ class EstBackend(OverHttp):
             hint = "does the server make keys by itself, or answer with an older request's certificate?"
             raise BackendRefusedError(f"est: {text}", hint=hint)
         known = [*found, *self._ca_certificates(label)]
-        if not any(
-            is_signed_by(leaf, issuer) for issuer in known
-        ):  # the CA has another certificate than at the last look
+        has_signer = any(is_signed_by(leaf, issuer) for issuer in known)
+        if not has_signer:  # the CA has another certificate than at the last look
             known = [*found, *self._ca_certificates(label, anew=True)]
         return Issued(leaf=leaf, intermediates=intermediates_of(leaf, known))
 
