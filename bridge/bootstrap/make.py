@@ -181,14 +181,9 @@ def _assert_own(desired: DesiredNode, look: NodeLook, paths: Sequence[Path]) -> 
 
 def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacement:
     there, mode = live(path), places.mode(path)
-    return Replacement(
-        certificate=name,
-        path=path,
-        data=data,
-        mode_mask=CERTIFICATE_MASK if mode & 0o044 else KEY_MASK,
-        was=None if there is None else digest(there),
-        attributes=dataclasses.replace(Attributes.private(), mode=mode),
-    )
+    was, mask = None if there is None else digest(there), CERTIFICATE_MASK if mode & 0o044 else KEY_MASK
+    attributes = dataclasses.replace(Attributes.private(), mode=mode)
+    return Replacement(certificate=name, path=path, data=data, mode_mask=mask, was=was, attributes=attributes)
 
 
 def _keep(desired: DesiredNode, look: NodeLook, kubelet_pem: Path) -> None:
@@ -321,18 +316,14 @@ def _begun(run: Run, desired: DesiredNode, unfinished: Unfinished | None = None)
             run.requests.put(_open(run, SPECS[name], made_key))
     claim(run.settings)
     run.requests.save()
-    sa = ("", "") if unfinished is None else (unfinished.sa_key, unfinished.sa_public)
-    if unfinished is None and desired.role == "init" and live(desired.places.sa_key) is None:
+    servers = {name: made_key.server for name, made_key in made.items() if made_key.server}
+    fresh = Unfinished(role=desired.role, config=desired.mark, servers=servers, names=tuple(made))
+    if unfinished is not None:
+        fresh = dataclasses.replace(fresh, sa_key=unfinished.sa_key, sa_public=unfinished.sa_public)
+    elif desired.role == "init" and live(desired.places.sa_key) is None:
         key = generate_key(keys.algorithm_of(made))
-        sa = key_pem(key).decode(), keys.sa_public_pem(key).decode()
-    fresh = Unfinished(
-        role=desired.role,
-        config=desired.mark,
-        servers={name: made_key.server for name, made_key in made.items() if made_key.server},
-        names=tuple(made),
-        sa_key=sa[0],
-        sa_public=sa[1],
-    )
+        public = keys.sa_public_pem(key).decode()
+        fresh = dataclasses.replace(fresh, sa_key=key_pem(key).decode(), sa_public=public)
     unfinished_file(run.store).put(fresh)
     return fresh
 

@@ -116,13 +116,10 @@ def message(order: Order) -> bytes:
 
 
 def _document(order: Order) -> OrderDocument:
-    return OrderDocument(
-        cluster=order.cluster.text(),
-        authorities={name: pem(*certificates).decode() for name, certificates in order.authorities.items()},
-        node=order.node,
-        service_account=None if order.sa is None else _ServiceAccount(key_pem=order.sa[0], public_pem=order.sa[1]),
-        signature=order.signature,
-    )
+    cas = {name: pem(*certificates).decode() for name, certificates in order.authorities.items()}
+    account = None if order.sa is None else _ServiceAccount(key_pem=order.sa[0], public_pem=order.sa[1])
+    document = OrderDocument(cluster=order.cluster.text(), authorities=cas, node=order.node, service_account=account)
+    return replace(document, signature=order.signature)
 
 
 def loads(data: bytes) -> Order:

@@ -219,15 +219,8 @@ def look_at(
     settings: Settings, places: Places, role: Role, config: KubeadmConfig | None, read: Read, now: datetime
 ) -> NodeLook:
     """Inspect a node as it will be; `read` may return files that are not in place yet."""
-    return NodeLook(
-        places=places,
-        role=role,
-        read=read,
-        now=now,
-        node=config.name if config is not None else settings.node.name,
-        config=config if role != "worker" else None,
-        settings=settings,
-    )
+    name, known = config.name if config is not None else settings.node.name, config if role != "worker" else None
+    return NodeLook(places=places, role=role, read=read, now=now, node=name, config=known, settings=settings)
 
 
 def assert_no_cluster(desired: DesiredNode) -> None:

@@ -88,14 +88,9 @@ def _first_end(selection: Selection) -> datetime:
 
 def next_ca_file(store: Store) -> StateFile[tuple[str, ...]]:
     """Return the file of authorities whose next CA has been asked, until all of its answers are installed."""
-    return coded(
-        tuple[str, ...],
-        store.next_ca,
-        "which authorities' next CAs have been asked",
-        OnDamage.REFUSE,
-        key="authorities",
-        afterwards="`ca-bridge pending list` shows the requests; `ca-bridge rotate-ca issue` goes on",
-    )
+    what = "which authorities' next CAs have been asked"
+    afterwards = "`ca-bridge pending list` shows the requests; `ca-bridge rotate-ca issue` goes on"
+    return coded(tuple[str, ...], store.next_ca, what, OnDamage.REFUSE, key="authorities", afterwards=afterwards)
 
 
 def hold_for_next_ca(selection: Selection, run: Run, node: inventory.Node) -> Selection:

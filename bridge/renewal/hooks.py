@@ -155,12 +155,8 @@ class Hooks:
         return self._deliver(self._to_run(event, occasion), failed_anyway or Exit.NOT_LIVE)
 
     def _to_run(self, event: str, occasion: HookEvent) -> HooksToRun:
-        return HooksToRun(
-            event=event,
-            run_id=self._run_id,
-            environment=self._environment(event, occasion),
-            serials=occasion.new_serials if event != FAILURE else {},
-        )
+        environment, serials = self._environment(event, occasion), occasion.new_serials if event != FAILURE else {}
+        return HooksToRun(event=event, run_id=self._run_id, environment=environment, serials=serials)
 
     def _deliver(self, hooks: HooksToRun, exit_code: int) -> list[HookError]:
         hooks = dataclasses.replace(hooks, tries=hooks.tries + 1)

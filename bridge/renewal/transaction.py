@@ -273,13 +273,9 @@ def with_activation(result: Result, done: Activation, apart: Collection[str] = (
         outcomes = _rolled_back(result, {o.name: back for o in outcomes if o.name not in apart})
         # an installation of CA files alone has no outcome that could carry the error
         errors = tuple(error for error in errors if error is not back or all(o.error is not back for o in outcomes))
-    return dataclasses.replace(
-        result,
-        outcomes=outcomes,
-        errors=(*result.errors, *errors),
-        restarted=tuple(f"{each.component.value} in {each.seconds:.1f} s" for each in done.restarted if each.seconds),
-        proven=done.proven,
-    )
+    restarted = tuple(f"{each.component.value} in {each.seconds:.1f} s" for each in done.restarted if each.seconds)
+    errors = (*result.errors, *errors)
+    return dataclasses.replace(result, outcomes=outcomes, errors=errors, restarted=restarted, proven=done.proven)
 
 
 def _assert_not_begun(run: Run, node: Node) -> None:
@@ -300,13 +296,9 @@ def with_pairs(run: Run, result: Result) -> Result:
     done = pairs.finish(run)
     outcomes = _rolled_back(result, done.back)
     earlier = [error for error in done.back.values() if all(outcome.error is not error for outcome in outcomes)]
-    return dataclasses.replace(
-        result,
-        outcomes=outcomes,
-        errors=(*result.errors, *done.errors, *earlier),
-        read_again=tuple(done.read),
-        proven=(result.proven or 0) + done.proven if done.proven else result.proven,
-    )
+    errors, read = (*result.errors, *done.errors, *earlier), tuple(done.read)
+    proven = (result.proven or 0) + done.proven if done.proven else result.proven
+    return dataclasses.replace(result, outcomes=outcomes, errors=errors, read_again=read, proven=proven)
 
 
 def _rolled_back(result: Result, back: Mapping[str, BridgeError]) -> tuple[Outcome, ...]:

@@ -102,12 +102,9 @@ def _done(run: Run, node: Node, names: Sequence[str], steps: Sequence[Step], res
     late = {*unproven.to_restart, *(node.spec(name).component for name in unproven.names)}
     if is_over:  # last, so that a repeat after a kill is the same `back`
         _note_going_back(run.store, {step.ca.name: None for step in steps})
-    return Done(
-        steps=steps,
-        result=result,
-        phases={name: ca.standing.text for name, ca in after.items()},
-        to_restart=[component for component in ORDER if component in late],
-    )
+    phases = {name: ca.standing.text for name, ca in after.items()}
+    to_restart = [component for component in ORDER if component in late]
+    return Done(steps=steps, result=result, phases=phases, to_restart=to_restart)
 
 
 def _going_back(store: Store) -> StateFile[dict[str, Phase]]:
