@@ -128,15 +128,9 @@ def of_init(settings: Settings, inputs: NodeInputs) -> DesiredNode:
     is_in_place = inputs.config is not None and inputs.config.absolute() == places.kubeadm_config
     files = {} if is_in_place else {places.kubeadm_config: data}
     addresses = node.addresses if node is not None else (config.address, *config.node_ips)
+    serving, cas = settings.serving_sans or tuple(dict.fromkeys((config.name, *addresses))), _carried(inputs)
     return DesiredNode(
-        role="init",
-        inputs=inputs,
-        places=places,
-        config=config,
-        text=data,
-        files=files,
-        serving=settings.serving_sans or tuple(dict.fromkeys((config.name, *addresses))),
-        carried=_carried(inputs),
+        role="init", inputs=inputs, places=places, config=config, text=data, files=files, serving=serving, carried=cas
     )
 
 
@@ -158,15 +152,10 @@ def of_join(settings: Settings, inputs: NodeInputs, role: Role | None) -> Desire
     joining = join_configuration(config, str(discovery), _IGNORED, control_plane=not is_worker, base=base)
     text = config.text().encode()
     files = {places.join_config: joining.text().encode(), **({} if is_worker else {places.kubeadm_config: text})}
+    serving = settings.serving_sans or tuple(dict.fromkeys((node.name, *node.addresses, *mine.node_ips)))
+    role, cas = node.role, _carried(inputs)
     return DesiredNode(
-        role=node.role,
-        inputs=inputs,
-        places=places,
-        config=config,
-        text=text,
-        files=files,
-        serving=settings.serving_sans or tuple(dict.fromkeys((node.name, *node.addresses, *mine.node_ips))),
-        carried=_carried(inputs),
+        role=role, inputs=inputs, places=places, config=config, text=text, files=files, serving=serving, carried=cas
     )
 
 

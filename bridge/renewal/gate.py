@@ -199,11 +199,9 @@ class Attempts:
             if (error := failed.get(name)) is None:
                 self.authorities.pop(name, None)
                 continue
-            record, reason = before.get(name), error.reason[:_LONGEST_REASON]
-            count, since = (record.count, record.since) if record is not None else (0, now)
-            self.authorities[name] = Failures(
-                count=count + 1, since=since, last=now, exit_code=error.exit_code, reason=reason
-            )
+            record, reason, code = before.get(name), error.reason[:_LONGEST_REASON], error.exit_code
+            count, since = (record.count + 1, record.since) if record is not None else (1, now)
+            self.authorities[name] = Failures(count=count, since=since, last=now, exit_code=code, reason=reason)
         if self.authorities != before:
             self._file.put(self.authorities)
         records = [(name, record) for name, record in self.authorities.items() if name in failed]

@@ -72,13 +72,10 @@ class Replaced:
         """Yield the replacements that bring the CA file and the kubeconfigs' CA data to a phase."""
         bundle = self.change.bundle(phase)
         if self.seen.bundle != bundle:
+            path, is_same = self.state.path, set(self.seen.bundle) == set(bundle)
+            new, was = pem(*bundle), digest(read(path) or b"")
             yield Replacement(
-                certificate=self.name,
-                path=self.state.path,
-                data=pem(*bundle),
-                mode_mask=CERTIFICATE_MASK,
-                was=digest(read(self.state.path) or b""),
-                says_the_same=set(self.seen.bundle) == set(bundle),
+                certificate=self.name, path=path, data=new, mode_mask=CERTIFICATE_MASK, was=was, says_the_same=is_same
             )
         names = {spec.base: spec.name for spec in SPECS.values() if spec.kubeconfig}
         for place, data in self.confs.items():

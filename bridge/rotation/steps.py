@@ -298,13 +298,9 @@ def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence
     """Record, before the installation, the components to restart for these CAs and to prove on them."""
     seen_by = {reader.certificate for step in steps for reader in readers(node, step.ca)}
     seen_by |= {name for step in steps if step.ca.name == CLUSTER_CA.name for name in _KUBECONFIGS}
-    transaction.owe_use(
-        [
-            Outcome(name=i.spec.name, authority=i.spec.authority.name, old=i.certificates[0], new=i.certificates[0])
-            for i in node.items
-            if i.spec.name in {*names, *seen_by} and i.certificates
-        ]
-    )
+    used = [(i.spec, i.certificates[0]) for i in node.items if i.spec.name in {*names, *seen_by} and i.certificates]
+    as_if_new = [Outcome(name=s.name, authority=s.authority.name, old=leaf, new=leaf) for s, leaf in used]
+    transaction.owe_use(as_if_new)
     file = unproven_file(run.store)
     unproven = file.read() or NotProven(certificates=())
     users = {node.spec(name).component for name in seen_by} & in_use.running(node)
