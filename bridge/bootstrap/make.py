@@ -124,14 +124,9 @@ def put_in_place(run: Run, desired: DesiredNode, files: Sequence[Replacement], k
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         assert_holds_keys(directory)
     # installed with the files, so that the kubelet's link never dangles; absolute, as a kubelet makes it
+    current, was, target = places.kubelet_current, fingerprint(places.kubelet_current), str(kubelet_pem)
     link = Replacement(
-        certificate=KUBELET_CONF,
-        path=places.kubelet_current,
-        data=None,
-        mode_mask=KEY_MASK,
-        was=fingerprint(places.kubelet_current),
-        is_link=True,
-        leads_to=str(kubelet_pem),
+        certificate=KUBELET_CONF, path=current, data=None, mode_mask=KEY_MASK, was=was, is_link=True, leads_to=target
     )
     about = audit.about() | {"command": f"bootstrap {desired.role}"}
     install(run.store, [*files, link], run.record.run_id, about)

@@ -86,9 +86,8 @@ def decide(node: Node, settings: Settings, options: RunOptions) -> DesiredByName
 def _assert_named(names: Sequence[str], changes: Changes) -> None:
     wanted = [*changes.add, *changes.drop]
     if ALL not in names and (others := sorted({name for name in wanted if name not in names})):
-        raise SettingsError(
-            [SettingsProblem("", f"{', '.join(others)} among the names, since its SANs are to change", "other names")]
-        )
+        among = f"{', '.join(others)} among the names, since its SANs are to change"
+        raise SettingsError([SettingsProblem("", among, "other names")])
     if changes.adopt_defaults and not names:
         raise SettingsError([SettingsProblem("--adopt-defaults", "names of certificates, or all", "none")])
     for name in wanted:

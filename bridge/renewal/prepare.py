@@ -147,13 +147,10 @@ def _of_open(item: Item, open_: OpenRequest, was: Mapping[Path, str | None], set
 
 def open_request(run: Run, prepared: Prepared) -> OpenRequest:
     """Return the open request of a prepared certificate, or a new one that stores it."""
-    return prepared.open or OpenRequest(
-        request=prepared.request,
-        key_pem=prepared.key_pem,
-        created=run.now(),
-        run_id=run.record.run_id,
-        kubeconfig=prepared.kubeconfig,
-    )
+    if prepared.open is not None:
+        return prepared.open
+    request, key, conf = prepared.request, prepared.key_pem, prepared.kubeconfig
+    return OpenRequest(request=request, key_pem=key, created=run.now(), run_id=run.record.run_id, kubeconfig=conf)
 
 
 def take_up(item: Item, open_: OpenRequest, settings: Settings) -> Prepared | Outcome:

@@ -40,7 +40,6 @@ _PAGE = 50
 _MOST_NODES = 10
 _LEADS = "the controller manager that leads has not read ca.crt yet"
 
-
 _ROOT_CAS = f"/api/v1/configmaps?fieldSelector=metadata.name%3D{_ROOT_CA}"
 _CONFIG_MAPS = f"/api/v1/configmaps?fieldSelector=metadata.name%21%3D{_ROOT_CA}"
 #: Without Helm's releases, which are large and repeat other objects.
