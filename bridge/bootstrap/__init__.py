@@ -176,9 +176,7 @@ def live(path: Path) -> bytes | None:
 
 def traces_of_cluster(places: Places) -> Iterator[Path]:
     """Yield files of kubeadm or a kubelet that show that a node is, or was, part of a cluster."""
-    manifests = places.kubeconfigs / "manifests"
-    if manifests.is_dir():
-        yield from sorted(manifests.glob("*.yaml"))
+    yield from sorted((places.kubeconfigs / "manifests").glob("*.yaml"))
     for path in (places.etcd / "member", places.kubelet / "config.yaml", places.kubelet / "kubeadm-flags.env"):
         if path.exists():
             yield path

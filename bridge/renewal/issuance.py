@@ -124,10 +124,9 @@ def _warn_of_open_secrets(configured: registry.Configured) -> None:
     """Warn of secrets in files that other users can read; `doctor` calls it an error, a renewal goes on."""
     for path in configured.settings.private_files():
         with contextlib.suppress(OSError):  # the backend that needs it reports it
-            found = open_secret(path)
-            if found is not None:
-                log.warning("%s: %s", configured.label, found)
-                log.warning("%s", found.hint, extra={"is_hint": True})
+            if (exposure := open_secret(path)) is not None:
+                log.warning("%s: %s", configured.label, exposure)
+                log.warning("%s", exposure.hint, extra={"is_hint": True})
 
 
 def issue_all(run: Run, prepared: Sequence[Prepared], reached: Reached, expected: Expected) -> list[Answered]:

@@ -479,9 +479,8 @@ def _backup_of(run: Run, steps: Sequence[Step]) -> Backup:
         has_cas = all(backups.cas_of(backup, name) in bundles for name, bundles in wanted.items())
         if has_cas and _has_leaves(backup, steps):
             return backup
-    found = ", ".join(wanted)
     raise NoWayBackError(
-        f"{found}: there is no backup of the phase “{steps[0].target.value}” with the old CA's certificates; "
+        f"{', '.join(wanted)}: there is no backup of the phase “{steps[0].target.value}” with the old CA's certificates; "
         "`drop --emergency` from the phase “old” makes none, and old ones are deleted once the table `next` is gone",
         hint=f"{NoWayBackError.hint}; CAs that were issued one by one go back so: --ca {next(iter(wanted))}",
     )
