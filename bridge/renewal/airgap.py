@@ -167,12 +167,8 @@ _SIGNED = "wanted an answer that the desk has signed"
 _SIGNED_HINT = "have the desk sign its answers (answer_key in its policy); node.desk_key in the settings names whose signature counts"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One file's answer to one request."""
-
-    answer: Issued | BridgeError
-    source: str  #: The file.
+#: An answer to a request, and the file that has it.
+Candidate = tuple[Issued | BridgeError, str]
 
 
 @dataclass(kw_only=True)
@@ -200,7 +196,7 @@ class Found:
 
     def take(self, name: str, answer: Issued | BridgeError, path: Path) -> None:
         """Keep an answer; `best` chooses between several."""
-        self.candidates.setdefault(name, []).append(Candidate(answer=answer, source=printable(path)))
+        self.candidates.setdefault(name, []).append((answer, printable(path)))
 
     def take_loose(self, request: SignRequest) -> list[x509.Certificate]:
         """Keep the loose certificates for the request's key, each with all CA certificates that might lead to its CA."""
@@ -213,10 +209,10 @@ class Found:
     def best(self, item: Prepared, expected: verify.Expectation) -> Candidate:
         """Return the latest certificate that passes, so that no decoy hides it; else the latest; else a refusal."""
         candidates = self.candidates[item.name]
-        certificates = [(each, each.answer) for each in candidates if isinstance(each.answer, Issued)]
-        certificates.sort(key=lambda pair: pair[1].leaf.not_valid_before_utc, reverse=True)
-        good = (each for each, issued in certificates if verify.error_of(issued, item.request, expected) is None)
-        return next(good, certificates[0][0] if certificates else candidates[0])
+        issued = [(answer, source) for answer, source in candidates if isinstance(answer, Issued)]
+        issued.sort(key=lambda pair: pair[0].leaf.not_valid_before_utc, reverse=True)
+        good = (pair for pair in issued if verify.error_of(pair[0], item.request, expected) is None)
+        return next(good, issued[0] if issued else candidates[0])
 
 
 def answers_in(run: Run, paths: Sequence[Path]) -> Found:
@@ -308,22 +304,21 @@ def _take_bundle(run: Run, path: Path, answer: AnswerBundle, answers: Found) -> 
 
 
 def _about(certificate: x509.Certificate) -> str:
-    try:
+    with contextlib.suppress(*UNREADABLE):
         return f"{name_text(certificate.subject)}, serial {serial_hex(certificate)},"
-    except UNREADABLE:
-        return f"SHA-256 {fingerprint(certificate)[:16]}…"
+    return f"SHA-256 {fingerprint(certificate)[:16]}…"
 
 
 def answered_by(
     run: Run, item: Prepared, answers: Found, expected: verify.Expectation, verb: str = "import"
 ) -> Answered:
     """Return the best of the carried answers to a request, and record it."""
-    best = answers.best(item, expected)
-    label = f"{verb} of {best.source}"
+    answer, source = answers.best(item, expected)
+    label = f"{verb} of {source}"
     run.record.describe(item.name, item.request, label, None)
-    if isinstance(best.answer, Issued):
-        run.record.add(audit.ISSUED, item.name, authority=item.authority, new=best.answer.leaf)
-    return Answered(prepared=item, expected=expected, label=label, answer=best.answer)
+    if isinstance(answer, Issued):
+        run.record.add(audit.ISSUED, item.name, authority=item.authority, new=answer.leaf)
+    return Answered(prepared=item, expected=expected, label=label, answer=answer)
 
 
 def cancel(

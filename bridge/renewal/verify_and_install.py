@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -140,19 +141,16 @@ def _half_rotated(node: Node, kubeconfig_dir: Path) -> NotReadyError | None:
 
 def _trusted(path: Path) -> list[x509.Certificate]:
     """Return the CAs that a kubeconfig trusts; empty: it names none, or they can't be read."""
-    try:
-        data = kubeconfig.parse(read(path) or b"").ca_data
-        return load_pem_certificates(data) if data else []
-    except (KubeconfigError, UnreadableError, ValueError):
-        return []
+    with contextlib.suppress(KubeconfigError, UnreadableError, ValueError):
+        return load_pem_certificates(kubeconfig.parse(read(path) or b"").ca_data or b"")
+    return []
 
 
 def _is_same(certificate: x509.Certificate, other: x509.Certificate) -> bool:
     """Whether both are certificates of one CA, perhaps renewed with the same key."""
-    try:
+    with contextlib.suppress(*UNREADABLE):
         return certificate.subject == other.subject and certificate.public_key() == other.public_key()
-    except UNREADABLE:
-        return False
+    return False
 
 
 def replacements(prepared: Prepared, verified: verify.Verified) -> Iterator[Replacement]:

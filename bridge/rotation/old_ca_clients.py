@@ -111,11 +111,10 @@ def users(logs: Sequence[Path], known: Collection[str]) -> Users:
 
 def _event(line: bytes) -> dict[str, Any] | None:
     """Parse the event of a line; None: it is no event, or too long."""
-    try:
+    with contextlib.suppress(ValueError):
         event = json_of(line, Budget(_LONGEST_LINE, MOST_OF_SERVER))
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
+        return event if isinstance(event, dict) else None
+    return None
 
 
 def _users_of(event: Mapping[str, Any]) -> Iterator[User]:

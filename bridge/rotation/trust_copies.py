@@ -6,7 +6,6 @@ we list and never change. We search their values for the CA's own bytes, without
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import json
 import re
@@ -235,10 +234,9 @@ def _proxies(api: Api, bundle: Bundle) -> Iterator[Held]:
 
 def _time(text: Any) -> datetime | None:
     """Parse a time of an object; None: it has none."""
-    try:
+    with contextlib.suppress(ValueError):
         return datetime.fromisoformat(text).astimezone(UTC) if isinstance(text, str) else None
-    except ValueError:
-        return None
+    return None
 
 
 # --- other owners' objects --------------------------------------------------------------------------------------------
@@ -349,10 +347,9 @@ def _name(document: Mapping[str, Any]) -> str:
 
 
 def _decoded(data: Any) -> bytes:
-    try:
+    with contextlib.suppress(ValueError):  # `binascii.Error` is one
         return base64.b64decode(data, validate=True) if isinstance(data, str) else b""
-    except (binascii.Error, ValueError):
-        return b""
+    return b""
 
 
 def _text(data: Any) -> str:
@@ -360,7 +357,6 @@ def _text(data: Any) -> str:
 
 
 def _certificates(text: Any) -> tuple[x509.Certificate, ...]:
-    try:
+    with contextlib.suppress(ValueError):
         return tuple(load_pem_certificates(text.encode())) if isinstance(text, str) else ()
-    except ValueError:
-        return ()
+    return ()
