@@ -439,8 +439,7 @@ def _rest(prepared: Sequence[Prepared], answered: Sequence[Answered]) -> list[Pr
 
 def _assert_asks(run: Run, specs: Sequence[CertificateSpec]) -> None:
     """Make sure that the settings name a CA for each of these."""
-    lacking = [spec for spec in specs if spec.authority.name not in run.settings.authorities]
-    if lacking:
+    if lacking := [spec for spec in specs if spec.authority.name not in run.settings.authorities]:
         authorities = ", ".join(name for name in AUTHORITIES if name in {spec.authority.name for spec in lacking})
         text = f"{some(spec.name for spec in lacking)}: there is no CA and no desk for {authorities}"
         hint = "an [authority.NAME] table in the settings, or --request BUNDLE for a CA desk"

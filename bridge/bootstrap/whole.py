@@ -263,8 +263,7 @@ def assert_keys_closed(look: NodeLook) -> None:
 def assert_brought(look: NodeLook, cas: Certificates) -> None:
     """Refuse a wrong client pair of an external etcd, before a CA is asked for anything else."""
     brought = look.places.brought if look.role != "worker" else []
-    problems = [text for spec in brought for text in look.problems_of(spec, cas[spec.authority.name])]
-    if problems:
+    if problems := [text for spec in brought for text in look.problems_of(spec, cas[spec.authority.name])]:
         raise NotWholeError("\n".join(problems), hint="copy the right pair from an etcd host, or move this one away")
 
 

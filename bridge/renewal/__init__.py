@@ -104,8 +104,7 @@ def anchors_in(path: Path, what: str, hint: str) -> tuple[x509.Certificate, ...]
 def assert_known(names: Collection[str], node: Node, more: Collection[str] = ()) -> None:
     """Raise a SettingsError for names that are not kubeadm's, not a further pair's on this node, and not in `more`."""
     known = [*SPECS, *(item.spec.name for item in node.items if item.pair is not None)]
-    unknown = list(dict.fromkeys(name for name in names if name not in (ALL, *known, *more)))
-    if unknown:
+    if unknown := list(dict.fromkeys(name for name in names if name not in (ALL, *known, *more))):
         wanted = f"names of certificates ({', '.join(known)}) or {ALL}"
         meant = ", ".join(name_found(name, [*known, ALL]) for name in unknown)
         raise SettingsError([SettingsProblem("", wanted, meant)])

@@ -216,22 +216,19 @@ class _Decision:
 
     def _with_sans(self, item: Item, naming: Naming) -> Naming:
         add, drop = (changes.get(item.spec.name, ()) for changes in (self.changes.add, self.changes.drop))
-        absent = [san for san in drop if san not in naming.sans]
-        if absent:
+        if absent := [san for san in drop if san not in naming.sans]:
             raise CannotChangeError(
                 f"--drop-san: wanted SANs of {item.certificate_path}, found that it has no "
                 f"{kubeadm_names.text_of(absent)}",
                 hint=f"it has {kubeadm_names.text_of(naming.sans)}",
             )
         needed = self._needed().get(item.spec.name, {}) if drop else {}
-        used = [f"{value} ({needed[value]})" for san in drop if (value := str(san.value)) in needed]
-        if used:
+        if used := [f"{value} ({needed[value]})" for san in drop if (value := str(san.value)) in needed]:
             raise CannotChangeError(
                 f"--drop-san: wanted names that nothing on this node uses, found {', '.join(used)}",
                 hint="change those files first; without the name their users would not trust the certificate",
             )
-        both = [san for san in add if san in drop]
-        if both:
+        if both := [san for san in add if san in drop]:
             raise CannotChangeError(f"wanted each SAN added or dropped, found {kubeadm_names.text_of(both)} in both")
         sans = tuple(san for san in naming.sans if san not in drop)
         return dataclasses.replace(naming, sans=tuple(dict.fromkeys((*sans, *add))))
@@ -259,8 +256,7 @@ class _Decision:
     @functools.cached_property
     def config(self) -> KubeadmConfig:
         """kubeadm's configuration (NoSourceError, KubeadmConfigError: none can be used)."""
-        file = self.changes.kubeadm_config
-        if file is not None:
+        if (file := self.changes.kubeadm_config) is not None:
             return kubeadm_config.parse(kubeadm_config.read_file(file), self.source)
         with converted(NoAnswerError, NoSourceError, f"wanted {self.source}, found "):
             config_map = kubeadm.read(self.api, kubeadm.CLUSTER)

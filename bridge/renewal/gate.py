@@ -71,8 +71,7 @@ def jitter(selection: Selection, settings: RenewalSettings, now: datetime, *, sh
     if not selection.items:
         return timedelta()
     limits = [settings.jitter.most, (_first_end(selection) - now) / 2]
-    until = decide(selection, settings, now).until
-    if until is not None:
+    if (until := decide(selection, settings, now).until) is not None:
         limits.append(until - now)
     return max(min(limits), timedelta()) * share
 

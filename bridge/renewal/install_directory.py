@@ -101,8 +101,7 @@ def _without_those_in_place(run: Run, node: Node, proven: Sequence[Proven]) -> l
     lost = lost_keys(node)
     same = {item.name for item in proven if item.verified.chain == item.prepared.item.certificates}
     other = {item.spec.name for item in node.items if item.spec.name in lost or item.copy or item.unlike}
-    there = [item.name for item in proven if item.name in same - other]
-    if there:
+    if there := [item.name for item in proven if item.name in same - other]:
         run.progress.note(f"{', '.join(there)}: left out, since this key and certificate are in place already")
     return [item for item in proven if item.name not in there]
 

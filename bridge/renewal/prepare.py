@@ -362,12 +362,11 @@ def own_names(node: NodeSettings) -> tuple[str, ...]:
 
 def _advertised(node: NodeSettings) -> list[str]:
     """Return the API server's address on a control plane, which kubeadm sets to the node's; elsewhere nothing."""
-    try:
+    with contextlib.suppress(ValueError):
         manifest = manifests.load(Component.APISERVER, node.kubeconfig_dir)
-    except ValueError:
-        return []
-    address = manifest.flags.get("--advertise-address", "") if manifest is not None else ""
-    return [address] if address and is_host(address) else []
+        address = manifest.flags.get("--advertise-address", "") if manifest is not None else ""
+        return [address] if address and is_host(address) else []
+    return []
 
 
 # --- before a CA is asked: disk space, and the node's own policy ------------------------------------------------------

@@ -88,8 +88,7 @@ def _changed(settings: Settings, api: Api, wanted: Sequence[Component], wait: ti
         return cluster
 
     with session.alone(settings, wait) as (_, record):
-        done = kubeadm.change_cluster(api, edited)
-        if done:
+        if done := kubeadm.change_cluster(api, edited):
             record.add(audit.CONFIGURED, kubeadm.CLUSTER.name, result="the flags of serving certificates")
         return done
 

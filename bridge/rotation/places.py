@@ -106,8 +106,7 @@ def look(settings: Settings, node: Node, names: Sequence[str]) -> dict[str, Repl
     """Read these CAs, or all with a next one, from the files (UnreadableCaError; SettingsError: one has no next)."""
     ready = [name for name, keys in settings.authorities.items() if keys.next]
     want = 'a table with `anchor = "FILE"`, the new CA\'s certificate'
-    problems = [SettingsProblem(f"authority.{name}.next", want, "none") for name in names if name not in ready]
-    if problems:
+    if problems := [SettingsProblem(f"authority.{name}.next", want, "none") for name in names if name not in ready]:
         raise SettingsError(problems)
     states = {state.authority.name: state for state in node.authorities}
     return {name: _look(settings, node, state) for name, state in states.items() if name in (names or ready)}
@@ -201,8 +200,7 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
         found = f"{directory}: {e.strerror}"
     real = real_path(directory)
     own_directories = (node.pki_dir, node.kubeconfig_dir, node.state_dir)
-    inside = [path for path in own_directories if real.is_relative_to(path.resolve())]
-    if inside:
+    if inside := [path for path in own_directories if real.is_relative_to(path.resolve())]:
         found = f"{directory}, which is below {inside[0]}"
     if found:
         wanted = "an absolute path of a directory for its owner alone, outside kubeadm's and our own"

@@ -119,8 +119,7 @@ def assert_possible(
         ca = step.ca
         if step.target is Phase.NEW and not emergency:
             ca = dataclasses.replace(ca, change=dataclasses.replace(ca.change, cross=None))
-        problems = list(violations(ca, cas, settings, now, emergency=emergency))
-        if problems:
+        if problems := list(violations(ca, cas, settings, now, emergency=emergency)):
             raise NewCaError(f"{ca.name}: {text(ca.change.new)} can't take its place: {'; '.join(map(str, problems))}")
 
 

@@ -124,8 +124,7 @@ def _with_objects(run: Run, node: Node, steps: Sequence[Step], result: Result) -
     """Update the cluster's objects if the node's files changed, and add errors about them to the result."""
     if result.exit_code != Exit.DONE:
         return result
-    late = _not_read(run, steps)
-    if late:
+    if late := _not_read(run, steps):
         run.progress.note(
             "not said to other nodes, which wait for it, since components of this one have not read the CAs of this phase: "
             f"{in_use.sentence(late)}; restart them, then the same command again"
