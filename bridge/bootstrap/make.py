@@ -176,7 +176,8 @@ def _assert_own(desired: DesiredNode, look: NodeLook, paths: Sequence[Path]) -> 
 
 def _replacement(places: Places, name: str, path: Path, data: bytes) -> Replacement:
     there, mode = live(path), places.mode(path)
-    was, mask = None if there is None else digest(there), CERTIFICATE_MASK if mode & 0o044 else KEY_MASK
+    was = None if there is None else digest(there)
+    mask = CERTIFICATE_MASK if mode & 0o044 else KEY_MASK
     attributes = dataclasses.replace(Attributes.private(), mode=mode)
     return Replacement(certificate=name, path=path, data=data, mode_mask=mask, was=was, attributes=attributes)
 

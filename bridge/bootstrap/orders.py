@@ -139,10 +139,8 @@ def loads(data: bytes) -> Order:
         raise OrderError("serviceAccount: wanted a key and its public key in PEM, found something else")
     if node is not None and not node.socket.isprintable():
         raise OrderError("node: wanted a socket of printable characters, found others")
-    cluster, cas = (
-        _cluster(document.cluster),
-        {name: _authority(name, text) for name, text in document.authorities.items()},
-    )
+    cluster = _cluster(document.cluster)
+    cas = {name: _authority(name, text) for name, text in document.authorities.items()}
     checked = None if node is None else new_node(node.role, node.name, node.addresses, node.socket)
     sa = None if account is None else (account.key_pem, account.public_pem)
     return Order(cluster=cluster, authorities=cas, node=checked, sa=sa, signature=document.signature)

@@ -219,7 +219,8 @@ def look_at(
     settings: Settings, places: Places, role: Role, config: KubeadmConfig | None, read: Read, now: datetime
 ) -> NodeLook:
     """Inspect a node as it will be; `read` may return files that are not in place yet."""
-    name, known = config.name if config is not None else settings.node.name, config if role != "worker" else None
+    name = config.name if config is not None else settings.node.name
+    known = config if role != "worker" else None
     return NodeLook(places=places, role=role, read=read, now=now, node=name, config=known, settings=settings)
 
 
