@@ -412,10 +412,18 @@ class Desk:
         """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
         self._lists.clear()
         self._asking.clear()
-        for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
-            self._sign(window, journal)
-            self._finish(window, journal, record, observer)
-            self._asking.clear()  # the archive has their answers
+        before: list[Job] = []
+        with ThreadPoolExecutor(
+            1
+        ) as signing:  # CAs sign a window while the next is judged, and the one before delivered
+            signed = signing.submit(self._sign, before, journal)
+            for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
+                signed.result()
+                signed = signing.submit(self._sign, window, journal)
+                self._finish(before, journal, record, observer)
+                before = window
+            signed.result()
+        self._finish(before, journal, record, observer)
         journal.tidy()
 
     def close(self) -> None:
@@ -522,6 +530,8 @@ class Desk:
             else:
                 journal.recorded |= certificates
             observer(job, where)
+        delivered = frozenset(window)
+        self._asking = {key: job for key, job in self._asking.items() if job not in delivered}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
