@@ -282,10 +282,9 @@ class Command(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                is_argument = parameter.param_type_name == "argument"
-                own = "Arguments" if is_argument else "Options"
-                whole = (record[0], _hard(record[1]))
-                parts["Options of every command" if parameter.name in COMMON else own].append(whole)
+                own = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                heading = "Options of every command" if parameter.name in COMMON else own
+                parts[heading].append((record[0], _hard(record[1])))
         parts["Options together"] = list(_together(name_of(ctx)))
         for heading, records in parts.items():
             if records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 import sys
@@ -14,18 +15,16 @@ from typing import Annotated, Any
 import typer
 
 from bridge.bootstrap import ConfigurationFacts, Places, Role, desired, keys, orders, together, whole
-from bridge.bootstrap.desired import Bootstrapped, DesiredNode, NodeInputs, NotWholeError
 from bridge.bootstrap.make import make
-from bridge.bootstrap.orders import read_order, read_signed_order
 from bridge.cli import setup as ca_setup
-from bridge.cli.options import Common, WaitOption, command, group, utc_now
-from bridge.cli.printing import progress_shown, say, say_sentence, say_table, under_headings
-from bridge.cli.results import print_errors, whereabouts
+from bridge.cli.declare import Common, argument, command, group, option
+from bridge.cli.options import WaitOption, utc_now
+from bridge.cli.printing import progress_shown, say, say_headed, say_sentence, say_table
+from bridge.cli.results import installed_rows, print_errors, whereabouts
 from bridge.errors import Exit, SettingsError, SettingsProblem, WaitingError
 from bridge.pki.csr import fingerprint_text
-from bridge.pki.expiry import minute
 from bridge.settings.tables import Settings
-from bridge.system.console import log
+from bridge.system.console import log_with_hint
 
 commands = typer.Typer()
 bootstrap = group(
@@ -36,10 +35,7 @@ bootstrap = group(
 
 CaDirOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends report theirs]",
-    ),
+    option("CA certificates, laid out as below /etc/kubernetes/pki. [default: the backends report theirs]", "DIR"),
 ]
 
 
@@ -48,25 +44,20 @@ class NodeOptions:
     """The options that `bootstrap init` and `bootstrap join` share."""
 
     kubeadm_config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="kubeadm's configuration file, in place of the facts below.")
+        Path | None, option("kubeadm's configuration file, in place of the facts below.", "FILE")
     ] = None
-    order: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The order that `bootstrap orders` wrote for this node.")
-    ] = None
-    name: Annotated[str, typer.Option(help="The node's name in the cluster.")] = ""
-    advertise_address: Annotated[str, typer.Option(help="The node's own IP address.")] = ""
-    cri_socket: Annotated[str, typer.Option(help="The container runtime's socket. [default: kubeadm's]")] = ""
+    order: Annotated[Path | None, option("The order that `bootstrap orders` wrote for this node.", "FILE")] = None
+    name: Annotated[str, option("The node's name in the cluster.")] = ""
+    advertise_address: Annotated[str, option("The node's own IP address.")] = ""
+    cri_socket: Annotated[str, option("The container runtime's socket. [default: kubeadm's]")] = ""
     ca_dir: CaDirOption = None
-    kubeadm: Annotated[str, typer.Option(help="The kubeadm program of the version that will run.")] = "kubeadm"
-    keep: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep copies there, keys included, which survive `kubeadm reset`."),
-    ] = None
-    request: Annotated[
-        Path | None, typer.Option(metavar="BUNDLE", help="Write the requests there for a CA desk, and ask no CA.")
-    ] = None
-    answer: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A desk's answer; may be repeated.")] = None
-    anew: Annotated[bool, typer.Option("--anew", help="Forget the keys and requests of an earlier run.")] = False
+    kubeadm: Annotated[str, option("The kubeadm program of the version that will run.")] = "kubeadm"
+    keep: Annotated[Path | None, option("Keep copies there, keys included, which survive `kubeadm reset`.", "DIR")] = (
+        None
+    )
+    request: Annotated[Path | None, option("Write the requests there for a CA desk, and ask no CA.", "BUNDLE")] = None
+    answer: Annotated[list[Path] | None, option("A desk's answer; may be repeated.", "FILE")] = None
+    anew: Annotated[bool, option("Forget the keys and requests of an earlier run.")] = False
     wait: WaitOption = timedelta()
 
     def facts(self, **of_cluster: Any) -> ConfigurationFacts:
@@ -78,14 +69,14 @@ class NodeOptions:
 def init(
     common: Common,
     options: NodeOptions,
-    control_plane_endpoint: Annotated[str, typer.Option(help="HOST[:PORT] of the control plane, for all nodes.")] = "",
-    kubernetes_version: Annotated[str, typer.Option(help="Such as v1.37.2.")] = "",
-    service_subnet: Annotated[str, typer.Option(help="[default: kubeadm's]")] = "",
-    dns_domain: Annotated[str, typer.Option(help="[default: kubeadm's]")] = "",
+    control_plane_endpoint: Annotated[str, option("HOST[:PORT] of the control plane, for all nodes.")] = "",
+    kubernetes_version: Annotated[str, option("Such as v1.37.2.")] = "",
+    service_subnet: Annotated[str, option("[default: kubeadm's]")] = "",
+    dns_domain: Annotated[str, option("[default: kubeadm's]")] = "",
     cert_san: Annotated[
-        list[str] | None, typer.Option(help="One more name or address of the API server; may be repeated.")
+        list[str] | None, option("One more name or address of the API server; may be repeated.")
     ] = None,
-    key: Annotated[str, typer.Option(help="kubeadm's encryptionAlgorithm, such as ECDSA-P256.")] = "",
+    key: Annotated[str, option("kubeadm's encryptionAlgorithm, such as ECDSA-P256.")] = "",
 ) -> int:
     """
     Put everything in place for an unattended `kubeadm init` on the first control-plane node.
@@ -104,7 +95,9 @@ def init(
     if options.kubeadm_config is not None and options.order is not None:
         raise _both("--kubeadm-config", "--order")
     if facts.given() and (options.kubeadm_config or options.order):
-        raise _both("--kubeadm-config or --order", f"the facts themselves ({_flags(facts)})")
+        flags = {"address": "advertise-address", "endpoint": "control-plane-endpoint", "version": "kubernetes-version"}
+        given = ", ".join(f"--{flags.get(name, name.replace('_', '-'))}" for name in facts.given())
+        raise _both("--kubeadm-config or --order", f"the facts themselves ({given})")
     settings = common.settings()
     return _run(settings, desired.of_init(settings, _said(settings, options, facts)), options.wait)
 
@@ -112,11 +105,10 @@ def init(
 @command(bootstrap, "join")
 def join(
     common: Common,
-    control_plane: Annotated[bool, typer.Option("--control-plane", help="A further control-plane node.")] = False,
-    worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
+    control_plane: Annotated[bool, option("A further control-plane node.")] = False,
+    worker: Annotated[bool, option("A node without a control plane.")] = False,
     shared: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE|-", help="The output of `bootstrap share` on another node; -: standard input."),
+        Path | None, option("The output of `bootstrap share` on another node; -: standard input.", "FILE|-")
     ] = None,
     *,
     options: NodeOptions,
@@ -142,28 +134,29 @@ def _both(option: str, other: str) -> SettingsError:
 
 def _said(
     settings: Settings, options: NodeOptions, facts: ConfigurationFacts, shared: Path | None = None
-) -> NodeInputs:
+) -> desired.NodeInputs:
     """Collect the inputs, and read the order and the shared file (OrderError: one of them can't be used)."""
-    return NodeInputs(
+    same: dict[str, Any] = {key: getattr(options, key) for key in ("ca_dir", "kubeadm", "keep", "request", "anew")}
+    return desired.NodeInputs(
         facts=facts,
         config=options.kubeadm_config,
-        order=read_signed_order(settings, options.order) if options.order is not None else None,
-        given=read_order(shared) if shared is not None else None,
-        ca_dir=options.ca_dir,
-        kubeadm=options.kubeadm,
-        keep=options.keep,
-        request=options.request,
+        order=orders.read_signed_order(settings, options.order) if options.order is not None else None,
+        given=orders.read_order(shared) if shared is not None else None,
         answers=tuple(options.answer or ()),
-        anew=options.anew,
+        **same,
     )
 
 
-def _run(settings: Settings, node: DesiredNode, wait: timedelta) -> int:
+def _run(settings: Settings, node: desired.DesiredNode, wait: timedelta) -> int:
     with progress_shown() as progress:
         done = make(settings, node, utc_now, progress, wait)
     _report(done)
     if done.is_complete:
-        _compare(settings, node.inputs)
+        if node.inputs.order is not None and settings.node.order_key is None:
+            # an attacker who changed an unsigned order decides what this node trusts
+            printed = fingerprint_text(orders.digest(node.inputs.order))
+            say("\n")
+            say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
         _say_next(node)
     return done.exit_code
 
@@ -171,10 +164,8 @@ def _run(settings: Settings, node: DesiredNode, wait: timedelta) -> int:
 @command(bootstrap, "share")
 def share(
     common: Common,
-    worker: Annotated[bool, typer.Option("--worker", help="For a worker: without the service account key.")] = False,
-    kubeadm_config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="[default: kubeadm.yaml beside the kubeconfigs]")
-    ] = None,
+    worker: Annotated[bool, option("For a worker: without the service account key.")] = False,
+    kubeadm_config: Annotated[Path | None, option("[default: kubeadm.yaml beside the kubeconfigs]", "FILE")] = None,
 ) -> None:
     """
     Print what a further node needs from this control-plane node: CA certificates, configuration, service account key.
@@ -207,15 +198,13 @@ def _open_output() -> str | None:
 @command(bootstrap, "orders")
 def write_orders(
     common: Common,
-    nodes: Annotated[Path, typer.Option(metavar="FILE", help="A list of nodes: `ROLE NAME ADDRESS …` on each line.")],
-    kubeadm_config: Annotated[Path, typer.Option(metavar="FILE", help="The file with the ClusterConfiguration.")],
-    directory: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the orders go.")],
+    nodes: Annotated[Path, option("A list of nodes: `ROLE NAME ADDRESS …` on each line.", "FILE")],
+    kubeadm_config: Annotated[Path, option("The file with the ClusterConfiguration.", "FILE")],
+    directory: Annotated[Path, option("Where the orders go.", "--output", "-o", "DIR")],
     ca_dir: CaDirOption = None,
     sign_with: Annotated[
         Path | None,
-        typer.Option(
-            metavar="KEY", help="A private key (PEM); nodes with its public key as node.order_key take no other orders."
-        ),
+        option("A private key (PEM); nodes with its public key as node.order_key take no other orders.", "KEY"),
     ] = None,
 ) -> None:
     """
@@ -225,12 +214,8 @@ def write_orders(
     """
     settings = common.settings()
     made = orders.write_orders(settings, nodes, kubeadm_config, ca_dir, directory, sign_with, utc_now())
-    say_table(
-        [
-            (node.name, node.role, str(path), fingerprint_text(orders.digest(order)))
-            for node, (path, order) in made.items()
-        ]
-    )
+    digests = [(node, path, fingerprint_text(orders.digest(order))) for node, (path, order) in made.items()]
+    say_table([(node.name, node.role, str(path), digest) for node, path, digest in digests])
     first = next((node.name for node in made if node.role == "init"), "a control-plane node")
     say("\ncarry each to its node, and run there (its keys are made there, and stay):")
     commands = {
@@ -248,12 +233,10 @@ def write_orders(
 @command(bootstrap, "setup")
 def setup(
     common: Common,
-    kind: Annotated[str, typer.Argument(metavar="TYPE", help="vault, cfssl, openssl …")],
-    order: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="An order that `bootstrap orders` wrote; may be repeated.")
-    ],
-    authority: Annotated[str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca.")] = None,
-    directory: Annotated[Path | None, typer.Option("-o", "--output", help="Write files into this directory.")] = None,
+    kind: Annotated[str, argument("vault, cfssl, openssl …", "TYPE")],
+    order: Annotated[list[Path], option("An order that `bootstrap orders` wrote; may be repeated.", "FILE")],
+    authority: Annotated[str | None, option("Only this one of ca, etcd-ca, front-proxy-ca.")] = None,
+    directory: Annotated[Path | None, option("Write files into this directory.", "-o", "--output")] = None,
 ) -> None:
     """
     Print what a CA's administrator needs for nodes that do not exist yet, as `ca-bridge setup` does for those that do.
@@ -263,23 +246,18 @@ def setup(
     settings = common.settings()
     nodes = {}
     for path in order:
-        one = read_signed_order(settings, path)
-        expected_certificates = keys.expected_certificates(one, utc_now())
-        if one.node is not None:
-            nodes[one.node.name] = {
-                name: ones for name, ones in expected_certificates.items() if authority in (None, name)
-            }
-    files = ca_setup.files_of(settings, kind, nodes)
-    ca_setup.print_or_write(files, directory)
+        signed = orders.read_signed_order(settings, path)
+        expected = keys.expected_certificates(signed, utc_now())
+        if signed.node is not None:
+            nodes[signed.node.name] = {ca: of_ca for ca, of_ca in expected.items() if authority in (None, ca)}
+    ca_setup.print_or_write(ca_setup.files_of(settings, kind, nodes), directory)
 
 
 @command(bootstrap, "check")
 def check(
     common: Common,
-    control_plane: Annotated[
-        bool, typer.Option("--control-plane", help="A control-plane node that will join.")
-    ] = False,
-    worker: Annotated[bool, typer.Option("--worker", help="A node without a control plane.")] = False,
+    control_plane: Annotated[bool, option("A control-plane node that will join.")] = False,
+    worker: Annotated[bool, option("A node without a control plane.")] = False,
 ) -> int:
     """
     Check all files that `kubeadm init` or `kubeadm join` needs, more closely than kubeadm: pairs, names, CAs and dates.
@@ -288,8 +266,8 @@ def check(
     """
     settings, role = common.settings(), _role(control_plane, worker) or "init"
     places = Places.of(settings)
-    files = [places.kubeadm_config] if role == "init" else [places.join_config]
-    files += [places.kubeadm_config] if role == "control-plane" else []
+    files = [] if role == "init" else [places.join_config]
+    files += [] if role == "worker" else [places.kubeadm_config]
     config = together(files)
     problems = whole.check(settings, Places.of(settings, config), role, files, config, utc_now())
     program = "init" if role == "init" else "join"
@@ -298,35 +276,24 @@ def check(
         if role == "init":
             joins = "a node that is to join is looked at with --control-plane or --worker"
             hint = f"`ca-bridge bootstrap init` makes the missing files; {joins}"
-        raise NotWholeError("\n".join(problems), hint=hint)
+        raise desired.NotWholeError("\n".join(problems), hint=hint)
     say(f"nothing is missing and nothing wrong: `kubeadm {program}` may start")
     return Exit.DONE
 
 
-def _flags(facts: ConfigurationFacts) -> str:
-    flags = {"address": "advertise-address", "endpoint": "control-plane-endpoint", "version": "kubernetes-version"}
-    return ", ".join(f"--{flags.get(name, name.replace('_', '-'))}" for name in facts.given())
-
-
-def _report(done: Bootstrapped) -> None:
-    rows = [
-        (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"by {o.backend}")
-        for o in done.outcomes
-        if o.new is not None
-    ]
-    say_table(rows)
+def _report(done: desired.Bootstrapped) -> None:
+    say_table([(name, end, by) for name, end, _, _, by in installed_rows(done.outcomes)])
+    of_node = f"{done.files} files of {done.node} are in place"
     if done.from_kept:
-        say_sentence(
-            f"{done.files} files of {done.node} are in place again, from the copies that were kept; no CA was asked"
-        )
+        say_sentence(f"{of_node} again, from the copies that were kept; no CA was asked")
     elif done.files:
-        say_sentence(f"{done.files} files of {done.node} are in place, and were looked at as a whole")
+        say_sentence(f"{of_node}, and were looked at as a whole")
     elif done.is_complete:
         say_sentence(f"nothing to do: all files of {done.node} are in place, and nothing is wrong with them")
     waiting = [o for o in done.outcomes if isinstance(o.error, WaitingError)]
     failed = [o for o in done.outcomes if o.error is not None and o not in waiting]
     if waiting:
-        say("\n".join(under_headings([(whereabouts(request), (request.name, "waits")) for request in waiting])))
+        say_headed([(whereabouts(request), (request.name, "waits")) for request in waiting])
     if waiting or failed:
         say_sentence("nothing was put in place; certificates that are signed already are kept, and not requested again")
     if waiting:
@@ -334,30 +301,21 @@ def _report(done: Bootstrapped) -> None:
     print_errors(failed, done.errors)
 
 
-def _compare(settings: Settings, said: NodeInputs) -> None:
-    """Ask the operator to compare an unsigned order, since an attacker who changed it decides what this node trusts."""
-    if said.order is not None and settings.node.order_key is None:
-        printed = fingerprint_text(orders.digest(said.order))
-        say("\n")
-        say_sentence(f"first compare with what `bootstrap orders` printed, by another way: fingerprint {printed}")
+_KUBELETS_ROTATE = (
+    "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"
+)
+_WITHOUT_A_SIGNER = (
+    "without a signer in the cluster: a KubeletConfiguration with rotateCertificates: false in the configuration"
+)
 
 
-def _say_next(node: DesiredNode) -> None:
+def _say_next(node: desired.DesiredNode) -> None:
     """Print the kubeadm command to run next, and advice that is cheap to follow at `init`, but not on many nodes later."""
     if node.role != "init":  # no token and no flag: the file has everything
         say(f"\nnext, on this node:\n  kubeadm join --config {node.places.join_config}")
         return
-    config, super_admin = node.places.kubeadm_config, node.places.kubeconfigs / "super-admin.conf"
-    say(
-        f"\nnext, on this node, without --upload-certs:\n"
-        f"  kubeadm init --config {config}\n"
-        f"then, since kubeadm needs it for seconds, and it is beyond all RBAC rules:\n"
-        f"  rm {super_admin}"
-    )
+    say(f"\nnext, on this node, without --upload-certs:\n  kubeadm init --config {node.places.kubeadm_config}")
+    say("then, since kubeadm needs it for seconds, and it is beyond all RBAC rules:")
+    say(f"  rm {node.places.kubeconfigs / 'super-admin.conf'}")
     if node.config.kubelets_rotate:
-        text = (
-            "kubelets of this cluster will ask a signer for their next certificate, and take no other without a restart"
-        )
-        hint = "without a signer in the cluster: a KubeletConfiguration with rotateCertificates: false in the configuration"
-        log.info("%s", text)
-        log.info("%s", hint, extra={"is_hint": True})
+        log_with_hint(logging.INFO, _KUBELETS_ROTATE, _WITHOUT_A_SIGNER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,34 +10,24 @@ from typing import Annotated, Any
 import typer
 
 from bridge import monitoring
-from bridge.cli.options import (
-    AllOrNothingOption,
-    ChangeOptions,
-    Common,
-    Names,
-    Output,
-    OutputOption,
-    WaitOption,
-    command,
-    group,
-    utc_now,
-)
+from bridge.cli.declare import Common, argument, command, group
+from bridge.cli.options import AllOrNothingOption, ChangeOptions, Names, Output, OutputOption, WaitOption, utc_now
 from bridge.cli.printing import (
     VALUES_BEGIN,
     end_text,
     progress_shown,
     say,
+    say_headed,
     say_json,
     say_sentence,
     say_table,
-    under_headings,
 )
-from bridge.cli.results import print_errors, report
+from bridge.cli.results import log_skipped, print_errors, report
 from bridge.errors import BridgeError, Exit
 from bridge.pki import bundle_format
 from bridge.pki.certificates import csr_fingerprint
 from bridge.pki.csr import fingerprint_text
-from bridge.pki.expiry import DAY, residual, rfc3339, seconds_left
+from bridge.pki.expiry import DAY, residual, seconds_left
 from bridge.renewal import Selection, airgap, nothing_due
 from bridge.renewal.selection import RunOptions
 from bridge.state import Store
@@ -53,7 +42,7 @@ pending = group(commands, "pending", "Show and cancel requests that a CA has not
 @command(commands, "export")
 def export(
     common: Common,
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The file to write.")],
+    path: Annotated[Path, argument("The file to write.", "BUNDLE")],
     names: Names = None,
     *,
     options: ChangeOptions,
@@ -68,8 +57,7 @@ def export(
     settings, wanted = common.settings(), options.read(names, wait=wait)
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         done, node = airgap.export(settings, path, wanted, utc_now, progress)
-    for sentence in done.skipped:
-        log.log(logging.INFO if wanted.is_by_name else logging.DEBUG, "%s", sentence)
+    log_skipped(done.skipped, wanted)
     _print_exported(done, path, utc_now())
     if done.bundle is None and not done.failed:
         say_sentence(nothing_due(node, settings, utc_now()))
@@ -80,14 +68,14 @@ def export(
 def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
     if done.bundle is None:
         return
-    rows = []
+    rows, styles = [], []
     for request in done.bundle.requests:
         end = request.replaces.not_valid_after_utc if request.replaces is not None else None
         again = "as before" if request.name in done.again else "new key"
         proof = "with proof" if request.proof is not None else "WITHOUT PROOF: the old key can't be used"
         rows.append((request.name, end_text(end, now), proof, again, f"by {request.authority}"))
-    is_proven = [request.proof is not None for request in done.bundle.requests]
-    say_table(rows, (4, 3) if all(is_proven) else None, ["ok" if proven else "warning" for proven in is_proven])
+        styles.append("ok" if request.proof is not None else "warning")
+    say_table(rows, None if "warning" in styles else (4, 3), styles)
     held, fingerprint = counted(len(rows), "request"), bundle_format.short_fingerprint(done.bundle)
     say(f"\n{path} holds {held}; fingerprint {fingerprint}")
     say_sentence("carry it to the CA desk (`ca-bridge sign`), and the answer back (`ca-bridge import ANSWER`)")
@@ -97,10 +85,7 @@ def _print_exported(done: airgap.Exported, path: Path, now: datetime) -> None:
 def import_answers(
     common: Common,
     paths: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE|DIR…", help="Answer bundles, or certificates in PEM, DER or PKCS#7, under any file name."
-        ),
+        list[Path], argument("Answer bundles, or certificates in PEM, DER or PKCS#7, under any file name.", "FILE|DIR…")
     ],
     all_or_nothing: AllOrNothingOption = False,
     wait: WaitOption = timedelta(),
@@ -122,9 +107,7 @@ def import_answers(
 
 
 @command(commands, "inspect")
-def inspect_bundle(
-    common: Common, path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A request or an answer.")]
-) -> int:
+def inspect_bundle(common: Common, path: Annotated[Path, argument("A request or an answer.", "BUNDLE")]) -> int:
     """
     Show a bundle to the operator who approves it: what it asks for, what that replaces, and what proof it has.
 
@@ -140,14 +123,11 @@ def inspect_bundle(
 def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
     """Show the open requests: their age, the time left, who has them, and their fingerprints."""
     settings, now = common.settings_with_record(), utc_now()
-    requests = sorted(
-        OpenRequests(Store(settings.node.state_dir)), key=lambda request: (_days_left(request, now), request.name)
-    )
+    requests = sorted(OpenRequests(Store(settings.node.state_dir)), key=lambda request: _order(request, now))
     if output is Output.JSON:
         say_json(pending=[_pending_json(request, now) for request in requests])
     elif requests:
-        rows = [(_whereabouts(request), _pending_row(request, now)) for request in requests]
-        say("\n".join(under_headings(rows)))
+        say_headed([(_whereabouts(request), _pending_row(request, now)) for request in requests])
     else:
         say("nothing is pending")
 
@@ -155,7 +135,7 @@ def pending_list(common: Common, output: OutputOption = Output.TEXT) -> None:
 @command(pending, "cancel")
 def pending_cancel(
     common: Common,
-    names: Annotated[list[str], typer.Argument(metavar="NAME…|all", help="kubeadm's names.")],
+    names: Annotated[list[str], argument("kubeadm's names.", "NAME…|all")],
     wait: WaitOption = timedelta(),
 ) -> int:
     """Forget requests and remove their keys; a later answer to them is refused."""
@@ -172,9 +152,9 @@ def pending_cancel(
     return Exit.FAILED if missing else Exit.DONE
 
 
-def _days_left(request: OpenRequest, now: datetime) -> int:
-    """Return whole days, to sort by: certificates of one `kubeadm init` end seconds apart, in no useful order."""
-    return seconds_left(request.deadline or now, now) // DAY
+def _order(request: OpenRequest, now: datetime) -> tuple[int, str]:
+    """Order by whole days, then names: certificates of one `kubeadm init` end seconds apart, in no useful order."""
+    return seconds_left(request.deadline or now, now) // DAY, request.name
 
 
 def _pending_row(request: OpenRequest, now: datetime) -> tuple[str, ...]:
@@ -206,14 +186,11 @@ def _pending_json(request: OpenRequest, now: datetime) -> dict[str, Any]:
     return {
         "name": request.name,
         "authority": request.request.spec.authority.name,
-        "created": rfc3339(request.created),
-        "deadline": rfc3339(request.deadline) if request.deadline is not None else None,
+        "created": request.created,
+        "deadline": request.deadline,
         "secondsLeft": seconds_left(request.deadline, now) if request.deadline is not None else None,
         "fingerprint": _fingerprint(request),
         "csrSha256": csr_fingerprint(request.request.csr),
-        "backend": request.backend,
-        "reference": request.reference,
-        "note": request.note,
-        "bundles": request.bundles,
+        **{key: getattr(request, key) for key in ("backend", "reference", "note", "bundles")},
         "state": "answered" if request.answer is not None else "waiting" if request.is_waiting else "prepared",
     }

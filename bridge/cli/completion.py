@@ -17,6 +17,8 @@ from bridge.errors import BridgeError
 from bridge.settings.load import Overrides
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, SPECS, Component
+from bridge.state import Store
+from bridge.state.open_requests import OpenRequests
 from bridge.system.console import printable
 
 commands = typer.Typer()
@@ -39,16 +41,14 @@ def offers(program: Any, words: Sequence[str]) -> list[Offer]:
     option, is_joined, begun = last.partition("=")
     if is_joined and option.startswith("--"):
         rest, last = [*rest, option], begun
-    found = list(_found(command, rest, last, typed))
-    return [offer for offer in dict.fromkeys(found) if offer[0].startswith(last)]
+    return [offer for offer in dict.fromkeys(_found(command, rest, last, typed)) if offer[0].startswith(last)]
 
 
 def _command(program: Any, typed: Sequence[str]) -> tuple[Any, list[str]]:
     """Return the command that the words name, and the words after its name."""
     command, rest = program, list(typed)
     while hasattr(command, "commands") and rest:
-        name = rest.pop(0)
-        command = command.commands.get(name, command)
+        command = command.commands.get(rest.pop(0), command)
     return command, rest
 
 
@@ -71,11 +71,8 @@ def _takes_value(option: Any) -> bool:
 
 def _options(command: Any, rest: Sequence[str]) -> Iterator[Offer]:
     for param in command.params:
-        if (
-            param.param_type_name == "option"
-            and not param.hidden
-            and (param.multiple or not set(param.opts) & set(rest))
-        ):
+        is_option = param.param_type_name == "option" and not param.hidden
+        if is_option and (param.multiple or not set(param.opts) & set(rest)):
             yield max(param.opts, key=len), first_sentence(param.help or "")
     yield "--help", "Show this message and exit."
 
@@ -122,11 +119,6 @@ def _certificates(settings: Callable[[], Settings]) -> Iterator[Offer]:
         yield from ((pair.name, f"signed by {pair.authority}") for pair in settings().node.pairs)
 
 
-def _certificates_or_all(settings: Callable[[], Settings]) -> Iterator[Offer]:
-    yield "all", "every certificate"
-    yield from _certificates(settings)
-
-
 def _components(_: object) -> Iterator[Offer]:
     yield "all", "etcd and the three components of the control plane"
     yield from ((component.value, "") for component in Component)
@@ -164,19 +156,15 @@ def _backups(settings: Callable[[], Settings]) -> Iterator[Offer]:
 
 
 def _pending(settings: Callable[[], Settings]) -> Iterator[Offer]:
-    from bridge.state import Store  # noqa: PLC0415
-    from bridge.state.open_requests import OpenRequests  # noqa: PLC0415
-
     yield "all", "every open request"
     with contextlib.suppress(BridgeError, OSError):
-        yield from (
-            (request.name, "waits for its answer") for request in OpenRequests(Store(settings().node.state_dir))
-        )
+        requests = OpenRequests(Store(settings().node.state_dir))
+        yield from ((request.name, "waits for its answer") for request in requests)
 
 
 #: Sources of values, by command and parameter, or by parameter alone.
 VALUES: dict[tuple[str, str], Find] = {
-    ("", "names"): _certificates_or_all,
+    ("", "names"): lambda settings: itertools.chain([("all", "every certificate")], _certificates(settings)),
     ("", "any_identity"): _certificates,
     ("", "without_proof"): _certificates,
     ("", "authority"): _authorities,

@@ -9,18 +9,9 @@ import typer
 
 from bridge import control_plane, monitoring
 from bridge.cli import renew
-from bridge.cli.options import (
-    Common,
-    ForceOption,
-    Output,
-    OutputOption,
-    WaitOption,
-    command,
-    duration_option,
-    group,
-    utc_now,
-)
-from bridge.cli.printing import say, say_json, say_sentence, say_table, say_verdict
+from bridge.cli.declare import Common, argument, command, duration_option, group
+from bridge.cli.options import ForceOption, Output, OutputOption, WaitOption, utc_now
+from bridge.cli.printing import say, say_json, say_sentence, say_sentences, say_table, say_verdict
 from bridge.control_plane import kubelet_serving, proof, restarts
 from bridge.errors import Exit
 from bridge.node import pairs
@@ -39,10 +30,10 @@ def restart(
     common: Common,
     components: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[COMPONENT…|all]",
-            help="etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet; all: the first four. "
+        argument(
+            "etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kubelet; all: the first four. "
             "[default: as restart.components says]",
+            "[COMPONENT…|all]",
         ),
     ] = None,
     force: ForceOption = False,
@@ -66,32 +57,28 @@ def print_restarts(report: restarts.RestartReport, settings: Settings, output: O
     advised = report.components if report.advised else ()
     advice = {component.value: control_plane.how_to_restart(component, settings.node) for component in advised}
     if output is Output.JSON:
-        what = {"advice": advice} if report.advised else {"restarted": [_entry(restarted) for restarted in report.done]}
-        unknown = None if report.unknown is None else report.unknown.reason
-        say_json(exitCode=report.exit_code, **what, unknown=unknown)
+        done = [
+            {
+                "component": restarted.component,
+                "seconds": None if restarted.seconds is None else round(restarted.seconds, 1),
+                "exitCode": restarted.exit_code,
+                "error": restarted.error and restarted.error.reason,
+            }
+            for restarted in report.done
+        ]
+        what = {"advice": advice} if report.advised else {"restarted": done}
+        say_json(exitCode=report.exit_code, **what, unknown=report.unknown and report.unknown.reason)
     elif advice:
         say('With restart.method = "none" this is yours to do, one at a time:')
-        for sentence in advice.values():
-            say_sentence(sentence, "  ")
+        say_sentences(advice.values())
     elif report.done:
-        healthy = [restarted for restarted in report.done if restarted.seconds]
-        rows = [
-            (restarted.component.value, f"restarted, healthy after {restarted.seconds:.1f} s") for restarted in healthy
-        ]
+        times = [(restarted.component.value, restarted.seconds) for restarted in report.done if restarted.seconds]
+        rows = [(component, f"restarted, healthy after {seconds:.1f} s") for component, seconds in times]
         say_table(rows or [["nothing was restarted"]])
     elif report.unknown is None:
         say("nothing to restart: every component runs on the certificates that are installed")
     for error in filter(None, (*(restarted.error for restarted in report.done), report.unknown)):
         print_error(error)
-
-
-def _entry(restarted: restarts.Restarted) -> dict[str, object]:
-    return {
-        "component": restarted.component,
-        "seconds": None if restarted.seconds is None else round(restarted.seconds, 1),
-        "exitCode": restarted.exit_code,
-        "error": restarted.error.reason if restarted.error is not None else None,
-    }
 
 
 @command(commands, "prove")
@@ -119,26 +106,24 @@ def print_proof(report: proof.ProofReport, output: Output) -> None:
         say_json(exitCode=report.exit_code, stale=report.stale, findings=report.findings)
         return
     if is_verbose():
-        header = ("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL")
-        say_table([header, *map(_proof_row, report.findings)])
+        say_table([("COMPONENT", "CERTIFICATE", "WHAT", "STATE", "DETAIL"), *map(_proof_row, report.findings)])
     else:
         _say_components(report)
     count, wrong = len(report.findings), len(report.wrong)
-    if wrong:
-        say_verdict(f"{wrong} of {count} checks failed", "error")
-    else:
-        say_verdict(f"all is well: {count} checks hold", "ok")
+    well = f"all is well: {count} checks hold"
+    say_verdict(f"{wrong} of {count} checks failed" if wrong else well, "error" if wrong else "ok")
 
 
-def _say_components(found: proof.ProofReport) -> None:
-    for component in dict.fromkeys(finding.component for finding in found.findings):
-        ours = [finding for finding in found.findings if finding.component is component]
-        wrong = [one for one in ours if one in found.wrong]
-        names = ", ".join(dict.fromkeys(one.certificate for one in ours))
+def _say_components(report: proof.ProofReport) -> None:
+    users: dict[str, list[proof.ProofFinding]] = {}
+    for finding in report.findings:
+        users.setdefault(_proof_row(finding)[0], []).append(finding)
+    for user, findings in users.items():
+        wrong = [finding for finding in findings if finding in report.wrong]
+        names = ", ".join(dict.fromkeys(finding.certificate for finding in findings))
         level = "error" if wrong else "ok"
-        say_table([(level.ljust(len("error")), _user(component).ljust(_WIDEST), printable(names))], (), [level])
-        for one in wrong:
-            _, certificate, what, state, detail = _proof_row(one)
+        say_table([(level.ljust(len("error")), user.ljust(_WIDEST), printable(names))], (), [level])
+        for _, certificate, what, state, detail in map(_proof_row, wrong):
             say_sentence(f"{state}: {certificate}, {what}: {detail}", "       ")
 
 
@@ -147,12 +132,8 @@ _WIDEST = max(len(component.value) for component in Component)
 
 
 def _proof_row(finding: proof.ProofFinding) -> tuple[str, ...]:
-    texts = (_user(finding.component), finding.certificate, finding.what, finding.state, finding.detail)
-    return tuple(map(printable, texts))
-
-
-def _user(component: Component | None) -> str:
-    return "people" if component is None else component.value
+    user = "people" if finding.component is None else finding.component.value
+    return tuple(map(printable, (user, finding.certificate, finding.what, finding.state, finding.detail)))
 
 
 _certs = group(
@@ -256,8 +237,7 @@ def _switch(common: Common, *, is_on: bool, force: bool, wait: timedelta, output
         say_json(exitCode=report.exit_code, done=report.done, left=report.left)
     elif report.left:
         say("Other nodes come first:")
-        for text in report.left:
-            say_sentence(text, "  ")
+        say_sentences(report.left)
         again = "`ca-bridge kubelets on`" if is_on else "`ca-bridge kubelets off`"
         say(f"Run {again} there, and then here again.")
     elif not report.done:

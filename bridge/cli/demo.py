@@ -17,12 +17,12 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.options import Common, command, utc_now
+from bridge.cli.declare import Common, command, option
+from bridge.cli.options import utc_now
 from bridge.cli.printing import say, say_sentence, wrapped
 from bridge.diagnosis.installed import key_of
 from bridge.errors import BridgeError, Exit
 from bridge.node import inventory, sample_pki
-from bridge.node.inventory import Item
 from bridge.pki.certificates import pem
 from bridge.specs import EKU
 from bridge.system.console import doing, styled
@@ -48,7 +48,7 @@ _NEXT = (
 def demo(
     _: Common,
     directory: Annotated[
-        Path | None, typer.Option(help="Keep all files in this directory. [default: a temporary directory]")
+        Path | None, option("Keep all files in this directory. [default: a temporary directory]")
     ] = None,
 ) -> int:
     """
@@ -75,20 +75,9 @@ class _Story:
     def play(self) -> None:
         _say(_styled("ca-bridge: certificates of a kubeadm control plane whose CA keys are elsewhere", "heading"))
         _say(f"Everything is in {self._base}; nothing else is touched.")
-        self._plan()
-        self._renewal()
-        self._refusal()
-        before = self._contents()
-        self._crash()
-        self._rollback(before)
-        self._record()
-        self._next()
-
-    def _plan(self) -> None:
         self._headline(f"The certificates expire in {_DAYS_LEFT} days, and the node has no CA key.")
         self._expect(self._command("ca-bridge plan", 4, 0) == Exit.DUE, "12 certificates are due")
 
-    def _renewal(self) -> None:
         self._headline("New certificates from the company's CA: verified, then installed in one step.")
         before = self._contents()
         code = self._command("ca-bridge renew", 3, 2, until="These still run")
@@ -98,14 +87,11 @@ class _Story:
         good = sum(map(_is_good, items))
         self._expect(good == len(items), f"`openssl verify -purpose` agrees: {good} certificates have the right usages")
 
-    def _refusal(self) -> None:
         self._headline("A careless CA issues the API server a client certificate: refused.")
         before = self._contents()
         code = self._command("ca-bridge renew apiserver --config careless.toml", 4, 0)
-        same = self._contents() == before
-        self._expect(code == Exit.REFUSED and same, f"exit code {code}; no file was changed")
+        self._expect(code == Exit.REFUSED and self._contents() == before, f"exit code {code}; no file was changed")
 
-    def _crash(self) -> None:
         self._headline("A run is killed while it replaces files; the next run finishes its work.")
         code = self._command("ca-bridge renew all", 0, 0, renamed=str(_RENAMED))
         self._expect(code == -signal.SIGKILL, f"kill -9 after {_RENAMED} files: the node has old files and new ones")
@@ -114,19 +100,18 @@ class _Story:
         text = f"every key belongs to its certificate: {paired} of {len(items)}"
         self._expect(code == Exit.DONE and paired == len(items), text)
 
-    def _rollback(self, before: dict[Path, bytes]) -> None:
         self._headline("A rollback is one command, and is itself backed up.")
         code = self._command("ca-bridge rollback", 2, 2, until="These still run")
         same = self._contents() == before
         self._expect(code == Exit.DONE and same, "every file is as it was before the killed run")
 
-    def _record(self) -> None:
         self._headline("The audit log records every step, and reveals any later change to the log.")
         self._command("ca-bridge audit show --name apiserver", 3, 2)
         code = self._command("ca-bridge audit verify", 1, 0)
         self._expect(code == Exit.DONE, "the hash chain of the audit log is intact")
+        self._say_next()
 
-    def _next(self) -> None:
+    def _say_next(self) -> None:
         _say(_styled("\nNext", "heading"))
         if self._is_temporary:
             _say(f"{_INDENT}The directory is removed now; `ca-bridge demo --directory DIR` keeps it.")
@@ -137,14 +122,14 @@ class _Story:
     def _contents(self) -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in sorted(self._kubernetes.rglob("*")) if path.is_file()}
 
-    def _items(self) -> Sequence[Item]:
+    def _items(self) -> Sequence[inventory.Item]:
         return inventory.read(self._kubernetes / "pki", self._kubernetes, self._kubernetes / "kubelet").items
 
     def _headline(self, text: str) -> None:
         self._step += 1
         _say(f"\n{_styled(str(self._step), 'number')} {_styled(text, 'heading')}")
 
-    def _command(self, typed: str, head: int, tail: int, *, until: str = "", renamed: str = "all") -> int:
+    def _command(self, typed: str, head: int, tail: int, *, until: str = "\n", renamed: str = "all") -> int:
         """Run a command, kill it after `renamed` files, show its first and last lines, and return its exit code."""
         _say(f"{_INDENT}{_styled(f'$ {typed}', 'hint')}")
         variables = {"CA_BRIDGE_CONFIG": str(self._base / "config.toml"), "COLUMNS": str(_WIDTH - len(_INDENT))}
@@ -160,8 +145,7 @@ class _Story:
                 text=True,
             )
         lines = done.stdout.splitlines()
-        shown = itertools.takewhile(lambda line: not line.startswith(until), lines) if until else lines
-        lines = [line for line in shown if line]
+        lines = [line for line in itertools.takewhile(lambda line: not line.startswith(until), lines) if line]
         last = lines[len(lines) - tail :] if tail else []
         hidden = len(lines) - head - len(last)
         for line in lines[:head] if hidden > 0 else lines:
@@ -194,7 +178,7 @@ def _say_printed(line: str) -> None:
     _say(f"{_styled(level + colon, level.strip())}{text}" if is_level and colon else lines)
 
 
-def _is_good(item: Item) -> bool:
+def _is_good(item: inventory.Item) -> bool:
     """Whether `openssl verify` accepts it for exactly the usages of its spec."""
     purposes, good = {EKU.SERVER_AUTH: "sslserver", EKU.CLIENT_AUTH: "sslclient"}, set()
     with tempfile.NamedTemporaryFile(suffix=".pem") as file:
@@ -294,21 +278,15 @@ def run_program() -> None:
     """Run the program with the arguments COUNT (`all`, or how many renames until SIGKILL) DIRECTORY ARGUMENT…."""
     from bridge.cli.app import app  # noqa: PLC0415 (only in this process)
 
-    may_rename, below, *arguments = sys.argv[1:]
+    may_rename, below, *typed = sys.argv[1:]
     if may_rename != "all":
-        _kill_after(int(may_rename), below)
-    sys.argv = ["ca-bridge", *arguments]
-    app()
+        left = iter(range(int(may_rename)))
 
-
-def _kill_after(count: int, directory: str) -> None:
-    left = count
-
-    def look(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal left
-        if event == "os.rename" and str(arguments[1]).startswith(f"{directory}/"):
-            if left == 0:
+        def look(event: str, arguments: tuple[object, ...]) -> None:
+            is_below = event == "os.rename" and str(arguments[1]).startswith(f"{below}/")
+            if is_below and next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
 
-    sys.addaudithook(look)
+        sys.addaudithook(look)
+    sys.argv = ["ca-bridge", *typed]
+    app()

@@ -12,7 +12,8 @@ from typing import Annotated, TextIO
 
 import typer
 
-from bridge.cli.options import Common, WaitOption, command, utc_now
+from bridge.cli.declare import Common, argument, command, option
+from bridge.cli.options import PolicyOption, WaitOption, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_sentence, wrapped
 from bridge.contract import Issued
 from bridge.desk.desk import Desk, Job, Observer, RefusedByPolicyError
@@ -25,6 +26,9 @@ from bridge.system import waiting
 from bridge.system.console import Doing, columns, doing, is_lively, log, print_error, printable
 
 _SECONDS_BETWEEN_LINES = 10.0
+_WITHOUT_PROOF = (
+    "after a look at who asks, `ca-bridge sign --without-proof NAME` signs what the policy allows without a proof"
+)
 _INTERRUPTED = "interrupted; the same command again delivers what was signed, and goes on"
 
 commands = typer.Typer()
@@ -33,34 +37,21 @@ commands = typer.Typer()
 @command(commands, "sign")
 def sign(
     common: Common,
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="BUNDLE|DIR", help="A request bundle, a directory of them, or one of kubeadm's CSRs."),
-    ],
+    source: Annotated[Path, argument("A request bundle, a directory of them, or one of kubeadm's CSRs.", "BUNDLE|DIR")],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="ANSWER|DIR", help="Where answers go. [default: beside a bundle or the CSRs]"
-        ),
+        Path | None, option("Where answers go. [default: beside a bundle or the CSRs]", "--output", "-o", "ANSWER|DIR")
     ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
-    ] = None,
+    policy: PolicyOption = None,
     archive: Annotated[
-        Path | None, typer.Option(help="Where answered bundles go. [default: desk.archive, or the state directory]")
+        Path | None, option("Where answered bundles go. [default: desk.archive, or the state directory]")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be signed and refused; sign nothing.")
-    ] = False,
-    approve: Annotated[
-        bool, typer.Option("--approve", help="Show each bundle on the terminal, and ask whether to sign it.")
-    ] = False,
+    dry_run: Annotated[bool, option("Say what would be signed and refused; sign nothing.")] = False,
+    approve: Annotated[bool, option("Show each bundle on the terminal, and ask whether to sign it.")] = False,
     without_proof: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Require no continuity proof for this certificate; may be repeated."),
+        list[str] | None, option("Require no continuity proof for this certificate; may be repeated.", "NAME")
     ] = None,
-    node: Annotated[str, typer.Option(help="The node whose CSRs the directory holds.")] = "",
-    cluster: Annotated[str, typer.Option(help="The cluster of that node.")] = "",
+    node: Annotated[str, option("The node whose CSRs the directory holds.")] = "",
+    cluster: Annotated[str, option("The cluster of that node.")] = "",
     wait: WaitOption = timedelta(),
 ) -> int:
     """
@@ -78,8 +69,7 @@ def sign(
         node=node,
         cluster=cluster,
     )
-    settings = common.settings()
-    return _run(settings, options, wait, dry_run=dry_run, approve=approve)
+    return _run(common.settings(), options, wait, dry_run=dry_run, approve=approve)
 
 
 def _run(settings: Settings, options: Options, wait: timedelta, *, dry_run: bool, approve: bool) -> int:
@@ -127,10 +117,9 @@ def _who(job: Job) -> str:
 def _tell_troubles(job: Job) -> list[int]:
     """Print each reason once, with the certificates that it is about; return the errors' exit codes."""
     reasons: dict[tuple[str, int, str], list[str]] = {}
-    errors: dict[str, BridgeError] = {
-        **{name: _refused(job, name, answer) for name, answer in job.answers.items() if isinstance(answer, Refusal)},
-        **job.troubles,
-    }
+    refusals = {name: answer for name, answer in job.answers.items() if isinstance(answer, Refusal)}
+    errors: dict[str, BridgeError] = {name: _refused(job, name, refusal) for name, refusal in refusals.items()}
+    errors |= job.troubles
     for name, error in errors.items():
         reasons.setdefault((error.reason, error.exit_code, error.hint), []).append(name)
     last = {hint: names for (_, _, hint), names in reasons.items()}
@@ -145,10 +134,7 @@ def _tell_troubles(job: Job) -> list[int]:
 def _refused(job: Job, name: str, answer: Refusal) -> BridgeError:
     verdict = job.verdicts.get(name)
     is_for_proof = verdict is not None and verdict.may_waive and answer.reason.startswith("proof: ")
-    hint = (
-        "after a look at who asks, `ca-bridge sign --without-proof NAME` signs what the policy allows without a proof"
-    )
-    return RefusedByPolicyError(answer.reason, hint=hint if is_for_proof else None)
+    return RefusedByPolicyError(answer.reason, hint=_WITHOUT_PROOF if is_for_proof else None)
 
 
 class _Observer:

@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from bridge import diagnosis
-from bridge.cli.options import Common, Output, OutputOption, command, utc_now
+from bridge.cli.declare import Common, command, option
+from bridge.cli.options import Output, OutputOption, utc_now
 from bridge.cli.printing import say_json, say_sentence, say_verdict, width_here
-from bridge.diagnosis import LEVELS, Cause
 from bridge.diagnosis.examination import before_upgrade, examine, for_ca_keys, of_kubelets
 from bridge.system.console import ROOT_HINT, doing
 from bridge.words import counted
@@ -28,22 +28,18 @@ def doctor(
     common: Common,
     upgrade: Annotated[
         bool,
-        typer.Option(
+        option(
+            "Say instead what `kubeadm upgrade` will do to certificates here, and where it would abort.",
             "--before-upgrade",
-            help="Say instead what `kubeadm upgrade` will do to certificates here, and where it would abort.",
         ),
     ] = False,
     kubelets: Annotated[
-        bool,
-        typer.Option(
-            "--kubelets", help="Show instead every kubelet's serving certificate, and which API servers verify it."
-        ),
+        bool, option("Show instead every kubelet's serving certificate, and which API servers verify it.")
     ] = False,
     ca_keys: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Look instead for the CAs' private keys in every file below DIR (/ is all of this node), by content.",
+        option(
+            "Look instead for the CAs' private keys in every file below DIR (/ is all of this node), by content.", "DIR"
         ),
     ] = None,
     output: OutputOption = Output.TEXT,
@@ -70,22 +66,26 @@ def doctor(
     else:
         for cause in _rights_first(causes):
             _say_cause(cause)
-        _say_count(causes)
+        counts = {level: sum(cause.level == level for cause in causes) for level in diagnosis.LEVELS[:2]}
+        words = [counted(count, level) for level, count in counts.items() if count]
+        unasked = "" if all(cause.check != "by-hand" for cause in causes) else " on this node; no CA was asked"
+        worst = next((level for level, count in counts.items() if count), "ok")
+        say_verdict(", ".join(words) or f"nothing is wrong{unasked}", worst)
     return code
 
 
-def _rights_first(causes: Sequence[Cause]) -> list[Cause]:
+def _rights_first(causes: Sequence[diagnosis.Cause]) -> list[diagnosis.Cause]:
     """Merge all causes that only root may look at into one, and put it first."""
     closed = [cause for cause in causes if cause.hint == ROOT_HINT]
     if not closed:
         return list(causes)
     names = ", ".join(dict.fromkeys(about for cause in closed for about in cause.about))
     text = f"only root may look at: {names}"
-    first = Cause(level="error", check="rights", about=("this user",), text=text, hint=ROOT_HINT)
+    first = diagnosis.Cause("error", "rights", ("this user",), text, ROOT_HINT)
     return [first, *(cause for cause in causes if cause.hint != ROOT_HINT)]
 
 
-def _say_cause(cause: Cause) -> None:
+def _say_cause(cause: diagnosis.Cause) -> None:
     """Print a cause beside its subject; below it, if there are several subjects or the line is too long."""
     level, about = cause.level.ljust(len("warning")), ", ".join(cause.about)
     margin = " " * (len(level) + 2)
@@ -99,11 +99,3 @@ def _say_cause(cause: Cause) -> None:
         say_sentence(line, style=cause.level)
     if cause.hint:
         say_sentence(f"hint: {cause.hint}", margin)
-
-
-def _say_count(causes: Sequence[Cause]) -> None:
-    counts = {level: sum(cause.level == level for cause in causes) for level in LEVELS}
-    words = [counted(counts[level], level) for level in LEVELS[:2] if counts[level]]
-    unasked = "" if all(cause.check != "by-hand" for cause in causes) else " on this node; no CA was asked"
-    worst = next((level for level in LEVELS[:2] if counts[level]), "ok")
-    say_verdict(", ".join(words) or f"nothing is wrong{unasked}", worst)

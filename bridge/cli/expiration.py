@@ -8,29 +8,31 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from bridge import monitoring
+from bridge.ca import registry
 from bridge.cli.app import Command
+from bridge.cli.declare import Common, command, duration_option, option
 from bridge.cli.expiration_forms import look
-from bridge.cli.options import Common, command, duration_option, utc_now
+from bridge.cli.options import utc_now
 from bridge.cli.printing import say, say_usage, unwritten
+from bridge.control_plane.proof import ProofFinding
 from bridge.errors import BridgeError
 from bridge.node.expiry_report import ExpiryReport, Limit, Row, report
 from bridge.node.inventory import Node
 from bridge.node.reading import read_node
 from bridge.pki.expiry import CA_ENDS_SOON, minute, residual, seconds_left
+from bridge.renewal import pairs
+from bridge.renewal.gate import Failures, attempts_file
+from bridge.rotation import places
 from bridge.settings.tables import Settings
-from bridge.state import Store
+from bridge.state import Store, credentials
+from bridge.state.credentials import Credential
 from bridge.system.console import ROOT_HINT, lacks_rights, log, print_error
 from bridge.words import one_line
-
-if TYPE_CHECKING:
-    from bridge.control_plane.proof import ProofFinding
-    from bridge.renewal.gate import Failures
-    from bridge.rotation.places import Replaced
-    from bridge.state.credentials import Credential
 
 _Output = Literal["table", "json", "yaml", "prometheus", "nagios"]
 _WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
@@ -71,7 +73,7 @@ def _shown_to_nagios(*, is_wanted: bool) -> Iterator[None]:
 @command(commands, "check-expiration", _Check)
 def check_expiration(
     common: Common,
-    output: Annotated[_Output, typer.Option("--output", "-o", help="Format.")] = "table",
+    output: Annotated[_Output, option("Format.", "--output", "-o")] = "table",
     within: Annotated[
         timedelta | None,
         duration_option(
@@ -97,23 +99,19 @@ def check_expiration(
     if output == "nagios":
         return _check_for_nagios(common, within if warning is None else warning, critical)
     settings = common.settings()
-    known = None
-    if output == "prometheus":
-        from bridge import monitoring  # noqa: PLC0415 (only for this format)
-
-        known = monitoring.known_here(settings, utc_now())
     node, now, own = read_node(settings.node), utc_now(), _own(settings)
+    known = monitoring.known_here(settings, now) if output == "prometheus" else None
     replaced = _replaced(settings, node)
-    found = look(node, now, within, output, renewal=settings.renewal, known=known, own=own, replaced=replaced)
-    return _print(*found, is_styled=output == "table")
+    shown = look(node, now, within, output, renewal=settings.renewal, known=known, own=own, replaced=replaced)
+    return _print(*shown, is_styled=output == "table")
 
 
 def _check_for_nagios(common: Common, warning: timedelta | None, critical: timedelta | None) -> int:
     """Print a plugin's line and return its status; the line has errors too, since monitors show no standard error."""
     try:
         settings = common.settings()
-        found = nagios_check(settings, utc_now(), warning, critical, _failures(settings), _own(settings) or ())
-        code = _print(*found)
+        own = _own(settings) or ()
+        code = _print(*nagios_check(settings, utc_now(), warning, critical, _failures(settings), own))
     except (BridgeError, OSError) as e:
         error = e if isinstance(e, BridgeError) else BridgeError(f"{e.filename}: {e.strerror}")
         print_error(error)
@@ -133,9 +131,6 @@ def _print(text: str, troubles: Sequence[str], code: int, *, is_styled: bool = F
 
 def _failures(settings: Settings) -> Mapping[str, Failures] | None:
     """Return the failed runs in a row by authority; None: this user may not see them."""
-    from bridge.renewal.gate import attempts_file  # noqa: PLC0415 (only for Nagios)
-    from bridge.state import credentials  # noqa: PLC0415 (as above)
-
     return attempts_file(Store(settings.node.state_dir)).read() or {} if credentials.may_look(settings) else None
 
 
@@ -145,26 +140,20 @@ def _own(settings: Settings) -> list[Credential] | None:
 
     Settings that no run has checked yet are read with their backends, which takes longer.
     """
-    from bridge.state import credentials  # noqa: PLC0415 (`bridge.entry` loads it only if it must)
-
-    found = credentials.seen(settings)
-    if found is not None or not credentials.may_look(settings):
-        return found
-    from bridge.ca import registry  # noqa: PLC0415 (it loads the backends)
-
+    own = credentials.seen(settings)
+    if own is not None or not credentials.may_look(settings):
+        return own
     try:
-        places = registry.credentials(settings, registry.configured(settings, settings.authorities))
+        files = registry.credentials(settings, registry.configured(settings, settings.authorities))
     except BridgeError:
         return None
-    return credentials.look(settings, places, Store(settings.node.state_dir))
+    return credentials.look(settings, files, Store(settings.node.state_dir))
 
 
-def _replaced(settings: Settings, node: Node) -> list[Replaced] | None:
+def _replaced(settings: Settings, node: Node) -> list[places.Replaced] | None:
     """Return the CAs that are being replaced; None: this user may not see that."""
     if not any(authority.next for authority in settings.authorities.values()):
         return []
-    from bridge.rotation import places  # noqa: PLC0415 (only while a CA is replaced)
-
     try:
         return list(places.look(settings, node, ()).values())
     except (BridgeError, OSError):
@@ -201,8 +190,6 @@ def nagios_check(
     early_limit, late_limit = _limits(settings, warning, critical)
     early = report(node, now, early_limit, left_alone, early_limit if warning is not None else lambda _: CA_ENDS_SOON)
     late = report(node, now, late_limit, left_alone)
-    from bridge.renewal import pairs  # noqa: PLC0415 (only for Nagios)
-
     unused = [] if failures is None else pairs.late(settings, node, now)
     lost, near = _of_credentials(own, settings, now)
     errors = [*_critical(late), *_unlisted(late), *lost]
@@ -220,13 +207,10 @@ def nagios_check(
 
 def _of_credentials(own: Sequence[Credential], settings: Settings, now: datetime) -> tuple[list[str], list[str]]:
     """Our own credentials that are expired or unreadable, and those that end soon."""
-    ended = [one for one in own if one.has_ended(now)]
-    unreadable = [one for one in own if one.ends is None and not lacks_rights(one.trouble)]
-    near = [one for one in own if one.is_near(settings.renewal.before, now) and one not in ended]
-    return (
-        [*(f"{one.name} expired" for one in ended), *(f"{one.name} unreadable" for one in unreadable)],
-        [f"{one.name} ends in {residual(seconds_left(one.ends or now, now))}" for one in near],
-    )
+    lost = [f"{each.name} expired" for each in own if each.has_ended(now)]
+    lost += [f"{each.name} unreadable" for each in own if each.ends is None and not lacks_rights(each.trouble)]
+    near = [each for each in own if each.is_near(settings.renewal.before, now) and not each.has_ended(now)]
+    return lost, [f"{each.name} ends in {residual(seconds_left(each.ends or now, now))}" for each in near]
 
 
 def _unknown(why: str) -> str:
@@ -258,13 +242,11 @@ def _warning(
     early: ExpiryReport, late: ExpiryReport, failures: Mapping[str, Failures] | None, unused: Sequence[ProofFinding]
 ) -> list[str]:
     late_names = {row.name for row in late.rows if row.due}
+    programs = [(each.component.value if each.component else "a program", each.certificate) for each in unused]
     return [
         *(_ends(row) for row in early.rows if row.due and row.chain and row.name not in late_names),
         *(f"{name}: {failure}" for name, failure in (failures or {}).items()),
-        *(
-            f"{certificate.component.value if certificate.component else 'a program'} does not use its new {certificate.certificate} yet"
-            for certificate in unused
-        ),
+        *(f"{program} does not use its new {certificate} yet" for program, certificate in programs),
     ]
 
 

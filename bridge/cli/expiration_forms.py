@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -53,44 +54,38 @@ def look(
     renewal = renewal or RenewalSettings()
     found = report(node, now, None if within is None else lambda _: within, renewal.left_alone)
     if output == "table":
-        lines = [
-            f"{ca.name} is being replaced: phase {ca.standing.text}, since {minute(ca.since)}\n"
-            for ca in replaced or ()
-        ]
+        phases = [(ca.name, f"phase {ca.standing.text}, since {minute(ca.since)}") for ca in replaced or ()]
+        lines = [f"{name} is being replaced: {phase}\n" for name, phase in phases]
         text = "".join([table(found, renewal), _own_table(own or (), renewal, now), "\n" if lines else "", *lines])
     elif output == "prometheus":
         from bridge import monitoring  # noqa: PLC0415 (only for this format)
 
         text = monitoring.text(found, monitoring.due_times(node, renewal), known)
     elif output == "json":
-        import json  # noqa: PLC0415 (7 ms, only for this format)
-
         text = escaped(json.dumps(_structure(found, own, now, replaced), indent=4, ensure_ascii=False)) + "\n"
     else:
         text = _as_yaml(_structure(found, own, now, replaced))
-    code = Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
-    return text, list(found.troubles), code
+    return text, list(found.troubles), Exit.FAILED if found.troubles else Exit.DUE if found.due else Exit.DONE
 
 
 def table(report: ExpiryReport, renewal: RenewalSettings | None = None) -> str:
     """Return kubeadm 1.37's two tables, and a third of the certificates that kubeadm does not list."""
     styles = {row.name: _style(row, renewal or RenewalSettings()) for row in report.rows}
-    tables = [_table(_AUTHORITY_HEADER, report.authorities, styles)]
+    tables: list[tuple[Sequence[str], Sequence[Row]]] = [(_AUTHORITY_HEADER, report.authorities)]
     if report.certificates:  # kubeadm lists none of a worker's
-        tables.insert(0, _table(_HEADER, report.certificates, styles))
+        tables.insert(0, (_HEADER, report.certificates))
     if report.extra:
         place = 0 if any(row.first for row in report.extra) else len(tables)
-        tables.insert(place, _table(_EXTRA_HEADER, report.extra, styles))
-    return "\n".join([*tables, *_ends_first(report)])
-
-
-def _ends_first(report: ExpiryReport) -> list[str]:
-    """Return a line for each CA that ends before its certificates, which kubeadm's columns do not show."""
+        tables.insert(place, (_EXTRA_HEADER, report.extra))
+    texts = [_lines(header, [_cells(row, header) for row in rows], styles, is_whole=is_verbose())
+             for header, rows in tables]  # fmt: skip
+    # each CA that ends before its certificates, which kubeadm's columns do not show
     ends: dict[datetime, list[str]] = {}
     for row in report.rows:
         if row.outlasts_ca and not row.foreign:
             ends.setdefault(first_end(row.chain), []).append(row.name)
-    return [f"their CA ends first, {minute(end)}: {', '.join(names)}\n" for end, names in ends.items()]
+    texts += [f"their CA ends first, {minute(end)}: {', '.join(names)}\n" for end, names in ends.items()]
+    return "\n".join(texts)
 
 
 def _style(row: Row, renewal: RenewalSettings) -> str:
@@ -104,13 +99,11 @@ def _style(row: Row, renewal: RenewalSettings) -> str:
     return "" if row.foreign or row.left_alone else "warning" if is_due else "ok"
 
 
-def _table(header: Sequence[str], rows: Sequence[Row], styles: Mapping[str, str]) -> str:
-    """Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does, or shortened for a narrow terminal."""
-    return _lines(header, [_cells(row, header) for row in rows], styles, is_whole=is_verbose())
-
-
 def _lines(header: Sequence[str], rows: Sequence[_Cells], styles: Mapping[str, str], *, is_whole: bool = False) -> str:
-    """Return the rows aligned as by Go, or the short rows if the terminal is too narrow."""
+    """
+    Align rows as Go's `tabwriter.NewWriter(writer, 10, 4, 3, ' ', 0)` does; for a narrow terminal the short rows, unless
+    `is_whole`.
+    """
     cells = [header, *(row.cells for row in rows)]
     short = [[_SHORT.get(cell, cell) for cell in header[:_MOST_SHORT]], *(row.short for row in rows)]
     widths = [max(10, 3 + max(map(len, column))) for column in zip(*cells, strict=True)][:-1]
@@ -136,8 +129,7 @@ def _own_table(own: Sequence[Credential], renewal: RenewalSettings, now: datetim
         is_bad = credential.ends is None or credential.has_ended(now)
         styles[credential.name] = "error" if is_bad else "warning" if credential.is_near(renewal.before, now) else "ok"
         if credential.ends is None:
-            cells = [f"{_MARKS['unreadable']} {credential.name}", "", "", credential.path]
-            rows.append(_Cells(cells, cells))
+            rows.append(_Cells(*[[f"{_MARKS['unreadable']} {credential.name}", "", "", credential.path]] * 2))
         else:
             left = residual(seconds_left(credential.ends, now))
             itself = f" (renewed as {credential.renewed_as})" if credential.renewed_as else ""

@@ -14,14 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from bridge.ca import registry
-from bridge.cli.options import Common, Output, OutputOption, command, group, utc_now
-from bridge.cli.printing import say_json, say_sentence
+from bridge.cli.declare import Common, argument, command, group, option
+from bridge.cli.options import Output, OutputOption, utc_now
+from bridge.cli.printing import say_json, say_sentence, say_sentences
 from bridge.cli.settings import lines_of
 from bridge.contract import GIVEN, Secret, SetupFile
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
 from bridge.gateway import roots
 from bridge.gateway.nodes import Nodes
-from bridge.gateway.roots import name_of
 from bridge.gateway.rules import KUBERNETES_SIGNERS, Grant, SignerRules
 from bridge.gateway.service import Service
 from bridge.settings.tables import GatewaySettings, Settings
@@ -35,7 +35,7 @@ commands = typer.Typer()
 def gateway(
     common: Common,
     check: Annotated[
-        bool, typer.Option("--check", help="Read settings, policy and inventory, ask the API and the CA, sign nothing.")
+        bool, option("Read settings, policy and inventory, ask the API and the CA, sign nothing.")
     ] = False,
 ) -> int:
     """
@@ -58,8 +58,7 @@ def _check(service: Service) -> int:
         print_error(BridgeError(text, hint="`ca-bridge help gateway` says what the CA has to allow"))
     if problems:
         return Exit.REFUSED
-    for text in service.notes():
-        say_sentence(text)
+    say_sentences(service.notes(), "")
     signers, nodes = ", ".join(service.signers), len(service.nodes.files()[1].nodes)
     say_sentence(f"ready: {signers}; {nodes} nodes in the inventory; API server {service.api.server}")
     return Exit.DONE
@@ -90,8 +89,7 @@ def manifests(settings: Settings, shipped: Path) -> list[SetupFile]:
         texts = {name: _with_signers(text, signers) for name, text in texts.items()}
         if policy.pod_signers:
             pods = (shipped / "kubernetes/pods/50-pods.yaml").read_text(encoding="utf-8")
-            bundles = [name_of(pod_signer) for pod_signer in policy.pod_signers]
-            pods = _replaced(pods, _SHIPPED_BUNDLES, json.dumps(bundles))
+            pods = _replaced(pods, _SHIPPED_BUNDLES, json.dumps(list(map(roots.name_of, policy.pod_signers))))
             texts["50-pods.yaml"] = _replaced(pods, _SHIPPED_POD_SIGNERS, json.dumps(list(policy.pod_signers)))
         given = {"gateway-policy.toml": settings.gateway.policy, "inventory.toml": settings.gateway.inventory}
         for key, path in given.items():
@@ -126,17 +124,15 @@ def _with_block(text: str, key: str, content: str) -> str:
     """Replace the value of a ConfigMap's key; refuse control characters, some of which end a line in YAML only."""
     lines = content.rstrip("\n").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
-        if has_controls(line.replace("\t", " ")):
-            found = repr(next(character for character in line if has_controls(character) and character != "\t"))
+        for character in filter(has_controls, line.replace("\t", " ")):
             hint = "take it out of that line; where a text needs it, write it as TOML's \\u and four digits"
-            raise BridgeError(f"{key}, line {number}: wanted no control characters, found {found}", hint=hint)
+            raise BridgeError(f"{key}, line {number}: wanted no control characters, found {character!r}", hint=hint)
     block = "".join(f"    {line}".rstrip() + "\n" for line in lines)
-    changed, count = re.subn(
-        rf"^  {re.escape(key)}: \|\n(?:    .*\n|\n)+", lambda _: f"  {key}: |\n{block}", text, flags=re.MULTILINE
-    )
+    shipped = rf"^  {re.escape(key)}: \|\n(?:    .*\n|\n)+"
+    changed, count = re.subn(shipped, lambda _: f"  {key}: |\n{block}", text, flags=re.MULTILINE)
     if count != 1:
-        text = f"wanted {key} once in the shipped manifests, found it {count} times"
-        raise BridgeError(text, hint="reinstall the program")
+        found = f"wanted {key} once in the shipped manifests, found it {count} times"
+        raise BridgeError(found, hint="reinstall the program")
     return changed
 
 
@@ -176,14 +172,12 @@ spec: {{policyName: {policy}, validationActions: [Deny]}}
 
 def _condition(grant: Grant) -> str:
     """Return a grant as a condition in CEL; `{node}` matches anything, and the gateway checks it later."""
+    name = "request.userInfo.username"
     parts = [f"request.userInfo.groups.exists(g, g in {json.dumps(grant.groups)})"] if grant.groups else []
     for user in grant.users:
         before, pattern, after = user.partition("{node}")
-        if not pattern:
-            parts.append(f"request.userInfo.username == {json.dumps(user)}")
-        else:
-            name = "request.userInfo.username"
-            parts.append(f"({name}.startsWith({json.dumps(before)}) && {name}.endsWith({json.dumps(after)}))")
+        between = f"({name}.startsWith({json.dumps(before)}) && {name}.endsWith({json.dumps(after)}))"
+        parts.append(between if pattern else f"{name} == {json.dumps(user)}")
     return " || ".join(parts)
 
 
@@ -214,10 +208,10 @@ def _moved(table: Any, files: dict[str, Path]) -> Any:
         value = getattr(table, field.name)
         if GIVEN in field.metadata:
             continue
+        if isinstance(value, Secret) and value.kind != "file":
+            wanted = "a secret in a file, which can go into the pod's Secret"
+            raise SettingsError([SettingsProblem(field.name, wanted, f"one in {value}")])
         if isinstance(value, Secret):
-            if value.kind != "file":
-                wanted = "a secret in a file, which can go into the pod's Secret"
-                raise SettingsError([SettingsProblem(field.name, wanted, f"one in {value}")])
             changes[field.name] = Secret("file", str(_added(Path(value.where), files)))
         elif isinstance(value, Path):
             changes[field.name] = _added(value, files)
@@ -242,8 +236,7 @@ def _with_files(text: str, files: Mapping[str, Path]) -> str:
     """Replace the example of a Secret by the command that makes it, so that no secret is printed."""
     head, mark, _ = text.partition("---\n# What must stay secret")
     if not mark:
-        text = "the shipped manifests have no example of a Secret"
-        raise BridgeError(text, hint="reinstall the program")
+        raise BridgeError("the shipped manifests have no example of a Secret", hint="reinstall the program")
     for path in filter(Path.is_dir, files.values()):
         log.warning("%s is a directory, which no Secret can hold: run the gateway as a systemd unit for this CA", path)
     given = " ".join(shlex.quote(f"--from-file={name}={path}") for name, path in files.items() if not path.is_dir())
@@ -267,12 +260,10 @@ _WORDS = {
 def publish(
     common: Common,
     signers: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SIGNER…]", help="DOMAIN/NAME. [default: those of the gateway's policy]"),
+        list[str] | None, argument("DOMAIN/NAME. [default: those of the gateway's policy]", "[SIGNER…]")
     ] = None,
     remove: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SIGNER", help="Remove the bundle of a signer that the policy does not have."),
+        list[str] | None, option("Remove the bundle of a signer that the policy does not have.", "SIGNER")
     ] = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
@@ -286,7 +277,7 @@ def publish(
     found = roots.publish(common.settings(), signers or (), remove or ())
     entries = []
     for signer, outcome in found.items():
-        entry = {"signer": signer, "name": name_of(signer), "outcome": "failed", "error": ""}
+        entry = {"signer": signer, "name": roots.name_of(signer), "outcome": "failed", "error": ""}
         if isinstance(outcome, BridgeError):
             print_error(BridgeError(f"{signer}: {outcome}", hint=outcome.hint))
             entry["error"] = str(outcome)

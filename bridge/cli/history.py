@@ -9,17 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from bridge import monitoring
-from bridge.cli.options import Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
-from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table
-from bridge.cli.results import certificates_json, errors_json, print_pairs, print_restart, stale
+from bridge.cli.declare import Common, argument, command, duration_option, group, option
+from bridge.cli.options import Output, OutputOption, WaitOption, utc_now
+from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_sentences, say_table
+from bridge.cli.results import certificates_json, errors_json, installed_rows, print_pairs, print_restart, stale
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem
-from bridge.pki.certificates import serial_hex
-from bridge.pki.expiry import minute, rfc3339
+from bridge.pki.expiry import minute
 from bridge.renewal.transaction import put_back_and_retire, set_damaged_aside
 from bridge.renewal.verify_and_install import Result
 from bridge.specs import SPECS, USER, Component
 from bridge.state import Store, audit, backups, copies
-from bridge.state.backups import Rollback
 from bridge.state.install import Recovery
 from bridge.state.session import alone
 from bridge.system.console import log, print_error, printable
@@ -32,9 +31,7 @@ audit_group = group(commands, "audit", "Show and verify the audit log.")
 @command(commands, "recover")
 def recover(
     common: Common,
-    set_aside: Annotated[
-        bool, typer.Option("--set-aside", help="First rename damaged state files, and say what they may leave undone.")
-    ] = False,
+    set_aside: Annotated[bool, option("First rename damaged state files, and say what they may leave undone.")] = False,
 ) -> int:
     """Finish or undo what a crash interrupted; every command that writes does the same first."""
     settings = common.settings_with_record()
@@ -43,8 +40,7 @@ def recover(
         return Exit.DONE
     for moved in set_damaged_aside(settings) if set_aside else ():
         say_sentence(f"{moved.why}; it is {moved.kept} now")
-        for sentence in filter(None, moved.afterwards):
-            say_sentence(sentence, "  ")
+        say_sentences(filter(None, moved.afterwards))
     recoveries: list[Recovery | str] = []
     with alone(settings, timedelta(), recoveries.append) as (store, record):
         late = copies.finish(settings, store, record)
@@ -65,24 +61,26 @@ def _exit_code_of_late(late: Sequence[BridgeError]) -> int:
 @command(commands, "backups")
 def list_backups(
     common: Common,
-    backup_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="Show this backup with its certificates and files.")
-    ] = None,
+    backup_id: Annotated[str | None, argument("Show this backup with its certificates and files.", "[ID]")] = None,
     output: OutputOption = Output.TEXT,
 ) -> int:
     """List the backups, newest first: when, by whom, and how many certificates; or show one of them whole."""
     records, broken = backups.read_all(Store(common.settings_with_record().node.state_dir))
     if backup_id is not None:
-        records, known = (
-            [backup for backup in records if backup.backup_id == backup_id],
-            [backup.backup_id for backup in records],
-        )
+        known = [backup.backup_id for backup in records]
+        records = [backup for backup in records if backup.backup_id == backup_id]
         if not records:
             raise SettingsError([SettingsProblem("ID", "a backup that is here", name_found(backup_id, known))])
     if output is Output.JSON:
         say_json(backups=[_backup_json(backup) for backup in records])
     elif backup_id is not None:
-        _say_backup(records[0])
+        say("  ".join(_backup_row(records[0])))
+        for certificate in records[0].certificates:
+            say(f"  {printable(certificate.get('name'))}")
+            say(f"    serial {printable(certificate.get('old_serial') or 'none')}")
+            say(f"    now    {printable(certificate.get('new_serial') or 'none')}")
+        for file in records[0].files:
+            say(f"  {file.path}{'' if file.was_there else ' (was not there)'}")
     elif records:
         say_table([_backup_row(backup) for backup in records], (1,))
     elif not broken:
@@ -94,40 +92,21 @@ def list_backups(
 
 def _backup_row(backup: backups.Backup) -> tuple[str, ...]:
     who = "@".join(part for part in (backup.user, backup.host) if part)
-    return (
-        printable(backup.backup_id),
-        minute(backup.created),
-        counted(len(backup.certificates), "certificate"),
-        f"{printable(who)}: {printable(backup.command)}",
-    )
+    count, by = counted(len(backup.certificates), "certificate"), f"{printable(who)}: {printable(backup.command)}"
+    return printable(backup.backup_id), minute(backup.created), count, by
 
 
-def _say_backup(backup: backups.Backup) -> None:
-    say("  ".join(_backup_row(backup)))
-    for certificate in backup.certificates:
-        say(f"  {printable(certificate.get('name'))}")
-        say(f"    serial {printable(certificate.get('old_serial') or 'none')}")
-        say(f"    now    {printable(certificate.get('new_serial') or 'none')}")
-    for file in backup.files:
-        say(f"  {file.path}{'' if file.was_there else ' (was not there)'}")
+#: Keys of a certificate in JSON, with those in a backup's manifest.
+_CERTIFICATE = {"name": "name", "serialNumber": "old_serial", "replacedBySerialNumber": "new_serial"}
 
 
 def _backup_json(backup: backups.Backup) -> dict[str, Any]:
     return {
         "id": backup.backup_id,
-        "created": rfc3339(backup.created),
+        "created": backup.created,
         "run": backup.run_id,
-        "command": backup.command,
-        "user": backup.user,
-        "host": backup.host,
-        "certificates": [
-            {
-                "name": certificate.get("name"),
-                "serialNumber": certificate.get("old_serial"),
-                "replacedBySerialNumber": certificate.get("new_serial"),
-            }
-            for certificate in backup.certificates
-        ],
+        **{key: getattr(backup, key) for key in ("command", "user", "host")},
+        "certificates": [{key: each.get(name) for key, name in _CERTIFICATE.items()} for each in backup.certificates],
         "files": [{"path": str(file.path), "wasThere": file.was_there} for file in backup.files],
     }
 
@@ -135,14 +114,9 @@ def _backup_json(backup: backups.Backup) -> dict[str, Any]:
 @command(commands, "rollback")
 def rollback(
     common: Common,
-    backup_id: Annotated[
-        str | None, typer.Argument(metavar="[ID]", help="As in `backups`. [default: the newest]")
-    ] = None,
+    backup_id: Annotated[str | None, argument("As in `backups`. [default: the newest]", "[ID]")] = None,
     force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Also certificates that would not pass as new; never damaged files or another CA's."
-        ),
+        bool, option("Also certificates that would not pass as new; never damaged files or another CA's.")
     ] = False,
     wait: WaitOption = timedelta(),
     output: OutputOption = Output.TEXT,
@@ -159,13 +133,18 @@ def rollback(
         done, node = put_back_and_retire(settings, backup_id, utc_now, progress, force=force, wait=wait)
     components = stale(Result(outcomes=done.outcomes), node, settings)
     if output is Output.JSON:
-        say_json(**_rollback_json(done, components))
+        say_json(
+            exitCode=Exit.worst([error.exit_code for error in done.late]),
+            restored=done.backup.backup_id,
+            backup=done.replaced_backup_id,
+            certificates=[{"name": o.name, "authority": o.authority, **certificates_json(o)} for o in done.outcomes],
+            errors=errors_json(done.late),
+            removed=list(map(str, done.removed)),
+            stays=done.stays,
+            restart=components,
+        )
         return _exit_code_of_late(done.late)
-    rows = [
-        (o.name, f"until {minute(o.new.not_valid_after_utc)}", f"serial {serial_hex(o.new)}")
-        for o in done.outcomes
-        if o.new is not None
-    ]
+    rows = [row[:3] for row in installed_rows(done.outcomes)]
     say_table(rows, (2,), ["ok"] * len(rows))
     say("\n".join(f"removed {path}, as it was not there then" for path in done.removed))
     for name in done.stays:
@@ -175,19 +154,6 @@ def rollback(
     print_restart("These still run on the replaced files until they are restarted", components, settings)
     print_pairs(node, [outcome.name for outcome in done.outcomes])
     return _exit_code_of_late(done.late)
-
-
-def _rollback_json(done: Rollback, components: Sequence[Component]) -> dict[str, Any]:
-    return {
-        "exitCode": Exit.worst([error.exit_code for error in done.late]),
-        "restored": done.backup.backup_id,
-        "backup": done.replaced_backup_id,
-        "certificates": [{"name": o.name, "authority": o.authority, **certificates_json(o)} for o in done.outcomes],
-        "errors": errors_json(done.late),
-        "removed": list(map(str, done.removed)),
-        "stays": done.stays,
-        "restart": components,
-    }
 
 
 #: Styles of the audit log's events.
@@ -201,7 +167,7 @@ _EVENT_STYLES = {
 def audit_show(
     common: Common,
     since: Annotated[timedelta | None, duration_option('Only events newer than this, such as "7d".')] = None,
-    name: Annotated[str | None, typer.Option(help="Only events of this certificate.")] = None,
+    name: Annotated[str | None, option("Only events of this certificate.")] = None,
     output: OutputOption = Output.TEXT,
 ) -> None:
     """

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from bridge.cli.options import Common, command
+from bridge.cli.declare import Common, argument, command
 from bridge.cli.printing import columns, say, width_here, wrapped
 from bridge.errors import BridgeError
 from bridge.system.files import pages, shipped
@@ -31,12 +31,6 @@ def topics() -> dict[str, Path]:
     directory = pages()
     found = sorted(directory.glob("*.md")) if directory else []
     return {path.stem: path for path in found if path.stem != "README"}
-
-
-def title_of(page: Path) -> str:
-    """Return a page's heading."""
-    with page.open(encoding="utf-8") as lines:
-        return next(lines, "").removeprefix("#").strip()
 
 
 def sections(found: Mapping[str, Path]) -> dict[str, str]:
@@ -151,8 +145,7 @@ def show(text: str) -> None:
 
 @command(commands, "help")
 def help_(
-    _: Common,
-    topic: Annotated[str, typer.Argument(help="A page or a section, such as `trouble` or `trouble#symptoms`.")] = "",
+    _: Common, topic: Annotated[str, argument("A page or a section, such as `trouble` or `trouble#symptoms`.")] = ""
 ) -> None:
     """
     Show a page of the installed documents, one of its sections, or the list of the pages.
@@ -163,12 +156,14 @@ def help_(
     found = topics()
     if not found:
         raise BridgeError("the program's pages are not installed", hint="install it again")
+    texts = {name: page.read_text(encoding="utf-8") for name, page in found.items()}
     if not topic:
         widest = max(map(len, found))
-        say("\n".join(f"{name:{widest}}  {title_of(page)}" for name, page in found.items()))
+        titles = {name: text.partition("\n")[0].removeprefix("#").strip() for name, text in texts.items()}
+        say("\n".join(f"{name:{widest}}  {title}" for name, title in titles.items()))
         return
     parts = sections(found)
-    known = {**parts, **{name: page.read_text(encoding="utf-8") for name, page in found.items()}}
+    known = parts | texts
     if (page := shipped(_ADMINISTRATORS.removeprefix("config/") + ".md")) is not None:
         known[_ADMINISTRATORS] = page.read_text(encoding="utf-8")
     name = topic.replace(".md", "")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
+import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from bridge.errors import Exit
-from bridge.pki.expiry import day, left_text, minute
+from bridge.pki.expiry import day, left_text, minute, rfc3339
 from bridge.system import console
-from bridge.system.console import Progress, log
+from bridge.system.codec import to_json
 from bridge.words import steady
 
 #: The version of the documents of `-o json`; it grows when a key is removed or changes its meaning.
@@ -74,6 +76,12 @@ def say_sentence(text: str, indent: str = "", *, hanging: int = 2, style: str = 
     say("\n".join(_styled(lines, text.partition(" ")[0], style)), is_styled=True)
 
 
+def say_sentences(texts: Iterable[str], indent: str = "  ") -> None:
+    """Print sentences one after the other, below what was said before."""
+    for text in texts:
+        say_sentence(text, indent)
+
+
 def _styled(lines: Sequence[str], word: str, style: str) -> list[str]:
     """Escape lines, so that they steer no terminal, and style a word of the first line."""
     first, *others = map(steady, lines)
@@ -85,17 +93,8 @@ def wrapped(line: str, width: int | None, hanging: int) -> list[str]:
     """Wrap a line between words; all lines but the first are indented by `hanging`."""
     if width is None or len(line) <= width:
         return [line]
-    import textwrap  # noqa: PLC0415 (for people alone)
-
-    found = textwrap.wrap(
-        line,
-        width,
-        subsequent_indent=" " * hanging,
-        break_long_words=False,
-        break_on_hyphens=False,
-        drop_whitespace=True,
-    )
-    return [text for text in found if text.strip()]
+    lines = textwrap.wrap(line, width, subsequent_indent=" " * hanging, break_long_words=False, break_on_hyphens=False)
+    return [text for text in lines if text.strip()]
 
 
 def say_table(
@@ -103,9 +102,8 @@ def say_table(
 ) -> None:
     """Print rows, the cell of column `styled` in the row's style; a narrow terminal drops `optional` columns."""
     width, lines = width_here(), []
-    for row, style, line in zip(
-        rows, styles or [""] * len(rows), _rows(_fitting(rows, optional, width), width), strict=True
-    ):
+    shown = _rows(_fitting(rows, optional, width), width)
+    for row, style, line in zip(rows, styles or [""] * len(rows), shown, strict=True):
         lines += _styled(line, row[styled], style)
     say("\n".join(lines), is_styled=True)
 
@@ -139,10 +137,8 @@ def width_here() -> int | None:
 
 
 def say_json(**structure: Any) -> None:
-    """Print a structure for programs, in the form of the state files."""
-    from bridge.system.codec import to_json  # noqa: PLC0415 (only for this format)
-
-    say(json.dumps({"schemaVersion": SCHEMA_VERSION, **to_json(structure)}, indent=4))
+    """Print a structure for programs, in the form of the state files, with times in whole seconds."""
+    say(json.dumps({"schemaVersion": SCHEMA_VERSION, **to_json(structure, rfc3339)}, indent=4))
 
 
 _GAP = "  "
@@ -150,10 +146,9 @@ _LEAST_ROOM = 6  #: The least width to which the last cell is cut.
 _CONTINUED = "    "
 
 
-def columns(rows: Sequence[Sequence[str]], width: int | None = None) -> Iterator[str]:
+def columns(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
     """Yield lines with aligned columns; cells that don't fit go on below their row."""
-    for lines in _rows(rows, width or width_here()):
-        yield from lines
+    return itertools.chain.from_iterable(_rows(rows, width))
 
 
 def _rows(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[list[str]]:
@@ -184,14 +179,13 @@ def say_verdict(text: str, style: str) -> None:
     say(console.styled(steady(text), style, sys.stdout), is_styled=True)
 
 
-def under_headings(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:
-    """Yield rows below their headings; rows with the same heading share it."""
+def say_headed(rows: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Print rows below their headings; rows with the same heading share it."""
     width = width_here()
-    cells = list(_rows([row for _, row in rows], width - 2 if width else None))
-    for heading in dict.fromkeys(heading for heading, _ in rows):
-        yield from wrapped(f"{heading}:", width, len(_CONTINUED))
-        for (about, _), lines in zip(rows, cells, strict=True):
-            yield from (f"  {line}" for line in lines if about == heading)
+    groups: dict[str, list[str]] = {}
+    for (heading, _), lines in zip(rows, _rows([row for _, row in rows], width - 2 if width else None), strict=True):
+        groups.setdefault(heading, wrapped(f"{heading}:", width, len(_CONTINUED))).extend(f"  {line}" for line in lines)
+    say("\n".join(itertools.chain.from_iterable(groups.values())))
 
 
 _URLS_AND_TIMES = re.compile(r"https?://\S+|\d\d:\d\d:\d\d")
@@ -201,23 +195,21 @@ class _Progress:
     def __init__(self, line: console.Doing) -> None:
         self._line = line
         self._lock = threading.Lock()
-        self._unanswered: dict[str, list[str]] = {}  #: By backend: certificates for which it has not answered.
+        self._unanswered: dict[str, str] = {}  #: By certificate, the backend that has not answered.
         self._total = 0
         self._noted: set[str] = set()
 
     def signing(self, backend: str, names: Sequence[str]) -> None:
-        log.debug("asking %s for %s", backend, ", ".join(names))
+        console.log.debug("asking %s for %s", backend, ", ".join(names))
         with self._lock:
-            self._unanswered.setdefault(backend, []).extend(names)
+            self._unanswered |= dict.fromkeys(names, backend)
             self._total += len(names)
             self._line.text = self._text()
 
     def signed(self, name: str) -> None:
-        log.debug("%s was answered", name)
+        console.log.debug("%s was answered", name)
         with self._lock:
-            for names in self._unanswered.values():
-                if name in names:
-                    names.remove(name)
+            self._unanswered.pop(name, None)
             self._line.text = self._text()
 
     def note(self, text: str) -> None:
@@ -227,18 +219,17 @@ class _Progress:
             is_new = about not in self._noted
             self._noted.add(about)
         if is_new:
-            log.warning("%s", text)
+            console.log.warning("%s", text)
 
     def _text(self) -> str:
-        waiting = {backend: names for backend, names in self._unanswered.items() if names}
-        left = sum(map(len, waiting.values()))
-        if not waiting:
+        if not self._unanswered:
             return f"all {self._total} requests are answered; verifying and installing"
-        return f"asking {' and '.join(waiting)}: {self._total - left} of {self._total} requests are answered"
+        backends, done = dict.fromkeys(self._unanswered.values()), self._total - len(self._unanswered)
+        return f"asking {' and '.join(backends)}: {done} of {self._total} requests are answered"
 
 
 @contextlib.contextmanager
-def progress_shown(text: str = "making new keys and requests") -> Iterator[Progress]:
+def progress_shown(text: str = "making new keys and requests") -> Iterator[console.Progress]:
     """Show progress on standard error; a terminal's status line disappears at the end."""
     with console.doing(text, is_plain=False) as line:
         yield _Progress(line)

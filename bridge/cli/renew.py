@@ -12,29 +12,27 @@ from typing import Annotated, Any
 import typer
 
 from bridge import control_plane, monitoring
+from bridge.cli.declare import Common, argument, command, duration_option, option
 from bridge.cli.options import (
     AllOrNothingOption,
     AnyIdentityOption,
     ChangeOptions,
-    Common,
     Names,
     NoRestartOption,
     Output,
     OutputOption,
     WaitOption,
-    command,
-    duration_option,
     utc_now,
 )
 from bridge.cli.printing import end_text, exit_code, progress_shown, say, say_json, say_sentence, say_table
-from bridge.cli.results import about, errors_json, failed_json, print_errors, print_restart, report
-from bridge.diagnosis import Finding, use
+from bridge.cli.results import about, errors_json, failed_json, log_skipped, print_errors, print_restart, report
+from bridge.diagnosis import Finding, authorities, installed, use
 from bridge.errors import Exit
 from bridge.node.inventory import Item, Node
 from bridge.node.reading import read_node
 from bridge.pki.certificates import name_text, serial_hex
-from bridge.pki.expiry import duration_text, first_end, minute, rfc3339
-from bridge.renewal import Selection, nothing_due
+from bridge.pki.expiry import duration_text, first_end, minute
+from bridge.renewal import Selection, install_directory, nothing_due
 from bridge.renewal import renew as renewal
 from bridge.renewal.changes import decide
 from bridge.renewal.issuance import shortened
@@ -47,7 +45,7 @@ from bridge.specs import Component
 from bridge.state import Store, copies
 from bridge.state.copies import Copy
 from bridge.state.install import InstallError
-from bridge.system.console import log
+from bridge.system.console import log, log_with_hint
 
 commands = typer.Typer()
 
@@ -56,14 +54,13 @@ commands = typer.Typer()
 def renew_command(
     common: Common,
     names: Names = None,
-    csr_only: Annotated[bool, typer.Option("--csr-only", help="Only write keys and CSRs, to --csr-dir.")] = False,
-    csr_dir: Annotated[Path | None, typer.Option(help="Where --csr-only writes NAME.key and NAME.csr.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; the same as `plan`.")] = False,
+    csr_only: Annotated[bool, option("Only write keys and CSRs, to --csr-dir.")] = False,
+    csr_dir: Annotated[Path | None, option("Where --csr-only writes NAME.key and NAME.csr.")] = None,
+    dry_run: Annotated[bool, option("Show what would be done; the same as `plan`.")] = False,
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     is_rehearsal: Annotated[
-        bool,
-        typer.Option("--rehearse", help="Have all or the named certificates signed and verified, then discard them."),
+        bool, option("Have all or the named certificates signed and verified, then discard them.", "--rehearse")
     ] = False,
     ahead: Annotated[
         timedelta | None, duration_option('With --rehearse: only what will be due within this time, such as "2d".')
@@ -79,23 +76,19 @@ def renew_command(
     Each answer of the CA is verified before anything on disk moves; keys and certificates are replaced in one step
     that survives a crash. A named certificate that is missing is made, from kubeadm-config or --kubeadm-config.
     """
-    wanted = options.read(
-        names, all_or_nothing=all_or_nothing, restarts=not no_restart, csrs_only=csr_only, ahead=ahead, wait=wait
-    )
-    settings = common.settings()
+    more = {"all_or_nothing": all_or_nothing, "restarts": not no_restart, "csrs_only": csr_only, "ahead": ahead}
+    wanted, settings = options.read(names, wait=wait, **more), common.settings()
     if is_rehearsal:
         return rehearse(settings, wanted, utc_now, output)
     if csr_only and csr_dir is not None:
         return write_csrs(settings, csr_dir.absolute(), wanted, utc_now())
-    if dry_run:
-        return plan(settings, wanted, utc_now(), output)
-    return renew(settings, wanted, utc_now, output)
+    return plan(settings, wanted, utc_now(), output) if dry_run else renew(settings, wanted, utc_now, output)
 
 
 @command(commands, "install")
 def install_command(
     common: Common,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Keys, and certificates beside them.")],
+    directory: Annotated[Path, argument("Keys, and certificates beside them.", "DIR")],
     all_or_nothing: AllOrNothingOption = False,
     no_restart: NoRestartOption = False,
     any_identity: AnyIdentityOption = None,
@@ -109,8 +102,6 @@ def install_command(
     proven and installed as by `renew`, and must have the identity of the one that it replaces. Exits with 4 while a
     key has no certificate.
     """
-    from bridge.renewal import install_directory  # noqa: PLC0415 (20 ms, and `renew` does not need it)
-
     settings, directory = common.settings(), directory.absolute()
     options = RunOptions(
         any_identity=tuple(any_identity or ()), all_or_nothing=all_or_nothing, restarts=not no_restart, wait=wait
@@ -129,8 +120,7 @@ def renew(settings: Settings, options: RunOptions, now: Callable[[], datetime], 
     with monitoring.written(settings, now) as outcome:
         with progress_shown() as progress:
             result, node, selection = renewal.run(settings, options, now, progress)
-        for sentence in selection.skipped:
-            log.log(logging.INFO if options.is_by_name else logging.DEBUG, "%s", sentence)
+        log_skipped(selection.skipped, options)
         report(result, node, selection, settings, now(), output, restarts=options.restarts)
         outcome.exit_code = exit_code(result.exit_code)
     return outcome.exit_code
@@ -170,16 +160,12 @@ class _Plan:
             cas=list(_about_cas(node, settings, now)),
             shorter=[item.spec.name for item in selection.items if shortened(item, settings, now)],
             components=control_plane.stale(specs, reloading, settings.restart.components),
-            copies=[
-                copy for copy in copies.look(settings, node) if copy.error is not None or replaced & set(copy.names)
-            ],
+            copies=[copy for copy in copies.look(settings, node) if copy.error or replaced & set(copy.names)],
         )
 
 
 def _about_cas(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     """Yield `doctor`'s findings about CAs that end too soon or are being replaced."""
-    from bridge.diagnosis import authorities, installed  # noqa: PLC0415 (only for a plan)
-
     for state in node.authorities:
         ends = installed.authority(state, node, now) if state.state == "present" else ()
         yield from (end for end in ends if end.check in ("ca-expired", "ca-ends-soon", "ca-ends-first"))
@@ -198,13 +184,8 @@ def plan(settings: Settings, options: RunOptions, now: datetime, output: Output)
         is_early = [bool(item.certificates) and first_end(item.ending) > now for item in found.selection.items]
         styles = ["warning" if early else "error" for early in is_early]
         say_table([_plan_row(item, settings, now) for item in found.selection.items], (3,), styles)
-        say_table(
-            [
-                (f"copy of {', '.join(copy.names)}", f"refresh {copy.path}")
-                for copy in found.copies
-                if copy.error is None
-            ]
-        )
+        refreshed = [copy for copy in found.copies if copy.error is None]
+        say_table([(f"copy of {', '.join(copy.names)}", f"refresh {copy.path}") for copy in refreshed])
         print_restart("After that, these must be restarted to use the new ones", found.components, settings)
     elif not found.selection.failed:
         say_sentence(nothing_due(node, settings, now))
@@ -223,33 +204,22 @@ def _warn(plan: _Plan, settings: Settings, now: datetime) -> None:
         log.warning("%s", sentence)
     for finding in (*plan.drifted, *plan.cas):
         level = logging.INFO if finding.level == "note" else logging.WARNING
-        log.log(level, "%s: %s", finding.about, finding.text)
-        if finding.hint:
-            log.log(level, "%s", finding.hint, extra={"is_hint": True})
+        log_with_hint(level, f"{finding.about}: {finding.text}", finding.hint)
     if plan.shorter:
         validity, shorter = settings.renewal.validity, settings.renewal.shorter
         becomes = "is taken" if shorter == "allow" else 'is refused; set shorter = "allow" in [renewal] if it is meant'
         ends = f"{duration_text(validity)} ends {minute(now + validity)}, before the live certificate does"
-        names = ", ".join(plan.shorter)
-        log.warning("%s: renewal.validity = %s: such an answer %s", names, ends, becomes)
+        log.warning("%s: renewal.validity = %s: such an answer %s", ", ".join(plan.shorter), ends, becomes)
 
 
 def _plan_row(item: Item, settings: Settings, now: datetime) -> tuple[str, ...]:
-    verb, authority = "replace" if item.certificates else "make", item.spec.authority.name
-    ours = settings.authorities.get(authority)
-    return (
-        item.spec.name,
-        end_text(first_end(item.ending), now) if item.certificates else "not on this node",
-        f"ask {ours.backend}" if ours is not None else f"ask no CA: no [authority.{authority}]",
-        f"{verb} {_replaced(item)}",
-    )
-
-
-def _replaced(item: Item) -> str:
+    ours = settings.authorities.get(item.spec.authority.name)
+    ask = f"ask {ours.backend}" if ours is not None else f"ask no CA: no [authority.{item.spec.authority.name}]"
+    end = end_text(first_end(item.ending), now) if item.certificates else "not on this node"
+    files = f"{item.certificate_path}{f' and {item.key_path.name}' if item.key_path else ''}"
     if item.current is not None:
-        more = f" and {item.certificate_path}" if item.embedded else ""
-        return f"{item.current} by a new file{more}"
-    return " and ".join([str(item.certificate_path), *([item.key_path.name] if item.key_path else [])])
+        files = f"{item.current} by a new file{f' and {item.certificate_path}' if item.embedded else ''}"
+    return item.spec.name, end, ask, f"{'replace' if item.certificates else 'make'} {files}"
 
 
 def _plan_json(plan: _Plan, settings: Settings) -> dict[str, Any]:
@@ -260,21 +230,18 @@ def _plan_json(plan: _Plan, settings: Settings) -> dict[str, Any]:
                 "name": item.spec.name,
                 "authority": item.spec.authority.name,
                 "backend": ours.backend if (ours := settings.authorities.get(item.spec.authority.name)) else None,
-                "notAfter": rfc3339(first_end(item.certificates[:1] + item.copy)) if item.certificates else None,
-                "replace": list(
-                    dict.fromkeys(map(str, filter(None, (item.key_path, item.certificate_path, item.current))))
-                ),
+                "notAfter": first_end(item.certificates[:1] + item.copy) if item.certificates else None,
+                "replace": list(dict.fromkeys(map(str, filter(None, paths)))),
                 "changes": desired.notes if (desired := selection.desired.get(item.spec.name)) is not None else [],
             }
             for item in selection.items
+            for paths in [(item.key_path, item.certificate_path, item.current)]
         ],
         "shorter": plan.shorter,
         "failed": [{"name": o.name, "error": str(o.error)} for o in selection.failed],
         "skipped": selection.skipped,
         "restart": plan.components,
-        "copies": [
-            {"path": str(copy.path), "of": copy.names, "error": copy.error and str(copy.error)} for copy in plan.copies
-        ],
+        "copies": [{"path": str(c.path), "of": c.names, "error": c.error and str(c.error)} for c in plan.copies],
         "drift": [_finding_json(finding) for finding in plan.drifted],
         "authorities": [_finding_json(ca) for ca in plan.cas],
     }
@@ -295,9 +262,8 @@ def write_csrs(settings: Settings, directory: Path, options: RunOptions, now: da
     prepared, unmade = prepare(selection.items, settings)
     if prepared:
         write_csr_files(prepared, directory)
-    rows = [
-        (str(directory / f"{item.item.spec.name}.csr"), f"for {item.item.spec.authority.name}") for item in prepared
-    ]
+    specs = [item.item.spec for item in prepared]
+    rows = [(str(directory / f"{spec.name}.csr"), f"for {spec.authority.name}") for spec in specs]
     failed = [*selection.failed, *unmade]
     if rows:
         say_table(rows)
@@ -313,7 +279,7 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
         with progress_shown() as progress:
             result = renewal.rehearse(settings, options, now, progress)
         if output is Output.JSON:
-            say_json(**_json(result))
+            _say_json(result)
         else:
             _print(result)
         print_errors(result.failed, result.errors)
@@ -323,12 +289,9 @@ def rehearse(settings: Settings, options: RunOptions, now: Callable[[], datetime
 
 def _print(result: Rehearsal) -> None:
     rows = []
-    for outcome in result.passed:
-        end, revoked = (
-            f"until {minute(outcome.leaf.not_valid_after_utc)}",
-            "revoked" if outcome.revoked else "not revoked",
-        )
-        rows.append((outcome.outcome.name, end, f"by {outcome.outcome.backend}", revoked))
+    for rehearsed in result.passed:
+        end, revoked = rehearsed.leaf.not_valid_after_utc, "revoked" if rehearsed.revoked else "not revoked"
+        rows.append((rehearsed.outcome.name, f"until {minute(end)}", f"by {rehearsed.outcome.backend}", revoked))
     say_table(rows, (2,), ["ok"] * len(rows))
     for sentence in result.skipped:
         log.info("%s", sentence)
@@ -337,20 +300,16 @@ def _print(result: Rehearsal) -> None:
     say(f"{begin}nothing on this node was replaced")
 
 
-def _json(result: Rehearsal) -> dict[str, Any]:
-    return {
-        "exitCode": result.exit_code,
-        "rehearsed": [
-            {
-                **about(renewed.outcome),
-                "notAfter": rfc3339(renewed.leaf.not_valid_after_utc),
-                "serialNumber": serial_hex(renewed.leaf),
-                "issuer": name_text(renewed.leaf.issuer),
-                "revoked": renewed.revoked,
-            }
-            for renewed in result.passed
-        ],
-        "failed": failed_json(result.failed),
-        "skipped": result.skipped,
-        "errors": errors_json(result.errors),
-    }
+def _say_json(result: Rehearsal) -> None:
+    rehearsed = [
+        {
+            **about(passed.outcome),
+            "notAfter": passed.leaf.not_valid_after_utc,
+            "serialNumber": serial_hex(passed.leaf),
+            "issuer": name_text(passed.leaf.issuer),
+            "revoked": passed.revoked,
+        }
+        for passed in result.passed
+    ]
+    failed, errors = failed_json(result.failed), errors_json(result.errors)
+    say_json(exitCode=result.exit_code, rehearsed=rehearsed, failed=failed, skipped=result.skipped, errors=errors)

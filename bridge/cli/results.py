@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from bridge import control_plane
 from bridge.cli.options import Output
-from bridge.cli.printing import end_text, say, say_json, say_sentence, say_table, under_headings
+from bridge.cli.printing import end_text, say, say_headed, say_json, say_sentence, say_sentences, say_table
 from bridge.errors import BridgeError, WaitingError
 from bridge.node.inventory import Node
 from bridge.pki.certificates import name_text, serial_hex
-from bridge.pki.expiry import minute, residual, rfc3339
-from bridge.renewal import Selection, nothing_due
+from bridge.pki.expiry import minute, residual
+from bridge.renewal import Selection, nothing_due, pairs
 from bridge.renewal.gate import NotYetError
+from bridge.renewal.selection import RunOptions
 from bridge.renewal.verify_and_install import Result
 from bridge.settings.tables import Settings
 from bridge.specs import Component
 from bridge.state import Outcome
-from bridge.system.console import hint_of, log, print_error, printable
+from bridge.system.console import hint_of, log, log_with_hint, print_error, printable
 from bridge.words import cause
 
 
@@ -37,9 +39,30 @@ def report(
     by_hand = not restarts or settings.restart.method == "none"
     components = stale(result, node, settings) if by_hand else []
     if output is Output.JSON:
-        say_json(**_result_json(result, selection, components))
+        renewed = [(outcome, outcome.new) for outcome in result.renewed if outcome.new is not None]
+        say_json(
+            exitCode=result.exit_code,
+            backup=result.backup_id,
+            renewed=[{**about(o), **certificates_json(o), "issuer": name_text(new.issuer)} for o, new in renewed],
+            failed=failed_json(result.failed),
+            waiting=[
+                {**about(o), "notAfter": _end(o), "note": o.error.reason if o.error else ""} for o in result.waiting
+            ],
+            skipped=selection.skipped,
+            restart=components,
+            restarted=result.restarted,
+            readAgain=result.read_again,
+            proven=result.proven,
+            errors=errors_json(result.errors),
+        )
     else:
-        _print_result(result, node, settings, now)
+        if rows := installed_rows(result.renewed):
+            say_table(rows, (2, 3), ["ok"] * len(rows))
+            place = settings.node.state_dir / "backups" / str(result.backup_id)
+            say_sentence(f"{len(rows)} renewed; the old files are in {place}")
+        elif not result.failed and not result.waiting and not result.errors:
+            say_sentence(nothing_due(node, settings, now))
+        say_waiting(result.waiting, now)
         print_restart("These still run on their old certificates until they are restarted", components, settings)
         if not restarts:
             print_pairs(node, [outcome.name for outcome in result.renewed])
@@ -59,36 +82,21 @@ def stale(result: Result, node: Node, settings: Settings) -> list[Component]:
     return control_plane.stale(specs, control_plane.reloading(node, settings.node), settings.restart.components)
 
 
-def _print_result(result: Result, node: Node, settings: Settings, now: datetime) -> None:
-    rows = [
-        (
-            o.name,
-            f"until {minute(o.new.not_valid_after_utc)}",
-            f"serial {serial_hex(o.new)}",
-            f"issuer {name_text(o.new.issuer)}",
-            f"by {o.backend}",
-        )
-        for o in result.renewed
-        if o.new is not None
-    ]
-    if rows:
-        say_table(rows, (2, 3), ["ok"] * len(rows))
-        say_sentence(
-            f"{len(rows)} renewed; the old files are in {settings.node.state_dir / 'backups' / str(result.backup_id)}"
-        )
-    elif not result.failed and not result.waiting and not result.errors:
-        say_sentence(nothing_due(node, settings, now))
-    say_waiting(result.waiting, now)
+def installed_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Return for each installed certificate its name, end, serial number, issuer and CA."""
+    pairs = [(outcome, outcome.new) for outcome in outcomes if outcome.new is not None]
+    return [(outcome.name, f"until {minute(new.not_valid_after_utc)}", f"serial {serial_hex(new)}",
+             f"issuer {name_text(new.issuer)}", f"by {outcome.backend}") for outcome, new in pairs]  # fmt: skip
 
 
 def say_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     """Print a row for each waiting certificate, below its CA and the CA's note."""
-    rows = []
-    for outcome in waiting:
-        end = outcome.old.not_valid_after_utc if outcome.old is not None else None
-        rows.append((whereabouts(outcome), (outcome.name, "waiting", end_text(end, now))))
-    if rows:
-        say("\n".join(under_headings(rows)))
+    if waiting:
+        say_headed([(whereabouts(o), (o.name, "waiting", end_text(_end(o), now))) for o in waiting])
+
+
+def _end(outcome: Outcome) -> datetime | None:
+    return outcome.old.not_valid_after_utc if outcome.old is not None else None
 
 
 def whereabouts(outcome: Outcome) -> str:
@@ -106,20 +114,17 @@ def warn_of_waiting(waiting: Sequence[Outcome], now: datetime) -> None:
     """Print a warning, or an error, if a certificate whose successor waits ends soon."""
     if not waiting:
         return
-    ends = [o.old.not_valid_after_utc for o in waiting if o.old is not None]
-    left = min(ends, default=now) - now
+    left = min(filter(None, map(_end, waiting)), default=now) - now
+    what, hint = "for an answer", "`ca-bridge pending list` shows them; ask the people who approve them"
     if all(isinstance(outcome.error, NotYetError) for outcome in waiting):
         what, hint = "for a window", NotYetError.hint
-    else:
-        what, hint = "for an answer", "`ca-bridge pending list` shows them; ask the people who approve them"
     certificates = f"{len(waiting)} certificates wait" if len(waiting) != 1 else "1 certificate waits"
     text = f"{certificates} {what}; the first of them"
     if left <= VERY_NEAR:
         when = f"ENDS IN {residual(int(left.total_seconds()))}" if left > timedelta() else "HAS EXPIRED"
         print_error(WaitingError(f"{text} {when}", hint=hint))
     elif left <= NEAR:
-        log.warning("%s ends in %s", text, residual(int(left.total_seconds())))
-        log.warning("%s", hint, extra={"is_hint": True})
+        log_with_hint(logging.WARNING, f"{text} ends in {residual(int(left.total_seconds()))}", hint)
 
 
 def print_restart(why: str, components: Sequence[Component], settings: Settings) -> None:
@@ -134,10 +139,13 @@ def print_restart(why: str, components: Sequence[Component], settings: Settings)
 def print_pairs(node: Node, names: Sequence[str]) -> None:
     """Print how the programs of these further pairs start to use them."""
     if any(item.pair is not None for item in node.items):
-        from bridge.renewal import pairs  # noqa: PLC0415 (40 ms; only where the settings name a further pair)
+        say_sentences(pairs.advice(node, names), "")
 
-        for sentence in pairs.advice(node, names):
-            say_sentence(sentence)
+
+def log_skipped(sentences: Sequence[str], options: RunOptions) -> None:
+    """Log which certificates a run passed over; without names that is usual, and of interest with `-v -v` alone."""
+    for sentence in sentences:
+        log.log(logging.INFO if options.is_by_name else logging.DEBUG, "%s", sentence)
 
 
 def print_errors(failed: Sequence[Outcome], errors: Sequence[BridgeError] = ()) -> None:
@@ -167,33 +175,6 @@ def _who(backend: str, error: BridgeError) -> str:
     return name if name and error.reason.startswith(f"{kind.removesuffix(')')}: ") else backend
 
 
-def _result_json(result: Result, selection: Selection, components: Sequence[Component]) -> dict[str, Any]:
-    return {
-        "exitCode": result.exit_code,
-        "backup": result.backup_id,
-        "renewed": [
-            {**about(o), **certificates_json(o), "issuer": name_text(o.new.issuer)}
-            for o in result.renewed
-            if o.new is not None
-        ],
-        "failed": failed_json(result.failed),
-        "waiting": [
-            {
-                **about(o),
-                "notAfter": rfc3339(o.old.not_valid_after_utc) if o.old is not None else None,
-                "note": o.error.reason if o.error is not None else "",
-            }
-            for o in result.waiting
-        ],
-        "skipped": selection.skipped,
-        "restart": components,
-        "restarted": result.restarted,
-        "readAgain": result.read_again,
-        "proven": result.proven,
-        "errors": errors_json(result.errors),
-    }
-
-
 def about(outcome: Outcome) -> dict[str, Any]:
     """Return the keys that each outcome has in JSON."""
     return {"name": outcome.name, "authority": outcome.authority, "backend": outcome.backend}
@@ -203,7 +184,7 @@ def certificates_json(outcome: Outcome) -> dict[str, Any]:
     """Return the keys about the installed certificate, and the one that it replaced."""
     new, old = outcome.new, outcome.old
     return {
-        "notAfter": rfc3339(new.not_valid_after_utc) if new is not None else None,
+        "notAfter": new.not_valid_after_utc if new is not None else None,
         "serialNumber": serial_hex(new) if new is not None else None,
         "previousSerialNumber": serial_hex(old) if old is not None else None,
     }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,22 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from bridge import monitoring
-from bridge.cli.options import Common, Output, OutputOption, WaitOption, command, duration_option, group, utc_now
-from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_table, say_verdict
+from bridge.cli.declare import Common, command, duration_option, group, option
+from bridge.cli.options import Output, OutputOption, WaitOption, utc_now
+from bridge.cli.printing import progress_shown, say, say_json, say_sentence, say_sentences, say_table, say_verdict
 from bridge.cli.results import print_errors, print_restart, say_waiting, warn_of_waiting
 from bridge.control_plane import neighbours
 from bridge.errors import Exit
 from bridge.node.inventory import Node
 from bridge.node.reading import read_node
 from bridge.pki.certificates import fingerprint, name_text
-from bridge.pki.expiry import duration_text, minute, rfc3339
+from bridge.pki.expiry import duration_text, minute
 from bridge.rotation import Phase, differences, old_ca_clients, places, planning, steps, text, trust_copies
 from bridge.rotation.old_ca_clients import Refusal, Users, Watched
 from bridge.rotation.places import Replaced
 from bridge.rotation.planning import Step, Verb
 from bridge.rotation.readiness import RotationOptions
-from bridge.rotation.steps import Done
-from bridge.rotation.trust_copies import Held
 from bridge.settings.tables import Settings
 from bridge.specs import CA
 from bridge.state import Store
@@ -35,9 +34,9 @@ from bridge.system.console import doing
 commands = typer.Typer()
 rotate_group = group(commands, "rotate-ca", "Put another CA in the place of this one, while the cluster runs.")
 
+_NOT_REPLACED = "which is not replaced here"
 CaOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="ca, etcd-ca or front-proxy-ca; repeatable. [default: each with a next CA]"),
+    list[str] | None, option("ca, etcd-ca or front-proxy-ca; repeatable. [default: each with a next CA]", "NAME")
 ]
 
 
@@ -46,17 +45,14 @@ class _LogOptions:
     """The options that name sources about clients of the old CA."""
 
     audit_log: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="An API server's audit log, to find users of the old CA's certificates."),
+        list[Path] | None, option("An API server's audit log, to find users of the old CA's certificates.", "FILE")
     ] = None
     server_log: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="An API server's own log, to find clients that reject it.")
+        list[Path] | None, option("An API server's own log, to find clients that reject it.", "FILE")
     ] = None
     issued: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="PATH", help="With --audit-log and --requests: certificates of the new CA, in a file or directory."
-        ),
+        option("With --audit-log and --requests: certificates of the new CA, in a file or directory.", "PATH"),
     ] = None
     requests: Annotated[
         timedelta,
@@ -100,7 +96,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
     _say_old_ca_clients(users, refusals)
-    _say_watched(watched, logs.requests)
+    say_sentences(_of_requests(watched, logs.requests) if watched else ())
 
 
 def _watched(settings: Settings, node: Node, replaced: Mapping[str, Replaced], logs: _LogOptions) -> Watched | None:
@@ -108,18 +104,17 @@ def _watched(settings: Settings, node: Node, replaced: Mapping[str, Replaced], l
     if not logs.requests:
         return None
     if CA.name not in replaced:
-        raise typer.BadParameter("--requests is about clients of the CA ca, which is not replaced here")
+        raise typer.BadParameter(f"--requests is about clients of the CA {CA.name}, {_NOT_REPLACED}")
     new = old_ca_clients.leaves_of_the_new_ca(node, replaced[CA.name].change, logs.issued or [])
     with doing("counting requests"):
         return old_ca_clients.watched(node, settings, new, logs.requests, utc_now)
 
 
-def _say_watched(watched: Watched | None, period: timedelta) -> None:
-    for sentence in (*watched.troubles, *map(str, watched.requests)) if watched else ():
-        say_sentence(sentence, "  ")
-    for server, count in watched.failed.items() if watched else ():
-        what = "of clients that do not trust its certificate, of scanners and health checks"
-        say_sentence(f"{server}: {count} TLS handshakes failed in {duration_text(period)}: {what}", "  ")
+def _of_requests(watched: Watched, period: timedelta) -> Iterator[str]:
+    yield from (*watched.troubles, *map(str, watched.requests))
+    what = "of clients that do not trust its certificate, of scanners and health checks"
+    for server, count in watched.failed.items():
+        yield f"{server}: {count} TLS handshakes failed in {duration_text(period)}: {what}"
 
 
 def _old_ca_clients(
@@ -129,8 +124,7 @@ def _old_ca_clients(
     if not (logs.audit_log or logs.server_log):
         return None, None
     if CA.name not in replaced:
-        text = "--audit-log and --server-log are about clients of the CA ca, which is not replaced here"
-        raise typer.BadParameter(text)
+        raise typer.BadParameter(f"--audit-log and --server-log are about clients of the CA {CA.name}, {_NOT_REPLACED}")
     with doing("reading the logs"):
         refusals = old_ca_clients.refusals(logs.server_log) if logs.server_log else None
         if not logs.audit_log:
@@ -152,7 +146,7 @@ def _say_old_ca_clients(users: Users | None, refusals: Sequence[Refusal] | None)
         say_sentence("no client in the API server's log turned away, or was turned away", "  ")
 
 
-def _lagging(settings: Settings, node: Node, ca: Replaced) -> list[Held]:
+def _lagging(settings: Settings, node: Node, ca: Replaced) -> list[trust_copies.Held]:
     """Return the cluster's objects that are behind this node's phase, if this node may read them."""
     phase = ca.standing.phase
     if phase is None or not node.manifests or node.is_etcd_host:
@@ -160,7 +154,7 @@ def _lagging(settings: Settings, node: Node, ca: Replaced) -> list[Held]:
     return trust_copies.look(neighbours.connect(node, settings), ca.name, ca.change, phase)
 
 
-def _json(ca: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
+def _json(ca: Replaced, lagging: Sequence[trust_copies.Held]) -> dict[str, Any]:
     now = ca.standing
     return {
         "name": ca.name,
@@ -169,7 +163,7 @@ def _json(ca: Replaced, lagging: Sequence[Held]) -> dict[str, Any]:
         "kind": "the same key, and another certificate" if ca.change.keeps_key else "another key",
         "old": {"subject": name_text(ca.change.old.subject), "sha256": fingerprint(ca.change.old)},
         "new": {"subject": name_text(ca.change.new.subject), "sha256": fingerprint(ca.change.new)},
-        "since": rfc3339(ca.since),
+        "since": ca.since,
         "odd": list(now.differing),
         "objects": [held.text for held in lagging],
         "commands": [held.command for held in lagging if held.command],
@@ -187,15 +181,13 @@ def plan(common: Common, ca: CaOption = None) -> int:
         say_sentence(_NONE_HERE)
     trouble = 0
     for one in found.values():
-        say_sentence(
-            f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {minute(one.change.new.not_valid_after_utc)}"
-        )
+        end = minute(one.change.new.not_valid_after_utc)
+        say_sentence(f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {end}")
         for violation in planning.violations(one, found, settings, now):
             say_verdict(f"  {violation}", "error")
             trouble += 1
         for phase in one.change.path[1:]:
-            spared = phase is one.change.spares
-            what = _SPARED if spared else _effect(node, one, phase)
+            what = _SPARED if phase is one.change.spares else _effect(node, one, phase)
             say_sentence(f"{planning.VERBS[phase]}: {what}", "  ")
     for sentence in steps.silent_backends(settings, found.values()):
         say_verdict(sentence, "warning")
@@ -205,11 +197,10 @@ def plan(common: Common, ca: CaOption = None) -> int:
 def _effect(node: Node, ca: Replaced, phase: Phase, *, at_once: bool = False) -> str:
     """Describe a phase of one CA, or all remaining phases `at_once`."""
     names = [item.spec.name for item in ca.items]
-    what = (
-        f"issues {', '.join(names)} from the new CA, in one step with {ca.state.path}"
-        if phase is Phase.ISSUED or (at_once and ca.standing.phase is not Phase.ISSUED)
-        else (f"writes {ca.state.path}" + (f" and the CA data of {len(ca.confs)} kubeconfigs" if ca.confs else ""))
-    )
+    if phase is Phase.ISSUED or (at_once and ca.standing.phase is not Phase.ISSUED):
+        what = f"issues {', '.join(names)} from the new CA, in one step with {ca.state.path}"
+    else:
+        what = f"writes {ca.state.path}" + (f" and the CA data of {len(ca.confs)} kubeconfigs" if ca.confs else "")
     of_trust, of_certificates = _COSTS[ca.name]
     reads_cas = phase is not Phase.ISSUED or (ca.standing.phase is Phase.OLD and ca.change.spares is not None)
     verifies = _VERIFIES if reads_cas and ca.name == CA.name and steps.readers(node, ca) else ""
@@ -242,61 +233,40 @@ class _Options:
     output: OutputOption = Output.TEXT
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _GatedOptions(_Options):
-    """The options of a phase that checks other nodes first."""
-
-    without: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NODE", help="Go on without this node, which can't be asked; repeatable."),
-    ] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LeavingOptions(_GatedOptions):
-    """The options of a phase after which the old CA no longer signs."""
-
-    keys_to: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="At the end, move CA keys that kubeadm left on this node to DIR."),
-    ] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _DropOptions(_LeavingOptions):
-    """The options of the last phase, which may also be the only one."""
-
-    emergency: Annotated[
-        bool,
-        typer.Option(
-            "--emergency",
-            help="A CA's key has leaked: go from any phase, without asking other nodes; alone it only says the cost.",
-        ),
-    ] = False
-    accept_outage: Annotated[
-        bool, typer.Option("--accept-outage", help="Do it, at the cost that --emergency alone says.")
-    ] = False
+WithoutOption = Annotated[
+    list[str] | None, option("Go on without this node, which can't be asked; repeatable.", "NODE")
+]
+KeysToOption = Annotated[Path | None, option("At the end, move CA keys that kubeadm left on this node to DIR.", "DIR")]
 
 
 @command(rotate_group, "trust")
 def trust(common: Common, options: _Options) -> int:
     """Have this node trust the new CAs beside the old ones: the first step, on every node."""
-    return _run(common, Verb.TRUST, options, RotationOptions(wait=options.wait))
+    return _run(common, Verb.TRUST, options)
 
 
 @command(rotate_group, "issue")
-def issue(common: Common, options: _LeavingOptions) -> int:
+def issue(common: Common, options: _Options, without: WithoutOption = None, keys_to: KeysToOption = None) -> int:
     """Have this node's certificates issued by the new CAs, once every node trusts these."""
-    return _run(common, Verb.ISSUE, options, replace(_rotation_options(options), keys_to=options.keys_to))
+    return _run(common, Verb.ISSUE, options, without, keys_to=keys_to)
 
 
 @command(rotate_group, "drop")
-def drop(common: Common, options: _DropOptions) -> int:
+def drop(
+    common: Common,
+    options: _Options,
+    without: WithoutOption = None,
+    keys_to: KeysToOption = None,
+    emergency: Annotated[
+        bool,
+        option("A CA's key has leaked: go from any phase, without asking other nodes; alone it only says the cost."),
+    ] = False,
+    accept_outage: Annotated[bool, option("Do it, at the cost that --emergency alone says.")] = False,
+) -> int:
     """Have this node trust the new CAs alone, once every node's certificates are theirs."""
-    if options.emergency and not options.accept_outage:
+    if emergency and not accept_outage:
         return _say_what_an_emergency_costs(common.settings(), options)
-    rotation = replace(_rotation_options(options), keys_to=options.keys_to, emergency=options.emergency)
-    return _run(common, Verb.DROP, options, rotation)
+    return _run(common, Verb.DROP, options, without, keys_to=keys_to, emergency=emergency)
 
 
 #: What an emergency breaks at once, by CA; no other node was asked, so each may be affected.
@@ -311,13 +281,13 @@ _EMERGENCY_COSTS = {
 _EVERY_EMERGENCY = (
     "what reads a CA at its start alone (many pods) has to be restarted by its owner",
     (
-        "nothing goes back by itself, whether it works or not; `ca-bridge rotate-ca back` can have the old CA trusted "
-        "again, and can't bring back its certificates"
+        "nothing goes back by itself, whether it works or not; `ca-bridge rotate-ca back` can have the old CA trusted again, "
+        "and can't bring back its certificates"
     ),
 )
 
 
-def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> int:
+def _say_what_an_emergency_costs(settings: Settings, options: _Options) -> int:
     """Print the cost, and do nothing, so that an operator who goes on has seen it."""
     node = read_node(settings.node)
     found = places.look(settings, node, options.ca or [])
@@ -328,23 +298,19 @@ def _say_what_an_emergency_costs(settings: Settings, options: _DropOptions) -> i
         say_json(exitCode=Exit.USAGE, costs=sentences)
     else:
         say("nothing is done yet; with --accept-outage:")
-        for sentence in sentences:
-            say_sentence(sentence, "  ")
+        say_sentences(sentences)
     return Exit.USAGE
 
 
 @command(rotate_group, "back")
-def back(common: Common, options: _GatedOptions) -> int:
+def back(common: Common, options: _Options, without: WithoutOption = None) -> int:
     """Go back by one phase on this node."""
-    return _run(common, Verb.BACK, options, _rotation_options(options))
+    return _run(common, Verb.BACK, options, without)
 
 
-def _rotation_options(options: _GatedOptions) -> RotationOptions:
-    return RotationOptions(without=frozenset(options.without or ()), wait=options.wait)
-
-
-def _run(common: Common, verb: Verb, options: _Options, rotation: RotationOptions) -> int:
+def _run(common: Common, verb: Verb, options: _Options, without: Sequence[str] | None = None, **more: Any) -> int:
     settings = common.settings()
+    rotation = RotationOptions(wait=options.wait, without=frozenset(without or ()), **more)
     with monitoring.kept_current(settings, utc_now), progress_shown() as progress:
         done = steps.run(settings, verb, options.ca or [], utc_now, progress, rotation)
     if options.output is Output.JSON:
@@ -356,7 +322,7 @@ def _run(common: Common, verb: Verb, options: _Options, rotation: RotationOption
     return done.exit_code
 
 
-def _say_done(done: Done, settings: Settings) -> None:
+def _say_done(done: steps.Done, settings: Settings) -> None:
     there = {step.ca.name for step in done.steps if step.is_there}
     for name, phase in done.phases.items():
         say(f"{name}: phase “{phase}”{', as before' if name in there else ''}")

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
-from contextlib import closing
-from datetime import timedelta
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from bridge.cli.options import Common, Output, OutputOption, command, duration_option, group, utc_now
+from bridge.cli.declare import Common, argument, command, duration_option, group, option
+from bridge.cli.options import Output, OutputOption, PolicyOption, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_json, say_sentence, say_table, width_here, wrapped
-from bridge.desk.approval import differences
+from bridge.desk.approval import Verdict, differences
+from bridge.door.client import Review, Reviewer
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle_format import describe, short_fingerprint
 from bridge.pki.csr import fingerprint_text
-from bridge.pki.expiry import minute, rfc3339
+from bridge.pki.expiry import minute
 from bridge.state import Store
 from bridge.system.console import log, printable
 from bridge.system.locks import lock
 from bridge.words import counted
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from bridge.desk.approval import Verdict
-    from bridge.door.client import Review, Reviewer
+with suppress(ModuleNotFoundError):  # without the packages of the extra; `assert_installed` says so
+    from bridge.door import doors, enrolments
+    from bridge.door import fleet as rules
     from bridge.door.enrolments import Enrolment
-    from bridge.door.fleet import FleetNode
+    from bridge.door.service import Service
+    from bridge.door.store import open_memory
 
 commands = typer.Typer()
 #: Distributions of the extra `serve`, by their module.
@@ -47,20 +50,13 @@ class MissingExtraError(BridgeError):
 
 
 @command(commands, "serve")
-def serve(
-    common: Common,
-    policy: Annotated[
-        Path | None, typer.Option(help="What may be signed. [default: desk-policy.toml beside the settings]")
-    ] = None,
-) -> None:
+def serve(common: Common, policy: PolicyOption = None) -> None:
     """
     Sign what nodes ask for over HTTPS, as far as the desk's policy allows: one door to the CA for all nodes.
 
     It runs until SIGTERM; `ca-bridge help door` has its settings, addresses and metrics.
     """
     assert_installed("ca-bridge serve")
-    from bridge.door.service import Service  # noqa: PLC0415 (heavy, and an extra's packages)
-
     settings = common.settings()
     store = Store(settings.node.state_dir)
     store.prepare()
@@ -73,9 +69,7 @@ def serve(
 
 def assert_installed(command: str) -> None:
     """Check that the packages of the extra `serve` are installed (MissingExtraError)."""
-    from importlib.util import find_spec  # noqa: PLC0415 (only for these commands)
-
-    missing = [name for module, name in _NEEDED.items() if find_spec(module) is None]
+    missing = [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"{command} needs {', '.join(_NEEDED.values())}, found no {', '.join(missing)}")
 
@@ -83,9 +77,7 @@ def assert_installed(command: str) -> None:
 @command(commands, "fleet")
 def fleet(
     common: Common,
-    output: Annotated[
-        Literal["text", "json", "prometheus"], typer.Option("--output", "-o", help="Format of the list.")
-    ] = "text",
+    output: Annotated[Literal["text", "json", "prometheus"], option("Format of the list.", "--output", "-o")] = "text",
 ) -> int:
     """
     List the nodes that have asked this door, the worst first: what ends next, what failed, who is silent.
@@ -94,40 +86,23 @@ def fleet(
     renewal.before of these settings. Exits with 3 if a node is expired, silent or failed.
     """
     assert_installed("ca-bridge fleet")
-    from bridge.door import fleet as rules  # noqa: PLC0415 (heavy, and an extra's packages)
-    from bridge.door.store import open_memory  # noqa: PLC0415 (as above)
-
     settings = common.settings_with_record()
     with closing(open_memory(settings)) as memory:
         nodes = rules.fleet(memory, settings.renewal.before, utc_now())
     if output == "json":
-        say_json(nodes=[_node_json(node) for node in nodes])
+        say_json(nodes=nodes)
     elif output == "prometheus":
         say(rules.metrics(nodes))
     elif nodes:
-        styles = ["error" if node.state in rules.RED else "" for node in nodes]
-        say_table([_node_row(node) for node in nodes], (4, 3), styles)
+        rows = []
+        for node in nodes:
+            ends = f"{node.name} ends {minute(node.ends)}" if node.ends is not None else "no certificate"
+            heard = f"asked {minute(node.heard)}" if node.heard is not None else "never asked"
+            rows.append([printable(cell) for cell in (node.state, node.node, ends, node.cluster, heard, node.why)])
+        say_table(rows, (4, 3), ["error" if node.state in rules.RED else "" for node in nodes])
     else:
         say("no nodes: none has asked this door yet")
     return Exit.DUE if any(node.state in rules.RED for node in nodes) else Exit.DONE
-
-
-def _node_row(node: FleetNode) -> tuple[str, ...]:
-    ends = f"{node.name} ends {minute(node.ends)}" if node.ends is not None else "no certificate"
-    heard = f"asked {minute(node.heard)}" if node.heard is not None else "never asked"
-    return tuple(map(printable, (node.state, node.node, ends, node.cluster, heard, node.why)))
-
-
-def _node_json(node: FleetNode) -> dict[str, Any]:
-    return {
-        "node": node.node,
-        "cluster": node.cluster,
-        "state": node.state,
-        "ends": rfc3339(node.ends) if node.ends is not None else None,
-        "certificate": node.name,
-        "heard": rfc3339(node.heard) if node.heard is not None else None,
-        "why": node.why,
-    }
 
 
 database = group(commands, "serve-database", "Back up and restore the door's database.")
@@ -137,8 +112,6 @@ database = group(commands, "serve-database", "Back up and restore the door's dat
 def status(common: Common) -> None:
     """Count the door's requests by their state, and list those that were left to people."""
     assert_installed("ca-bridge serve-database")
-    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
-
     with doors.opened(common.settings()) as (memory, _):
         say_table([("STATE", "REQUESTS"), *((state, str(count)) for state, count in sorted(memory.counts().items()))])
         for row in memory.in_state("left"):
@@ -146,25 +119,21 @@ def status(common: Common) -> None:
 
 
 @command(database, "backup")
-def backup(common: Common, to: Annotated[Path, typer.Argument(help="The copy, a file that is replaced.")]) -> None:
+def backup(common: Common, to: Annotated[Path, argument("The copy, a file that is replaced.")]) -> None:
     """Copy SQLite's file while the door runs; `pg_dump` copies PostgreSQL's."""
     assert_installed("ca-bridge serve-database")
-    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
-
     doors.back_up(common.settings(), to.absolute())
     say(f"the door's database is in {to} now")
 
 
 @command(database, "restore")
-def restore(common: Common, copy: Annotated[Path, typer.Argument(help="A copy that `backup` has made.")]) -> None:
+def restore(common: Common, copy: Annotated[Path, argument("A copy that `backup` has made.")]) -> None:
     """
     Replace SQLite's file with a copy, while no door runs.
 
     From then on, before an older request is signed, the door asks its CA whether it has signed it already.
     """
     assert_installed("ca-bridge serve-database")
-    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
-
     old, withdrawn = doors.restore(common.settings(), copy.absolute(), utc_now)
     say_sentence("the copy is in its place" + (f"; what was there before is in {old}" if old else ""))
     _say_withdrawn(withdrawn)
@@ -178,19 +147,15 @@ def restored(common: Common) -> None:
     From then on, before an older request is signed, the door asks its CA whether it has signed it already.
     """
     assert_installed("ca-bridge serve-database")
-    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
-
     withdrawn = doors.reconcile(common.settings(), utc_now)
     say("recorded: a request from before now is signed only after its CA was asked whether it has signed it")
     _say_withdrawn(withdrawn)
 
 
 @command(database, "again")
-def again(common: Common, request: Annotated[str, typer.Argument(help="The first digits of its digest.")]) -> None:
+def again(common: Common, request: Annotated[str, argument("The first digits of its digest.")]) -> None:
     """Have a request signed that was left to people, once you know that its CA has not signed it."""
     assert_installed("ca-bridge serve-database")
-    from bridge.door import doors  # noqa: PLC0415 (heavy, and an extra's packages)
-
     doors.again(common.settings(), request)
     say(f"request {request} is signed in the next round")
 
@@ -209,20 +174,18 @@ _HOUR = timedelta(hours=1)
 @command(commands, "enroll")
 def enroll(
     common: Common,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="The node's name, as kubeadm has it.")],
+    node: Annotated[str, argument("The node's name, as kubeadm has it.", "NODE")],
     cluster: Annotated[str, typer.Option(help="The node's cluster. [default: node.cluster]", show_default=False)] = "",
     lasts: Annotated[timedelta, duration_option("How long the secret is valid. [default: 1h]", "--for")] = _HOUR,
     certificates: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "A certificate that it is for, by kubeadm's name; repeatable. [default: all that the policy allows]",
             "--certificate",
-            metavar="NAME",
-            help="A certificate that it is for, by kubeadm's name; repeatable. [default: all that the policy allows]",
+            "NAME",
         ),
     ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="The door's policy. [default: desk-policy.toml beside the settings]")
-    ] = None,
+    policy: Annotated[Path | None, option("The door's policy. [default: desk-policy.toml beside the settings]")] = None,
 ) -> None:
     """
     Print a one-time secret with which a node asks the door for its first certificates.
@@ -231,8 +194,6 @@ def enroll(
     a hash. Put it into the file that `enrolment_file` of the node's backend names. The policy decides what is signed.
     """
     assert_installed("ca-bridge enroll")
-    from bridge.door import enrolments  # noqa: PLC0415 (heavy, and an extra's packages)
-
     settings = common.settings()
     wanted = enrolments.Wanted(
         node=node,
@@ -251,57 +212,39 @@ def enroll(
 def list_enrolments(common: Common, output: OutputOption = Output.TEXT) -> None:
     """List the enrolments, the newest first: number, state, node, until when, and who made it."""
     assert_installed("ca-bridge enrolments")
-    from bridge.door import enrolments  # noqa: PLC0415 (as above)
-
     found, now = enrolments.listed(common.settings_with_record()), utc_now()
     if output is Output.JSON:
-        say_json(enrolments=[_enrolment_json(enrolment, enrolment.state(now)) for enrolment in found])
+        say_json(enrolments=[_enrolment_json(enrolment, now) for enrolment in found])
     elif found:
-        say_table([_enrolment_row(enrolment, enrolment.state(now)) for enrolment in found], (5, 6))
+        say_table([_enrolment_row(enrolment, now) for enrolment in found], (5, 6))
     else:
         say("no enrolments: `ca-bridge enroll NODE` makes one")
 
 
 @command(enrolments_group, "withdraw")
-def withdraw(
-    common: Common, number: Annotated[int, typer.Argument(metavar="NUMBER", help="As in `ca-bridge enrolments list`.")]
-) -> None:
+def withdraw(common: Common, number: Annotated[int, argument("As in `ca-bridge enrolments list`.", "NUMBER")]) -> None:
     """Withdraw an enrolment; a request that came with it, and that is not signed yet, is refused."""
     assert_installed("ca-bridge enrolments")
-    from bridge.door import enrolments  # noqa: PLC0415 (as above)
-
     enrolment = enrolments.withdraw(common.settings_with_record(), number, utc_now())
     say(f"enrolment {enrolment.id} of {printable(enrolment.node)} is withdrawn")
     if enrolment.used is not None:
         log.warning("it was used %s: `ca-bridge audit show` has what was signed since", minute(enrolment.used))
 
 
-def _enrolment_row(enrolment: Enrolment, state: str) -> tuple[str, ...]:
+def _enrolment_row(enrolment: Enrolment, now: datetime) -> tuple[str, ...]:
     names = ", ".join(enrolment.certificates) or "all"
-    found = (
-        str(enrolment.id),
-        state,
-        enrolment.node,
-        enrolment.cluster,
-        f"until {minute(enrolment.ends)}",
-        f"by {enrolment.created_by}",
-        names,
-    )
-    return tuple(map(printable, found))
+    until, by = f"until {minute(enrolment.ends)}", f"by {enrolment.created_by}"
+    cells = (enrolment.id, enrolment.state(now), enrolment.node, enrolment.cluster, until, by, names)
+    return tuple(map(printable, cells))
 
 
-def _enrolment_json(enrolment: Enrolment, state: str) -> dict[str, Any]:
+def _enrolment_json(enrolment: Enrolment, now: datetime) -> dict[str, Any]:
+    keys = {"node": "node", "cluster": "cluster", "certificates": "certificates", "created": "created",
+            "createdBy": "created_by", "ends": "ends", "used": "used", "withdrawn": "withdrawn"}  # fmt: skip
     return {
         "number": enrolment.id,
-        "state": state,
-        "node": enrolment.node,
-        "cluster": enrolment.cluster,
-        "certificates": list(enrolment.certificates),
-        "created": rfc3339(enrolment.created),
-        "createdBy": enrolment.created_by,
-        "ends": rfc3339(enrolment.ends),
-        "used": rfc3339(enrolment.used) if enrolment.used is not None else None,
-        "withdrawn": rfc3339(enrolment.withdrawn) if enrolment.withdrawn is not None else None,
+        "state": enrolment.state(now),
+        **{key: getattr(enrolment, name) for key, name in keys.items()},
     }
 
 
@@ -312,8 +255,7 @@ approvals_group = group(commands, "approvals", "Decide about requests that wait 
 _SHORT = 16
 
 DigestArgument = Annotated[
-    str,
-    typer.Argument(metavar="DIGEST", help="The request's digest, or its first 16 digits: `ca-bridge approvals list`."),
+    str, argument("The request's digest, or its first 16 digits: `ca-bridge approvals list`.", "DIGEST")
 ]
 
 
@@ -326,15 +268,9 @@ def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
         say_json(approver=request.get("approver"), requests=request["requests"])
         return
     for one in request["requests"]:
-        row = (
-            str(one.get("digest"))[:_SHORT],
-            one.get("node"),
-            f"{one.get('approvals')} approved",
-            one.get("received"),
-        )
-        say_table([tuple(map(printable, row))], (3,))
-        for certificate in _certificates(one):
-            say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"), "  ")
+        digest, approved = str(one.get("digest"))[:_SHORT], f"{one.get('approvals')} approved"
+        say_table([tuple(map(printable, (digest, one.get("node"), approved, one.get("received"))))], (3,))
+        _say_meanings(one, "  ")
     if not request["requests"]:
         say("no request waits for people")
 
@@ -354,7 +290,7 @@ def show(common: Common, digest: DigestArgument, output: OutputOption = Output.T
 def approve(
     common: Common,
     digest: DigestArgument,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="For the record.")] = "",
+    reason: Annotated[str, option("For the record.", "TEXT")] = "",
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
@@ -369,7 +305,7 @@ def approve(
 def refuse(
     common: Common,
     digest: DigestArgument,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="For the node and the record.")],
+    reason: Annotated[str, option("For the node and the record.", "TEXT")],
     output: OutputOption = Output.TEXT,
 ) -> None:
     """Refuse a request; the node gets an answer with your reason and your name."""
@@ -377,8 +313,6 @@ def refuse(
 
 
 def _reviewer(common: Common) -> Reviewer:
-    from bridge.door.client import Reviewer  # noqa: PLC0415 (only for these commands)
-
     return Reviewer(common.settings().approver, utc_now())
 
 
@@ -388,47 +322,42 @@ def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: 
     if output is Output.JSON:
         say_json(**_json(review))
         return
-    document = review.document
-    text = (
-        f"{verdict} {review.digest[:_SHORT]} of {review.bundle.node} (fingerprint {short_fingerprint(review.bundle)})"
-    )
+    document, fingerprint = review.document, short_fingerprint(review.bundle)
+    text = f"{verdict} {review.digest[:_SHORT]} of {review.bundle.node} (fingerprint {fingerprint})"
     say_sentence(printable(f"{text}: {document.get('approvals')} approvals, the request is {document.get('state')}"))
     for text in _refusals(document) if verdict == "approved" else ():
         say_sentence(printable(text))
 
 
-def _certificates(request: dict[str, Any]) -> list[dict[str, Any]]:
-    found = request.get("certificates")
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+def _dicts(value: object) -> list[dict[str, Any]]:
+    """Return the objects in a list of the door's answer; none if it is no list."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _say_meanings(request: Mapping[str, Any], indent: str = "") -> None:
+    for certificate in _dicts(request.get("certificates")):
+        say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"), indent)
 
 
 def _refusals(document: Mapping[str, Any]) -> list[str]:
-    found = document.get("policy")
-    reasons = found.items() if isinstance(found, dict) else ()
-    return [
-        f"{name}: the policy refuses it: {reason}"
-        for name, some in reasons
-        if isinstance(some, list)
-        for reason in some
-    ]
+    policy = document.get("policy")
+    lists = {name: some for name, some in policy.items() if isinstance(some, list)} if isinstance(policy, dict) else {}
+    return [f"{name}: the policy refuses it: {reason}" for name, reasons in lists.items() for reason in reasons]
 
 
 def _print(review: Review) -> None:
     for line in describe(review.bundle, utc_now(), review.cas).splitlines():
         say("\n".join(map(printable, wrapped(line, width_here(), VALUES_BEGIN))))
     say("")
-    for certificate in _certificates(dict(review.document)):
-        say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"))
+    _say_meanings(review.document)
     for request in review.bundle.requests:
         for text in differences(request):
             say_sentence(printable(f"{request.name} differs: {text}"))
     for text in _refusals(review.document):
         say_sentence(printable(text))
-    decisions = review.document.get("decisions")
-    for decision in decisions if isinstance(decisions, list) else ():
-        if isinstance(decision, dict):
-            text = f"{decision.get('approver')} {decision.get('verdict')} it {decision.get('decided')} ({decision.get('evidence')})"
-            say_sentence(printable(f"{text}: {decision.get('reason')}" if decision.get("reason") else text))
+    for decision in _dicts(review.document.get("decisions")):
+        text = f"{decision.get('approver')} {decision.get('verdict')} it {decision.get('decided')} ({decision.get('evidence')})"
+        say_sentence(printable(f"{text}: {decision.get('reason')}" if decision.get("reason") else text))
     state, approvals = review.document.get("state"), review.document.get("approvals")
     about = counted(len(review.bundle.requests), "certificate")
     say_sentence(printable(f"{review.digest}: {about}, {state}, {approvals} approved"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +16,9 @@ from typing import Annotated, Any
 import typer
 from cryptography import x509
 
-from bridge.ca import failed, registry
-from bridge.ca.conformance import (
-    ABILITIES,
-    CHECKS,
-    FURTHER_ABILITIES,
-    ConformanceCheck,
-    NotSupportedError,
-    Trial,
-    abilities,
-)
-from bridge.cli.options import Common, command, duration_option, group, utc_now
+from bridge.ca import conformance, failed, registry
+from bridge.cli.declare import Common, argument, command, duration_option, group
+from bridge.cli.options import utc_now
 from bridge.cli.printing import say, say_sentence
 from bridge.contract import Backend, Secret, Selector
 from bridge.desk import files as desk_files
@@ -42,7 +35,7 @@ from bridge.settings.tables import Commands, Components, Settings, for_next, for
 from bridge.settings.windows import Windows
 from bridge.specs import AUTHORITIES, KUBELET_SERVER, SPECS
 from bridge.system.console import doing, log, printable
-from bridge.system.files import held_directory, shipped
+from bridge.system.files import held_directory, reasons, shipped
 from bridge.words import name_found
 
 commands = typer.Typer()
@@ -55,28 +48,33 @@ def settings_init(
     common: Common,
     kind: Annotated[
         str | None,
-        typer.Argument(
-            help="The kind of CA: vault, openssl, cfssl, cmp, est, exec, kubernetes, door, exchange; or desk, on a CA host. "
+        argument(
+            "The kind of CA: vault, openssl, cfssl, cmp, est, exec, kubernetes, door, exchange; or desk, on a CA host. "
             "Without it, the file has a commented-out example of each."
         ),
     ] = None,
-    file: Annotated[Path | None, typer.Argument(help="[default: --config, or /etc/ca-bridge/config.toml]")] = None,
+    file: Annotated[Path | None, argument("[default: --config, or /etc/ca-bridge/config.toml]")] = None,
 ) -> None:
     """Write a commented settings file; an older one is never overwritten."""
     if kind is not None and file is None and ("/" in kind or "." in kind):
         file, kind = Path(kind), None
     path, text = file or common.config or DEFAULT_FILE, initial(kind)
-    try:
-        with held_directory(path.parent) as held, (held / path.name).open("x", encoding="utf-8") as opened:
-            os.fchmod(opened.fileno(), 0o644)
-            opened.write(text)
-    except FileExistsError:
+    if os.path.lexists(path):
         another = f"ca-bridge settings init {kind} FILE" if kind else "ca-bridge settings init FILE"
-        hint = f"edit it, or write another one: `{another}`"
-        raise BridgeError(f"{path}: wanted no file, found one", hint=hint) from None
-    except OSError as e:
-        raise BridgeError(f"{path}: can't write it: {e.strerror}") from None
+        raise BridgeError(f"{path}: wanted no file, found one", hint=f"edit it, or write another one: `{another}`")
+    write_new(path, text)
     say(f"wrote {path}")
+
+
+def write_new(path: Path, text: str, mode: int = 0o644, *, hint: str = "") -> None:
+    """Write a file, and its directory if that is missing; never over an older file (BridgeError)."""
+    with (
+        reasons(BridgeError, f"{path}: can't write it", hint=hint),
+        held_directory(path.parent) as held,
+        (held / path.name).open("x", encoding="utf-8") as opened,
+    ):
+        os.fchmod(opened.fileno(), mode)  # by descriptor: the directory's owner could replace the name by a link
+        opened.write(text)
 
 
 @command(settings_group, "show")
@@ -90,10 +88,8 @@ def settings_check(common: Common) -> None:
     """Check the whole settings file, backends' tables included; asks no CA."""
     settings, problems = common.examined()
     if settings.source.file is None:
-        problem = SettingsProblem("", "a settings file", "none", DEFAULT_FILE)
-        raise SettingsError(
-            [problem], hint="the defaults are in force; `ca-bridge settings init KIND` writes a commented file"
-        )
+        hint = "the defaults are in force; `ca-bridge settings init KIND` writes a commented file"
+        raise SettingsError([SettingsProblem("", "a settings file", "none", DEFAULT_FILE)], hint=hint)
     for variant in (settings, for_rehearsal(settings), for_next(settings, settings.authorities)):
         try:
             registry.configured(variant, () if problems else variant.authorities)
@@ -113,6 +109,7 @@ def doubts(settings: Settings) -> Iterator[str]:
     backends = registry.configured(settings, settings.authorities)
     if not backends:
         yield "no CA is named: `ca-bridge settings init KIND FILE` writes tables for one to a new file"
+    programs: list[tuple[str, str]] = []
     found: dict[str, None] = {}
     for configured in backends.values():
         examples = ((key, text) for key, text in _texts(configured.settings) if _EXAMPLE_NAME.search(text))
@@ -120,20 +117,16 @@ def doubts(settings: Settings) -> Iterator[str]:
         files = [value for _, value in leaves(configured.settings) if isinstance(value, Path)]
         files += _secret_files(configured, settings)
         found |= dict.fromkeys(f"{configured.label}: {path} is not there" for path in files if _is_absent(path))
-        found |= dict.fromkeys(_lacking(configured.label, configured.settings.programs()))
+        programs += ((configured.label, name) for name in configured.settings.programs())
     hooks = ((f"hooks.{key}", value.texts) for key, value in leaves(settings.hooks) if isinstance(value, Commands))
     restarts = ((f"restart.commands.{name}", (text,)) for name, text in settings.restart.commands.items())
     reloads = ((f"certificate.{pair.name}.reload", (pair.reload,)) for pair in settings.node.pairs)
     for key, texts in (*hooks, *restarts, *reloads):
-        found |= dict.fromkeys(_lacking(key, [word for text in texts for word in command_words(text)[:1]]))
+        programs += ((key, word) for text in texts for word in command_words(text)[:1])
     if settings.gateway.inventory_command is not None:
-        found |= dict.fromkeys(_lacking("gateway.inventory_command", [str(settings.gateway.inventory_command)]))
-    yield from found
-
-
-def _lacking(what: str, programs: Iterable[str]) -> Iterator[str]:
-    """Yield a problem for each program that is not on this machine, or that this user can't run."""
-    return (f"{what}: {name} is no program that can be run here" for name in programs if shutil.which(name) is None)
+        programs.append(("gateway.inventory_command", str(settings.gateway.inventory_command)))
+    lacking = (f"{key}: {name} is no program that can be run here" for key, name in programs if not shutil.which(name))
+    yield from dict.fromkeys([*found, *lacking])
 
 
 #: Names that no site has (RFC 2606), and the account number of AWS's examples.
@@ -145,9 +138,8 @@ def _texts(table: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, Mapping):
             yield from ((f"{key}.{name}", text) for name, text in value.items())
         else:
-            yield from (
-                (key, item) for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, str)
-            )
+            items = value if isinstance(value, tuple) else (value,)
+            yield from ((key, item) for item in items if isinstance(item, str))
 
 
 def _secret_files(configured: registry.Configured, settings: Settings) -> Iterator[Path]:
@@ -162,10 +154,8 @@ def _secret_files(configured: registry.Configured, settings: Settings) -> Iterat
 
 def _is_absent(path: Path) -> bool:
     """Whether a file is missing; a file that this user may not see counts as present."""
-    try:
-        path.stat()
-    except OSError as e:
-        return isinstance(e, FileNotFoundError | NotADirectoryError)
+    with contextlib.suppress(OSError):
+        return not path.exists()
     return False
 
 
@@ -183,7 +173,9 @@ def initial(kind: str | None) -> str:
     """Return a settings file to start from: one kind's tables, then the program's own with every default."""
     general, kinds = example().read_text(encoding="utf-8"), examples()
     if kind is None:
-        return "\n".join([general, *(_behind(name, text) for name, text in kinds.items() if name != _DESK)])
+        others = {name: re.sub("^(?=[^#\n])", "# ", text, flags=re.MULTILINE) for name, text in kinds.items()}
+        headed = [f"# --- {name} ".ljust(120, "-") + f"\n{text}" for name, text in others.items() if name != _DESK]
+        return "\n".join([general, *headed])
     if kind not in kinds:
         raise SettingsError([SettingsProblem("KIND", f"one of {', '.join(kinds)}", name_found(kind, kinds))])
     if kind == _DESK:
@@ -192,19 +184,11 @@ def initial(kind: str | None) -> str:
     return "\n".join([kinds[kind], *(part for part in parts if f"\n{part.partition(']')[0]}]" not in kinds[kind])])
 
 
-def _behind(name: str, text: str) -> str:
-    """Comment out a whole example."""
-    lines = (line if line.startswith("#") or not line else f"# {line}" for line in text.splitlines())
-    return "\n".join([f"# --- {name} ".ljust(120, "-"), *lines, ""])
-
-
 def example() -> Path:
     """Return the installed example of the program's own tables; the examples of CAs are in directories beside it."""
-    found = shipped("config.toml")
-    if found is None:
-        text = "the program's example settings are not installed"
-        raise BridgeError(text, hint="reinstall it")
-    return found
+    if (file := shipped("config.toml")) is None:
+        raise BridgeError("the program's example settings are not installed", hint="reinstall it")
+    return file
 
 
 def in_force(settings: Settings) -> str:
@@ -264,10 +248,8 @@ _SAMPLE_LIFETIME = timedelta(days=1)
 @command(backend_group, "test")
 def run_suite(
     common: Common,
-    authority: Annotated[str, typer.Argument(help="ca, etcd-ca or front-proxy-ca.")],
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME…]", help="Only these. [default: all of the authority]")
-    ] = None,
+    authority: Annotated[str, argument("ca, etcd-ca or front-proxy-ca.")],
+    names: Annotated[list[str] | None, argument("Only these. [default: all of the authority]", "[NAME…]")] = None,
     wait: Annotated[timedelta, duration_option('For a CA that answers later, such as "10m".')] = timedelta(),
 ) -> int:
     """
@@ -282,9 +264,11 @@ def run_suite(
     node = read_node(settings.node)
     opened = configured.open()
     try:
-        _assert_nothing_is_spent(opened, configured.label)
+        if credential := opened.spends():
+            text = f"{configured.label}: wanted credentials that can be used again, found {credential}"
+            raise BridgeError(text, hint="the next renewal needs it; put another one there for the test")
         live, sample = _certificates(node, authority, names, now)
-        trial = Trial(
+        trial = conformance.Trial(
             backend=opened,
             live=live,
             expected=_expectation(node, settings, authority, opened, now),
@@ -293,7 +277,11 @@ def run_suite(
             node=settings.node.node_name,
             cluster=settings.node.cluster,
         )
-        say_sentence(_heading(configured.label, authority, trial, sample=sample))
+        known = (*conformance.ABILITIES, *conformance.FURTHER_ABILITIES)
+        able = ", ".join(conformance.abilities(opened, known)) or "nothing"
+        whose = "names that are made up" if sample else "this node's names"
+        about = f"{configured.label} for {authority}, compared with {trial.expected.anchor_name}; {whose}"
+        say_sentence(printable(f"{about}: {', '.join(live)}; beside signing it has: {able}"))
         codes = []
         for line, code in _results(trial):
             say_sentence(printable(line), hanging=11)
@@ -304,14 +292,6 @@ def run_suite(
     finally:
         opened.close()
     return Exit.worst(codes)
-
-
-def _assert_nothing_is_spent(backend: Backend, label: str) -> None:
-    if credential := backend.spends():
-        raise BridgeError(
-            f"{label}: wanted credentials that can be used again, found {credential}",
-            hint="the next renewal needs it; put another one there for the test",
-        )
 
 
 def _assert_known(authority: str, names: Sequence[str]) -> None:
@@ -335,71 +315,52 @@ def _certificates(
     key = csr.generate_key("ecdsa-p256")
     begin, end = now - _SAMPLE_LIFETIME, now + _SAMPLE_LIFETIME
     ca = ThrowawayCA(certificate=ca_certificate("sample", key, begin, end), key=key)
-    wanted = [SPECS[name] for name in names] or [
-        spec for spec in SPECS.values() if spec.authority.name == authority and spec.of_kubeadm
-    ]
-    return {
-        spec.name: leaf_certificate(spec, key, ca, Cluster(), not_before=begin, not_after=end) for spec in wanted
-    }, True
+    of_kubeadm = [name for name, spec in SPECS.items() if spec.authority.name == authority and spec.of_kubeadm]
+    return {name: leaf_certificate(SPECS[name], key, ca, Cluster(), not_before=begin, not_after=end)
+            for name in names or of_kubeadm}, True  # fmt: skip
 
 
 def _expectation(node: Node, settings: Settings, authority: str, backend: Backend, now: datetime) -> verify.Expectation:
     """Return the expectation for the test, with the node's own CA certificate as anchor, or else the backend's."""
-    files = {authority.authority.name: str(authority.path) for authority in node.authorities}
+    files = {state.authority.name: str(state.path) for state in node.authorities}
     anchors, name = node.bundles.get(authority, ()), files.get(authority, "")
     if not anchors:
         anchors, name = tuple(backend.issuers()[-1:]), "the CA's own word"
     if not anchors:
-        raise BridgeError(
-            f"there is no certificate of {authority} to compare with, on this node or from the backend",
-            hint="--pki-dir tells where ca.crt, etcd/ca.crt and front-proxy-ca.crt are",
-        )
+        text = f"there is no certificate of {authority} to compare with, on this node or from the backend"
+        raise BridgeError(text, hint="--pki-dir tells where ca.crt, etcd/ca.crt and front-proxy-ca.crt are")
     return settings.expectation(authority, anchors, name, now)
 
 
-def _heading(label: str, authority: str, trial: Trial, *, sample: bool) -> str:
-    able = ", ".join(abilities(trial.backend, (*ABILITIES, *FURTHER_ABILITIES))) or "nothing"
-    whose = "names that are made up" if sample else "this node's names"
-    return printable(
-        f"{label} for {authority}, compared with {trial.expected.anchor_name}; "
-        f"{whose}: {', '.join(trial.live)}; beside signing it has: {able}"
-    )
-
-
-def _results(trial: Trial) -> Iterator[tuple[str, int]]:
+def _results(trial: conformance.Trial) -> Iterator[tuple[str, int]]:
     """Yield a line and an exit code for each check; after a missing answer the CA is asked for nothing more."""
     over = ""
-    for check in CHECKS:
-        if over and check is not CHECKS[-1]:
-            yield _line("not tried", check, over), Exit.DONE
-            continue
-        with doing(check.name, is_plain=False):
-            line, code = _result(check, trial)
+    for check in conformance.CHECKS:
+        if over and check is not conformance.CHECKS[-1]:
+            word, text, code = "not tried", over, Exit.DONE
+        else:
+            with doing(check.name, is_plain=False):
+                word, text, code = _result(check, trial)
         if code in {Exit.WAITING, Exit.UNAVAILABLE}:
             over = "the CA has not answered" if code == Exit.WAITING else "the CA is not available"
-        yield line, code
+        yield f"{word:<10} {check.name}{f': {text}' if text else ''}", code
 
 
-def _result(check: ConformanceCheck, trial: Trial) -> tuple[str, int]:
+def _result(check: conformance.ConformanceCheck, trial: conformance.Trial) -> tuple[str, str, int]:
+    """Return a word, what is to be said about it, and the exit code."""
     try:
         check.run(trial)
-    except NotSupportedError as e:
-        return _line("can't", check, str(e)), Exit.DONE
+    except conformance.NotSupportedError as e:
+        return "can't", str(e), Exit.DONE
     except (WaitingError, BackendUnavailableError) as e:
-        return _line("no answer", check, _with_hint(e)), e.exit_code
+        return "no answer", _with_hint(e), e.exit_code
     except BridgeError as e:
-        if not check.must:
-            return _line("differs", check, f"{e}; a CA may do so"), Exit.DONE
-        return _line("FAILED", check, _with_hint(e)), e.exit_code
+        return ("FAILED", _with_hint(e), e.exit_code) if check.must else ("differs", f"{e}; a CA may do so", Exit.DONE)
     except Exception as e:  # noqa: BLE001 (the test must report a plug-in's bug)
         bug = failed(type(trial.backend).__name__, e)
-        return _line("FAILED", check, _with_hint(bug)), bug.exit_code
-    return _line("ok", check), Exit.DONE
+        return "FAILED", _with_hint(bug), bug.exit_code
+    return "ok", "", Exit.DONE
 
 
 def _with_hint(error: BridgeError) -> str:
     return f"{error}{f' ({error.hint})' if error.hint else ''}"
-
-
-def _line(word: str, check: ConformanceCheck, text: str = "") -> str:
-    return f"{word:<10} {check.name}{f': {text}' if text else ''}"

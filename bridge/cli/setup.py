@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 from cryptography import x509
 
 from bridge.ca import registry
-from bridge.cli.options import Common, command
+from bridge.cli.declare import Common, argument, command, option
+from bridge.cli.gateway import manifests
 from bridge.cli.printing import say
-from bridge.cli.settings import example
+from bridge.cli.settings import example, write_new
 from bridge.contract import Backend, SetupFile, SetupRequest
 from bridge.desk.files import load_policy, policy_path
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
+from bridge.gateway.nodes import Nodes
+from bridge.gateway.rules import patterns
 from bridge.node.inventory import Item
 from bridge.node.kubelet import KubeletFiles
 from bridge.node.reading import read_node
@@ -29,9 +32,8 @@ from bridge.renewal.selection import RunOptions
 from bridge.settings.tables import NodeSettings, Settings, for_next
 from bridge.specs import AUTHORITIES, CA, ETCD_CA, PODS, SIGNING_AUTHORITIES
 from bridge.system import jobs
-from bridge.system.console import log
-from bridge.system.files import DIRECTORY_MODE, held_directory, reasons
-from bridge.system.jobs import Job, Places
+from bridge.system.console import log, log_with_hint
+from bridge.system.files import DIRECTORY_MODE
 from bridge.system.paths import UnreadableError, read_present
 from bridge.words import name_found
 
@@ -43,29 +45,18 @@ ByAuthority = Mapping[str, Mapping[str, x509.Certificate]]
 @command(commands, "setup")
 def setup(
     common: Common,
-    kind: Annotated[
-        str,
-        typer.Argument(metavar="TYPE", help="A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron."),
-    ],
+    kind: Annotated[str, argument("A backend's type (vault, cfssl, openssl …), kubernetes, systemd or cron.", "TYPE")],
     authority: Annotated[
-        str | None, typer.Option(help="Only this one of ca, etcd-ca, front-proxy-ca; or pods, by the gateway's policy.")
+        str | None, option("Only this one of ca, etcd-ca, front-proxy-ca; or pods, by the gateway's policy.")
     ] = None,
-    nodes: Annotated[
-        Path | None, typer.Option(help="For all nodes of this list, one per line: `NAME ADDRESS …`.")
-    ] = None,
-    directory: Annotated[Path | None, typer.Option("-o", "--output", help="Write files into this directory.")] = None,
-    enable: Annotated[
-        bool, typer.Option("--enable", help="systemd, cron: write the files where they belong, and start them.")
-    ] = False,
-    inbox: Annotated[
-        Path | None, typer.Option(help="systemd, cron: for a CA desk that signs what is in here …")
-    ] = None,
-    outbox: Annotated[Path | None, typer.Option(help="… and puts the answers here.")] = None,
-    user: Annotated[str, typer.Option(help="systemd, cron: the desk's user.")] = "ca",
-    serving_certs: Annotated[
-        bool, typer.Option("--serving-certs", help="Also for the pairs that `serving-certs on` would ask for.")
-    ] = False,
-    of_next: Annotated[bool, typer.Option("--next", help="For the next CAs, as the tables `next` name them.")] = False,
+    nodes: Annotated[Path | None, option("For all nodes of this list, one per line: `NAME ADDRESS …`.")] = None,
+    directory: Annotated[Path | None, option("Write files into this directory.", "-o", "--output")] = None,
+    enable: Annotated[bool, option("systemd, cron: write the files where they belong, and start them.")] = False,
+    inbox: Annotated[Path | None, option("systemd, cron: for a CA desk that signs what is in here …")] = None,
+    outbox: Annotated[Path | None, option("… and puts the answers here.")] = None,
+    user: Annotated[str, option("systemd, cron: the desk's user.")] = "ca",
+    serving_certs: Annotated[bool, option("Also for the pairs that `serving-certs on` would ask for.")] = False,
+    of_next: Annotated[bool, option("For the next CAs, as the tables `next` name them.", "--next")] = False,
 ) -> None:
     """
     Print what a CA's administrator needs, or a job for cron.
@@ -88,8 +79,6 @@ def setup(
         _print_or_enable(job_files, kind, directory, enable=enable)
         return
     if kind == "kubernetes" and authority is None:
-        from bridge.cli.gateway import manifests  # noqa: PLC0415 (all of the gateway)
-
         files, between = manifests(settings, example().parent), "---\n"
     else:
         files, between = files_for(settings, kind, authority, nodes, servers=serving_certs), "\n"
@@ -119,7 +108,7 @@ def for_next_cas(settings: Settings) -> Settings:
 def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: str = "\n") -> None:
     """Write the files into a directory, or print them one after another if they may share standard output."""
     if directory is not None:
-        _say_written(write_files(files, directory))
+        say("\n".join(f"wrote {path}" for path in write_files(files, directory)))
         return
     if len(files) > 1 and any(file.alone for file in files):
         wanted = "one of them, since one can't follow another on standard output"
@@ -130,19 +119,9 @@ def print_or_write(files: Sequence[SetupFile], directory: Path | None, between: 
 
 def write_files(files: Sequence[SetupFile], directory: Path) -> list[Path]:
     """Write each file into a directory, which is made if it is missing; never over an older file."""
-    written = []
     for file in files:
-        path = directory / file.name
-        with (
-            reasons(BridgeError, f"{path}: can't write it", hint="name an empty directory"),
-            held_directory(directory) as held,
-            (held / file.name).open("x", encoding="utf-8") as opened,
-        ):
-            # by descriptor, since the directory's owner could replace the name by a link
-            os.fchmod(opened.fileno(), 0o755 if file.executable else 0o644)
-            opened.write(file.text)
-        written.append(path)
-    return written
+        write_new(directory / file.name, file.text, 0o755 if file.executable else 0o644, hint="name an empty directory")
+    return [directory / file.name for file in files]
 
 
 def files_for(
@@ -174,16 +153,12 @@ def _renamed(live: ByAuthority, names: Mapping[str, str]) -> ByAuthority:
 
 
 def _for_pods(settings: Settings, type_name: str, backend_type: type[Backend]) -> list[SetupFile]:
-    from bridge.gateway.nodes import Nodes  # noqa: PLC0415 (all of the gateway)
-    from bridge.gateway.rules import patterns  # noqa: PLC0415
-
     if not backend_type.can("names_beside_csr"):
         raise SettingsError([SettingsProblem("TYPE", registry.with_names_beside_csr(), repr(type_name))])
     policy = Nodes(settings.gateway).files()[0]
     if not policy.pod_signers:
-        problem = SettingsProblem("pod_signer", 'a table such as [pod_signer."corp.example/spiffe"]', "none",
-                                  settings.gateway.policy)  # fmt: skip
-        raise SettingsError([problem])
+        table = 'a table such as [pod_signer."corp.example/spiffe"]'
+        raise SettingsError([SettingsProblem("pod_signer", table, "none", settings.gateway.policy)])
     request = SetupRequest(
         authority=PODS,
         certificates={},
@@ -223,9 +198,8 @@ def _warn_of_defaults(settings: Settings, type_name: str, authorities: Iterable[
         found = ", ".join(dict.fromkeys(types[name] for name in others if name in types)) or "no backend"
         place = settings.source.file or "no settings file"
         text = f"the settings have {found} for it ({place}), so this has the defaults of {type_name}"
-        log.warning("%s: %s", ", ".join(others), text)
         hint = f"`ca-bridge settings init {type_name} FILE` writes such settings; name them by --config FILE"
-        log.warning("%s", hint, extra={"is_hint": True})
+        log_with_hint(logging.WARNING, f"{', '.join(others)}: {text}", hint)
 
 
 def _live_certificates(settings: Settings, authority: str | None) -> dict[str, dict[str, x509.Certificate]]:
@@ -236,10 +210,9 @@ def _live_certificates(settings: Settings, authority: str | None) -> dict[str, d
             why = "the CA's administrator decides what it needs for a further pair"
             log.warning("%s is left out: %s", item.spec.name, why)
             continue
-        if authority in (None, name) and item.managed and item.state == "present":
-            certificate = _with_next_names(item, settings)
-            if certificate is not None:
-                live_certificates.setdefault(name, {})[item.spec.name] = certificate
+        is_live = authority in (None, name) and item.managed and item.state == "present"
+        if is_live and (certificate := _with_next_names(item, settings)) is not None:
+            live_certificates.setdefault(name, {})[item.spec.name] = certificate
     return {name: live_certificates[name] for name in AUTHORITIES if name in live_certificates}
 
 
@@ -309,10 +282,8 @@ def _joined(by_node: Mapping[str, Sequence[SetupFile]]) -> list[SetupFile]:
     if not others or all(list(files) == list(first) for files in others):
         return list(first)
     if not all(file.by_node for files in by_node.values() for file in files):
-        raise BridgeError(
-            "wanted files for several nodes, found a CA whose set-up is one for all nodes",
-            hint="leave --nodes out, and widen in the result what names one node",
-        )
+        text = "wanted files for several nodes, found a CA whose set-up is one for all nodes"
+        raise BridgeError(text, hint="leave --nodes out, and widen in the result what names one node")
     return [replace(file, name=f"{node}-{file.name}") for node, files in by_node.items() for file in files]
 
 
@@ -323,28 +294,23 @@ def _assert_runnable(job_files: Sequence[jobs.Job], kind: _Kind, user: str) -> N
     """Check that this machine would run the job, and warn about another job that does the same."""
     (jobs.assert_cron_takes if kind == "cron" else jobs.assert_systemd_takes)(user)
     for other in jobs.others(job_files):
-        log.warning("%s does the same, so that both would run", other)
         undo = f"rm {other}" if kind == "systemd" else f"systemctl disable --now {other.name}"
-        log.warning("%s", undo, extra={"is_hint": True})
+        log_with_hint(logging.WARNING, f"{other} does the same, so that both would run", undo)
 
 
 def _print_or_enable(job_files: Sequence[jobs.Job], kind: _Kind, directory: Path | None, *, enable: bool) -> None:
     if not enable and directory is None:
         say("\n".join(f"# {job.path}\n{job.text}" for job in job_files))
         return
-    _say_written(jobs.write(job_files, directory))
+    say("\n".join(f"wrote {path}" for path in jobs.write(job_files, directory)))
     if enable and kind == "systemd":
         units = [job.path.name for job in job_files if re.search(r"^WantedBy=", job.text, re.MULTILINE)]
         jobs.enable(units)
         say(f"enabled {', '.join(units)}")
 
 
-def _say_written(paths: Sequence[Path]) -> None:
-    say("\n".join(f"wrote {path}" for path in paths))
-
-
 _Kind = Literal["systemd", "cron"]
-_KINDS: tuple[_Kind, ...] = ("systemd", "cron")
+_KINDS: tuple[_Kind, ...] = get_args(_Kind)
 
 #: The shipped files of a node's job.
 _NODE = {
@@ -356,10 +322,7 @@ _CARRIED = {
     "systemd": ("systemd/ca-bridge.service", "exchange/ca-bridge.timer", "systemd/ca-bridge-recover.service"),
     "cron": ("exchange/crontab",),
 }
-_DESK = {
-    "systemd": ("desk/ca-bridge-desk.service", "desk/ca-bridge-desk.timer"),
-    "cron": ("desk/crontab",),
-}
+_DESK = {"systemd": ("desk/ca-bridge-desk.service", "desk/ca-bridge-desk.timer"), "cron": ("desk/crontab",)}
 _DESK_INBOX, _DESK_OUTBOX = "/srv/desk/inbox", "/srv/desk/outbox"
 #: A file in /etc/cron.d is read only if it has no dot in its name (cron(8)).
 _CRONTABS = {"desk/crontab": "ca-bridge-desk", "exchange/crontab": "ca-bridge"}
@@ -393,17 +356,15 @@ def _desk_of(settings: Settings, inbox: Path | None, outbox: Path | None, user: 
 
 def _make_jobs(
     settings: Settings, options: Sequence[str], kind: _Kind, desk: DeskJob | None, shipped: Path
-) -> list[Job]:
+) -> list[jobs.Job]:
     """Return the files of a node's or a desk's job; its command gets the same `options` for the settings."""
     places = _places(settings, options, desk)
     make_one = jobs.unit if kind == "systemd" else jobs.crontab
     backends = registry.configured(settings, settings.authorities)
     is_carried = any(configured.backend_type.carries for configured in backends.values())  # the CA answers later
     names = (_DESK if desk else _CARRIED if is_carried else _NODE)[kind]
-    return [
-        make_one(_CRONTABS.get(name, Path(name).name), (shipped / name).read_text(encoding="utf-8"), places)
-        for name in names
-    ]
+    texts = {name: (shipped / name).read_text(encoding="utf-8") for name in names}
+    return [make_one(_CRONTABS.get(name, Path(name).name), text, places) for name, text in texts.items()]
 
 
 def prepare(settings: Settings, desk: DeskJob | None) -> None:
@@ -427,18 +388,17 @@ def prepare(settings: Settings, desk: DeskJob | None) -> None:
 _CARRIERS_MODE = 0o755
 
 
-def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) -> Places:
+def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) -> jobs.Places:
     node, usual = settings.node, NodeSettings()
     paths = {str(usual.kubeconfig_dir): str(node.kubeconfig_dir), str(usual.state_dir): str(node.state_dir)}
     kubelet = KubeletFiles.load(node.kubelet_dir)
     writable = [node.kubeconfig_dir, node.pki_dir]
     maybe = _outermost([kubelet.directory, kubelet.certificate.parent, kubelet.key.parent])
     if desk is not None:
-        places = {"--inbox": desk.inbox, "--outbox": desk.outbox}
-        relative = [name for name, path in places.items() if not path.is_absolute()]
+        relative = [SettingsProblem(name, "an absolute path", repr(str(path)))
+                    for name, path in (("--inbox", desk.inbox), ("--outbox", desk.outbox)) if not path.is_absolute()]  # fmt: skip
         if relative:
-            wanted = "an absolute path"
-            raise SettingsError([SettingsProblem(name, wanted, repr(str(places[name]))) for name in relative])
+            raise SettingsError(relative)
         paths |= {_DESK_INBOX: str(desk.inbox), _DESK_OUTBOX: str(desk.outbox)}
         writable, maybe = [desk.inbox, desk.outbox], [desk.archive] if desk.archive is not None else []
     writable.append(node.state_dir)
@@ -447,7 +407,7 @@ def _places(settings: Settings, options: Sequence[str], desk: DeskJob | None) ->
     maybe += [settings.metrics.file.parent] if settings.metrics.file is not None else []
     for configured in registry.configured(settings, settings.authorities).values():
         writable += configured.settings.writes()
-    return Places(
+    return jobs.Places(
         program=jobs.this_program(desk.user if desk else "root"),
         options=options,
         paths=paths,

@@ -10,20 +10,20 @@ from typing import Annotated
 import typer
 
 from bridge import users
-from bridge.cli.options import Common, WaitOption, command, duration_option, group, utc_now
+from bridge.cli.declare import Common, argument, command, duration_option, group, option
+from bridge.cli.options import WaitOption, utc_now
 from bridge.cli.printing import progress_shown, say, say_sentence
 from bridge.errors import SettingsError, SettingsProblem
 from bridge.pki.expiry import minute
 from bridge.pki.user_rules import User
 from bridge.specs import KEY_ALGORITHMS, KeyAlgorithm
-from bridge.users import UserOrder, stem_of, write_request
 
 commands = typer.Typer()
 kubeconfig = group(commands, "kubeconfig", "Make kubeconfigs for people and machines.")
 
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="Kubernetes' user name (CN).")]
-_Groups = Annotated[list[str] | None, typer.Option("--group", help="A group (O); may be given more than once.")]
-_Key = Annotated[str, typer.Option(metavar="KIND", help=f"Kind of the new key: {', '.join(KEY_ALGORITHMS)}.")]
+_Name = Annotated[str, argument("Kubernetes' user name (CN).", "NAME")]
+_Groups = Annotated[list[str] | None, option("A group (O); may be given more than once.", "--group")]
+_Key = Annotated[str, option(f"Kind of the new key: {', '.join(KEY_ALGORITHMS)}.", "KIND")]
 
 
 @command(kubeconfig, "request")
@@ -31,9 +31,7 @@ def request(
     _: Common,
     name: _Name,
     groups: _Groups = None,
-    directory: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where NAME.key and NAME.csr go.")
-    ] = Path(),
+    directory: Annotated[Path, option("Where NAME.key and NAME.csr go.", "--output", "-o", "DIR")] = Path(),
     key: _Key = "ecdsa-p256",
 ) -> None:
     """
@@ -42,7 +40,7 @@ def request(
     The key (NAME.key, for its owner alone) stays there; NAME.csr goes to the operator, who runs `ca-bridge kubeconfig
     user`. It needs no settings, no root and no cluster.
     """
-    key_path, csr_path = write_request(_user(name, groups), directory.absolute(), _algorithm(key))
+    key_path, csr_path = users.write_request(_user(name, groups), directory.absolute(), _algorithm(key))
     say_sentence(f"{key_path}  the private key: it stays yours alone")
     say_sentence(f"{csr_path}  the request: hand it in; the kubeconfig that comes back goes beside the key")
 
@@ -52,24 +50,20 @@ def user(
     common: Common,
     name: _Name,
     groups: _Groups = None,
-    out: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The kubeconfig. [default: NAME.conf]")
-    ] = None,
+    out: Annotated[Path | None, option("The kubeconfig. [default: NAME.conf]", "--output", "-o", "FILE")] = None,
     csr: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The person's CSR. [default: a key is made here, for a machine]")
+        Path | None, option("The person's CSR. [default: a key is made here, for a machine]", "FILE")
     ] = None,
     key_file: Annotated[
         str,
-        typer.Option(
-            metavar="FILE",
-            help="With --csr: the person's key file, seen from the kubeconfig. [default: beside it, named like the CSR]",
+        option(
+            "With --csr: the person's key file, seen from the kubeconfig. [default: beside it, named like the CSR]",
+            "FILE",
         ),
     ] = "",
     validity: Annotated[timedelta | None, duration_option('Such as "4h". [default: users.validity, 8h]')] = None,
-    server: Annotated[str, typer.Option(metavar="URL", help="The API server. [default: as in admin.conf]")] = "",
-    ca: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The cluster's CA. [default: ca.crt of node.pki_dir]")
-    ] = None,
+    server: Annotated[str, option("The API server. [default: as in admin.conf]", "URL")] = "",
+    ca: Annotated[Path | None, option("The cluster's CA. [default: ca.crt of node.pki_dir]", "FILE")] = None,
     key: _Key = "ecdsa-p256",
     wait: WaitOption = timedelta(),
 ) -> None:
@@ -80,9 +74,9 @@ def user(
     the kubeconfig, which is for its owner alone. [users] in the settings says which names, groups and lifetimes are
     allowed. Exits with 4 if the CA answers later; the same command takes the answer.
     """
-    order = UserOrder(
+    order = users.UserOrder(
         user=_user(name, groups),
-        out=(out or Path(f"{stem_of(name)}.conf")).absolute(),
+        out=(out or Path(f"{users.stem_of(name)}.conf")).absolute(),
         csr=csr.absolute() if csr is not None else None,
         key_file=key_file,
         key=_algorithm(key),
@@ -104,7 +98,6 @@ def _user(name: str, groups: Sequence[str] | None) -> User:
 
 
 def _algorithm(text: str) -> KeyAlgorithm:
-    for algorithm in KEY_ALGORITHMS:
-        if algorithm == text:
-            return algorithm
-    raise SettingsError([SettingsProblem("--key", f"one of {', '.join(KEY_ALGORITHMS)}", repr(text))])
+    if text not in KEY_ALGORITHMS:
+        raise SettingsError([SettingsProblem("--key", f"one of {', '.join(KEY_ALGORITHMS)}", repr(text))])
+    return text

@@ -49,7 +49,7 @@ class Finding:
         return cls("ok", check, about, text)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Cause:
     """Findings that say the same about several subjects."""
 
@@ -81,13 +81,9 @@ def causes(findings: Iterable[Finding]) -> list[Cause]:
 
 def _merged(findings: Sequence[Finding]) -> Cause:
     first, paths = findings[0], list(dict.fromkeys(finding.path for finding in findings))
-    return Cause(
-        level=first.level,
-        check=first.check,
-        about=tuple(dict.fromkeys(finding.about for finding in findings)),
-        text=_with_paths(first.text, first, paths, ", "),
-        hint=ROOT_HINT if lacks_rights(first.text) else _with_paths(first.hint, first, paths),
-    )
+    about = tuple(dict.fromkeys(finding.about for finding in findings))
+    hint = ROOT_HINT if lacks_rights(first.text) else _with_paths(first.hint, first, paths)
+    return Cause(first.level, first.check, about, _with_paths(first.text, first, paths, ", "), hint)
 
 
 def _with_paths(text: str, finding: Finding, paths: Sequence[str], separator: str = " ") -> str:

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_der_private_key
@@ -215,8 +215,7 @@ class _Search:
             self._cut += held.is_cut
             if names := self._names(held, str(path)):
                 text = f"wanted no key of a CA on this node, found the key of {names}"
-                about = one_line(str(path), _LONGEST_PATH)
-                yield Finding(level, "ca-key-copy", about, text, _GONE)
+                yield Finding(level, "ca-key-copy", one_line(str(path), _LONGEST_PATH), text, _GONE)
 
     def _files(self, root: Path) -> Iterator[Path]:
         """Yield each regular file below a directory once, without following links or entering remote file systems."""
@@ -252,7 +251,11 @@ class _Search:
             for secret in api.every(_SECRETS, _SECRETS_AT_ONCE):
                 self._secrets += 1
                 about = f"Secret {text_of(secret, 'metadata', 'namespace')}/{text_of(secret, 'metadata', 'name')}"
-                names = self._names(_in_secret(secret), about)
+                held, data = Held(), secret.get("data")
+                for value in data.values() if isinstance(data, dict) else ():
+                    with contextlib.suppress(ValueError):
+                        held.read(io.BytesIO(base64.b64decode(str(value))))
+                names = self._names(held, about)
                 if about == _KUBEADM_CERTS:
                     names = "all CAs (encrypted; `kubeadm init --upload-certs` makes it)"
                 if names:
@@ -289,11 +292,3 @@ class _Search:
         yield Finding.note("ca-key-search", str(root), text)
         for place in sorted(self._remote):
             yield Finding.note("ca-key-search", place, "another machine's file system was not looked at")
-
-
-def _in_secret(secret: Mapping[str, Any]) -> Held:
-    held, data = Held(), secret.get("data")
-    for value in data.values() if isinstance(data, dict) else ():
-        with contextlib.suppress(ValueError):
-            held.read(io.BytesIO(base64.b64decode(str(value))))
-    return held

@@ -14,14 +14,13 @@ from bridge.desk.policy import Policy
 from bridge.diagnosis import Finding, authorities, ca_keys, from_error, installed, machine, upgrade, use
 from bridge.errors import BridgeError, SettingsError
 from bridge.node import inventory
-from bridge.node.inventory import Node
 from bridge.node.reading import read_node
 from bridge.settings.tables import Settings
 from bridge.specs import SIGNING_AUTHORITIES, SPECS
 from bridge.state.session import in_force
 from bridge.system.paths import UnreadableError, read_ca_file
 
-Look = Callable[[Node, Settings, datetime], Iterator[Finding]]
+Look = Callable[[inventory.Node, Settings, datetime], Iterator[Finding]]
 
 
 def before_upgrade(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -69,8 +68,7 @@ def _whole(part: Iterator[Finding]) -> Iterator[Finding]:
     try:
         yield from part
     except OSError as e:
-        place = str(e.filename or "this machine")
-        yield Finding.error("unreadable", place, f"can't look at it: {e.strerror}")
+        yield Finding.error("unreadable", str(e.filename or "this machine"), f"can't look at it: {e.strerror}")
     except BridgeError as e:
         yield from_error("unreadable", "state directory", e)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -19,14 +20,12 @@ from bridge.errors import BridgeError, SettingsError
 from bridge.node import endpoints, kubeconfig
 from bridge.node.expiry_report import outlasting
 from bridge.node.inventory import AuthorityState, Item, Node
-from bridge.node.kubeconfig import Kubeconfig, KubeconfigError
 from bridge.node.kubelet import KubeletFiles, node_name
 from bridge.node.manifests import path_of, pod_name
 from bridge.node.pairs import is_sa_pair, key_finding
 from bridge.pki import expiry, verify
 from bridge.pki.certificates import UNREADABLE, anchor_of, leads_to, load_pem_certificates, name_text, san_entries
 from bridge.pki.csr import algorithm_name
-from bridge.pki.expiry import CA_ENDS_SOON
 from bridge.renewal.prepare import policy_error
 from bridge.renewal.selection import ForeignIdentityError, foreign_identity
 from bridge.settings.tables import Settings
@@ -67,7 +66,10 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             hint = "ca-bridge serving-certs on puts it in, and off takes it away"
             yield Finding.warning("serving-certificate", item.spec.name, text, hint)
         if item.state == "present":
-            yield from _pair(item)
+            yield from key_of(item)
+            path = item.key_path or item.certificate_path
+            if path.exists():
+                yield from private_file(path, item.spec.name)
             yield from chain(item, node.authorities)
             if item.spec.kubeconfig:
                 yield from _cluster(item, anchors.get(item.spec.authority.name, ()), node, settings)
@@ -78,7 +80,11 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
             yield from authority(state, node, now)
     yield from _policy(node, settings)
     yield from _service_account(node, settings)
-    yield from _places(node, settings)
+    places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
+    places += [item.certificate_path.parent for item in node.items if item.state == "present" and item.pair is None]
+    # the kubelet runs every manifest in it, as root if the manifest says so
+    places += filter(Path.is_dir, [settings.node.kubeconfig_dir / "manifests"])
+    yield from open_directories(places)
     yield from _manifests(node, settings)
 
 
@@ -110,7 +116,7 @@ def _operators(item: Item, now: datetime) -> Finding:
     """Return a finding about a component's serving certificate that an operator got elsewhere, and no run renews."""
     end = expiry.first_end(item.certificates)
     text = f"{expiry.left_text(end, now)}; of {_name(item.certificates[0], 'issuer')} in {item.certificate_path}, and not renewed here"
-    if end <= now + CA_ENDS_SOON / 12:
+    if end <= now + expiry.CA_ENDS_SOON / 12:
         return Finding.warning("serving-certificate", item.spec.name, text, "have its own CA sign the next one")
     return Finding.note("serving-certificate", item.spec.name, text)
 
@@ -173,8 +179,7 @@ def _policy(node: Node, settings: Settings) -> Iterator[Finding]:
                 found.append(from_error("policy", item.spec.name, error))
     except SettingsError as e:
         found = [Finding.error("policy", "policy.file", str(problem), e.hint) for problem in e.problems]
-    ok = Finding.ok("policy", "policy.file", "allows all certificates that are renewed here")
-    yield from found or [ok]
+    yield from found or [Finding.ok("policy", "policy.file", "allows all certificates that are renewed here")]
 
 
 def end(item: Item, settings: Settings, now: datetime) -> Finding:
@@ -216,14 +221,6 @@ def _by_its_ca(item: Item, end: datetime) -> str:
 # --- its key ---------------------------------------------------------------------------------------------------------
 
 
-def _pair(item: Item) -> Iterator[Finding]:
-    """Check that the key exists, belongs to the certificate, and is closed to other users."""
-    yield from key_of(item)
-    path = item.key_path or item.certificate_path
-    if path.exists():
-        yield from private_file(path, item.spec.name)
-
-
 def key_of(item: Item) -> Iterator[Finding]:
     """Check that the key exists and belongs to the certificate."""
     name, path = item.spec.name, item.key_path or item.certificate_path
@@ -233,7 +230,7 @@ def key_of(item: Item) -> Iterator[Finding]:
     except UnreadableError as e:
         yield Finding.error("key-unreadable", name, f"wanted its key in {path}, found: {e}")
         return
-    except KubeconfigError as e:
+    except kubeconfig.KubeconfigError as e:
         yield Finding.error("key-unreadable", name, f"{path}: {e}", _RESTORE)
         return
     if pem is None:
@@ -348,7 +345,7 @@ def _further_cas(state: AuthorityState, node: Node, now: datetime) -> Iterator[F
     for number, certificate in enumerate(state.certificates[1:], start=2):
         about, end = f"CA {state.authority.name}, number {number} in its file", certificate.not_valid_after_utc
         names = [item.spec.name for item in node.items if item.anchor == certificate]
-        if names and end - now < CA_ENDS_SOON:
+        if names and end - now < expiry.CA_ENDS_SOON:
             left = expiry.left_text(end, now)
             text = f"{left}; from its end on Kubernetes refuses what leads to it: {', '.join(names)}"
             hint = f"ca-bridge renew {' '.join(names)}: the first CA of {state.path} signs the next ones"
@@ -382,7 +379,7 @@ def ca_end(certificate: x509.Certificate, about: str, now: datetime, more: str =
         text = f"{expiry.left_text(end, now)}: nothing that it signs is valid"
         hint = "its owner has to renew it first, with the same key; is this node's clock right?"
         return Finding.error("ca-expired", about, text, hint)
-    if end - now < CA_ENDS_SOON:
+    if end - now < expiry.CA_ENDS_SOON:
         text = f"{expiry.left_text(end, now)}; no certificate may outlive it"
         return Finding.warning("ca-ends-soon", about, text, _NEXT_CA)
     return Finding.ok("ca", about, f"{expiry.left_text(end, now)}{more}")
@@ -410,7 +407,7 @@ def _cluster(item: Item, anchors: Sequence[x509.Certificate], node: Node, settin
     yield from server(item, parsed, node)
 
 
-def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
+def _trusted(parsed: kubeconfig.Kubeconfig, path: Path) -> list[x509.Certificate] | None:
     """Return the CAs that a kubeconfig trusts; None: it trusts those of the operating system."""
     data = parsed.ca_data
     if data is None and parsed.ca_file:
@@ -420,22 +417,16 @@ def _trusted(parsed: Kubeconfig, path: Path) -> list[x509.Certificate] | None:
     return load_pem_certificates(data) if data else None
 
 
-def server(item: Item, parsed: Kubeconfig, node: Node) -> Iterator[Finding]:
+def server(item: Item, parsed: kubeconfig.Kubeconfig, node: Node) -> Iterator[Finding]:
     """Check that the API server's certificate has the kubeconfig's host, which may be a load balancer's."""
-    host = parsed.tls_server_name or _host(parsed.server)
-    serving = node.live("apiserver")
+    host, serving = parsed.tls_server_name or "", node.live("apiserver")
+    with contextlib.suppress(ValueError):
+        host = host or urlsplit(parsed.server).hostname or ""
     if serving is None or not host or is_named(serving, host):
         return
     text = f"wanted a server that is among the SANs of apiserver, found {one_line(parsed.server)}"
     hint = f"is it another cluster's? else: ca-bridge renew --add-san apiserver={one_line(host)}"
     yield Finding.warning("kubeconfig-server", item.spec.name, text, hint)
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
 
 
 def is_named(certificate: x509.Certificate, host: str) -> bool:
@@ -487,15 +478,6 @@ def _service_account(node: Node, settings: Settings) -> Iterator[Finding]:
     if all(b"PUBLIC KEY" in data for data in public) and not any(is_sa_pair(key, block) for block in blocks):
         text = "wanted sa.key and sa.pub to be a pair, found two of different pairs"
         yield Finding.error("service-account-key", "sa.pub", text, _SA_HINT)
-
-
-def _places(node: Node, settings: Settings) -> Iterator[Finding]:
-    """Check that no other user can write to the directories of certificates and manifests."""
-    places = [settings.node.pki_dir, settings.node.kubeconfig_dir]
-    places += [item.certificate_path.parent for item in node.items if item.state == "present" and item.pair is None]
-    # the kubelet runs every manifest in it, as root if the manifest says so
-    places += filter(Path.is_dir, [settings.node.kubeconfig_dir / "manifests"])
-    yield from open_directories(places)
 
 
 def _manifests(node: Node, settings: Settings) -> Iterator[Finding]:

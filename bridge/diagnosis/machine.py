@@ -17,7 +17,6 @@ from bridge.diagnosis import Finding, Level, from_error
 from bridge.errors import BridgeError
 from bridge.node import kubeconfig
 from bridge.node.inventory import Item, Node
-from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import load_pem_certificates, serial_hex
 from bridge.renewal.prepare import BYTES_NEEDED, INODES_NEEDED, directories
 from bridge.renewal.transaction import state_files
@@ -26,7 +25,6 @@ from bridge.state import Store, copies
 from bridge.state.session import is_ours
 from bridge.system import files, jobs, locks
 from bridge.system.console import READ_ONLY_HINT
-from bridge.system.files import disk_spaces
 from bridge.system.paths import ForeignLinkError, UnreadableError, opened, read_once, real_path
 from bridge.system.state_file import StateError
 from bridge.system.waiting import within
@@ -53,7 +51,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
 
 def disk_space(places: Sequence[Path]) -> Iterator[Finding]:
     """Check free bytes and inodes on the file system of each path."""
-    for found in disk_spaces(places):
+    for found in files.disk_spaces(places):
         about = f"file system of {found.place}"
         if found.is_read_only:
             text = "wanted one that can be written to, found it mounted read-only: no renewal can be installed"
@@ -225,12 +223,13 @@ def _copies(node: Node, homes: Sequence[Path]) -> Iterator[Finding]:
 def _copy(
     path: Path, certificate: x509.Certificate, live: Mapping[x509.Certificate, str], admins: Mapping[str, Item]
 ) -> Iterator[Finding]:
+    names = (certificate.subject, certificate.issuer)
     if certificate in live:
         text = (
             f"a copy of {live[certificate]}, which is to be copied again after each renewal, or listed in copies.files"
         )
         yield Finding.note("admin-copy", str(path), text)
-    elif name := _name_of_old(certificate, admins):
+    elif name := next((name for old, name in live.items() if names == (old.subject, old.issuer)), ""):
         text = f"wanted a copy of {name} as it is now, found an older one (serial {serial_hex(certificate)})"
         hint = f"copy {admins[name].certificate_path} there again"
         yield Finding.warning("admin-copy-old", str(path), text, hint)
@@ -261,12 +260,5 @@ def _client_certificate(path: Path) -> x509.Certificate | None:
         with opened(path) as place:
             pem = kubeconfig.parse(read_once(place.path)[0]).certificate_data
         return load_pem_certificates(pem)[0] if pem else None
-    except (OSError, ForeignLinkError, KubeconfigError, UnreadableError, ValueError):
+    except (OSError, ForeignLinkError, kubeconfig.KubeconfigError, UnreadableError, ValueError):
         return None
-
-
-def _name_of_old(certificate: x509.Certificate, admins: Mapping[str, Item]) -> str:
-    """Return the name of the live certificate with this subject and issuer; empty if there is none."""
-    names = (certificate.subject, certificate.issuer)
-    ours = ((name, live) for name, item in admins.items() for live in item.certificates[:1])
-    return next((name for name, live in ours if (live.subject, live.issuer) == names), "")

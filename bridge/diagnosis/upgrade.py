@@ -85,8 +85,13 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
         "kubeadm upgrade apply|node --certificate-renewal=false leaves all of that out" if external else "",
     )
     yield from _kubelet(node, settings)
-    yield from _etcd(node)
-    yield from _super_admin(node)
+    if node.flags(Component.ETCD).get("--initial-cluster-state") == "existing":
+        text = "this member has joined: its manifest differs from what kubeadm renders, so that the upgrade restarts it"
+        yield _note("etcd", text, "seen: 72 s; upgrade one node after the other")
+    item = node.item(SUPER_ADMIN)
+    if item is not None and item.state == "missing":
+        text = "is not here, and is not made by an upgrade"
+        yield _note(SUPER_ADMIN, text, f"ca-bridge renew {SUPER_ADMIN} makes it")
     yield from _cluster(Api.of_node(node, settings.node.kubeconfig_dir))
 
 
@@ -174,19 +179,6 @@ def _kubelet(node: Node, settings: Settings) -> Iterator[Finding]:
         yield Finding.error("upgrade-kubelet-server", "kubelet.conf", text, hint)
     else:
         yield _note("kubelet.conf", text, "its certificate stays")
-
-
-def _etcd(node: Node) -> Iterator[Finding]:
-    if node.flags(Component.ETCD).get("--initial-cluster-state") == "existing":
-        text = "this member has joined: its manifest differs from what kubeadm renders, so that the upgrade restarts it"
-        yield _note("etcd", text, "seen: 72 s; upgrade one node after the other")
-
-
-def _super_admin(node: Node) -> Iterator[Finding]:
-    item = node.item(SUPER_ADMIN)
-    if item is not None and item.state == "missing":
-        text = "is not here, and is not made by an upgrade"
-        yield _note(SUPER_ADMIN, text, f"ca-bridge renew {SUPER_ADMIN} makes it")
 
 
 # --- what is in the cluster ------------------------------------------------------------------------------------------

@@ -19,15 +19,12 @@ from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import chain, end, is_named, key_of, server
 from bridge.errors import BridgeError
 from bridge.node import endpoints, kubeadm_config, kubeconfig, pairs
-from bridge.node.endpoints import Flags, Server
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.node.manifests import pod_name
-from bridge.node.pairs import account, lost_copy
 from bridge.pki import kubeadm_names
 from bridge.pki.certificates import UNREADABLE, attributes, san_entries
 from bridge.pki.csr import names_of
-from bridge.pki.kubeadm_names import NamingFacts, NoFactError
 from bridge.renewal import hooks
 from bridge.renewal.pairs import how, late
 from bridge.settings import command_words
@@ -148,15 +145,20 @@ def _restarts(node: Node, settings: Settings) -> Iterator[Finding]:
 def _hooks(settings: Settings) -> Iterator[Finding]:
     for event in (hooks.BEFORE, AFTER_INSTALL, SUCCESS, FAILURE):
         for words in getattr(settings.hooks, event).words():
-            found, about = shutil.which(words[0]), f"hook {event}"
-            if (unsafe := unsafe_program(words)) is not None:
-                yield Finding.error("hook", about, str(unsafe), unsafe.hint)
-                continue
-            text = found or f"there is no program {words[0]!r} that can be run"
-            yield Finding("ok" if found else "warning", "hook", about, text)
+            about = f"hook {event}"
+            wrong = list(_program("hook", about, words, "warning"))
+            yield from wrong or [Finding.ok("hook", about, str(shutil.which(words[0])))]
     if Store(settings.node.state_dir).hooks.exists():
         text = "some of an earlier run did not succeed; the next `ca-bridge renew` runs them again"
         yield Finding.warning("hooks-owed", "hooks", text)
+
+
+def _program(check: str, about: str, words: Sequence[str], level: Level = "error") -> Iterator[Finding]:
+    """Check that others can't change a command's program, and that it is there (else a finding of this level)."""
+    if (unsafe := unsafe_program(words)) is not None:
+        yield Finding.error(check, about, str(unsafe), unsafe.hint)
+    elif shutil.which(words[0]) is None:
+        yield Finding(level, check, about, f"there is no program {words[0]!r} that can be run")
 
 
 _SERVICE_RANGE = "--service-cluster-ip-range"
@@ -185,34 +187,29 @@ def of_files(node: Node, settings: Settings) -> Iterator[Finding]:
 
 def _addresses(node: Node) -> Iterator[Finding]:
     """Check that certificates have the addresses that their components' flags advertise or listen on."""
-    api, etcd = (node.manifests.get(component) for component in (Component.APISERVER, Component.ETCD))
-    wanted: dict[str, list[str | None]] = {}
-    if api is not None:
-        wanted["apiserver"] = [endpoints.name(api.flags), _service_address(api.flags)]
-    if etcd is not None:
-        clients = [*_hosts(etcd.flags, "--listen-client-urls")]
-        if api is not None and node.local_etcd:
-            clients += _hosts(api.flags, "--etcd-servers")
-        wanted["etcd-server"] = [endpoints.host(etcd.flags, "--advertise-client-urls"), *clients]
-        peers = _hosts(etcd.flags, "--listen-peer-urls")
-        wanted["etcd-peer"] = [endpoints.host(etcd.flags, "--initial-advertise-peer-urls"), *peers]
+    api, etcd = node.flags(Component.APISERVER), node.flags(Component.ETCD)
+    servers = _hosts(api, "--etcd-servers") if etcd and node.local_etcd else []
+    clients, peers = [*_hosts(etcd, "--listen-client-urls"), *servers], _hosts(etcd, "--listen-peer-urls")
+    wanted = {
+        "apiserver": [endpoints.name(api), _service_address(api)],
+        "etcd-server": [endpoints.host(etcd, "--advertise-client-urls"), *clients],
+        "etcd-peer": [endpoints.host(etcd, "--initial-advertise-peer-urls"), *peers],
+    }
     for name, hosts in wanted.items():
-        found = [host for host in hosts if host]
-        yield from _missing_names(node, name, found, "of its manifest", "sans-of-manifest")
+        yield from _missing_names(node, name, filter(None, hosts), "of its manifest", "sans-of-manifest")
 
 
-def _hosts(flags: Flags, flag: str) -> list[str]:
+def _hosts(flags: endpoints.Flags, flag: str) -> list[str]:
     """Return the hosts of a flag's TLS URLs, without wildcard addresses such as 0.0.0.0."""
     hosts = [urlsplit(url).hostname or "" for url in endpoints.urls(flags, flag)]
     return [host for host in hosts if host and not endpoints.is_any(host)]
 
 
-def _service_address(flags: Flags) -> str | None:
+def _service_address(flags: endpoints.Flags) -> str | None:
     """Return the address by which pods reach the API server: the first of the (first) service range."""
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         return str(ipaddress.ip_network(flags.get(_SERVICE_RANGE, "").partition(",")[0])[1])
-    except (ValueError, IndexError):
-        return None
+    return None
 
 
 def _missing_names(node: Node, name: str, hosts: Iterable[str], whose: str, check: str) -> Iterator[Finding]:
@@ -253,10 +250,9 @@ def _cluster(node: Node, settings: Settings) -> Iterator[Finding]:
     yield from _beyond(config, node, settings, manifest.flags)
 
 
-def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
-    name = endpoints.name(flags)
+def _config(node: Node, settings: Settings, flags: endpoints.Flags) -> KubeadmConfig:
     places = endpoints.bound(Component.APISERVER, flags)
-    servers = [Server(f"https://{place}", name) for place in places[:1]]
+    servers = [endpoints.Server(f"https://{place}", endpoints.name(flags)) for place in places[:1]]
     known = Api.of_node(node, settings.node.kubeconfig_dir)
     found = kubeadm.read(Api(known.clients, servers), kubeadm.CLUSTER)
     if found.text is None:
@@ -264,7 +260,7 @@ def _config(node: Node, settings: Settings, flags: Flags) -> KubeadmConfig:
     return kubeadm_config.parse(found.text.encode())
 
 
-def _manifest(config: KubeadmConfig, flags: Flags) -> Iterator[Finding]:
+def _manifest(config: KubeadmConfig, flags: endpoints.Flags) -> Iterator[Finding]:
     """Compare the service range with kubeadm-config, from which the next `kubeadm upgrade` renders the manifest."""
     flag = flags.get(_SERVICE_RANGE, config.service_subnet)
     if flag != config.service_subnet:
@@ -314,16 +310,16 @@ def _servers(config: KubeadmConfig, node: Node) -> Iterator[Finding]:
         yield Finding(level, "serving-certificate-of-kubeadm-config", manifest, text, hint)
 
 
-def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: Flags) -> Iterator[Finding]:
+def _beyond(config: KubeadmConfig, node: Node, settings: Settings, flags: endpoints.Flags) -> Iterator[Finding]:
     """Yield notes about extra SANs and older subjects: a renewal keeps them, but kubeadm would not make them."""
     facts = config.naming_facts(settings.node.name, endpoints.name(flags) or "")
     for item in node.items:
         if item.state == "present" and item.managed and item.spec.listed:
-            with contextlib.suppress(NoFactError, *UNREADABLE):
+            with contextlib.suppress(kubeadm_names.NoFactError, *UNREADABLE):
                 yield from _naming(item, facts)
 
 
-def _naming(item: Item, facts: NamingFacts) -> Iterator[Finding]:
+def _naming(item: Item, facts: kubeadm_names.NamingFacts) -> Iterator[Finding]:
     name, certificate = item.spec.name, item.certificates[0]
     wanted = kubeadm_names.naming(item.spec, facts)
     if more := sorted(san_entries(certificate) - names_of(wanted.sans)):
@@ -368,18 +364,21 @@ def _pair(
         else:
             yield from chain(item, authorities)
         yield from key_of(item)
-        if (lost := lost_copy(item)) is not None:
+        if (lost := pairs.lost_copy(item)) is not None:
             yield Finding.warning("pair-differs", name, lost, "the next run makes a new pair for all places")
         for files in pair.places:
             yield from _key_file(name, files)
-    yield from _reload(pair)
+    if pair.static_pod is not None and not pod_name(pair.static_pod):
+        yield Finding.error("pair-reload", name, f"there is no manifest of a static pod in {pair.static_pod}")
+    if words := command_words(pair.reload):
+        yield from _program("pair-reload", name, words)
 
 
 def _key_file(name: str, files: PairFiles) -> Iterator[Finding]:
     """Check that the key is closed to others, and belongs to the owner that the settings name."""
     try:
         status = files.key_file.stat()
-        wanted = account(files.owner) if files.owner else (status.st_uid, status.st_gid)
+        wanted = pairs.account(files.owner) if files.owner else (status.st_uid, status.st_gid)
     except (OSError, LookupError):
         return  # `key_of` reports it
     mode = stat.S_IMODE(status.st_mode)
@@ -390,17 +389,3 @@ def _key_file(name: str, files: PairFiles) -> Iterator[Finding]:
     if (status.st_uid, status.st_gid) != wanted:
         text = f"{files.key_file}: wanted owner {files.owner}, found {status.st_uid}:{status.st_gid}"
         yield Finding.warning("pair-owner", name, text, f"chown {files.owner} {files.key_file}; a renewal does it, too")
-
-
-def _reload(pair: PairSettings) -> Iterator[Finding]:
-    """Check that the reload command or static pod exists, before a certificate is spent on it."""
-    words, manifest = command_words(pair.reload), pair.static_pod
-    if manifest is not None and not pod_name(manifest):
-        text = f"there is no manifest of a static pod in {manifest}"
-        yield Finding.error("pair-reload", pair.name, text)
-    if not words:
-        return
-    if (unsafe := unsafe_program(words)) is not None:
-        yield Finding.error("pair-reload", pair.name, str(unsafe), unsafe.hint)
-    elif shutil.which(words[0]) is None:
-        yield Finding.error("pair-reload", pair.name, f"there is no program {words[0]!r} that can be run")

@@ -8,7 +8,7 @@ and no request has come since that time began.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal, get_args
 
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from bridge.door.store import CERTIFICATES, ENROLMENTS, REQUESTS, DoorDatabase
 from bridge.pki.expiry import Before, day
 from bridge.specs import KUBELET_CONF, KUBELET_SERVER, SUPER_ADMIN, USER
+from bridge.system.codec import named
 from bridge.system.metrics import labels, metric
 from bridge.words import one_line
 
@@ -42,7 +43,7 @@ class FleetNode:
     cluster: str
     state: NodeState
     ends: datetime | None  #: End of the certificate that expires next; None: none was signed.
-    name: str  #: The name of that certificate.
+    name: str = field(metadata=named("certificate"))  #: The name of that certificate.
     heard: datetime | None  #: Time of its last request; None: it has sent none.
     why: str  #: What failed, or what the node waits for.
 

@@ -81,31 +81,25 @@ _FORMS: Mapping[object, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-_PLAIN = frozenset({type(None), bool, int, float, str})
-
-
-def to_json(value: Any) -> Any:
-    """Turn a value into types that `json.dumps` accepts."""
-    kind = type(value)
-    if kind in _PLAIN:  # most values are plain, and a desk writes tens of thousands
-        return value
-    if isinstance(value, Enum | int | float | str):
+def to_json(value: Any, time: Callable[[datetime], str] = datetime.isoformat) -> Any:
+    """Turn a value into types that `json.dumps` accepts; `time` says how times are written."""
+    if value is None or isinstance(value, Enum | int | float | str):
         return value.value if isinstance(value, Enum) else value
-    form = _FORMS.get(kind) or next(
-        (form for known, form in _FORMS.items() if isinstance(value, cast("type", known))), None
-    )
+    if isinstance(value, datetime):
+        return time(value)
+    form = next((form for known, form in _FORMS.items() if isinstance(value, cast("type", known))), None)
     if form is not None:
         return form[0](value)
     if isinstance(value, Mapping):
-        return {to_json(key): to_json(item) for key, item in value.items()}
+        return {to_json(key): to_json(item, time) for key, item in value.items()}
     if isinstance(value, tuple | list | frozenset):
-        return list(map(to_json, sorted(value) if isinstance(value, frozenset) else value))
+        return [to_json(item, time) for item in (sorted(value) if isinstance(value, frozenset) else value)]
     document = {}
     for field, key, _ in _fields(value.__class__):
         item = getattr(value, field.name)
         if item is None and _LEFT_OUT in field.metadata:
             continue
-        document[key] = item.decode() if item is not None and field.name.endswith(_PEM) else to_json(item)
+        document[key] = item.decode() if item is not None and field.name.endswith(_PEM) else to_json(item, time)
     return document
 
 

@@ -44,6 +44,13 @@ def print_error(error: BridgeError, about: str = "", *, has_hint: bool = True) -
         log.error("%s", hint, extra={"is_hint": True})
 
 
+def log_with_hint(level: int, text: str, hint: str) -> None:
+    """Log a message on standard error and, unless it is empty, a hint."""
+    log.log(level, "%s", text)
+    if hint:
+        log.log(level, "%s", hint, extra={"is_hint": True})
+
+
 def hint_of(error: BridgeError) -> str:
     """An error's hint; if rights are missing, the advice to run as root."""
     if lacks_rights(error.reason):

@@ -110,7 +110,7 @@ def test_a_table_fits_where_it_is_shown() -> None:
     """Columns without room go on below; with room, and in a file, each row is a line."""
     wide = ["apiserver    expires soon  " + "a" * 30, "etcd-server                " + "b" * 30]
     assert list(printing.columns(ROWS, 57)) == wide
-    assert list(printing.columns(ROWS)) == wide
+    assert list(printing.columns(ROWS, None)) == wide
     narrow = list(printing.columns(ROWS, 56))
     assert narrow == ["apiserver    expires soon", f"    {'a' * 30}", "etcd-server", f"    {'b' * 30}"]
     assert list(printing.columns(ROWS, 20))[0:2] == ["apiserver", "    expires soon"]

@@ -18,7 +18,7 @@ _STATES = {f"certificate-{state}" for state in ("missing", "broken", "unreadable
 
 def checks_in(source: str) -> set[str]:
     """The names that findings are given."""
-    places = {"from_error": 0, "Finding": 1, "_missing_names": -1} | dict.fromkeys(_MAKERS, 0)
+    places = {"from_error": 0, "Finding": 1, "_program": 0, "_missing_names": -1} | dict.fromkeys(_MAKERS, 0)
     names: list[ast.expr] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in places and node.args:
