@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -412,18 +412,24 @@ class Desk:
         """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
         self._lists.clear()
         self._asking.clear()
-        before: list[Job] = []
-        with ThreadPoolExecutor(
-            1
-        ) as signing:  # CAs sign a window while the next is judged, and the one before delivered
-            signed = signing.submit(self._sign, before, journal)
-            for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
-                signed.result()
-                signed = signing.submit(self._sign, window, journal)
-                self._finish(before, journal, record, observer)
-                before = window
+        at_cas = deque[tuple[list[Job], Future[None]]]()
+
+        def finish_first() -> None:
+            window, signed = at_cas.popleft()
             signed.result()
-        self._finish(before, journal, record, observer)
+            self._finish(window, journal, record, observer)
+
+        # CAs sign a window while the next is judged, and the one before delivered
+        with ThreadPoolExecutor(1) as signing:
+            try:
+                for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
+                    at_cas.append((window, signing.submit(self._sign, window, journal)))
+                    if len(at_cas) > 1:
+                        finish_first()
+                while at_cas:
+                    finish_first()
+            finally:  # after an error, or Ctrl-C, no further window begins
+                signing.shutdown(cancel_futures=True)
         journal.tidy()
 
     def close(self) -> None:
