@@ -193,7 +193,7 @@ class Quiet(Service):
         self._watching = [Watch(None, [CLIENT_KUBELET])]  # type: ignore[arg-type]
         self._watching[0].alive, self._watching[0].trouble = 0.0, ""
         self._now = lambda: datetime.now(UTC)
-        self.nodes = SimpleNamespace(files=lambda _: (SimpleNamespace(pod_signers={}), None))  # type: ignore[assignment]
+        self.nodes = SimpleNamespace(files=lambda: (SimpleNamespace(pod_signers={}), None))  # type: ignore[assignment]
         self.looks = 0
 
     def look(self, *_: object) -> list[str]:
