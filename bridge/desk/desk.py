@@ -1,6 +1,6 @@
 """
-The CA desk: request bundles in, answer bundles out, by a policy. Each CA gets a window of bundles in one lot while the
-next windows are read and judged; its answers are written to the journal first.
+The CA desk: request bundles in, answer bundles out, by a policy. Each CA gets a window of bundles in one lot; its
+answers are written to the journal first.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -412,24 +412,10 @@ class Desk:
         """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
         self._lists.clear()
         self._asking.clear()
-        at_cas = deque[tuple[list[Job], Future[None]]]()
-
-        def finish_first() -> None:
-            window, signed = at_cas.popleft()
-            signed.result()
+        for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
+            self._sign(window, journal)
             self._finish(window, journal, record, observer)
-
-        # CAs sign a window while the next is judged, and the one before delivered
-        with ThreadPoolExecutor(1) as signing:
-            try:
-                for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
-                    at_cas.append((window, signing.submit(self._sign, window, journal)))
-                    if len(at_cas) > 1:
-                        finish_first()
-                while at_cas:
-                    finish_first()
-            finally:  # after an error, or Ctrl-C, no further window begins
-                signing.shutdown(cancel_futures=True)
+            self._asking.clear()  # the archive has their answers
         journal.tidy()
 
     def close(self) -> None:
@@ -536,8 +522,6 @@ class Desk:
             else:
                 journal.recorded |= certificates
             observer(job, where)
-        delivered = frozenset(window)
-        self._asking = {key: job for key, job in self._asking.items() if job not in delivered}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
