@@ -157,7 +157,7 @@ def _is_all(config: Any, count: int) -> bool:
 
 
 #: Measured on two cores that do nothing else, with the kit's programs and as root.
-_DURATION, _MANY = "about 25 minutes on two cores", 5000
+_DURATION, _MANY = "about 45 minutes on two cores", 5000
 
 
 def _left_out() -> Iterator[str]:
