@@ -276,7 +276,7 @@ def printing_wall(source: str, module: str) -> Iterator[str]:
 #: What makes a pool of its own, whose threads wait for no network: they compute, write files, or are ended by its owner.
 POOLS = (
     *("bridge.system.waiting", "bridge.system.files", "bridge.node.sample_pki", "bridge.renewal.prepare"),
-    *("bridge.ca.conformance", "bridge.desk.desk", "bridge.door.workers", "backends.openssl"),
+    *("bridge.ca.conformance", "bridge.desk.desk", "bridge.desk.workers", "backends.openssl"),
 )
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -24,6 +25,7 @@ from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Journal, NewFile, Submitted, write_together
+from bridge.desk.workers import Judgement, Workers, reason_against, reasons
 from bridge.errors import (
     BackendError,
     BackendUnavailableError,
@@ -32,8 +34,8 @@ from bridge.errors import (
     NoVerdictError,
     WaitingError,
 )
-from bridge.pki import signatures, verify
-from bridge.pki.bundle import AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
+from bridge.pki import signatures
+from bridge.pki.bundle import LONGEST_TEXT, AnswerBundle, BundledRequest, Refusal, RequestBundle, refusal, sign_request
 from bridge.pki.bundle_format import answer_message, describe
 from bridge.pki.certificates import is_signed_by, serial_hex
 from bridge.pki.expiry import minute
@@ -49,19 +51,21 @@ from bridge.words import one_line
 
 #: Requests that are signed together: with more, `openssl ca` starts and rewrites its long index less often, but nodes
 #: wait longer for the first answers.
-_WINDOW = 500
+_WINDOW = 1000
 #: The size of a window's files, which are in memory, where a byte of a stranger's SANs may take 35.
 _LARGEST_WINDOW_BYTES = 2 << 20
 #: A run notices within this time that a certificate was revoked after the run began.
 _LISTED_SECONDS = 1.0
 #: Requests to a backend that signs one by one; they are in the journal before the CA gets them.
 _SLICE = 100
-_LEAST_SHARE = 2  #: A certificate requested for a short time has to live for at least half of it.
+#: Answers that a worker compares at once.
+_COMPARED = 50
 
 #: Events of the audit log: a certificate that this run signed, and one of an earlier run that goes out again.
 SIGNED, DELIVERED = "signed for others", "delivered again"
 
 DeskAnswer = Issued | Refusal
+_Item = TypeVar("_Item")
 
 
 class RefusedByPolicyError(BridgeError):
@@ -105,6 +109,7 @@ class Job:
     label: str  #: For messages, such as the bundle's file name.
     delivery: Callable[[AnswerBundle], Delivery]
     size_bytes: int = 0  #: The file's size.
+    foreseen: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: A worker's verdicts, from moments ago.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an existing answer.
     #: Certificates that were signed before, and are given out again.
     answered: Mapping[str, Answered] = field(default_factory=dict)
@@ -244,7 +249,14 @@ class Desk:
         else:
             job.approved_by = approval.summary(job.standing, job.approved_by)
 
+    def judgement(self) -> Judgement:
+        """The rules for workers, with the CAs that were reached so far."""
+        cas = {name: ca.certificates for name, ca in self._cas.items() if ca.ca.trouble is None}
+        return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
+
     def _verdict(self, job: Job, request: BundledRequest) -> PolicyVerdict:
+        if (foreseen := job.foreseen.get(request.name)) is not None:
+            return foreseen
         certificates = self._cas[request.authority].certificates
         try:
             waived = self._without_proof | job.vouched_for.keys()
@@ -408,14 +420,36 @@ class Desk:
 
     # --- signing ------------------------------------------------------------------------------------------------------
 
-    def run(self, jobs: Iterable[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
-        """Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`."""
+    def run(
+        self,
+        jobs: Iterable[Job],
+        journal: Journal,
+        record: audit.Record,
+        observer: Observer,
+        processes: Workers | None = None,
+    ) -> None:
+        """
+        Sign allowed requests, and deliver the answers; a job's own errors are in its `troubles`.
+
+        While CAs sign a window, the next one is judged, and the one before is delivered.
+        """
         self._lists.clear()
         self._asking.clear()
-        for window in _windows(map(self._to_be_asked, map(self.judged, jobs))):
-            self._sign(window, journal)
-            self._finish(window, journal, record, observer)
-            self._asking.clear()  # the archive has their answers
+        processes, before = processes or Workers(), list[Job]()
+        with workers(1) as signing:
+            signed = signing.submit(self._sign, before, journal)
+            judged = map(self._to_be_asked, map(self.judged, jobs))
+            for window in windows(
+                judged, lambda job: (len(job.requests), job.size_bytes), _WINDOW, _LARGEST_WINDOW_BYTES
+            ):
+                signed.result()
+                signed = signing.submit(self._sign, window, journal)
+                if before:
+                    self._finish(before, journal, record, observer, processes)
+                before = window
+            signed.result()
+        if before:
+            self._finish(before, journal, record, observer, processes)
         journal.tidy()
 
     def close(self) -> None:
@@ -507,11 +541,14 @@ class Desk:
             log.warning(text, ca.label, len(rest))
         return rest
 
-    def _finish(self, window: Sequence[Job], journal: Journal, record: audit.Record, observer: Observer) -> None:
+    def _finish(
+        self, window: Sequence[Job], journal: Journal, record: audit.Record, observer: Observer, processes: Workers
+    ) -> None:
         """Verify, record and deliver, in this order, so that nothing leaves unrecorded."""
         for job in window:
             job.take_from_duplicates()
-            self._verify(job)
+        self._verify(window, processes)
+        for job in window:
             self._record(job, record)
         record.write()
         for job, where in zip(window, self._delivered(window), strict=True):
@@ -522,6 +559,8 @@ class Desk:
             else:
                 journal.recorded |= certificates
             observer(job, where)
+        delivered = frozenset(window)  # the archive has their answers
+        self._asking = {key: job for key, job in self._asking.items() if job not in delivered}
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
@@ -532,25 +571,23 @@ class Desk:
             for job, delivery, error in zip(window, deliveries, errors, strict=True)
         ]
 
-    def _verify(self, job: Job) -> None:
+    def _verify(self, window: Sequence[Job], processes: Workers) -> None:
         """Withhold wrong certificates from a CA, which the node would refuse, too."""
-        for request in job.bundle.requests:
-            answer = job.answers.get(request.name)
-            if isinstance(answer, Issued) and (reason := self._reason_against(job.requests[request.name], answer)):
-                job.withheld[request.name] = answer.leaf
-                job.answers[request.name] = refusal(f"the desk's CA signed something else: {reason}")
+        answered = [(job, job.requests[name], answer) for job in window
+                    for name, answer in job.answers.items() if isinstance(answer, Issued)]  # fmt: skip
+        by = {name: self._expectation(name, ca.anchors) for name, ca in self._cas.copy().items()}
+        parts = [answered[start : start + _COMPARED] for start in range(0, len(answered), _COMPARED)]
+        pairs = [[(request, issued) for _, request, issued in part] for part in parts]
+        compared = [processes.submit(reasons, part, by) for part in pairs]
+        for part, pair, answer in zip(parts, pairs, compared, strict=True):
+            for (job, request, issued), reason in zip(part, answer.result() or reasons(pair, by), strict=True):
+                if reason:
+                    job.withheld[request.spec.name] = issued.leaf
+                    job.answers[request.spec.name] = refusal(f"the desk's CA signed something else: {reason}")
 
     def _reason_against(self, request: SignRequest, issued: Issued) -> str:
-        """
-        Why a certificate is not the requested one; empty: it is.
-
-        A certificate requested for days or hours, such as a user's, may live that short.
-        """
         authority = request.spec.authority.name
-        expected = self._expectation(authority, self._cas[authority].anchors)
-        least = min(expected.min_validity, request.validity / _LEAST_SHARE)
-        error = verify.error_of(issued, request, replace(expected, min_validity=least))
-        return error.reason if error is not None else ""
+        return reason_against(request, issued, self._expectation(authority, self._cas[authority].anchors))
 
     def _record(self, job: Job, record: audit.Record) -> None:
         about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
@@ -588,7 +625,7 @@ class Desk:
             batch=job.bundle.batch,
             node=job.bundle.node,
             cluster=job.bundle.cluster,
-            signer=f"{name}: {', '.join(sorted(labels)) or 'nothing signed'}{approved}",
+            signer=one_line(f"{name}: {', '.join(sorted(labels)) or 'nothing signed'}{approved}", LONGEST_TEXT),
             signed=self._now().replace(microsecond=0),
             answers={name: job.answers[name] for name in job.requests if name in job.answers},
         )
@@ -610,13 +647,21 @@ def _concluded(job: Job, delivery: Delivery, error: OSError | None) -> str:
     return delivery.where
 
 
-def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
-    window: list[Job] = []
-    size = size_bytes = 0
-    for job in jobs:
-        window.append(job)
-        size, size_bytes = size + len(job.bundle.requests), size_bytes + job.size_bytes
-        if size >= _WINDOW or size_bytes >= _LARGEST_WINDOW_BYTES:
+def size_of(job: Job) -> tuple[int, int]:
+    """A job's number of requests, and its file's size in bytes."""
+    return len(job.bundle.requests), job.size_bytes
+
+
+def windows(
+    items: Iterable[_Item], size_of: Callable[[_Item], tuple[int, int]], most: int, most_bytes: int
+) -> Iterator[list[_Item]]:
+    """The items in lots, each ended by the item with which it reaches `most` or `most_bytes`."""
+    window, size, size_bytes = list[_Item](), 0, 0
+    for item in items:
+        window.append(item)
+        more, more_bytes = size_of(item)
+        size, size_bytes = size + more, size_bytes + more_bytes
+        if size >= most or size_bytes >= most_bytes:
             yield window
             window, size, size_bytes = [], 0, 0
     if window:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -21,9 +23,10 @@ from bridge.ca import registry, signer_of
 from bridge.ca.retry import NoWaitPolicy
 from bridge.contract import Issued
 from bridge.desk import csr_directory, node_inventory
-from bridge.desk.desk import Delivery, Desk, Job, Observer
+from bridge.desk.desk import Delivery, Desk, Job, Observer, windows
 from bridge.desk.policy import Policy, parse
 from bridge.desk.records import Archive, Journal, NewFile, archive_directory
+from bridge.desk.workers import ReadBundle, Workers, read_all
 from bridge.errors import BridgeError, SettingsError, SettingsProblem
 from bridge.pki import signatures
 from bridge.pki.budget import MOST_BYTES
@@ -259,6 +262,11 @@ class _InboxFile:
     status: os.stat_result
 
 
+#: Bundles in an inbox for which processes begin: their start takes as long as the work on a few bundles.
+_WORTH_PROCESSES = 30
+#: Bundles that a worker reads at once, and how many such lots are read ahead, while CAs sign.
+_CHUNK, _LARGEST_CHUNK_BYTES, _CHUNKS_AHEAD = 10, 256 << 10, 6
+
 #: Reports a skipped file, and why it is skipped.
 PassedOver = Callable[[str, BridgeError], None]
 
@@ -277,6 +285,7 @@ class Session:
         directory = options.archive or policy.desk.archive or archive_directory(self._store)
         self._archive = Archive(directory, self._store.directory)
         self._seen: set[str] = set()  #: Digests.
+        self._processes = Workers()
 
     def run(self, desk: Desk, wait: timedelta, observed: Callable[[int], AbstractContextManager[Observer]]) -> int:
         """Sign what may be signed, and return the number of bundles; `observed` makes an observer from that number."""
@@ -288,7 +297,10 @@ class Session:
             if self._options.out is not None and self._options.out.is_dir():
                 ours = answer_suffix(self._settings.authorities)  # another desk may be writing to it
                 remove_unfinished(self._options.out, f".*-{'[0-9a-f]' * 32}{ours}.*")
-            desk.run(jobs, journal, record, stack.enter_context(observed(total)))
+            if total >= _WORTH_PROCESSES:
+                stack.enter_context(contextlib.closing(self._processes))
+                self._processes.begin(len(os.sched_getaffinity(0)))
+            desk.run(jobs, journal, record, stack.enter_context(observed(total)), self._processes)
         return total
 
     def work(self, desk: Desk) -> tuple[Iterator[Job], int]:
@@ -311,7 +323,7 @@ class Session:
             if any(not path.is_relative_to(self._archive.directory) for path in csr_directory.find(source)):
                 raise _whose(source)
             self._assert_none_below(source, out)
-        return self._inbox(source, out, names), len(names)
+        return self._inbox(out, self._read_ahead(desk, self._files(source, names))), len(names)
 
     def _assert_none_below(self, inbox: Path, outbox: Path) -> None:
         """Refuse an inbox whose bundles are all one directory deeper: nothing would be signed."""
@@ -334,10 +346,26 @@ class Session:
         assert_free(out, AnswerBundle, bundle.node, bundle.cluster)
         return self._job(bundle, digest(bundle), data, path, out, lambda: None)
 
-    def _inbox(self, inbox: Path, outbox: Path, names: Sequence[str]) -> Iterator[Job]:
-        for file in self._files(inbox, names):
+    def _read_ahead(self, desk: Desk, files: Iterator[_InboxFile]) -> Iterator[tuple[_InboxFile, ReadBundle | None]]:
+        """Each file, in order, with what a worker has read ahead; None: no worker did, or it is no request."""
+        ahead = deque[tuple[list[_InboxFile], Future[list[ReadBundle | None] | None]]]()
+
+        def first() -> Iterator[tuple[_InboxFile, ReadBundle | None]]:
+            chunk, answer = ahead.popleft()
+            return zip(chunk, answer.result() or [None] * len(chunk), strict=True)
+
+        for chunk in windows(files, lambda file: (1, len(file.data)), _CHUNK, _LARGEST_CHUNK_BYTES):
+            by = desk.judgement()
+            ahead.append((chunk, self._processes.submit(read_all, [file.data for file in chunk], by)))
+            if len(ahead) > (_CHUNKS_AHEAD if self._processes and by.cas else 0):
+                yield from first()
+        while ahead:
+            yield from first()
+
+    def _inbox(self, outbox: Path, files: Iterable[tuple[_InboxFile, ReadBundle | None]]) -> Iterator[Job]:
+        for file, by_worker in files:
             try:
-                job = self._inbox_job(file, outbox)
+                job = self._inbox_job(file, outbox, by_worker)
             except BridgeError as e:
                 self._passed_over(one_line(file.path), e)
             else:
@@ -359,9 +387,9 @@ class Session:
                 text = f"wanted a file of at most {MOST_BYTES} bytes with a bundle, found: {e}"
                 self._passed_over(one_line(path), BridgeError(text))
 
-    def _inbox_job(self, file: _InboxFile, outbox: Path) -> Job | None:
+    def _inbox_job(self, file: _InboxFile, outbox: Path, by_worker: ReadBundle | None) -> Job | None:
         try:
-            bundle = loads(file.data)
+            bundle = by_worker.bundle if by_worker is not None else loads(file.data)
         except IncompleteBundleError as e:
             if self._now().timestamp() - file.status.st_mtime > STALE.total_seconds():
                 written = minute(datetime.fromtimestamp(file.status.st_mtime, UTC))
@@ -370,13 +398,14 @@ class Session:
             return None
         if isinstance(bundle, AnswerBundle):
             return None  # inbox and outbox may be the same directory
-        request_digest = digest(bundle)
+        request_digest = by_worker.digest if by_worker is not None else digest(bundle)
         if request_digest in self._seen:
             log.info("%s: a second copy of the same bundle; the next run archives it", one_line(file.path))
             return None
         self._seen.add(request_digest)
         out = outbox / file_names(bundle.node, request_digest, self._settings.authorities)[1]
-        return self._job(bundle, request_digest, file.data, file.path, out, lambda: _remove(file.path, file.status))
+        job = self._job(bundle, request_digest, file.data, file.path, out, lambda: _remove(file.path, file.status))
+        return replace(job, foreseen=by_worker.verdicts) if by_worker is not None else job
 
     def _job(
         self, bundle: RequestBundle, request_digest: str, data: bytes, path: Path, out: Path, remove: Callable[[], None]

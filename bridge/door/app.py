@@ -26,11 +26,11 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
+from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments
 from bridge.door.enrolments import Enrolment
 from bridge.door.signing import BusyError, Signing
 from bridge.door.store import TO_SIGN, DatabaseError, DoorDatabase, EnrolmentError, Kept
-from bridge.door.workers import ReadBundle
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError
 from bridge.pki.certificates import pem

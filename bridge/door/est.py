@@ -27,13 +27,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, pkcs7
 
 from bridge.desk.est_rules import DEFAULT, Asker, EstRules, node_of
+from bridge.desk.workers import ReadBundle
 from bridge.door import enrolments
 from bridge.door.app import Door, Environ, Reply, TurnedAwayError, body_of, kind_of
 from bridge.door.enrolments import Enrolment
 from bridge.door.https import PEER
 from bridge.door.signing import asker_json, origin_problem
 from bridge.door.store import EnrolmentError, Kept
-from bridge.door.workers import ReadBundle
 from bridge.pki import der, node_proofs
 from bridge.pki.bundle import BundledRequest, BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import dumps, loads_answer, loads_digested

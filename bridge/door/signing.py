@@ -32,11 +32,11 @@ from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import books_open, job_of, load_answer_key, load_policy
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, Submitted, archive_directory
+from bridge.desk.workers import Judgement, ReadBundle, Workers, read, verdicts
 from bridge.door import enrolments
 from bridge.door.doors import Doors, assert_not_behind, identity, is_foreign, left_text
 from bridge.door.enrolments import Enrolment
 from bridge.door.store import TO_SIGN, UNANSWERED, DatabaseError, DecisionRow, DoorDatabase, IssuedRow, Kept
-from bridge.door.workers import Judgement, ReadBundle, Workers, read, verdicts
 from bridge.errors import BridgeError, Exit, WaitingError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, Refusal, RequestBundle, sign_request
 from bridge.pki.bundle_format import digest, loads_digested, loads_request

@@ -8,6 +8,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -58,7 +59,10 @@ def dumps(bundle: Bundle) -> bytes:
     document |= {"digest": _digest(document)}
     if isinstance(bundle, AnswerBundle) and bundle.signature is not None:
         document |= {"signature": b64encode(bundle.signature).decode()}
-    _read(document)
+    if isinstance(bundle, RequestBundle):
+        _read_request_bundle(document)
+    else:
+        _read_answer_bundle(document, lambda pem, _: pem)  # the desk has compared the certificates with the requests
     return json.dumps(document, indent=1).encode() + b"\n"
 
 
@@ -160,7 +164,7 @@ def _read(document: Mapping[str, Any]) -> Bundle:
     if schema == REQUEST_SCHEMA:
         return _read_request_bundle(document)
     if schema == ANSWER_SCHEMA:
-        return _read_answer_bundle(document)
+        return _read_answer_bundle(document, certificate)
     wanted, found = f"{REQUEST_SCHEMA} or {ANSWER_SCHEMA}", "none" if schema is None else excerpt(schema)
     raise BundleError("schema", wanted, found, hint=_OTHER_HINT if schema is None else None)
 
@@ -221,11 +225,11 @@ def _read_request(value: object, place: str) -> BundledRequest:
     )
 
 
-def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
+def _read_answer_bundle(document: Mapping[str, Any], load: Callable[[object, str], Any]) -> AnswerBundle:
     keys = ("schema", "version", "requestDigest", "batch", "node", "cluster", "signer", "signed", "answers", "digest")
     fields = Fields.of(document, "", (*keys, "signature") if "signature" in document else keys)
     fields.choice("version", [ANSWER_VERSION])
-    answers = fields.items("answers", _read_answer)
+    answers = fields.items("answers", partial(_read_answer, load=load))
     _assert_once(fields, "answers", [name for name, _ in answers])
     bundle = AnswerBundle(
         request_digest=fields.shaped("requestDigest", _DIGEST, "64 hex digits"),
@@ -241,13 +245,13 @@ def _read_answer_bundle(document: Mapping[str, Any]) -> AnswerBundle:
     return bundle
 
 
-def _read_answer(value: object, place: str) -> tuple[str, Issued | Refusal]:
+def _read_answer(value: object, place: str, load: Callable[[object, str], Any]) -> tuple[str, Issued | Refusal]:
     is_refusal = isinstance(value, dict) and "refusal" in value
     fields = Fields.of(value, f"{place}.", ("name", "refusal" if is_refusal else "chain"))
     name = _carried(fields)
     if is_refusal:
         return name, Refusal(reason=fields.text("refusal"))
-    leaf, *intermediates = fields.items("chain", certificate)
+    leaf, *intermediates = fields.items("chain", load)
     return name, Issued(leaf=leaf, intermediates=tuple(intermediates))
 
 

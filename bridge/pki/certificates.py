@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, pkcs7
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import NameOID
 
@@ -214,6 +214,8 @@ def extension(subject: x509.Certificate | x509.CertificateSigningRequest, kind: 
 
 def certificates_in(data: bytes) -> list[x509.Certificate]:
     """All certificates of a file from a person or program: PEM, DER or PKCS#7, under any name."""
+    from cryptography.hazmat.primitives.serialization import pkcs7  # noqa: PLC0415 (it loads a parser of mail)
+
     standard = re.sub(rb"-----(BEGIN|END) (?:CMS|PKCS #7 SIGNED DATA)-----", rb"-----\1 PKCS7-----", data)
     if b"-----BEGIN PKCS7-----" in standard:
         return _of_pkcs7(pkcs7.load_pem_pkcs7_certificates, standard)

@@ -12,6 +12,7 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cryptography import x509
@@ -31,6 +32,9 @@ MAX_RSA_BITS = 8192
 
 #: crypto/tls reads no certificate message of more than 256 KiB; certificates of this kind have 1 to 2 KiB.
 MAX_CHAIN_BYTES = 64 * 1024
+
+#: CAs whose parts are kept, as a CA desk compares thousands of answers with the same few.
+_MOST_ISSUERS = 16
 
 ANY_EKU = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE.dotted_string
 _ANY_POLICY = "2.5.29.32.0"
@@ -99,6 +103,12 @@ def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
         yield Violation("form", want="DER that Kubernetes can read", got=str(e))
 
 
+@lru_cache(maxsize=_MOST_ISSUERS)
+def _issuer_form(issuer: x509.Certificate) -> tuple[Violation, ...]:
+    """`form` of a CA."""
+    return tuple(form(issuer, leaf=False))
+
+
 class _Parts(NamedTuple):
     """A certificate's encoded parts (RFC 5280 §4.1)."""
 
@@ -107,6 +117,7 @@ class _Parts(NamedTuple):
     fields: tuple[der.Element, ...]  #: serialNumber, signature, issuer, validity, subject, subjectPublicKeyInfo, …
 
 
+@lru_cache(maxsize=_MOST_ISSUERS)
 def _parts(certificate: x509.Certificate) -> _Parts:
     encoded = certificate.public_bytes(serialization.Encoding.DER)
     signed, algorithm, *_ = der.one(encoded, der.SEQUENCE).children()
@@ -286,7 +297,7 @@ def path(
     """Steps that Go does not follow in a path that the library has built."""
     for issuer in (*intermediates, anchor):
         who = "the CA" if issuer is anchor else f"intermediate {subject_line(issuer)}"
-        for violation in form(issuer, leaf=False):
+        for violation in _issuer_form(issuer):
             want = f"{violation.subject} with {violation.want} in each issuer"
             yield Violation("chain", want=want, got=f"{violation.got} in {who}")
         yield from _covers(issuer, who, ekus)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from itertools import pairwise
 
 from cryptography import x509
@@ -145,12 +146,15 @@ def _unreadable(issued: Issued, expected: Expectation) -> Iterator[Violation]:
             yield Violation("chain", want=want, got=f"one whose {part} can't: {why}")
 
 
-def _parts_unreadable(certificate: x509.Certificate) -> Iterator[tuple[str, str]]:
+@lru_cache(maxsize=16)  # a CA desk compares thousands of answers with the same few CAs
+def _parts_unreadable(certificate: x509.Certificate) -> list[tuple[str, str]]:
+    unreadable = []
     for part, read in _PARTS.items():
         try:
             read(certificate)
         except UNREADABLE as e:
-            yield part, str(e)
+            unreadable.append((part, str(e)))
+    return unreadable
 
 
 def _violations(issued: Issued, request: SignRequest, expected: Expectation) -> Iterator[Violation]:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from bridge.desk.workers import ReadBundle
 from bridge.door.app import Door
 from bridge.door.store import DoorDatabase, sqlite_url
-from bridge.door.workers import ReadBundle
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_request
 from bridge.settings import Source

@@ -267,7 +267,7 @@ def test_a_worker_that_hangs_loses_no_request(desk: Desk, pairs: Pairs, seconds:
     bundle, is_ended = dumps(make_bundle(some(pairs, "apiserver"))), seconds == 1.0
     patch = f"from bridge.door import service\nservice._LONGEST_TASK_SECONDS = {seconds}\n"
     if is_ended:  # none begins in its place, and a bundle is waited for meanwhile
-        patch += "from bridge.door import workers\nworkers._REST_SECONDS = 3600.0\n"
+        patch += "from bridge.desk import workers\nworkers._REST_SECONDS = 3600.0\n"
         patch += "from bridge.door import signing\nsigning._WORKER_SECONDS = 300.0\n"
     door.start([sys.executable, "-c", f"{patch}from bridge.entry import main\nmain()"])
     assert door.process is not None

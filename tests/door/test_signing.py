@@ -15,9 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from bridge.contract import Issued
+from bridge.desk.workers import ReadBundle, Workers
 from bridge.door.signing import Signing
 from bridge.door.store import DatabaseError, DoorDatabase, sqlite_url
-from bridge.door.workers import ReadBundle, Workers
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
 from bridge.settings.load import load

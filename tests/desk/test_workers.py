@@ -1,4 +1,4 @@
-"""The door's workers: what they say is what the desk would say, and none hangs or outlives the door."""
+"""The workers of door and desk: what they say is what the desk would say, and none hangs or outlives its parent."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from bridge.desk import workers as desk_workers
 from bridge.desk.policy import judge, parse
-from bridge.door import workers as door_workers
-from bridge.door.workers import Judgement, ReadBundle, Workers, read
+from bridge.desk.workers import Judgement, ReadBundle, Workers, read, reasons
 from bridge.pki.bundle import (
     BundleError,
     IncompleteBundleError,
+    sign_request,
 )
 from bridge.pki.bundle_format import digest, dumps
-from bridge.pki.csr import PrivateKey
+from bridge.pki.csr import PrivateKey, generate_key
+from bridge.pki.verify import Expectation
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import changed, make_bundle, old_pairs
 from tests.kit.desks import POLICY
+from tests.kit.issuing import Signer
 from tests.kit.measured import is_running
 from tests.kit.pki import Pki, handmade_pki
 
@@ -79,7 +82,7 @@ def test_a_worker_reads_and_judges_as_the_desk_does(pki: Pki, pairs: Pairs, work
 
 def test_no_worker_outlives_a_killed_desk(tmp_path: Path) -> None:
     """Its standard input ends with the desk, however that ended."""
-    script = "import sys, time\nfrom bridge.door.workers import Workers\n"
+    script = "import sys, time\nfrom bridge.desk.workers import Workers\n"
     script += "made = Workers()\nmade.begin(1)\nprint(made._workers[0].process.pid, flush=True)\ntime.sleep(600)\n"
     desk = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert desk.stdout is not None
@@ -96,7 +99,7 @@ def test_no_worker_outlives_a_killed_desk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rests", [True, False])
 def test_a_worker_that_has_ended_is_replaced(monkeypatch: pytest.MonkeyPatch, *, rests: bool) -> None:
     """A task that fails ends its worker and nothing else; the next task begins another, but not at once after a start."""
-    monkeypatch.setattr(door_workers, "_REST_SECONDS", 3600.0 if rests else -1.0)
+    monkeypatch.setattr(desk_workers, "_REST_SECONDS", 3600.0 if rests else -1.0)
     with contextlib.closing(Workers()) as workers:
         workers.begin(1)
         assert workers.states() == {"running": 1, "ended": 0}
@@ -152,3 +155,30 @@ def test_the_end_of_a_unit_leaves_the_workers_to_the_desk(workers: Workers, numb
     else:
         assert workers.submit(os.fspath, "a path").result() == "a path"
         assert process.poll() is None
+
+
+def test_a_worker_compares_answers_as_the_desk_does(pki: Pki, pairs: Pairs, workers: Workers) -> None:
+    """There is no reason against the right certificate, and the desk's own reason against one for another key."""
+    bundle, (_, ca) = make_bundle(pairs), judgement(pki)
+    apiserver, scheduler = (sign_request(request, bundle) for request in bundle.requests)
+    by = {
+        "ca": Expectation(
+            anchors=(ca,), anchor_name="ca.crt", now=NOW, min_validity=timedelta(days=7), shorter_allowed=True
+        )
+    }
+    signer = Signer.load(*pki.ca_pem("ca"))
+    answered = [
+        (apiserver, signer.issue(apiserver)),
+        (scheduler, signer.issue(scheduler, public_key=generate_key("ecdsa-p256").public_key())),
+    ]
+
+    found = workers.submit(reasons, answered, by).result()
+
+    assert found == reasons(answered, by)
+    assert found[0] == ""
+    assert "public key: " in found[1]
+
+
+def test_without_a_worker_there_is_no_answer() -> None:
+    """The caller then does the work itself."""
+    assert Workers().submit(os.fspath, "a path").result() is None

@@ -1,10 +1,11 @@
 """
-A door's processes that read bundles and judge their requests, so that many nodes at once do not keep it from signing.
+Processes that read bundles, judge their requests, and compare the answers, for a door that many nodes ask at once and
+for a desk with a full inbox.
 
-They use no CA, file or clock: they receive bytes, and answer with the bundle and its problems. The door does what they
-have not done, so losing a worker costs only time, and the next task starts another. A worker ends with the door, even a
-killed one, when its standard input ends. The processes of `ProcessPoolExecutor` import from the current directory, and
-one that hangs can't be ended alone.
+They use no CA, file or clock: they receive bytes, and answer with the bundle and its problems. Door and desk do what the
+workers have not done, so losing one costs only time, and the next task starts another. A worker ends with its door or
+desk, even a killed one, when its standard input ends. The processes of `ProcessPoolExecutor` import from the current
+directory, and one that hangs can't be ended alone.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import count
 from multiprocessing.connection import Connection
@@ -27,15 +28,19 @@ from typing import TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from bridge.contract import Issued, SignRequest
 from bridge.desk.policy import Policy, PolicyVerdict, judge
+from bridge.pki import verify
 from bridge.pki.bundle import BundleError, RequestBundle
 from bridge.pki.bundle_format import loads_digested
+from bridge.pki.verify import Expectation
 from bridge.system.console import log
 from bridge.system.run_command import python_command
 
 #: For this long after a worker's start no other replaces it: starts of a broken worker stay rare.
 _REST_SECONDS = 10.0
-_SERVE = "from bridge.door.workers import serve; serve()"
+_LEAST_SHARE = 2  #: A certificate requested for a short time has to live for at least half of it.
+_SERVE = "from bridge.desk.workers import serve; serve()"
 
 _Answer = TypeVar("_Answer")
 
@@ -73,6 +78,11 @@ def read(data: bytes, by: Judgement) -> ReadBundle | BundleError:
     return ReadBundle(bundle=bundle, digest=digest, verdicts=verdicts(bundle, by))
 
 
+def read_all(bundles: Sequence[bytes], by: Judgement) -> list[ReadBundle | None]:
+    """Several bundles by `read`, as a large policy takes longer to send than one bundle; None: bytes that are none."""
+    return [found if isinstance(found := read(data, by), ReadBundle) else None for data in bundles]
+
+
 def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dict[str, PolicyVerdict]:
     """The policy's verdict on each request, by name, except those that can't be judged here; `held` as in `judge`."""
     found = {}
@@ -83,9 +93,25 @@ def verdicts(bundle: RequestBundle, by: Judgement, *, held: bool = False) -> dic
     return found
 
 
+def reasons(answered: Sequence[tuple[SignRequest, Issued]], by: Mapping[str, Expectation]) -> list[str]:
+    """Why each certificate is not the requested one, by the demands of its authority; empty: it is."""
+    return [reason_against(request, issued, by[request.spec.authority.name]) for request, issued in answered]
+
+
+def reason_against(request: SignRequest, issued: Issued, expected: Expectation) -> str:
+    """
+    Why a certificate is not the requested one; empty: it is.
+
+    A certificate requested for days or hours, such as a user's, may live that short.
+    """
+    least = min(expected.min_validity, request.validity / _LEAST_SHARE)
+    error = verify.error_of(issued, request, replace(expected, min_validity=least))
+    return error.reason if error is not None else ""
+
+
 def serve() -> None:
     """Run as a worker: read tasks from standard input, and write answers to standard output, until the input ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the door handles Ctrl-C and the end of a unit
+    for number in (signal.SIGINT, signal.SIGTERM):  # door and desk handle Ctrl-C and the end of a unit
         signal.signal(number, signal.SIG_IGN)
     tasks, answers = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # nothing else may write to the answers' output
@@ -108,7 +134,7 @@ ForkingPickler.register(x509.Certificate, lambda certificate: (_certificate, (ce
 ForkingPickler.register(x509.CertificateSigningRequest, lambda csr: (_csr, (csr.public_bytes(Encoding.DER),)))
 
 
-# --- at the door ------------------------------------------------------------------------------------------------------
+# --- at door or desk -------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -175,7 +201,7 @@ class Workers:
 
     def begin(self, most: int) -> None:
         """Start this many processes, or as many as there is room for."""
-        with contextlib.suppress(OSError):  # no memory, no more processes: the door does it by itself
+        with contextlib.suppress(OSError):  # no memory, no more processes: door or desk does it by itself
             for _ in range(most):
                 self._workers.append(_Worker())
 
@@ -183,7 +209,11 @@ class Workers:
         return bool(self._workers)
 
     def submit(self, task: Callable[..., _Answer], *arguments: object) -> Future[_Answer | None]:
-        """Run a task in the next worker; the result is None if it can't."""
+        """Run a task in the next worker; the result is None if it can't, or there is none."""
+        if not self._workers:
+            nothing = Future[_Answer | None]()
+            nothing.set_result(None)
+            return nothing
         worker = self._workers[next(self._turns) % len(self._workers)]
         return worker.thread.submit(worker.ask, task, arguments)
 
