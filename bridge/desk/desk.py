@@ -250,7 +250,8 @@ class Desk:
             job.approved_by = approval.summary(job.standing, job.approved_by)
 
     def judgement(self) -> Judgement:
-        """The rules for workers, with the CAs that were reached so far."""
+        """Reach all CAs, and return the rules for workers."""
+        self.open_all()
         cas = {name: ca.certificates for name, ca in self._cas.items() if ca.ca.trouble is None}
         return Judgement(policy=self._policy, cas=cas, now=self._now(), without_proof=self._without_proof)
 

@@ -348,16 +348,19 @@ class Session:
 
     def _read_ahead(self, desk: Desk, files: Iterator[_InboxFile]) -> Iterator[tuple[_InboxFile, ReadBundle | None]]:
         """Each file, in order, with what a worker has read ahead; None: no worker did, or it is no request."""
-        ahead = deque[tuple[list[_InboxFile], Future[list[ReadBundle | None] | None]]]()
+        if not self._processes:
+            yield from ((file, None) for file in files)
+            return
+        by, ahead = desk.judgement(), deque[tuple[list[_InboxFile], Future[list[ReadBundle | None] | None]]]()
 
         def first() -> Iterator[tuple[_InboxFile, ReadBundle | None]]:
             chunk, answer = ahead.popleft()
             return zip(chunk, answer.result() or [None] * len(chunk), strict=True)
 
         for chunk in windows(files, lambda file: (1, len(file.data)), _CHUNK, _LARGEST_CHUNK_BYTES):
-            by = desk.judgement()
+            by = replace(by, now=self._now())
             ahead.append((chunk, self._processes.submit(read_all, [file.data for file in chunk], by)))
-            if len(ahead) > (_CHUNKS_AHEAD if self._processes and by.cas else 0):
+            if len(ahead) > _CHUNKS_AHEAD:
                 yield from first()
         while ahead:
             yield from first()

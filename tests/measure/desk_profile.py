@@ -68,8 +68,9 @@ def _of_children(action: Callable[[], object]) -> float:
 
 
 def _start() -> None:
-    """Load what it does."""
-    subprocess.run([sys.executable, "-c", "import bridge.cli.app, bridge.cli.desk"], check=True)
+    """Load what each of them does."""
+    for module in ("bridge.desk.workers", "bridge.desk.workers", "bridge.cli.app, bridge.cli.desk"):
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
 
 def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
@@ -79,7 +80,7 @@ def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
     total = _of_children(lambda: fleet.sign_inbox(directory / "desk", made, nodes))
     bare = _of_children(lambda: fleet.sign_bare(directory / "bare", made.cas["ca"], made.live, made.csrs, 0))
     steps.add("bare `openssl ca` over the same CSRs", "openssl", bare)
-    steps.add("starting the desk", "desk", _of_children(_start))
+    steps.add("starting the desk and two workers", "all", _of_children(_start))
     bundles = _computations(steps, made, directory / "desk")
     _desk(steps, made, bundles, directory)
     steps.add_rest(total)
@@ -89,12 +90,12 @@ def measure(directory: Path, nodes: int) -> list[tuple[str, str, float]]:
 def _computations(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestBundle]:
     policy, now = parse(desk.joinpath("desk-policy.toml").read_text()), datetime.now(UTC)
     cas = {name: (ca.certificate,) for name, ca in made.cas.items()}
-    read = steps.measure("reading bundles", "desk", lambda: list(map(loads, made.bundles)))
+    read = steps.measure("reading bundles", "worker", lambda: list(map(loads, made.bundles)))
     bundles = [bundle for bundle in read if isinstance(bundle, RequestBundle)]
     pairs = [(request, bundle) for bundle in bundles for request in bundle.requests]
     steps.measure(
         "judging requests: both signatures, the origin, the policy",
-        "desk",
+        "worker",
         lambda: [judge(request, bundle, policy, cas[request.authority], now) for request, bundle in pairs],
     )
     expected = {
@@ -107,7 +108,7 @@ def _computations(steps: _Steps, made: fleet.Fleet, desk: Path) -> list[RequestB
         for request, bundle in pairs
     ]
     errors = steps.measure(
-        "comparing certificates with requests", "desk", lambda: [error_of(*compared) for compared in issued]
+        "comparing certificates with requests", "worker", lambda: [error_of(*compared) for compared in issued]
     )
     if any(errors):
         raise SystemExit(f"wanted certificates as they were asked for, found {errors}")
