@@ -163,7 +163,11 @@ def test_a_worker_compares_answers_as_the_desk_does(pki: Pki, pairs: Pairs, work
     apiserver, scheduler = (sign_request(request, bundle) for request in bundle.requests)
     by = {
         "ca": Expectation(
-            anchors=(ca,), anchor_name="ca.crt", now=NOW, min_validity=timedelta(days=7), shorter_allowed=True
+            anchors=(ca,),
+            anchor_name="ca.crt",
+            now=datetime.now(UTC),
+            min_validity=timedelta(days=7),
+            shorter_allowed=True,
         )
     }
     signer = Signer.load(*pki.ca_pem("ca"))
