@@ -30,6 +30,7 @@ from typing import Any
 
 from cheroot import server as cheroot_server
 from cheroot import wsgi
+from cheroot.errors import FatalSSLAlert
 from cheroot.makefile import MakeFile
 from cheroot.ssl import Adapter
 from cryptography import x509
@@ -40,6 +41,7 @@ from bridge.pki.certificates import pem
 from bridge.settings import address_of
 from bridge.settings.tables import ServeSettings
 from bridge.system.files import version
+from bridge.system.tls import TlsSocket
 from bridge.system.waiting import FairQueue
 
 log = logging.getLogger("ca-bridge")
@@ -81,11 +83,14 @@ class _Tls(Adapter):
         return sock
 
     def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, str]]:
-        """Wrap a socket in TLS, without the handshake."""
+        """Wrap a socket in TLS, without the handshake (FatalSSLAlert: the client has gone)."""
         self._read_again()
-        wrapped = self.context.wrap_socket(
-            sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
-        )
+        try:
+            wrapped = self.context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
+            )
+        except OSError as e:  # a reset before accept(), in cheroot's own thread
+            raise FatalSSLAlert(*e.args) from None
         return wrapped, self.get_environ()
 
     def get_environ(self) -> dict[str, str]:
@@ -120,6 +125,7 @@ def server_context(certificate: Path, key: Path, anchors: Sequence[x509.Certific
     servers only. An anchor need not be a root.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslsocket_class = TlsSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     try:

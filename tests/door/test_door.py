@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -764,6 +765,23 @@ def test_silent_clients_keep_no_others_out(desk: Desk) -> None:
 
     assert seen == wanted
     assert over["turned_away"] > 0
+
+
+def test_a_reset_before_the_door_sees_the_connection_is_no_error(door: ServeProgram) -> None:
+    """Strangers may do this as often as they like; it leaves no line in the log and no open connection."""
+    assert door.process is not None
+    door.process.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(50):
+            with socket.create_connection(("127.0.0.1", door.port)) as client:
+                client.sendall(b"\x16")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    finally:
+        door.process.send_signal(signal.SIGCONT)
+    seen = wait_until(lambda: connections(door), lambda one: one["open"] == 1, _PATIENCE, pause_seconds=0.1)
+
+    assert seen["open"] == 1
+    assert not [line for line in door.lines() if line["level"] == "error"]
 
 
 def is_closed(client: socket.socket) -> bool:
