@@ -20,7 +20,7 @@ from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import anchor_of, load_pem_certificates, pem
 from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
-from bridge.specs import CA, SPECS, Component
+from bridge.specs import AUTHORITIES, CA, SPECS, Component
 from bridge.state import Store, backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.system.files import digest, reasons, sync_directory, write_atomically
@@ -198,13 +198,18 @@ def assert_takes_keys(directory: Path, node: NodeSettings) -> None:
             found = f"{open_to.path}: {open_to.found}"
     except OSError as e:
         found = f"{directory}: {e.strerror}"
-    real = real_path(directory)
-    own_directories = (node.pki_dir, node.kubeconfig_dir, node.state_dir)
-    if inside := [path for path in own_directories if real.is_relative_to(path.resolve())]:
-        found = f"{directory}, which is below {inside[0]}"
+    real, keys = real_path(directory), [node.pki_dir / authority.key_file for authority in AUTHORITIES.values()]
+    own_directories = (node.pki_dir, node.kubeconfig_dir, node.state_dir, *(key.parent for key in keys))
+    if inside := [own for own in own_directories if any(_is_same(own, above) for above in (real, *real.parents))]:
+        found = f"{directory}, which is {inside[0]} or below it, perhaps by another mount"
     if found:
         wanted = "an absolute path of a directory for its owner alone, outside kubeadm's and our own"
         raise SettingsError([SettingsProblem("--keys-to", wanted, found)])
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    """Whether two paths lead to one file or directory, whatever the names and mounts on the way."""
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path) -> Iterator[str | KeyLeftError]:
@@ -218,13 +223,16 @@ def take_keys_away(cas: Sequence[Replaced], node: NodeSettings, directory: Path)
             if there not in (None, data):
                 yield KeyLeftError(f"{place}: wanted it away from this node, found another key in {target}")
                 continue
+            both = list(dict.fromkeys([real_path(place), place]))  # a link, and the key behind it
             write_atomically(target, data)
-            sync_directory(directory)
-            # both a link and its target, unless the target is the very file to keep
-            for path in dict.fromkeys([real_path(place), place]):
-                if path != real_path(target):
-                    path.unlink()
-                    sync_directory(path.parent)
+            kept = target.lstat()
+            to_remove = [path for path in both if not os.path.samestat(path.lstat(), kept)]
+            if read(target) != data or place not in to_remove:
+                yield KeyLeftError(f"{place}: wanted a copy of it in another file, found the same file in {target}")
+                continue
+            for path in to_remove:
+                path.unlink(missing_ok=True)  # behind a linked directory both names are one file
+                sync_directory(path.parent)
         except (OSError, UnreadableError) as e:
             yield KeyLeftError(f"{place}: wanted it away from this node, found: {e}")
         else:

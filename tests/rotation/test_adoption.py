@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import signal
+import subprocess
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,8 @@ from tests.kit.rotating import Open, as_worker, contents, phases, run
 from tests.kit.tripwire import kill
 
 pytestmark = pytest.mark.usefixtures("no_process_here")
+
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS (linux/sched.h)
 
 
 def companys(pki: Pki, directory: Path) -> Settings:
@@ -255,3 +261,58 @@ def test_another_key_on_the_disk_is_not_replaced(settings: Settings, pki: Pki, d
     assert [isinstance(one, places.KeyLeftError) for one in done.result.errors] == [True]
     assert (pki.pki_dir / "ca.key").exists()
     assert (disk / "ca.key").read_bytes() == b"another cluster's"
+
+
+def mounted(directory: Path, place: Path) -> None:
+    """Mount a directory at another place, in a mount namespace that this process alone sees from now on."""
+    assert ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS) == 0, os.strerror(ctypes.get_errno())
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "--bind", directory, place], check=True)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Do something in a process of its own, and return its exit code: 0 if it raised no error."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 (the test must not go on in the child)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+@pytest.mark.parametrize("again", [".", "etcd"])
+@pytest.mark.rotation("a CA's key on a node")
+def test_a_pki_directory_that_is_mounted_twice_loses_no_key(
+    settings: Settings, pki: Pki, disk: Path, again: str
+) -> None:
+    """The same directory by another mount takes no key; even a step that was not refused removes no key that has no copy."""
+    keys = {path: path.read_bytes() for path in pki.pki_dir.rglob("*ca.key")}
+    cas = list(places.look(settings, read_node(settings.node), []).values())
+    (below := pki.pki_dir / again / "below").mkdir(mode=0o700)
+    (pki.pki_dir / again).chmod(0o700)
+
+    def work() -> None:
+        mounted(below.parent, disk)
+        for directory in (disk, disk / below.name):
+            with pytest.raises(SettingsError, match="perhaps by another mount"):
+                places.assert_takes_keys(directory, settings.node)
+        list(places.take_keys_away(cas, settings.node, disk))
+
+    assert in_child(work) == 0
+    left = {data for path in pki.pki_dir.rglob("*.key") for data in [path.read_bytes()]}
+    assert left >= {*keys.values()}
+
+
+def test_a_linked_directory_gives_up_its_keys_at_once(settings: Settings, pki: Pki, disk: Path, tmp_path: Path) -> None:
+    """Where the directory of kubeadm's place is a link, its path and its real path are one file: removed once, without an error."""
+    (pki.pki_dir / "etcd").rename(tmp_path / "etcd")
+    (pki.pki_dir / "etcd").symlink_to(tmp_path / "etcd")
+    assert run(settings, Verb.TRUST).exit_code == 0
+    done = run(settings, Verb.ISSUE, options=to(disk))
+    assert (done.exit_code, done.result.errors) == (0, ())
+    assert not list(tmp_path.glob("**/etcd/ca.key"))
+    assert {path.name for path in disk.iterdir()} == {f"{name}.key" for name in AUTHORITIES}
