@@ -502,10 +502,11 @@ def test_a_name_that_the_policy_takes_back_before_the_write(cluster: ClusterApi,
             asked = {pod.name: (pod, pod.ask()) for pod in (web, till)}
             gateway.until(lambda: issued(gateway, web, till) == sorted(asked))
             place.write_policy(place.policy.replace('"web.{namespace}.svc", ', ""))
-            gateway.until(lambda: "policy.toml again" in gateway.text())
+            signed = sorted([web.name, web.name, till.name])
+            gateway.until(lambda: issued(gateway, web, till) == signed)  # a write from before may still be under way
             proxy.before = lambda *_: None
             found = {name: pods.chain(until(gateway, pod, request))[0] for name, (pod, request) in asked.items()}
-            assert issued(gateway, web, till) == sorted([web.name, web.name, till.name])
+            assert issued(gateway, web, till) == signed
     account = f"UniformResourceIdentifier:spiffe://{pods.TRUST_DOMAIN}/ns/shop/sa/web"
     assert set(pods.names(found[web.name])) == {account, f"DNSName:{web.name}.web.shop.svc"}
 
