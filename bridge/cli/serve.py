@@ -88,11 +88,11 @@ def fleet(
     assert_installed("ca-bridge fleet")
     settings = common.settings_with_record()
     with closing(open_memory(settings)) as memory:
-        nodes = rules.fleet(memory, settings.renewal.before, utc_now())
+        nodes, unnamed = rules.fleet(memory, settings.renewal.before, utc_now()), rules.unnamed(memory)
     if output == "json":
-        say_json(nodes=nodes)
+        say_json(nodes=nodes, unnamed=unnamed)
     elif output == "prometheus":
-        say(rules.metrics(nodes))
+        say(rules.metrics(nodes, unnamed))
     elif nodes:
         rows = []
         for node in nodes:
@@ -102,6 +102,10 @@ def fleet(
         say_table(rows, (4, 3), ["error" if node.state in rules.RED else "" for node in nodes])
     else:
         say("no nodes: none has asked this door yet")
+    if output == "text" and unnamed:
+        say_sentence(
+            f"left out: {unnamed} requests of which nothing proves the node (`ca-bridge help door#all-nodes-at-a-glance`)"
+        )
     return Exit.DUE if any(node.state in rules.RED for node in nodes) else Exit.DONE
 
 

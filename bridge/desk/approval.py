@@ -288,14 +288,15 @@ _CERTIFICATES = {
 _MOST_NAMES = 20
 
 
-def sentence(request: BundledRequest, node: str, *, proven: bool) -> str:
+def sentence(request: BundledRequest, node: str, *, proven: bool, is_named: bool) -> str:
     """The main sentence, such as "this gives cp-3 the API server's certificate, as before, for 90d"."""
     subject = attributes(request.csr.subject)
     if request.name == USER.name:
         names = [one_line(value, 100) for oid, value in subject if oid == CN_OID]
         what, whom = "a client certificate", f"the user {', '.join(names) or '(no name)'}"
     else:
-        what, whom = _CERTIFICATES.get(request.name, f"the certificate {request.name}"), node
+        what = _CERTIFICATES.get(request.name, f"the certificate {request.name}")
+        whom = node if is_named else f"a node that says it is {node}, which nothing proves,"
     if (O_OID, MASTERS) in subject:
         what += f", in the group {MASTERS}, which may do everything"
     return f"this gives {whom} {what}, {_how_asked(request, proven=proven)}, for {duration_text(request.validity)}"

@@ -23,6 +23,7 @@ from bridge.ca import CA, PARALLEL_REQUESTS, Answer, registry
 from bridge.contract import Issued, Pending, SignRequest
 from bridge.desk import approval
 from bridge.desk.approval import Standing, UndecidedError
+from bridge.desk.node_identity import Identity, Owner, identify
 from bridge.desk.policy import Policy, PolicyVerdict, judge
 from bridge.desk.records import Answered, Journal, NewFile, Submitted, write_together
 from bridge.desk.workers import Judgement, Workers, reason_against, reasons
@@ -98,6 +99,7 @@ class Origin:
     problem: str = ""  #: Why today's policy does not let this requester ask; empty: it does.
     held: bool = False  #: The requester has the key of the certificate that is replaced.
     certificate: x509.Certificate | None = None  #: The requester's, if the CA of the request signed it.
+    names_node: bool = False  #: TLS, the secret or the operator of a CSR directory gave the bundle its node's name.
 
 
 @dataclass(kw_only=True, eq=False)
@@ -107,7 +109,7 @@ class Job:
     bundle: RequestBundle
     digest: str  #: The bundle's digest.
     label: str  #: For messages, such as the bundle's file name.
-    delivery: Callable[[AnswerBundle], Delivery]
+    delivery: Callable[[AnswerBundle, Identity], Delivery]
     size_bytes: int = 0  #: The file's size.
     foreseen: Mapping[str, PolicyVerdict] = field(default_factory=dict)  #: A worker's verdicts, from moments ago.
     earlier: Mapping[str, Issued] = field(default_factory=dict)  #: Certificates of an existing answer.
@@ -129,6 +131,8 @@ class Job:
     #: Requests that need no continuity proof, by certificate name, with a text for the audit log.
     vouched_for: Mapping[str, str] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
+    owners: Mapping[str, Collection[Owner]] = field(default_factory=dict)  #: Of its keys, by `key_digest`.
+    identity: Identity = field(default_factory=Identity)
     standing: Standing = field(default_factory=Standing)  #: People's verified decisions from elsewhere.
 
     @cached_property
@@ -217,14 +221,19 @@ class Desk:
 
     def judged(self, job: Job) -> Job:
         """Refuse requests that the policy forbids; a request whose CA is unavailable gets a trouble."""
-        problems: dict[str, list[str]] = {}
         for request in job.bundle.requests:
             trouble = self._trouble(request)
             if trouble is not None:
                 job.troubles[request.name] = trouble
             else:
-                verdict = job.verdicts[request.name] = self._verdict(job, request)
-                problems[request.name] = [*filter(None, [job.origin.problem]), *verdict.problems]
+                job.verdicts[request.name] = self._verdict(job, request)
+        job.identity = identify(job.bundle, job.verdicts, job.owners, self._policy, is_named=job.origin.names_node)
+        vouched_for = self._without_proof | job.vouched_for.keys()
+        problems = {
+            name: [*filter(None, [job.origin.problem]), *verdict.problems,
+                   *job.identity.problems(verdict, is_vouched=name in vouched_for)]
+            for name, verdict in job.verdicts.items()
+        }  # fmt: skip
         self._find_revoked(job, problems)
         for request in [request for request in job.bundle.requests if request.name not in job.troubles]:
             if problems[request.name]:
@@ -565,7 +574,9 @@ class Desk:
 
     def _delivered(self, window: Sequence[Job]) -> list[str]:
         """Write the answers; return each one's path, safe on disk, or an empty text if there is no answer yet."""
-        deliveries = [job.delivery(self._answer_bundle(job)) if job.is_complete else None for job in window]
+        deliveries = [
+            job.delivery(self._answer_bundle(job), job.identity) if job.is_complete else None for job in window
+        ]
         errors = write_together([delivery.files if delivery is not None else () for delivery in deliveries])
         return [
             _concluded(job, delivery, error) if delivery is not None else ""
@@ -591,7 +602,8 @@ class Desk:
         return reason_against(request, issued, self._expectation(authority, self._cas[authority].anchors))
 
     def _record(self, job: Job, record: audit.Record) -> None:
-        about = f"node {job.bundle.node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
+        node = job.bundle.node if job.identity.is_proven else f"{job.bundle.node} (not proven)"
+        about = f"node {node}, cluster {job.bundle.cluster}, request {job.digest[:16]}"
         about += f", approved by {job.approved_by}" if job.approved_by else ""
         if job.is_complete:
             for decision in job.standing.decisions:

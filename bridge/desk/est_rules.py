@@ -18,7 +18,7 @@ from bridge.pki.kubeadm_names import is_node_name
 from bridge.pki.verify import client_problem
 from bridge.words import one_line, one_of
 
-_NODE = "{node}"
+NODE = "{node}"  #: Stands for a node's name in a pattern.
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 #: The label of URLs without a label.
 DEFAULT = "default"
@@ -43,7 +43,7 @@ class EstRules:
         if not self.clients and not self.secrets:
             yield SettingsProblem("clients", "subjects such as CN={node}, or secrets = true", "neither")
         for text in self.clients:
-            if text.count(_NODE) != 1 or subject_pattern(text, "x") is None:
+            if text.count(NODE) != 1 or subject_pattern(text, "x") is None:
                 yield SettingsProblem("clients", "subjects such as O=agents,CN={node}, with {node} once", repr(text))
 
 
@@ -73,8 +73,8 @@ def node_of(subject: x509.Name, patterns: Sequence[str]) -> str:
     """The node whose subject this is, by one of the patterns; empty: no node's."""
     found = attributes(subject)
     for pattern in patterns:
-        for oid, text in subject_pattern(pattern, _NODE) or ():
-            before, is_there, after = text.partition(_NODE)
+        for oid, text in subject_pattern(pattern, NODE) or ():
+            before, is_there, after = text.partition(NODE)
             for value in [value for other, value in found if other == oid and is_there]:
                 node = value.removeprefix(before).removesuffix(after)
                 if is_node_name(node) and subject_pattern(pattern, node) == sorted(found):

@@ -23,7 +23,8 @@ from bridge.ca import registry, signer_of
 from bridge.ca.retry import NoWaitPolicy
 from bridge.contract import Issued
 from bridge.desk import csr_directory, node_inventory
-from bridge.desk.desk import Delivery, Desk, Job, Observer, windows
+from bridge.desk.desk import Delivery, Desk, Job, Observer, Origin, windows
+from bridge.desk.node_identity import Identity
 from bridge.desk.policy import Policy, parse
 from bridge.desk.records import Archive, Journal, NewFile, archive_directory
 from bridge.desk.workers import ReadBundle, Workers, read_all
@@ -232,7 +233,7 @@ def job_of(
     *,
     label: str,
     where: str,
-    conclude: Callable[[AnswerBundle, bytes], None],
+    conclude: Callable[[AnswerBundle, bytes, Identity], None],
     out: Path | None = None,
 ) -> Job:
     """
@@ -242,17 +243,18 @@ def job_of(
     all files are safe on disk.
     """
 
-    def delivery(answer: AnswerBundle) -> Delivery:
+    def delivery(answer: AnswerBundle, identity: Identity) -> Delivery:
         written = dumps(answer)
-        files = archive.files(bundle, request_digest, data, answer, written)
+        files = archive.files(bundle, request_digest, data, answer, written, is_proven=identity.is_proven)
         if out is not None:
             files.insert(0, NewFile(path=out, data=written, mode=_ANSWER_MODE))
-        return Delivery(where=where, files=files, conclude=lambda: conclude(answer, written))
+        return Delivery(where=where, files=files, conclude=lambda: conclude(answer, written, identity))
 
     answered = archive.answers(bundle)
     return Job(
-        bundle=bundle, digest=request_digest, label=label, delivery=delivery, size_bytes=len(data), answered=answered
-    )
+        bundle=bundle, digest=request_digest, label=label, delivery=delivery, size_bytes=len(data), answered=answered,
+        owners=archive.owners(bundle),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,14 +436,15 @@ class Session:
         )
         earlier = _beside(csrs, target, self._settings.renewal, now)
 
-        def delivery(answer: AnswerBundle) -> Delivery:
+        def delivery(answer: AnswerBundle, _: Identity) -> Delivery:
             issued = {name: issued for name, issued in answer.answers.items() if isinstance(issued, Issued)}
             write = partial(csr_directory.deliver, csrs, target, issued, desk.anchor("ca"))
             return Delivery(where=str(target), files=(), conclude=write)
 
         return Job(
-            bundle=csrs.bundle, digest=digest(csrs.bundle), label=one_line(source), delivery=delivery, earlier=earlier
-        )
+            bundle=csrs.bundle, digest=digest(csrs.bundle), label=one_line(source), delivery=delivery, earlier=earlier,
+            owners=self._archive.owners(csrs.bundle), origin=Origin(names_node=True),
+        )  # fmt: skip
 
 
 def _names_in(inbox: Path) -> list[str]:

@@ -79,6 +79,11 @@ class Inventory:
         return {name: entry for name, entry in self.nodes.items() if entry.control_plane}
 
     @cached_property
+    def blocked(self) -> frozenset[str]:
+        """The names of blocked nodes."""
+        return frozenset(name for name, entry in self.nodes.items() if entry.blocked)
+
+    @cached_property
     def taken_names(self) -> frozenset[str]:
         """The API server's endpoints and all nodes' names, which are looked up for each certificate of a pod."""
         of_nodes = (name for node, entry in self.nodes.items() for name in (node, *entry.names))

@@ -240,6 +240,15 @@ class Policy:
         """The key algorithms that a certificate of this name may have."""
         return self.rules(name).keys or self.allow.keys
 
+    def blocks(self, node: str) -> bool:
+        """Whether the inventory blocks this node."""
+        return self.nodes is not None and node in self.nodes.blocked
+
+    @property
+    def blocks_some(self) -> bool:
+        """Whether the inventory blocks any node."""
+        return self.nodes is not None and bool(self.nodes.blocked)
+
     def needs_approval(self, name: str) -> bool:
         """Whether a certificate needs people's approval before it is signed."""
         return (self.rules(name).approval or self.allow.approval) == "required"
@@ -252,6 +261,9 @@ class PolicyVerdict:
     problems: tuple[str, ...]  #: Empty: the request may be signed.
     proven: bool  #: The continuity proof holds, with this CA's certificate of the same name and usages.
     may_waive: bool = False  #: The proof is a problem that a person at the desk may waive (`--without-proof`).
+    claimed_sans: tuple[
+        str, ...
+    ] = ()  #: SANs that only the node's name allows, and that the replaced certificate lacks.
 
 
 def parse(text: str, file: Path | None = None) -> Policy:
@@ -333,7 +345,8 @@ def judge(
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
         problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
     may_waive = bool(unproven) and can_be_waived and not waived
-    return PolicyVerdict(problems=tuple(problems), proven=not unproven, may_waive=may_waive)
+    claimed = () if problems or waived or unproven else _claimed_sans(request, policy)
+    return PolicyVerdict(problems=tuple(problems), proven=not unproven, may_waive=may_waive, claimed_sans=claimed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,7 +385,7 @@ def node_problems(node: str, cluster: str, policy: Policy) -> tuple[str, ...]:
 
 def _blocked(node: str, policy: Policy) -> str:
     """The problem with a node that the inventory blocks; empty for every other node."""
-    if policy.nodes is None or (entry := policy.nodes.nodes.get(node)) is None or not entry.blocked:
+    if not policy.blocks(node):
         return ""
     return f"node: wanted one that the inventory ({policy.desk.inventory}) does not block, found {node}"
 
@@ -597,6 +610,16 @@ def _san_problems(
     if repeated:
         texts = [f"{kind}:{value} {times} times" for (kind, value), times in sorted(repeated.items())]
         yield f"SAN: wanted each once, found {_some(texts)}"
+
+
+def _claimed_sans(request: BundledRequest, policy: Policy) -> tuple[str, ...]:
+    sans, listed = set(san_counts(request.csr)), policy.rules(request.name).sans
+    if request.replaces is not None:
+        sans -= san_counts(request.replaces).keys()
+    texts = [text for text in (_SANS.get(request.name, ()) if listed is None else listed) if "{node}" not in text]
+    return tuple(
+        f"{kind}:{value}" for kind, value in sorted(sans) if not any(_matches(kind, value, text) for text in texts)
+    )
 
 
 def _beyond_rules(name: str, names: Iterable[San], sans: Sequence[str] | None, node: str) -> tuple[str, set[San]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from cryptography import x509
 
 from bridge.contract import Issued, Pending, SignRequest
+from bridge.desk.node_identity import Owner, key_digest, keys_in
 from bridge.errors import BridgeError
 from bridge.pki.bundle import AnswerBundle, BundledRequest, BundleError, RequestBundle
 from bridge.pki.bundle_format import file_names, loads_answer
@@ -101,20 +102,47 @@ class Archive:
                 return Answered(signed=answer.signed, issued=issued)
         return Answered(signed=datetime.fromtimestamp(status.st_mtime, UTC), issued=None)
 
+    def owners(self, bundle: RequestBundle) -> dict[str, list[Owner]]:
+        """The nodes for which a bundle's keys were signed, by `key_digest`."""
+        found: dict[str, list[Owner]] = {}
+        read_already: dict[int, tuple[str, str]] = {}  # an answer has a name for each of its keys
+        for key in keys_in(bundle):
+            for is_proven in (True, False):
+                with contextlib.suppress(FileNotFoundError):
+                    path = self._key_path(key, is_proven=is_proven)
+                    if (inode := path.stat().st_ino) not in read_already:
+                        answer = _answer_in(path)
+                        read_already[inode] = answer.node, answer.cluster
+                    node, cluster = read_already[inode]
+                    found.setdefault(key, []).append(Owner(node=node, cluster=cluster, is_proven=is_proven))
+        return found
+
+    def _key_path(self, key: str, *, is_proven: bool) -> Path:
+        return self._answers / f"{'key' if is_proven else 'claimed-key'}-{key}.json"
+
     def files(
-        self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes
+        self, bundle: RequestBundle, digest: str, data: bytes, answer: AnswerBundle, written: bytes, *, is_proven: bool
     ) -> list[NewFile]:
         """Files that record what was signed (`written`), and that archive the bundle as it was judged (`data`)."""
         done = NewFile(path=self.directory / file_names(bundle.node, digest)[0], data=data, mode=_DONE_MODE)
         # one file with a name for each CSR: names cost next to nothing, and thousands of them are looked up
         new = [path for request in bundle.requests if isinstance(answer.answers.get(request.name), Issued)
                and (not os.access(path := self._path(request), os.F_OK) or request.name == USER.name)]  # fmt: skip
-        return [NewFile(path=new[0], data=written, links=new[1:]), done] if new else [done]
+        keys = [self._key_path(key_digest(request.csr.public_key()), is_proven=is_proven) for request in bundle.requests
+                if isinstance(answer.answers.get(request.name), Issued) and request.name != USER.name]  # fmt: skip
+        return [NewFile(path=new[0], data=written, links=[*new[1:], *keys]), done] if new else [done]
 
     def _path(self, request: BundledRequest) -> Path:
         # a person may send the same CSR again and again
         lifetime = f"-{request.validity.total_seconds():.0f}s" if request.name == USER.name else ""
         return self._answers / f"{request.name}-{csr_fingerprint(request.csr)}{lifetime}.json"
+
+
+def _answer_in(path: Path) -> AnswerBundle:
+    try:
+        return loads_answer(read_once(path)[0])
+    except (UnreadableError, BundleError) as e:
+        raise ArchiveError(f"{path}: wanted a record of the desk's answers, found: {e}") from e
 
 
 #: Older entries were delivered already, or their bundle was deleted.

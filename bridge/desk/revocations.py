@@ -40,6 +40,7 @@ class Signed:
     node: str
     cluster: str
     authority: str
+    is_proven: bool  #: Something proved the node's name.
     #: The request for the certificate and its bundle, if they are kept; read after the node has proven its identity.
     asked: Callable[[], tuple[BundledRequest, RequestBundle] | None]
 

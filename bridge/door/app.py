@@ -224,10 +224,12 @@ class Door:
             vouched = frozenset(used.vouches(bundle) if used is not None else ())
             if read.by is None or vouched:
                 read = self.signing.judged(read, vouched)
-            if reason := self.signing.refused(read):
+            identity = self.signing.identity(read, is_named=used is not None)
+            if reason := self.signing.refused(read, identity, vouched):
                 raise _refused(read, peer, reason)
             self.assert_room(peer, is_judged=self.signing.judges(bundle), size=len(data))
-            request_id = self.keep(environ, data, read, self.now(), enrolment=used.id if used is not None else None)
+            more = {"named": identity.is_proven, "enrolment": used.id if used is not None else None}
+            request_id = self.keep(environ, data, read, self.now(), **more)
         except EnrolmentError as e:
             raise _refused(read, peer, e) from None
         text, short = "request %s of %s was received", read.digest[:16]

@@ -31,6 +31,7 @@ from cryptography import x509
 
 from bridge.desk import approval
 from bridge.desk.approval import LONGEST_REASON, Decision, Standing, Verdict, differences, sentence
+from bridge.desk.node_identity import Identity
 from bridge.desk.policy import PolicyVerdict
 from bridge.door.app import Environ, Reply, assert_method, body_of, kind_of
 from bridge.door.https import PEER
@@ -91,6 +92,7 @@ class Case:
     kept: Kept
     bundle: RequestBundle
     standing: Standing
+    identity: Identity
     verdicts: Mapping[str, PolicyVerdict]  #: The current policy's, by certificate name, as far as known.
     need_approval: frozenset[str]  #: Names of certificates that the policy wants approved.
 
@@ -102,7 +104,8 @@ class Case:
     def sentence(self, request: BundledRequest) -> str:
         """Return what the requested certificate means, in a sentence."""
         verdict = self.verdicts.get(request.name)
-        return sentence(request, self.bundle.node, proven=verdict is not None and verdict.proven)
+        is_proven = verdict is not None and verdict.proven
+        return sentence(request, self.bundle.node, proven=is_proven, is_named=self.identity.is_proven)
 
 
 class Approvals:
@@ -157,11 +160,13 @@ class Approvals:
             hint = "the audit log at the door's host has who decided, and the evidence"
             raise UnknownError(text, hint=hint) from None
         names = [request.name for request in bundle.requests]
+        verdicts, identity = self.signing.verdicts(kept, bundle)
         return Case(
             kept=kept,
             bundle=bundle,
             standing=self.signing.standing(kept, bundle),
-            verdicts=self.signing.verdicts(kept, bundle),
+            identity=identity,
+            verdicts=verdicts,
             need_approval=frozenset(filter(self.signing.policy.needs_approval, names)),
         )
 

@@ -181,7 +181,7 @@ class Est:
         self._door.assert_room(peer, is_judged=True)
         who = {"origin": asker_json(asker), "again": again, "enrolment": used.id if used is not None else None}
         try:
-            request_id = self._door.keep(environ, dumps(bundle), read, asker.received, **who)
+            request_id = self._door.keep(environ, dumps(bundle), read, asker.received, named=True, **who)
         except EnrolmentError as e:  # another request used the secret first
             raise _away(HTTPStatus.FORBIDDEN, str(e)) from None
         log.info("request %s of %s was received, %s", short, bundle.node, asker.text, extra=about)
@@ -200,7 +200,8 @@ class Est:
                 return str(e)
         vouched = [request.name] if used is None else used.vouches(bundle)
         reason = origin_problem(asker, request, bundle.node, signing.policy, signing.cas)
-        return reason or signing.refused(signing.judged(read, frozenset(vouched), held=asker.renews))
+        judged = signing.judged(read, frozenset(vouched), held=asker.renews)
+        return reason or signing.refused(judged, signing.identity(judged, is_named=True), vouched)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 

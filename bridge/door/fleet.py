@@ -1,5 +1,6 @@
 """
-The nodes in this door's database: which certificate expires next, what failed, and which nodes are silent.
+The nodes in this door's database: which certificate expires next, what failed, and which nodes are silent. Requests
+count if something proves that they are of their node; anyone with one good certificate could make up names.
 
 A node sends requests only when its certificates are due. It is silent if half of a certificate's renewal time is over,
 and no request has come since that time began.
@@ -103,9 +104,12 @@ def _state(last: _Last | None) -> tuple[NodeState, str]:
 def _covered(memory: DoorDatabase) -> dict[_Place, list[_Covered]]:
     ours = CERTIFICATES.c
     whose = (ours.node, ours.cluster, ours.name)
-    begun = sa.select(*whose, sa.func.max(ours.begins).label("begins")).group_by(*whose).subquery()
+    named = REQUESTS, sa.and_(REQUESTS.c.id == ours.request, REQUESTS.c.named)
+    begun = sa.select(*whose, sa.func.max(ours.begins).label("begins")).join(*named).group_by(*whose).subquery()
     newest = sa.and_(*(column == begun.c[column.name] for column in (*whose, ours.begins)))
-    query = sa.select(*whose, ours.begins, ours.ends).where(ours.name.not_in(_NOT_A_NODES)).join(begun, newest)
+    query = (
+        sa.select(*whose, ours.begins, ours.ends).where(ours.name.not_in(_NOT_A_NODES)).join(begun, newest).join(*named)
+    )
     found: dict[_Place, list[_Covered]] = {}
     for row in memory.select(query):
         found.setdefault((row["node"], row["cluster"]), []).append((row["name"], row["begins"], row["ends"]))
@@ -114,10 +118,11 @@ def _covered(memory: DoorDatabase) -> dict[_Place, list[_Covered]]:
 
 def _last(memory: DoorDatabase) -> dict[_Place, _Last]:
     ours = REQUESTS.c
-    latest = sa.select(ours.node, ours.cluster, sa.func.max(ours.received).label("at"))
+    latest = sa.select(ours.node, ours.cluster, sa.func.max(ours.received).label("at")).where(ours.named)
     newest = latest.group_by(ours.node, ours.cluster).subquery()
     same = (ours.node == newest.c.node, ours.cluster == newest.c.cluster, ours.received == newest.c.at)
-    query = sa.select(ours.node, ours.cluster, ours.received, ours.state, ours.note).join(newest, sa.and_(*same))
+    query = sa.select(ours.node, ours.cluster, ours.received, ours.state, ours.note)
+    query = query.join(newest, sa.and_(*same)).where(ours.named)
     return {
         (row["node"], row["cluster"]): (row["received"], row["state"], one_line(row["note"]))
         for row in memory.select(query)
@@ -130,7 +135,13 @@ def _enrolled(memory: DoorDatabase, now: datetime) -> list[_Place]:
     return [(row["node"], row["cluster"]) for row in memory.select(query)]
 
 
-def metrics(nodes: Sequence[FleetNode]) -> str:
+def unnamed(memory: DoorDatabase) -> int:
+    """Return the number of requests of which nothing proves the node; they are in no node's row."""
+    [row] = memory.select(sa.select(sa.func.count().label("count")).where(~REQUESTS.c.named))
+    return int(row["count"])
+
+
+def metrics(nodes: Sequence[FleetNode], unnamed: int) -> str:
     """Return Prometheus metrics: the nodes in each state, and each node's next expiry and last request."""
     counts = {state: sum(node.state == state for node in nodes) for state in STATES}
     by_state = ((labels(state=state), count) for state, count in counts.items())
@@ -142,4 +153,8 @@ def metrics(nodes: Sequence[FleetNode]) -> str:
 
     states = metric(f"{PREFIX}_nodes", "Nodes by state; expired, silent and failed ones need a person.", by_state)
     ends = moments("next_end", "End of the certificate that ends next.", (node.ends for node in nodes))
-    return states + ends + moments("last_request", "The node's last request.", (node.heard for node in nodes))
+    text = "Requests of which nothing proves the node, which are in no other of these metrics."
+    left_out = metric(f"{PREFIX}_unnamed_requests", text, [("", unnamed)])
+    return (
+        states + ends + moments("last_request", "The node's last request.", (node.heard for node in nodes)) + left_out
+    )

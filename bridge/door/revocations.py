@@ -79,7 +79,8 @@ class Revocations:
 
     def _record(self, revocation: Revocation, known: Signed) -> None:
         """Write a revocation to the audit log; if that fails, the node asks again, so none stays unrecorded."""
-        about = f"node {known.node}, cluster {known.cluster}, replaced by serial {serial_hex(revocation.successor)}"
+        node = known.node if known.is_proven else f"{known.node} (not proven)"
+        about = f"node {node}, cluster {known.cluster}, replaced by serial {serial_hex(revocation.successor)}"
         with recording(self._settings, _WAIT) as (_, record):
             record.add(
                 audit.REVOKED, revocation.name, authority=known.authority, old=revocation.certificate, result=about
@@ -89,7 +90,7 @@ class Revocations:
         found = self._door.memory.signed_for(fingerprint(certificate))
         if found is None:
             return None
-        row, data = found
+        row, data, is_proven = found
 
         def asked() -> tuple[BundledRequest, RequestBundle] | None:
             try:
@@ -101,4 +102,6 @@ class Revocations:
                     return request, bundle
             return None
 
-        return Signed(name=row.name, node=row.node, cluster=row.cluster, authority=row.authority, asked=asked)
+        return Signed(
+            name=row.name, node=row.node, cluster=row.cluster, authority=row.authority, is_proven=is_proven, asked=asked
+        )

@@ -71,7 +71,9 @@ class Service:
         self._settings = settings
         self._now = now
         self.memory = open_memory(settings, may_make=True)
-        self._nodes = CachedResult(lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now())))
+        self._nodes = CachedResult(
+            lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now()), fleet.unnamed(self.memory))
+        )
         self._secret = secret(Store(settings.node.state_dir))
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
@@ -167,7 +169,8 @@ class Service:
                 after = self._signing.round()
                 if time.monotonic() - tidied > _TIDY_SECONDS:
                     tidied = time.monotonic()
-                    self.memory.forget(self._now() - self._settings.serve.keep)
+                    kept, proves = self._settings.serve.keep, self._signing.policy.allow.proof_after_expiry
+                    self.memory.forget(self._now() - kept, self._now() - max(kept, proves))
                 self._trouble = ""
             except OwnClusterError as e:
                 self._fatal = e

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -30,11 +30,12 @@ from bridge.desk.approval import Decision, Matter, Standing, Trust, UndecidedErr
 from bridge.desk.desk import Desk, Job, Origin, OtherDeskError
 from bridge.desk.est_rules import Asker, asker_problem
 from bridge.desk.files import books_open, job_of, load_answer_key, load_policy
+from bridge.desk.node_identity import Identity, Owner, identify, key_digest, keys_in
 from bridge.desk.policy import Policy, PolicyVerdict
 from bridge.desk.records import Answered, Archive, Journal, Submitted, archive_directory
 from bridge.desk.workers import Judgement, ReadBundle, Workers, read, verdicts
-from bridge.door import enrolments
-from bridge.door.doors import Doors, assert_not_behind, identity, is_foreign, left_text
+from bridge.door import doors, enrolments
+from bridge.door.doors import Doors, assert_not_behind, is_foreign, left_text
 from bridge.door.enrolments import Enrolment
 from bridge.door.store import TO_SIGN, UNANSWERED, DatabaseError, DecisionRow, DoorDatabase, IssuedRow, Kept
 from bridge.errors import BridgeError, Exit, WaitingError
@@ -110,7 +111,7 @@ class Signing:
         self.trust = trust or (lambda: Trust(anchors=(), secret=b"", now=now()))
         self.policy = load_policy(settings, policy_file)  #: As last read; for any thread.
         self._store = Store(settings.node.state_dir)
-        self.doors = Doors(memory, self._store, identity(self._store))
+        self.doors = Doors(memory, self._store, doors.identity(self._store))
         self._desk: Desk | None = None
         self._opened = 0.0
         self._is_prepared = False
@@ -183,7 +184,12 @@ class Signing:
         with self._judging:
             return replace(read, by=by, verdicts=verdicts(read.bundle, by, held=held))
 
-    def refused(self, read: ReadBundle) -> str:
+    def identity(self, read: ReadBundle, *, is_named: bool) -> Identity:
+        """Identify a judged bundle's node by the database's records; from any thread; `is_named` as in `identify`."""
+        owners = self._memory.owners(keys_in(read.bundle))
+        return identify(read.bundle, read.verdicts, owners, self.policy, is_named=is_named)
+
+    def refused(self, read: ReadBundle, identity: Identity, vouched: Collection[str] = ()) -> str:
         """Return why no request of a bundle can be signed; empty: some may be, or their CA was not reached yet."""
         reasons = dict[str, str]()
         for request in read.bundle.requests:
@@ -191,10 +197,10 @@ class Signing:
             if request.authority not in self._settings.authorities:
                 wanted = " or ".join(sorted(self._settings.authorities))
                 reasons[request.name] = f"wanted a request for {wanted}, found one for {request.authority}"
-            elif verdict is None or not verdict.problems:
+            elif verdict is None or not (problems := _problems(verdict, identity, request.name in vouched)):
                 return ""
             else:
-                reasons[request.name] = "; ".join(verdict.problems)
+                reasons[request.name] = "; ".join(problems)
         return "; ".join(f"{name}: {text}" for name, text in reasons.items())
 
     def judges(self, bundle: RequestBundle) -> bool:
@@ -309,6 +315,7 @@ class Signing:
                     job,
                     origin=origin,
                     vouched_for=vouched_for,
+                    owners=_all_owners(self._memory.owners(keys_in(bundle)), job.owners),
                     answered={**self._answered(bundle), **job.answered},
                     standing=self.standing(row, bundle),
                     earlier_note=row.note,
@@ -328,9 +335,13 @@ class Signing:
                 found[name] = Answered(signed=leaf.not_valid_before_utc, issued=issued)
         return found
 
-    def _conclude(self, kept: Kept, bundle: RequestBundle, answer: AnswerBundle, written: bytes) -> None:
+    def _conclude(
+        self, kept: Kept, bundle: RequestBundle, answer: AnswerBundle, written: bytes, identity: Identity
+    ) -> None:
         refused = [f"{name}: {each.reason}" for name, each in answer.answers.items() if isinstance(each, Refusal)]
-        self._memory.conclude(kept.id, written, rows(bundle, answer), self._now(), "; ".join(refused))
+        self._memory.conclude(
+            kept.id, written, rows(bundle, answer), self._now(), "; ".join(refused), named=identity.is_proven
+        )
 
     def _note(self, kept: Sequence[Kept], left: RoundObserver) -> None:
         for row in kept:
@@ -363,27 +374,37 @@ class Signing:
         asked_by |= {used.created_by for used in enrolments.for_requests(self._memory, [kept.id]).values()}
         return Matter(bundle=bundle, digest=digest(bundle), rules=self.policy.approvals, asked_by=asked_by)
 
-    def verdicts(self, kept: Kept, bundle: RequestBundle) -> Mapping[str, PolicyVerdict]:
-        """Return the current policy's verdicts by certificate name; none before a CA is reached; from any thread."""
+    def verdicts(self, kept: Kept, bundle: RequestBundle) -> tuple[Mapping[str, PolicyVerdict], Identity]:
+        """
+        Return the current policy's verdicts by certificate name, and the node's identity; from any thread. Before a CA is
+        reached, there are no verdicts, and nothing proves the node.
+        """
         by, used = self._judgement, enrolments.for_requests(self._memory, [kept.id]).get(kept.id)
         if by is None:
-            return {}
+            return {}, Identity()
         origin, vouched = self._proven(kept, bundle, used)
         rules = replace(by, now=self._now(), without_proof=by.without_proof | frozenset(vouched))
         before = (origin.problem,) if origin.problem else ()
         found = verdicts(bundle, rules, held=origin.held)
-        return {name: replace(verdict, problems=(*before, *verdict.problems)) for name, verdict in found.items()}
+        read = ReadBundle(bundle=bundle, digest=kept.digest, verdicts=found)
+        identity = self.identity(read, is_named=origin.names_node)
+        return {
+            name: replace(verdict, problems=(*before, *_problems(verdict, identity, name in vouched)))
+            for name, verdict in found.items()
+        }, identity
 
     def _proven(self, kept: Kept, bundle: RequestBundle, used: Enrolment | None) -> tuple[Origin, Mapping[str, str]]:
         """Return an EST request's origin by the current policy and CAs, and what TLS or an enrolment vouches for."""
         vouched = used.vouches(bundle) if used is not None else {}
         if kept.origin is None:
-            return Origin(), vouched
+            return Origin(names_node=used is not None), vouched
         asker, [request] = _asker(kept), bundle.requests
         problem = origin_problem(asker, request, bundle.node, self.policy, self.cas)
         signers, shown = self.cas.get(request.authority, ()), asker.certificate
         is_ours = shown is not None and any(is_signed_by(shown, ca) for ca in signers)
-        origin = Origin(problem=problem, held=asker.renews, certificate=shown if is_ours else None)
+        origin = Origin(
+            problem=problem, held=asker.renews, certificate=shown if is_ours else None, names_node=not problem
+        )
         return origin, {request.name: asker.text} if shown is not None else vouched
 
 
@@ -426,6 +447,7 @@ def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
         IssuedRow(
             fingerprint=fingerprint(issued.leaf),
             csr=csr_fingerprint(request.csr),
+            key=key_digest(request.csr.public_key()),
             name=request.name,
             authority=request.authority,
             node=bundle.node,
@@ -438,6 +460,16 @@ def rows(bundle: RequestBundle, answer: AnswerBundle) -> list[IssuedRow]:
         for request in bundle.requests
         if isinstance(issued := answer.answers.get(request.name), Issued)
     ]
+
+
+def _problems(verdict: PolicyVerdict, identity: Identity, is_vouched: bool) -> list[str]:
+    """Return a request's problems: the identity's first, since people read the first sentence."""
+    return [*identity.problems(verdict, is_vouched=is_vouched), *verdict.problems]
+
+
+def _all_owners(*records: Mapping[str, Collection[Owner]]) -> dict[str, set[Owner]]:
+    keys = {key for record in records for key in record}
+    return {key: {owner for record in records for owner in record.get(key, ())} for key in keys}
 
 
 def assert_elsewhere(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from bridge.desk.node_identity import Owner
 from bridge.errors import BridgeError, Exit
 from bridge.secret import Secret, SecretUnavailableError
 from bridge.settings.tables import Settings
@@ -80,7 +81,7 @@ REQUESTS = sa.Table(
     METADATA,
     sa.Column("id", sa.String(64), primary_key=True),  # unguessable, since it alone gets the answer
     sa.Column("digest", _DIGEST, nullable=False, unique=True),  # the bundle's, so that the same bundle has one id
-    sa.Column("node", _NAME, nullable=False),  # as the bundle says; its proofs show whether that is true
+    sa.Column("node", _NAME, nullable=False),  # as the bundle says
     sa.Column("cluster", _NAME, nullable=False),
     sa.Column("peer", sa.String(64), nullable=False),  # the client's address
     sa.Column("received", _Moment, nullable=False),
@@ -92,6 +93,7 @@ REQUESTS = sa.Table(
     sa.Column("answer", sa.LargeBinary),  # an answer bundle
     sa.Column("signer", sa.String(64)),  # the door that has begun it; empty: an operator says no CA signed it
     sa.Column("origin", sa.LargeBinary),  # an EST request's requester, as `bridge.door.signing.asker_json` writes it
+    sa.Column("named", sa.Boolean, nullable=False),  # something proves that the bundle is of its node
     sa.Column("again", _DIGEST, index=True, unique=True),  # an EST request's hash; a repeated request has the same
 )
 DECISIONS = sa.Table(
@@ -112,6 +114,7 @@ CERTIFICATES = sa.Table(
     sa.Column("fingerprint", _DIGEST, primary_key=True),  # SHA-256 of its DER
     sa.Column("request", sa.String(64), sa.ForeignKey("requests.id"), nullable=False, index=True),
     sa.Column("csr", _DIGEST, nullable=False, index=True),  # SHA-256 of the CSR's DER
+    sa.Column("key", _DIGEST, nullable=False, index=True),  # SHA-256 of the public key
     sa.Column("name", _NAME, nullable=False),  # as kubeadm names it
     sa.Column("authority", sa.String(64), nullable=False),
     sa.Column("node", _NAME, nullable=False, index=True),
@@ -185,6 +188,7 @@ class Kept:
     answer: bytes | None
     signer: str | None = None
     origin: bytes | None = None
+    named: bool = False
     again: str | None = None
 
 
@@ -194,6 +198,7 @@ class IssuedRow:
 
     fingerprint: str
     csr: str
+    key: str
     name: str
     authority: str
     node: str
@@ -265,6 +270,7 @@ class DoorDatabase:
         cluster: str,
         peer: str,
         now: datetime,
+        named: bool = False,
         enrolment: int | None = None,
         origin: bytes | None = None,
         again: str | None = None,
@@ -277,7 +283,7 @@ class DoorDatabase:
         """
         request_id = secrets.token_urlsafe(32)
         row = {"id": request_id, "digest": digest, "node": node, "cluster": cluster, "peer": peer, "received": now}
-        row |= {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "again": again}
+        row |= {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "named": named, "again": again}
         with asking(), self.engine.begin() as connection:
             add = self.insert(REQUESTS).values(row).on_conflict_do_nothing()
             if connection.execute(add.returning(REQUESTS.c.id)).first() is None:
@@ -303,11 +309,18 @@ class DoorDatabase:
         self.change(REQUESTS.update().where(REQUESTS.c.id == request_id).values(note=text[:2000]))
 
     def conclude(
-        self, request_id: str, answer: bytes, issued: Sequence[IssuedRow], now: datetime, note: str = ""
+        self,
+        request_id: str,
+        answer: bytes,
+        issued: Sequence[IssuedRow],
+        now: datetime,
+        note: str = "",
+        *,
+        named: bool = False,
     ) -> None:
         """Store an answer, the issued certificates and the refusals in one transaction; rows that exist stay as they are."""
         which = (REQUESTS.c.id == request_id, REQUESTS.c.state != "answered")  # the first answer stays
-        values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000]}
+        values = {"state": "answered", "answer": answer, "answered": now, "note": note[:2000], "named": named}
         rows = [asdict(row) | {"request": request_id} for row in issued]
         with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(*which).values(values))
@@ -319,12 +332,15 @@ class DoorDatabase:
         query = sa.select(REQUESTS.c.state, sa.func.count().label("count")).group_by(REQUESTS.c.state)
         return {row["state"]: row["count"] for row in self.select(query)}
 
-    def forget(self, before: datetime) -> None:
-        """Delete expired certificates and answered requests' contents from before this time; the requests' rows stay."""
+    def forget(self, before: datetime, ended: datetime) -> None:
+        """
+        Delete the contents of requests that were answered before a time, and certificates that ended before another, when
+        they prove nothing any more; the requests' rows stay.
+        """
         old = sa.and_(REQUESTS.c.state == "answered", REQUESTS.c.answered < before, REQUESTS.c.answer.is_not(None))
         with asking(), self.engine.begin() as connection:
             connection.execute(REQUESTS.update().where(old).values(bundle=b"", answer=None))
-            connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < before))
+            connection.execute(CERTIFICATES.delete().where(CERTIFICATES.c.ends < ended))
 
     def unanswered(self, peer: str) -> tuple[int, int]:
         """Return the numbers of unanswered requests: all, and this address's."""
@@ -394,6 +410,16 @@ class DoorDatabase:
         query = _ISSUED.where(CERTIFICATES.c.csr.in_(csrs)).order_by(CERTIFICATES.c.begins)
         return {(row["csr"], row["name"]): row["chain"] for row in self.select(query)}
 
+    def owners(self, keys: Collection[str]) -> dict[str, list[Owner]]:
+        """Return the nodes for which these keys were signed, by `node_identity.key_digest`."""
+        ours = CERTIFICATES.c
+        query = sa.select(ours.key, ours.node, ours.cluster, REQUESTS.c.named).distinct()
+        found: dict[str, list[Owner]] = {}
+        for row in self.select(query.join(REQUESTS, REQUESTS.c.id == ours.request).where(ours.key.in_(sorted(keys)))):
+            owner = Owner(node=row["node"], cluster=row["cluster"], is_proven=row["named"])
+            found.setdefault(row["key"], []).append(owner)
+        return found
+
     def ending(self, text: str, now: datetime, most: int) -> list[IssuedRow]:
         """Return valid certificates, next to expire first, whose node, cluster, name or serial number contains this text."""
         ours = CERTIFICATES.c
@@ -401,13 +427,15 @@ class DoorDatabase:
         query = _ISSUED.where(sa.or_(*named), ours.ends > now).order_by(ours.ends).limit(most)
         return [IssuedRow(**row) for row in self.select(query)]
 
-    def signed_for(self, text: str) -> tuple[IssuedRow, bytes] | None:
-        """Return the certificate with this fingerprint, and its request's bundle, which is empty once it was dropped."""
-        query = _ISSUED.add_columns(REQUESTS.c.bundle).join(REQUESTS, REQUESTS.c.id == CERTIFICATES.c.request)
+    def signed_for(self, text: str) -> tuple[IssuedRow, bytes, bool] | None:
+        """Return the certificate with this fingerprint, its request's bundle (empty once it was dropped), and `named`."""
+        query = _ISSUED.add_columns(REQUESTS.c.bundle, REQUESTS.c.named).join(
+            REQUESTS, REQUESTS.c.id == CERTIFICATES.c.request
+        )
         for row in self.select(query.where(CERTIFICATES.c.fingerprint == text)):
             columns = dict(row)
-            bundle = columns.pop("bundle")
-            return IssuedRow(**columns), bundle
+            bundle, named = columns.pop("bundle"), columns.pop("named")
+            return IssuedRow(**columns), bundle, named
         return None
 
 

@@ -1040,7 +1040,7 @@ def test_a_killed_run_asks_again_only_for_what_was_on_its_way(
     assert 40 <= len(calls) <= 40 + PARALLEL_REQUESTS_OF_LOT
 
 
-def no_delivery(_: AnswerBundle) -> desk.Delivery:
+def no_delivery(*_: object) -> desk.Delivery:
     raise AssertionError("there is no answer yet")
 
 
@@ -1561,7 +1561,7 @@ def test_a_window_is_bounded_by_bytes(pairs: Pairs) -> None:
     """Large bundles are signed a few at a time, so that a thousand of them are not in memory; small ones together."""
     bundle, nowhere = make_bundle(some(pairs, "apiserver")), desk.Delivery(where="", files=(), conclude=lambda: None)
     for size, windows in ((1 << 20, [2] * 5), (1 << 10, [10])):
-        one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda _: nowhere, size_bytes=size)
+        one = partial(desk.Job, bundle=bundle, digest="", label="", delivery=lambda *_: nowhere, size_bytes=size)
         jobs = [one() for _ in range(10)]
         assert [len(window) for window in lots_of(jobs)] == windows
 

@@ -39,8 +39,8 @@ def test_who_may_have_what_revoked(tmp_path: Path) -> None:
         looks.append(bundle.node)
         return request, bundle
 
-    kept = Signed(authority="front-proxy-ca", asked=read, **who)
-    forgotten = Signed(authority="front-proxy-ca", asked=lambda: None, **who)
+    kept = Signed(authority="front-proxy-ca", is_proven=True, asked=read, **who)
+    forgotten = Signed(authority="front-proxy-ca", is_proven=True, asked=lambda: None, **who)
     policy, cas = parse(f'{POLICY}revoke = "superseded"\n'), {"front-proxy-ca": [signer.certificate]}
 
     with pytest.raises(NotRevokedError, match="another signature"):

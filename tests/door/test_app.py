@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from bridge.desk.node_identity import Identity
 from bridge.desk.workers import ReadBundle
 from bridge.door.app import Door
 from bridge.door.store import DoorDatabase, sqlite_url
@@ -73,7 +74,8 @@ def make_application(
     signing: Any = SimpleNamespace(
         read=lambda data, _: unjudged(loads_request(data)),
         judged=lambda one, _: one,
-        refused=lambda _: "",
+        identity=lambda *_, **__: Identity(),
+        refused=lambda *_: "",
         judges=lambda _: is_judged,
         arrived=threading.Event(),
     )

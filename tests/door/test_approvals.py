@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued
 from bridge.desk.approval import Decision, Verdict
+from bridge.desk.node_identity import Identity
 from bridge.door import approvals
 from bridge.door.store import DECISIONS, REQUESTS, DoorDatabase, sqlite_url
 from bridge.errors import Exit
@@ -128,7 +129,8 @@ def test_a_request_waits_until_a_person_approves_it(own: Team, bundle: RequestBu
         answer = awaited(own.door, place)
 
     assert before == 0
-    assert "this gives cp-1 the API server's certificate, as before, for 365d" in " ".join(listed.stdout.split())
+    whom = "a node that says it is cp-1, which nothing proves,"
+    assert f"this gives {whom} the API server's certificate, as before, for 365d" in " ".join(listed.stdout.split())
     assert short_fingerprint(bundle) in shown.stdout
     assert run.returncode == Exit.DONE, run.stderr
     assert isinstance(answer.answers["apiserver"], Issued)
@@ -510,9 +512,13 @@ def test_a_list_for_people_reads_no_more_than_it_shows(memory: DoorDatabase, mon
 
     monkeypatch.setattr(memory, "select", counted)
     monkeypatch.setattr(approvals, "MOST", 2)
-    list(approvals.Approvals(memory, Mock()).waiting())
+    list(approvals.Approvals(memory, _signing()).waiting())
 
     assert found == [2]
+
+
+def _signing() -> Mock:
+    return Mock(verdicts=Mock(return_value=({}, Identity())))
 
 
 def test_a_list_for_people_has_one_bundle_in_memory(memory: DoorDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +527,7 @@ def test_a_list_for_people_has_one_bundle_in_memory(memory: DoorDatabase, monkey
         memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
     read = Mock(return_value=Mock(requests=[]))
     monkeypatch.setattr(approvals, "loads_request", read)
-    waiting = iter(approvals.Approvals(memory, Mock()).waiting())
+    waiting = iter(approvals.Approvals(memory, _signing()).waiting())
     next(waiting)
 
     assert read.call_count == 1

@@ -681,7 +681,6 @@ def test_sql_in_a_field_is_text(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
     """A cluster may be called like that, and is kept as it is; all else is refused, and no row or table has changed."""
     desk = make_desk(tmp_path / "desk", pki, policy=POLICY.replace('["kubernetes"]', '["*"]'))
     good = make_bundle(some(pairs, "apiserver"))
-    other = make_bundle(some(pairs, "apiserver"), cluster=_SQL)
     named = x509.CertificateSigningRequestBuilder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _SQL)]))
     csr = named.sign(pairs["apiserver"][1], hashes.SHA256())
     hostile = {
@@ -701,13 +700,14 @@ def test_sql_in_a_field_is_text(tmp_path: Path, pki: Pki, pairs: Pairs) -> None:
         bare = dumps(changed(good, "apiserver", proof=None))
         found["secret"] = door.ask("POST", "/v1/requests", bare, **header).status
         assert set(found.values()) <= {400, 403}, found
-        for bundle in (good, other):
-            [answer] = awaited(door, place_of(door.post(dumps(bundle)))).answers.values()
-            assert isinstance(answer, Issued)
+        for cluster in ("kubernetes", _SQL):
+            bundle = make_bundle(some(pairs, "apiserver", "etcd-server"), cluster=cluster)
+            answers = awaited(door, place_of(door.post(dumps(bundle)))).answers.values()
+            assert all(isinstance(answer, Issued) for answer in answers)
 
     nodes = json.loads(desk.run("fleet", "-o", "json").stdout)["nodes"]
     assert {(one["node"], one["cluster"]) for one in nodes} == {("cp-1", "kubernetes"), ("cp-1", _SQL)}
-    assert len(desk.issued()) == 2
+    assert len(desk.issued()) == 4
 
 
 def raw(door: ServeProgram, data: bytes) -> bytes:

@@ -611,13 +611,13 @@ def test_what_is_old_is_forgotten(signing: Signing, memory: DoorDatabase, bundle
     answered = received(memory, bundle)
     signing.round()
     waiting = memory.receive(b"bundle", digest="dd", node="cp-1", cluster="kubernetes", peer="192.0.2.1", now=NOW)
-    memory.forget(now() - timedelta(days=1))
+    memory.forget(now() - timedelta(days=1), now() - timedelta(days=1))
     young = memory.find(answered)
-    memory.forget(now() + timedelta(days=1))
+    memory.forget(now() + timedelta(days=1), now() + timedelta(days=1))
     old, still = memory.find(answered), memory.find(waiting)
     with memory.engine.connect() as connection:
         certificates = connection.execute(sa.select(sa.func.count()).select_from(CERTIFICATES)).scalar()
-    memory.forget(now() + timedelta(days=4000))
+    memory.forget(now() + timedelta(days=4000), now() + timedelta(days=4000))
     with memory.engine.connect() as connection:
         ended = connection.execute(sa.select(sa.func.count()).select_from(CERTIFICATES)).scalar()
         requests = connection.execute(sa.select(sa.func.count()).select_from(REQUESTS)).scalar()

@@ -112,7 +112,7 @@ def test_the_same_request_gets_the_same_certificate(own_door: EstDoor) -> None:
     found = [enrolled(own_door, csr, agent) for _ in range(2)]
     other = enrolled(own_door, make_csr(), agent)
     memory = DoorDatabase(sqlite_url(own_door.desk.state / "door.db"))
-    memory.forget(datetime.now(UTC) + timedelta(days=1))
+    memory.forget(datetime.now(UTC) + timedelta(days=1), datetime.now(UTC) + timedelta(days=1))
     memory.close()
     late = own_door.enrol(csr, agent)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.door.fleet import fleet, metrics
+from bridge.door.fleet import fleet, metrics, unnamed
 from bridge.door.store import ENROLMENTS, DoorDatabase, IssuedRow, open_memory, sqlite_url
 from bridge.errors import Exit
 from bridge.pki.expiry import Before
@@ -39,19 +39,22 @@ def asked(
     note: str = "",
     name: str = "",
     life: timedelta = _YEAR,
+    named: bool = True,
 ) -> None:
     """A node's request; with `left` it was answered by a certificate that ends then."""
     heard = NOW - ago
     digest = f"{node} {ago} {name}"
-    request = memory.receive(b"bundle", digest=digest, node=node, cluster="kubernetes", peer="192.0.2.1", now=heard)
+    request = memory.receive(
+        b"bundle", digest=digest, node=node, cluster="kubernetes", peer="192.0.2.1", now=heard, named=named
+    )
     if left is None:
         memory.note(request, note)
         return
     row = IssuedRow(
-        fingerprint=f"{node} {ago} {name}", csr="cc", name=name or "apiserver", authority="ca", node=node,
+        fingerprint=f"{node} {ago} {name}", csr="cc", key="dd", name=name or "apiserver", authority="ca", node=node,
         cluster="kubernetes", serial="01", begins=NOW + left - life, ends=NOW + left, chain=b"pem",
     )  # fmt: skip
-    memory.conclude(request, b"answer", [row], heard, note)
+    memory.conclude(request, b"answer", [row], heard, note, named=named)
 
 
 def test_each_state_of_a_node(memory: DoorDatabase) -> None:
@@ -113,10 +116,25 @@ def test_the_newest_certificate_counts(memory: DoorDatabase) -> None:
     assert [(one.node, one.state) for one in fleet(memory, _BEFORE, NOW)] == [("cp-1", "expired")]
 
 
+@pytest.mark.attack("D4")
+def test_a_name_that_nothing_proves_changes_no_node(memory: DoorDatabase) -> None:
+    """A claim makes no expired node well, and no new row; it is counted."""
+    year, day = timedelta(days=365), timedelta(days=1)
+    asked(memory, "cp-1", year, left=-day)
+    for name in ("cp-1", "cp-2"):
+        asked(memory, name, day, left=year, named=False)
+
+    nodes = fleet(memory, _BEFORE, NOW)
+    assert [(one.node, one.state) for one in nodes] == [("cp-1", "expired")]
+    assert "\nca_bridge_fleet_unnamed_requests 2\n" in metrics(nodes, unnamed(memory))
+    asked(memory, "cp-1", timedelta(0), left=year)
+    assert [one.state for one in fleet(memory, _BEFORE, NOW)] == ["ok"]
+
+
 def test_the_metrics_have_every_node(memory: DoorDatabase) -> None:
     """The metrics count the nodes of each state, and have each node's next end."""
     asked(memory, "cp-1", timedelta(days=1), left=-timedelta(days=1))
-    text = metrics(fleet(memory, _BEFORE, NOW))
+    text = metrics(fleet(memory, _BEFORE, NOW), unnamed(memory))
 
     assert 'ca_bridge_fleet_nodes{state="expired"} 1\n' in text
     assert 'ca_bridge_fleet_nodes{state="silent"} 0\n' in text

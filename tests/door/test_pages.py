@@ -97,7 +97,8 @@ def test_a_person_approves_in_a_browser(team: Team, bundle: RequestBundle) -> No
     certificates = team.ask(alice, "GET", "/approvals/certificates?q=cp-1").body.decode()
     record = team.ask(alice, "GET", "/approvals/record?q=alice").body.decode()
 
-    assert "this gives cp-1 the API server&#39;s certificate, as before, for 365d" in listed
+    whom = "a node that says it is cp-1, which nothing proves,"
+    assert f"this gives {whom} the API server&#39;s certificate, as before, for 365d" in listed
     assert "holds: made with the key of the replaced certificate" in page.body.decode()
     assert sent.status == 303
     assert isinstance(answer.answers["apiserver"], Issued)

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from cryptography import x509
 
 from bridge.contract import Issued
 from bridge.desk.workers import ReadBundle, Workers
+from bridge.door.fleet import fleet, unnamed
 from bridge.door.signing import Signing
 from bridge.door.store import DatabaseError, DoorDatabase, sqlite_url
 from bridge.pki.bundle import BundleError, Refusal, RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_answer
+from bridge.pki.csr import build, generate_key
+from bridge.pki.expiry import Before
 from bridge.settings.load import load
 from bridge.system.waiting import wait_until
 from tests.kit.bundles import make_bundle, old_pairs
@@ -61,6 +65,47 @@ def allow(memory: DoorDatabase, what: str) -> None:
 
 def unjudged(bundle: RequestBundle) -> ReadBundle:
     return ReadBundle(bundle=bundle, digest=digest(bundle))
+
+
+@pytest.mark.attack("D1", "D4")
+def test_a_stolen_node_takes_no_other_name_at_the_door(desk: Desk, memory: DoorDatabase, pki: Pki) -> None:
+    """
+    The door renewed cp-1; its keys say that they are cp-2, and nothing is stored. Under its own name they are received,
+    also after `serve.keep`. A request that nothing proves is in no node's row of `fleet`.
+    """
+    pairs = old_pairs(pki, ["etcd-server", "admin.conf"])
+    keys = {old.serial_number: generate_key("ecdsa-p256") for old, _ in pairs.values()}
+    first = make_bundle(pairs, build=lambda old: x509.load_pem_x509_csr(build(old, keys[old.serial_number])))
+    signing = Signing(load(desk.config), memory, desk.policy, now)
+    signing.look()
+    place = received(memory, digest(first), data=dumps(first), now=now())
+    signing.round()
+    kept = memory.find(place)
+    assert kept is not None
+    issued = loads_answer(kept.answer or b"").answers["admin.conf"]
+    assert isinstance(issued, Issued)
+    renewed = {"admin.conf": (issued.leaf, keys[pairs["admin.conf"][0].serial_number])}
+
+    def answer(node: str) -> tuple[str, bool]:
+        read = signing.judged(unjudged(make_bundle(renewed, node=node)))
+        identity = signing.identity(read, is_named=False)
+        return signing.refused(read, identity), identity.is_proven
+
+    wanted = "admin.conf: node: wanted certificates of cp-2 (cluster kubernetes) alone, found some of cp-1 (cluster kubernetes)"
+    for _ in range(2):
+        assert answer("cp-2") == (wanted, False)
+        assert answer("cp-1") == ("", True)
+        memory.forget(now() + timedelta(days=1), now())
+    memory.forget(now(), now() + timedelta(days=4000))
+    assert answer("cp-2") == ("", False)
+
+    claim = make_bundle(renewed, node="cp-3")
+    received(memory, digest(claim), data=dumps(claim), node="cp-3", now=now())
+    signing.round()
+    signing.close()
+    nodes = [(one.node, one.state) for one in fleet(memory, Before(remaining=timedelta(hours=1)), now())]
+    assert nodes == [("cp-1", "ok")]  # and not cp-3, since the records of its keys are forgotten
+    assert unnamed(memory) == 1
 
 
 def test_a_database_that_can_not_be_written_to_asks_no_ca(

@@ -29,7 +29,14 @@ def received(memory: DoorDatabase, digest_: str = "aa", **more: Any) -> str:
 
 
 def issued(**more: Any) -> IssuedRow:
-    values: dict[str, Any] = {"fingerprint": "ff", "csr": "cc", "name": "apiserver", "authority": "ca", "node": "cp-1"}
+    values: dict[str, Any] = {
+        "fingerprint": "ff",
+        "csr": "cc",
+        "key": "dd",
+        "name": "apiserver",
+        "authority": "ca",
+        "node": "cp-1",
+    }
     values |= {"cluster": "kubernetes", "serial": "01", "begins": NOW, "ends": NOW, "chain": b"pem", **more}
     return IssuedRow(**values)
 
@@ -55,7 +62,7 @@ def test_a_database_is_opened_again_and_one_of_another_revision_is_not(database:
 
     assert kept is not None
     assert (kept.state, kept.received, kept.bundle) == ("waiting", NOW, b"bundle")
-    with pytest.raises(DatabaseError, match="wanted tables of revision initial, found of tomorrow"):
+    with pytest.raises(DatabaseError, match="wanted tables of revision initial_2, found of tomorrow"):
         database.memory(tmp_path)
 
 

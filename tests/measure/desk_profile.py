@@ -162,7 +162,7 @@ def _desk(steps: _Steps, made: fleet.Fleet, bundles: Sequence[RequestBundle], di
             [
                 [
                     NewFile(path=state / f"{bundle.node}.answer.json", data=text),
-                    *archive.files(bundle, bundle.batch, data, answers[bundle.batch], text),
+                    *archive.files(bundle, bundle.batch, data, answers[bundle.batch], text, is_proven=True),
                 ]
                 for bundle, data, text in whole
             ]

@@ -1,6 +1,6 @@
 """The first schema; `bridge.door.store` makes a new database with all tables at once."""
 
-revision = "initial"
+revision = "initial_2"  # with the columns `named` and `key`
 down_revision = None
 
 
