@@ -103,9 +103,9 @@ class Door:
         signing: Signing,
         now: Callable[[], datetime],
         pages: Mapping[str, Callable[[], tuple[int, str]]],
-        brought: Callable[[Environ, str], object] = lambda *_: None,
+        asker: Callable[[Environ], str] = lambda _: "",
     ) -> None:
-        """`pages` are the pages for monitors, by path; `brought` gets the environ and the id of each new request."""
+        """`pages` are the pages for monitors, by path; `asker` returns the approver who sends a request."""
         ours = settings.serve
         self._settings = ours
         self.memory = memory
@@ -125,7 +125,7 @@ class Door:
             re.compile(f"/v1/authorities/({'|'.join(map(re.escape, self._authorities))})"): self._issuers,
             **{re.compile(re.escape(path)): partial(_page, page) for path, page in pages.items()},
         }
-        self.brought = brought
+        self.asker = asker
         self._mutex = threading.Lock()
         self.ending = threading.Event()  #: Set when the door takes no new request.
         self.answers: Counter[int] = Counter()  #: By status.
@@ -207,7 +207,12 @@ class Door:
         except BusyError as e:
             return Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, e, retry_after=str(_PAUSE_SECONDS))
         kept = self.memory.find(read.digest, "digest")
-        request_id = kept.id if kept else self._receive(environ, data, read)
+        if kept is None:
+            request_id = self._receive(environ, data, read)
+        else:
+            request_id = kept.id
+            if kept.state != "answered" and self.asker(environ):
+                self.keep(environ, data, read, self.now())
         self.signing.arrived.set()
         document = {"id": request_id, "digest": read.digest, "state": "waiting" if kept is None else kept.state}
         place, soon = (
@@ -239,8 +244,8 @@ class Door:
     def keep(self, environ: Environ, data: bytes, read: ReadBundle, now: datetime, **more: Any) -> str:
         """Store a new request for the next round, and return its id; `more` and errors as in `DoorDatabase.receive`."""
         who = {"node": read.bundle.node, "cluster": read.bundle.cluster, "peer": environ["REMOTE_ADDR"]}
+        who["asked_by"] = self.asker(environ)
         request_id = self.memory.receive(data, digest=read.digest, now=now, **who, **more)
-        self.brought(environ, request_id)
         self.signing.arrived.set()
         return request_id
 

@@ -18,7 +18,7 @@ import hmac
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from http import HTTPStatus
@@ -36,7 +36,7 @@ from bridge.desk.policy import PolicyVerdict
 from bridge.door.app import Environ, Reply, assert_method, body_of, kind_of
 from bridge.door.https import PEER
 from bridge.door.signing import Signing
-from bridge.door.store import DoorDatabase, Kept
+from bridge.door.store import DecisionRow, DoorDatabase, Kept
 from bridge.errors import BridgeError, Exit
 from bridge.pki.budget import OverBudgetError, json_of
 from bridge.pki.bundle import BundledRequest, BundleError, RequestBundle
@@ -170,11 +170,11 @@ class Approvals:
             need_approval=frozenset(filter(self.signing.policy.needs_approval, names)),
         )
 
-    def brought(self, environ: Environ, request_id: str) -> None:
-        """Record the approver who submitted a request, if any, since that person may not decide about it."""
+    def asker(self, environ: Environ) -> str:
+        """Return the approver who submits a request, since that person may not decide about it; empty: no approver."""
         with contextlib.suppress(NotDecidedError):
-            name, now = self.person(environ).name, self.signing.trust().now
-            self.memory.decide(request_id, approver=name, verdict="asked", reason="", evidence=None, now=now)
+            return self.person(environ).name
+        return ""
 
     def decide(self, person: Person, digest: str, verdict: Verdict, reason: str, signature: bytes | None) -> Case:
         """
@@ -182,6 +182,7 @@ class Approvals:
 
         Without a signature, the door attests that this person decided.
         """
+        earlier = self._earlier(digest, person)  # before the standing, so that no later decision is among them
         case, trust = self.case(digest), self.signing.trust()
         if case.kept.state != "undecided":
             raise TooLateError(f"this request no longer waits for people: it is {case.kept.state}")
@@ -197,13 +198,18 @@ class Approvals:
         matter = self.signing.matter(case.kept, case.bundle, self.memory.decisions(case.kept.id))
         if found := approval.problem(decision, matter, trust):
             raise NotDecidedError(found)
-        return self._store_decision(case, decision)
+        return self._store_decision(case, decision, earlier)
 
-    def _store_decision(self, case: Case, decision: Decision) -> Case:
+    def _earlier(self, digest: str, person: Person) -> list[DecisionRow]:
+        kept = self.memory.find(digest, "digest")
+        rows = self.memory.decisions(kept.id) if kept is not None else []
+        return [row for row in rows if row.approver == person.name and row.verdict != "asked"]
+
+    def _store_decision(self, case: Case, decision: Decision, before: Sequence[DecisionRow]) -> Case:
         earlier = [other.verdict for other in case.standing.decisions if other.approver == decision.approver]
         about = {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
         is_kept = not earlier and self.memory.decide(
-            case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, again=True
+            case.kept.id, **about, evidence=decision.evidence_bytes(), now=decision.decided, void=before
         )
         found = self.signing.standing(case.kept, case.bundle)
         is_decided = found.refused is not None or len(found.approved) >= self.rules.count

@@ -87,7 +87,7 @@ class Service:
             log.warning("%s", text)
         pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
         approvals = Approvals(self.memory, self._signing)
-        self._door = Door(settings, self.memory, self._signing, now, pages, approvals.brought)
+        self._door = Door(settings, self.memory, self._signing, now, pages, approvals.asker)
         self._door.below |= {
             ROOT: Est(self._door),
             REVOCATIONS: Revocations(settings, self._door),

@@ -274,9 +274,11 @@ class DoorDatabase:
         enrolment: int | None = None,
         origin: bytes | None = None,
         again: str | None = None,
+        asked_by: str = "",
     ) -> str:
         """
-        Store a request on disk, and return its id; a repeated bundle keeps its first id.
+        Store a request on disk, with the approver who brought it, if any; return its id. A repeated bundle keeps its
+        first id, and also has the approver who repeats it.
 
         The same transaction uses up the enrolment with this number (EnrolmentError: another request used it first).
         An EST request has an origin, and repeats an earlier one if `again` is the same.
@@ -286,10 +288,14 @@ class DoorDatabase:
         row |= {"state": "waiting", "note": "", "bundle": bundle, "origin": origin, "named": named, "again": again}
         with asking(), self.engine.begin() as connection:
             add = self.insert(REQUESTS).values(row).on_conflict_do_nothing()
-            if connection.execute(add.returning(REQUESTS.c.id)).first() is None:
+            is_new = connection.execute(add.returning(REQUESTS.c.id)).first() is not None
+            if not is_new:
                 same = REQUESTS.c.digest == digest if again is None else REQUESTS.c.again == again
-                return str(connection.execute(sa.select(REQUESTS.c.id).where(same)).scalar_one())
-            if enrolment is not None:
+                request_id = str(connection.execute(sa.select(REQUESTS.c.id).where(same)).scalar_one())
+            if asked_by:
+                asked = {"request": request_id, "approver": asked_by, "verdict": "asked", "reason": "", "decided": now}
+                connection.execute(self.insert(DECISIONS).values(asked).on_conflict_do_nothing())
+            if is_new and enrolment is not None:
                 _use_up(connection, enrolment, request_id, now)
         return request_id
 
@@ -367,20 +373,23 @@ class DoorDatabase:
         reason: str,
         evidence: bytes | None,
         now: datetime,
-        again: bool = False,
+        void: Sequence[DecisionRow] = (),
     ) -> bool:
         """
         Store a person's action on a request; False: an earlier action of that person stays instead.
 
-        `again`: replace an earlier decision of that person.
+        `void` are the person's earlier decisions that do not count; exactly these are replaced, and none that came since.
         """
         ours = DECISIONS.c
         earlier = (ours.request == request_id) & (ours.approver == approver) & (ours.verdict != "asked")
+        replaced = [
+            earlier & (ours.decided == row.decided) & (ours.signature == row.signature) for row in void
+        ]  # not by the number, which SQLite gives to the next row
         row = {"request": request_id, "approver": approver, "verdict": verdict, "reason": reason}
         add = self.insert(DECISIONS).values(**row, signature=evidence, decided=now).on_conflict_do_nothing()
         with asking(), self.engine.begin() as connection:
-            if again:
-                connection.execute(DECISIONS.delete().where(earlier))
+            if replaced:
+                connection.execute(DECISIONS.delete().where(sa.or_(*replaced)))
             return connection.execute(add.returning(DECISIONS.c.id)).first() is not None
 
     def decisions(self, request_id: str) -> list[DecisionRow]:

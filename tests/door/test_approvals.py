@@ -19,7 +19,7 @@ from bridge.contract import Issued
 from bridge.desk.approval import Decision, Verdict
 from bridge.desk.node_identity import Identity
 from bridge.door import approvals
-from bridge.door.store import DECISIONS, REQUESTS, DoorDatabase, sqlite_url
+from bridge.door.store import DECISIONS, REQUESTS, DatabaseError, DecisionRow, DoorDatabase, sqlite_url
 from bridge.errors import Exit
 from bridge.pki import signatures
 from bridge.pki.bundle import AnswerBundle, Refusal, RequestBundle
@@ -357,6 +357,52 @@ def test_who_brings_a_request_does_not_decide_about_it(team: Team, bundle: Reque
     assert "another person" in mine.document["error"]
     assert theirs.status == 200
     awaited(team.door, place)
+
+
+@pytest.mark.attack("D5")
+def test_who_brings_a_request_again_does_not_decide_about_it(team: Team, bundle: RequestBundle) -> None:
+    """
+    The node has sent it before, or the door was killed before it answered her: alice may still not decide. The request and
+    who brought it are one transaction.
+    """
+    alice, bob = team.agent("alice"), team.agent("bob")
+    place = brought(team.door, bundle)
+    in_state(team.door, place, "undecided")
+    again = team.ask(alice, "POST", "/v1/requests", dumps(bundle), Content_Type="application/json")
+    mine = decide(team, alice, bundle, signed(alice, digest(bundle)))
+    theirs = decide(team, bob, bundle, signed(bob, digest(bundle)))
+
+    assert place_of(again) == place
+    assert (mine.status, theirs.status) == (403, 200)
+    assert "another person" in mine.document["error"]
+    awaited(team.door, place)
+
+
+@pytest.mark.attack("D5")
+def test_a_request_is_not_kept_without_who_brought_it(memory: DoorDatabase) -> None:
+    """If the one row can't be written, neither is the other."""
+    with memory.engine.begin() as connection:
+        connection.execute(sa.text("DROP TABLE decisions"))
+    with pytest.raises(DatabaseError):
+        received(memory, "aa", asked_by="alice")
+    assert memory.find("aa", "digest") is None
+    assert received(memory, "bb")
+
+
+@pytest.mark.attack("D7")
+def test_a_decision_that_was_confirmed_stays(memory: DoorDatabase) -> None:
+    """Only the decision that was void when it was read is replaced, and none that another thread has stored since."""
+    request, about = received(memory, "aa"), {"approver": "alice", "reason": ""}
+
+    def decided(verdict: str, evidence: bytes, *void: DecisionRow) -> bool:
+        return memory.decide(request, verdict=verdict, evidence=evidence, now=NOW, void=void, **about)
+
+    assert decided("approved", b"void by now")
+    void = memory.decisions(request)
+    assert decided("refused", b"first", *void)
+    assert not decided("approved", b"second", *void)
+    assert not decided("approved", b"second")
+    assert [(row.verdict, row.signature) for row in memory.decisions(request)] == [("refused", b"first")]
 
 
 def test_who_brings_a_request_by_est_does_not_decide_about_it(tmp_path: Path, pki: Pki) -> None:
