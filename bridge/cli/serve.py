@@ -104,7 +104,7 @@ def fleet(
         say("no nodes: none has asked this door yet")
     if output == "text" and unnamed:
         say_sentence(
-            f"left out: {unnamed} requests of which nothing proves the node (`ca-bridge help door#all-nodes-at-a-glance`)"
+            f"left out: {counted(unnamed, 'request')} of which nothing proves the node (`ca-bridge help door#all-nodes-at-a-glance`)"
         )
     return Exit.DUE if any(node.state in rules.RED for node in nodes) else Exit.DONE
 

@@ -90,11 +90,9 @@ class Archive:
     def _answered(self, request: BundledRequest) -> Answered | None:
         path = self._path(request)
         try:
-            data, status = read_once(path)
+            data, status = _record(path)
         except FileNotFoundError:
             return None
-        except UnreadableError as e:
-            raise ArchiveError(f"{path}: wanted a record of the desk's answers, found: {e}") from e
         with contextlib.suppress(BundleError):
             answer = loads_answer(data)
             issued = answer.answers.get(request.name)
@@ -108,10 +106,11 @@ class Archive:
         read_already: dict[int, tuple[str, str]] = {}  # an answer has a name for each of its keys
         for key in keys_in(bundle):
             for is_proven in (True, False):
-                with contextlib.suppress(FileNotFoundError):
+                # a damaged record proves nothing; `answers` refuses what it answered
+                with contextlib.suppress(FileNotFoundError, BundleError):
                     path = self._key_path(key, is_proven=is_proven)
                     if (inode := path.stat().st_ino) not in read_already:
-                        answer = _answer_in(path)
+                        answer = loads_answer(_record(path)[0])
                         read_already[inode] = answer.node, answer.cluster
                     node, cluster = read_already[inode]
                     found.setdefault(key, []).append(Owner(node=node, cluster=cluster, is_proven=is_proven))
@@ -138,10 +137,10 @@ class Archive:
         return self._answers / f"{request.name}-{csr_fingerprint(request.csr)}{lifetime}.json"
 
 
-def _answer_in(path: Path) -> AnswerBundle:
+def _record(path: Path) -> tuple[bytes, os.stat_result]:
     try:
-        return loads_answer(read_once(path)[0])
-    except (UnreadableError, BundleError) as e:
+        return read_once(path)
+    except UnreadableError as e:
         raise ArchiveError(f"{path}: wanted a record of the desk's answers, found: {e}") from e
 
 
