@@ -264,12 +264,16 @@ DigestArgument = Annotated[
 
 
 @command(approvals_group, "list")
-def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
+def list_approvals(
+    common: Common,
+    text: Annotated[str, argument("Part of a node's name, or the beginning of a digest.", "TEXT")] = "",
+    output: OutputOption = Output.TEXT,
+) -> None:
     """List the requests that wait for people: digest, node, and what each of their certificates means."""
     with closing(_reviewer(common)) as reviewer:
-        request = reviewer.waiting()
+        request = reviewer.waiting(text)
     if output is Output.JSON:
-        say_json(approver=request.get("approver"), requests=request["requests"])
+        say_json(approver=request.get("approver"), waiting=request.get("waiting"), requests=request["requests"])
         return
     for one in request["requests"]:
         digest, approved = str(one.get("digest"))[:_SHORT], f"{one.get('approvals')} approved"
@@ -277,6 +281,10 @@ def list_approvals(common: Common, output: OutputOption = Output.TEXT) -> None:
         _say_meanings(one, "  ")
     if not request["requests"]:
         say("no request waits for people")
+    elif isinstance(count := request.get("waiting"), int) and count > (shown := len(request["requests"])):
+        say_sentence(
+            f"{shown} of {count}, of each node in turn: `ca-bridge approvals list TEXT` looks for a node or a digest"
+        )
 
 
 @command(approvals_group, "show")

@@ -261,9 +261,9 @@ class PolicyVerdict:
     problems: tuple[str, ...]  #: Empty: the request may be signed.
     proven: bool  #: The continuity proof holds, with this CA's certificate of the same name and usages.
     may_waive: bool = False  #: The proof is a problem that a person at the desk may waive (`--without-proof`).
-    claimed_sans: tuple[
-        str, ...
-    ] = ()  #: SANs that only the node's name allows, and that the replaced certificate lacks.
+    #: SANs that only the node's name allows, and that the replaced certificate lacks.
+    claimed_sans: tuple[str, ...] = ()
+    is_too_long: bool = False  #: The CSR has more SANs than any node; each look at them takes long.
 
 
 def parse(text: str, file: Path | None = None) -> Policy:
@@ -333,7 +333,7 @@ def judge(
     problems = [*_who(bundle.node, bundle.cluster, policy.allow), *_age(bundle, policy.allow, now)]
     waived = policy.allow.proof == "optional" or request.name in without_proof
     unproven: str | None = "a user's"
-    can_be_waived = False
+    can_be_waived = is_too_long = False
     try:
         if request.name == USER.name:
             problems += islice(_user_problems(request, policy, waived=waived), _MOST_PROBLEMS)
@@ -342,11 +342,18 @@ def judge(
             if unproven and not (waived and can_be_waived):
                 problems.append(f"proof: {unproven}")
             problems += islice(_what(request, bundle, policy, proven=not unproven), _MOST_PROBLEMS)
+        is_too_long = san_counts(request.csr).total() > _most_sans(None if unproven else request.replaces)
     except (ValueError, UnsupportedAlgorithm, x509.UnsupportedGeneralNameType, x509.DuplicateExtension) as e:
         problems.append(f"CSR: wanted one that can be read, found: {one_line(e)}")
     may_waive = bool(unproven) and can_be_waived and not waived
     claimed = () if problems or waived or unproven else _claimed_sans(request, policy)
-    return PolicyVerdict(problems=tuple(problems), proven=not unproven, may_waive=may_waive, claimed_sans=claimed)
+    return PolicyVerdict(
+        problems=tuple(problems),
+        proven=not unproven,
+        may_waive=may_waive,
+        claimed_sans=claimed,
+        is_too_long=is_too_long,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -595,7 +602,7 @@ def _san_problems(
 ) -> Iterator[str]:
     """Problems by the policy's list, or else by the replaced certificate, or else by kubeadm's own names."""
     old = Counter[San]() if replaced is None else san_counts(replaced)
-    most = max(_MOST_SANS, old.total())
+    most = _most_sans(replaced)
     if counted.total() > most:
         yield f"SAN: wanted at most {most}, found {counted.total()}"
     if len(counted) > most:  # comparing a megabyte of a stranger's names with each rule takes seconds
@@ -620,6 +627,10 @@ def _claimed_sans(request: BundledRequest, policy: Policy) -> tuple[str, ...]:
     return tuple(
         f"{kind}:{value}" for kind, value in sorted(sans) if not any(_matches(kind, value, text) for text in texts)
     )
+
+
+def _most_sans(replaced: x509.Certificate | None) -> int:
+    return _MOST_SANS if replaced is None else max(_MOST_SANS, san_counts(replaced).total())
 
 
 def _beyond_rules(name: str, names: Iterable[San], sans: Sequence[str] | None, node: str) -> tuple[str, set[San]]:

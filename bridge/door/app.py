@@ -57,6 +57,8 @@ _PART_AWAITING = 4
 #: One place in this many is for requests that can't be judged before their CA is reached, and their longest bundle: a
 #: whole node's has 40,000 bytes, and each round parses two hundred of them again.
 _PART_UNJUDGED, _LONGEST_UNJUDGED_BYTES = 10, 64 << 10
+#: Requests of one node that may wait for people; a node that asks again has lost its keys, or hides others' requests.
+_MOST_UNDECIDED = 10
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
 _CHAIN = "application/pem-certificate-chain"
 _CERTIFICATE = re.compile(r"/v1/certificates/([a-z0-9.-]{1,100})/([0-9a-f]{64})")
@@ -233,6 +235,9 @@ class Door:
             if reason := self.signing.refused(read, identity, vouched):
                 raise _refused(read, peer, reason)
             self.assert_room(peer, is_judged=self.signing.judges(bundle), size=len(data))
+            if identity.is_proven and self.memory.undecided_of(bundle.node, bundle.cluster) >= _MOST_UNDECIDED:
+                text = f"wanted at most {_MOST_UNDECIDED} requests of one node that wait for people, found as many"
+                raise away(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(_PAUSE_SECONDS))
             more = {"named": identity.is_proven, "enrolment": used.id if used is not None else None}
             request_id = self.keep(environ, data, read, self.now(), **more)
         except EnrolmentError as e:

@@ -137,13 +137,21 @@ class Approvals:
         """The policy's approval rules."""
         return self.signing.policy.approvals
 
-    def waiting(self) -> Iterator[Case]:
-        """Yield the requests that wait for approvers, the oldest first, and parse each only in its turn."""
-        for row in self.memory.in_state("undecided", MOST):
-            try:
-                yield self._case(row)
-            except UnknownError as e:  # an unreadable request must not block the others
-                log.error("request %s: %s", row.digest[:16], e)  # noqa: TRY400
+    def waiting(self, text: str) -> tuple[Iterator[Case], int]:
+        """
+        Return the first requests that wait for approvers, and how many there are; `text` is of their node, or begins their
+        digest. Each is parsed in its turn.
+        """
+        rows, count = self.memory.undecided(text, MOST)
+
+        def cases() -> Iterator[Case]:
+            for row in rows:
+                try:
+                    yield self._case(row)
+                except UnknownError as e:  # an unreadable request must not block the others
+                    log.error("request %s: %s", row.digest[:16], e)  # noqa: TRY400
+
+        return cases(), count
 
     def case(self, digest: str) -> Case:
         """Return the request with this digest, in any state (UnknownError)."""
@@ -237,8 +245,9 @@ class Approvals:
         try:
             person = self.person(environ)
             if request_digest is None:
-                found = [self._listed(case) for case in self.waiting()]
-                return Reply.of(HTTPStatus.OK, {"approver": person.name, "requests": found})
+                cases, count = self.waiting(query(environ))
+                found = [self._listed(case) for case in cases]
+                return Reply.of(HTTPStatus.OK, {"approver": person.name, "waiting": count, "requests": found})
             case = self.case(request_digest) if method == "GET" else self._post(environ, person, request_digest)
             return Reply.of(HTTPStatus.OK, {"approver": person.name, **self._entry(case)})
         except NotDecidedError as e:
@@ -365,12 +374,15 @@ class Pages:
         if match is None:
             return self._error(HTTPStatus.NOT_FOUND, BridgeError("there is no such page"), "No such page")
         if match[1] is None:
-            return self._html("list.html", person=person, cases=self._approvals.waiting(), title="Waiting requests")
+            text = query(environ)
+            cases, count = self._approvals.waiting(text)
+            more: dict[str, Any] = {"cases": cases, "count": count, "most": MOST, "query": text}
+            return self._html("list.html", person=person, title="Waiting requests", **more)
         case = self._approvals.case(match[1])
         title = f"Request of {case.bundle.node}"
         token = self._token(person, match[1])
         may_here = case.kept.state == "undecided" and self._approvals.rules.evidence != "signature"
-        more: dict[str, Any] = {"longest": LONGEST_REASON, "token": token, "may_here": may_here}
+        more = {"longest": LONGEST_REASON, "token": token, "may_here": may_here}
         return self._html("case.html", person=person, case=case, title=title, **more)
 
     # --- a decision ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -83,9 +84,9 @@ class Reviewer:
         """Close the connection."""
         self._http.close()
 
-    def waiting(self) -> Mapping[str, Any]:
-        """Return the door's JSON about waiting requests: `approver` and `requests`."""
-        found = self._ask("GET", "/v1/approvals")
+    def waiting(self, text: str = "") -> Mapping[str, Any]:
+        """Return the door's JSON about waiting requests: `approver`, `waiting` (their number) and some `requests`."""
+        found = self._ask("GET", f"/v1/approvals?{urlencode({'q': text})}" if text else "/v1/approvals")
         requests = found.get("requests")
         if not isinstance(requests, list) or not all(isinstance(request, dict) for request in requests):
             raise DoorError("the door: wanted a list of requests, found something else")
@@ -107,7 +108,7 @@ class Reviewer:
         return self._verified(self._ask("POST", f"/v1/approvals/{review.digest}", body), review.digest)
 
     def _whole(self, start: str) -> str:
-        found = [one.get("digest") for one in self.waiting()["requests"]]
+        found = [one.get("digest") for one in self.waiting(start)["requests"]]
         fitting = [one for one in found if isinstance(one, str) and one.startswith(start)]
         if len(fitting) != 1 or len(start) < FEWEST_DIGITS:
             wanted = f"{FEWEST_DIGITS} or more digits of one request that waits, or all {_DIGITS}"

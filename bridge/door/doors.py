@@ -178,9 +178,11 @@ class Doors:
         which = sa.and_(REQUESTS.c.state == "left", REQUESTS.c.digest.startswith(digest, autoescape=True))
         return self._memory.change(REQUESTS.update().where(which).values(state="waiting", signer="", note=""))
 
-    def judge_again(self) -> None:
-        """Have the policy judge this door's undecided requests again."""
+    def judge_again(self, before: datetime | None = None) -> None:
+        """Have the policy judge this door's undecided requests again, all or those received before a time."""
         ours = sa.and_(REQUESTS.c.state == "undecided", REQUESTS.c.signer == self.door)
+        if before is not None:
+            ours = sa.and_(ours, REQUESTS.c.received < before)
         self._memory.change(REQUESTS.update().where(ours).values(state="waiting"))
 
     # --- the past -----------------------------------------------------------------------------------------------------

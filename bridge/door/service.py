@@ -171,6 +171,7 @@ class Service:
                     tidied = time.monotonic()
                     kept, proves = self._settings.serve.keep, self._signing.policy.allow.proof_after_expiry
                     self.memory.forget(self._now() - kept, self._now() - max(kept, proves))
+                    self._signing.doors.judge_again(self._now() - self._signing.policy.allow.max_age)
                 self._trouble = ""
             except OwnClusterError as e:
                 self._fatal = e

@@ -190,8 +190,13 @@ class Signing:
         return identify(read.bundle, read.verdicts, owners, self.policy, is_named=is_named)
 
     def refused(self, read: ReadBundle, identity: Identity, vouched: Collection[str] = ()) -> str:
-        """Return why no request of a bundle can be signed; empty: some may be, or their CA was not reached yet."""
+        """
+        Return why no request of a bundle can be signed, or why one of them is too long for people to look at; empty: some
+        may be signed, or their CA was not reached yet.
+        """
         reasons = dict[str, str]()
+        if long := [f"{name}: {one.problems[-1]}" for name, one in read.verdicts.items() if one.is_too_long]:
+            return "; ".join(long)
         for request in read.bundle.requests:
             verdict = read.verdicts.get(request.name)
             if request.authority not in self._settings.authorities:

@@ -303,9 +303,30 @@ class DoorDatabase:
         """Return the request with this id, with this digest of its bundle, or with this `again` of EST."""
         return next(iter(self._kept(REQUESTS.c[column] == value)), None)
 
-    def in_state(self, state: State, most: int | None = None) -> list[Kept]:
-        """Return the requests in this state, the oldest first, `most` at most."""
-        return self._kept(REQUESTS.c.state == state, REQUESTS.c.received, most=most)
+    def in_state(self, state: State) -> list[Kept]:
+        """Return the requests in this state, the oldest first."""
+        return self._kept(REQUESTS.c.state == state, REQUESTS.c.received)
+
+    def undecided(self, text: str, most: int) -> tuple[list[Kept], int]:
+        """
+        Return requests that wait for people, at most `most`, and how many there are, whose node contains this text or whose
+        digest begins with it. Nodes come in turn, each with its oldest first; requests of which nothing proves the node
+        come in the turn of their address.
+        """
+        ours = REQUESTS.c
+        named = sa.or_(ours.node.contains(text, autoescape=True), ours.digest.startswith(text, autoescape=True))
+        which = sa.and_(ours.state == "undecided", named)
+        source = sa.case((ours.named, ours.node), else_=ours.peer)
+        turn = sa.func.row_number().over(partition_by=source, order_by=ours.received)
+        [count] = self.select(sa.select(sa.func.count().label("count")).where(which))
+        return self._kept(which, turn, ours.received, most=most), count["count"]
+
+    def undecided_of(self, node: str, cluster: str) -> int:
+        """Return how many requests that are proven to be of this node wait for people."""
+        ours = REQUESTS.c
+        which = (ours.state == "undecided", ours.named, ours.node == node, ours.cluster == cluster)
+        [row] = self.select(sa.select(sa.func.count().label("count")).where(*which))
+        return int(row["count"])
 
     def _kept(self, which: sa.ColumnElement[bool], *order: Any, most: int | None = None) -> list[Kept]:
         return [Kept(**row) for row in self.select(sa.select(REQUESTS).where(which).order_by(*order).limit(most))]

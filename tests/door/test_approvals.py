@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 import sqlalchemy as sa
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bridge.contract import Issued
@@ -27,7 +28,7 @@ from bridge.pki.bundle_format import digest, dumps, loads_answer, short_fingerpr
 from bridge.pki.csr import PrivateKey
 from bridge.pki.node_proofs import enrolment_proof
 from bridge.system.waiting import wait_until
-from tests.kit.bundles import changed, make_bundle, old_pairs
+from tests.kit.bundles import changed, make_bundle, old_pairs, proven
 from tests.kit.desks import POLICY, make_desk
 from tests.kit.est_door import TYPE, body_of, make_csr
 from tests.kit.issuing import Signer
@@ -558,9 +559,58 @@ def test_a_list_for_people_reads_no_more_than_it_shows(memory: DoorDatabase, mon
 
     monkeypatch.setattr(memory, "select", counted)
     monkeypatch.setattr(approvals, "MOST", 2)
-    list(approvals.Approvals(memory, _signing()).waiting())
+    cases, count = approvals.Approvals(memory, _signing()).waiting("")
+    list(cases)
 
-    assert found == [2]
+    assert found == [1, 2]  # their number, and two of them
+    assert count == 3
+
+
+@pytest.mark.attack("D2")
+def test_a_node_hides_no_other_nodes_request(memory: DoorDatabase) -> None:
+    """Nodes come in turn, and requests of which nothing proves the node by their address; a search finds each."""
+    for number in range(9):
+        about = {"node": "cp-1", "named": True, "now": NOW + timedelta(seconds=number)}
+        memory.move(received(memory, f"a{number}", **about), "undecided", before=["waiting"])
+        about = {"node": f"made-up-{number}", "peer": "192.0.2.9", "now": NOW + timedelta(seconds=number, minutes=1)}
+        memory.move(received(memory, f"b{number}", **about), "undecided", before=["waiting"])
+    late = {"node": "cp-2", "named": True, "now": NOW + timedelta(hours=1)}
+    memory.move(received(memory, "cc", **late), "undecided", before=["waiting"])
+
+    first, count = memory.undecided("", 3)
+    assert ([one.digest for one in first], count) == (["a0", "b0", "cc"], 19)
+    for text in ("cp-2", "cc"):
+        assert [one.digest for one in memory.undecided(text, 3)[0]] == ["cc"]
+    assert memory.undecided("b%", 3) == ([], 0)
+    assert (memory.undecided_of("cp-1", "kubernetes"), memory.undecided_of("made-up-1", "kubernetes")) == (9, 0)
+
+
+@pytest.mark.attack("D2")
+def test_one_nodes_requests_for_people_have_a_limit(own: Team, pairs: Pairs) -> None:
+    """Ten of a proven node wait; another one is for later, and ten are no limit for what comes before them."""
+    with running(own.door):
+        for _ in range(10):
+            place = brought(own.door, make_bundle({"etcd-server": pairs["etcd-server"]}))
+            in_state(own.door, place, "undecided")
+        more = own.door.post_once(dumps(make_bundle({"etcd-server": pairs["etcd-server"]})))
+
+    assert more.status == 429
+    assert "wanted at most 10 requests of one node that wait for people" in more.document["error"]
+
+
+@pytest.mark.attack("D2")
+def test_a_bundle_with_thousands_of_names_waits_for_no_person(team: Team, pairs: Pairs) -> None:
+    """Each look at the list would read them all; the same bundle without them waits."""
+    old, key = pairs["apiserver"]
+    names = x509.SubjectAlternativeName([x509.DNSName(f"n{number}.example") for number in range(2000)])
+    builder = x509.CertificateSigningRequestBuilder(old.subject).add_extension(names, critical=False)
+    good = make_bundle({name: pairs[name] for name in ("apiserver", "etcd-server")})
+    long = proven(good, "apiserver", key, builder.sign(key, hashes.SHA256()))
+    answer = team.door.post(dumps(long))
+
+    assert answer.status == 403
+    assert "wanted at most 100, found 2000" in answer.document["error"]
+    in_state(team.door, brought(team.door, good), "undecided")
 
 
 def _signing() -> Mock:
@@ -573,7 +623,7 @@ def test_a_list_for_people_has_one_bundle_in_memory(memory: DoorDatabase, monkey
         memory.move(received(memory, f"{number}"), "undecided", before=["waiting"])
     read = Mock(return_value=Mock(requests=[]))
     monkeypatch.setattr(approvals, "loads_request", read)
-    waiting = iter(approvals.Approvals(memory, _signing()).waiting())
+    waiting, _ = approvals.Approvals(memory, _signing()).waiting("")
     next(waiting)
 
     assert read.call_count == 1
