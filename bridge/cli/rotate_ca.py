@@ -139,9 +139,12 @@ def _say_old_ca_clients(users: Users | None, refusals: Sequence[Refusal] | None)
     for refusal in refusals or ():
         say_sentence(str(refusal), "  ")
     if users and users.unread:
-        say_sentence(f"{users.unread} lines of the audit log could not be read: clients may be in them", "  ")
+        unread = f"{users.unread} lines of the audit log could not be read: clients may be in them"
+        say_sentence(f"{unread}; {users.read} were read", "  ")
     elif users and not users.users:
-        say_sentence("every certificate in the audit log is known to be of the new CA", "  ")
+        say_sentence(f"every certificate in the audit log is known to be of the new CA: {users.read}", "  ")
+    elif users:
+        say_sentence(f"the audit log was read: {users.read}", "  ")
     if refusals == []:
         say_sentence("no client in the API server's log turned away, or was turned away", "  ")
 

@@ -6,15 +6,17 @@ shape those logs: we read them line by line, and believe a line only about itsel
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 import math
 import re
 import time
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cryptography import x509
 
@@ -43,6 +45,9 @@ _LONGEST_LINE = 4 << 20
 #: The most users, and addresses, that we count; a cluster has hundreds.
 _MOST_USERS = 10_000
 _MOST_TEXT = 200
+#: How kube-apiserver begins each event. An event in another layout is parsed, to be sure.
+_EVENT_BEGINS = re.compile(rb'\{"kind":"Event","apiVersion":"audit\.k8s\.io/')
+_EVENT_TIME = re.compile(rb'"stageTimestamp": ?"([0-9T:.+Z-]{20,32})"')
 
 
 class UnreadableLogError(BridgeError):
@@ -89,31 +94,52 @@ class Users:
 
     users: list[User]
     unread: int  #: The number of lines that are too long or no events; they may hide clients.
+    events: int  #: The number of events that were read.
+    begin: str  #: The times of the first and the last event, as the API server writes them.
+    end: str
+
+    @property
+    def read(self) -> str:
+        """The events that were read, for the screen."""
+        return f"{self.events} events from {self.begin or 'an unknown time'} to {self.end or 'an unknown time'}"
 
 
 def users(logs: Sequence[Path], known: Collection[str]) -> Users:
-    """List users in audit logs whose certificate is not in `known`, by SHA-256 (UnreadableLogError)."""
+    """List users in audit logs whose certificate is not in `known`, by SHA-256 (UnreadableLogError: also for no event)."""
     by_digest: dict[str, User] = {}
-    unread = 0
-    for line in _lines(logs):
-        if line and _IS_CERTIFICATE.encode() not in line:
-            continue
-        event = _event(line)
-        unread += event is None
-        for user in _users_of(event) if event is not None else ():
-            is_new = user.sha256 not in by_digest
-            if user.sha256 in known or (is_new and len(by_digest) == _MOST_USERS):
+    unread = events = 0
+    begin = end = ""
+    for path in logs:
+        events_before = events
+        for line in _lines([path]):
+            event = _event(line)
+            if event is None:
+                unread += 1
                 continue
-            if is_new or by_digest[user.sha256].time <= user.time:
-                by_digest[user.sha256] = user
-    return Users(sorted(by_digest.values(), key=lambda user: (user.name, user.time)), unread)
+            events += 1
+            if written := _EVENT_TIME.findall(line)[-1:]:
+                at = written[0].decode("ascii")
+                begin, end = min(begin or at, at), max(end, at)
+            for user in _users_of(event):
+                is_new = user.sha256 not in by_digest
+                if user.sha256 in known or (is_new and len(by_digest) == _MOST_USERS):
+                    continue
+                if is_new or by_digest[user.sha256].time <= user.time:
+                    by_digest[user.sha256] = user
+        if events == events_before:
+            raise UnreadableLogError(f"{path}: wanted an audit log, found no line that is an API server's event")
+    by_name = sorted(by_digest.values(), key=lambda user: (user.name, user.time))
+    return Users(by_name, unread, events, begin, end)
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """Parse the event of a line; None: it is no event, or too long."""
+    """Parse the event of a line, to {} if it names no certificate; None: the line is no event, or too long."""
+    if _IS_CERTIFICATE.encode() not in line and _EVENT_BEGINS.match(line):
+        return {}
     with contextlib.suppress(ValueError):
         event = json_of(line, Budget(_LONGEST_LINE, MOST_OF_SERVER))
-        return event if isinstance(event, dict) else None
+        if isinstance(event, dict) and str(event.get("apiVersion")).startswith("audit.k8s.io/"):
+            return event
     return None
 
 
@@ -183,6 +209,8 @@ _HANDSHAKE = re.compile(
     r"TLS handshake error from ([0-9A-Fa-f.:\[\]%a-z]{2,60}):\d{1,5}: remote error: tls: "
     r"(?:bad certificate|unknown certificate authority|unknown certificate)"
 )
+#: The head of a line in both of Kubernetes's formats of logs, text and JSON.
+_LOGGED = re.compile(rb'[IWEF]\d{4} .{0,60}?\S\.go:\d+\]|\{"ts":\d')
 #: A client certificate from none of the API server's CAs; logged at any verbosity.
 _UNKNOWN = re.compile(r"verifying certificate SN=(\d{1,50}), SKID=[0-9A-F:]{0,60}, AKID=([0-9A-F:]{0,60}) failed")
 
@@ -190,10 +218,15 @@ _UNKNOWN = re.compile(r"verifying certificate SN=(\d{1,50}), SKID=[0-9A-F:]{0,60
 def refusals(logs: Sequence[Path]) -> list[Refusal]:
     """List the refusals of both kinds in API servers' logs, the most frequent first (UnreadableLogError)."""
     counts: dict[str, int] = {}
-    for line in _lines(logs):
-        for who in _refused(line.decode("utf-8", errors="replace")):
-            if who in counts or len(counts) < _MOST_USERS:
-                counts[who] = counts.get(who, 0) + 1
+    for path in logs:
+        is_log = False
+        for line in _lines([path]):
+            is_log = is_log or _LOGGED.search(line) is not None
+            for who in _refused(line.decode("utf-8", errors="replace")):
+                if who in counts or len(counts) < _MOST_USERS:
+                    counts[who] = counts.get(who, 0) + 1
+        if not is_log:
+            raise UnreadableLogError(f"{path}: wanted an API server's log, found no line that an API server writes")
     return [Refusal(who, count) for who, count in sorted(counts.items(), key=lambda item: -item[1])]
 
 
@@ -215,6 +248,10 @@ _FAILED = re.compile(rb"apiserver_tls_handshake_errors_total ([0-9.e+]{1,24})")
 _SILENCE_SECONDS = 10.0
 _LONGEST_SAMPLE = 1 << 16
 _MOST_SAMPLES = 2_000_000
+
+
+class UncountedError(BridgeError):
+    """An API server's metrics lack the metric of client certificates, or have it in another form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +297,7 @@ class Requests:
 
 
 def counters(api: Api) -> Counters:
-    """Read the counters from the first server's metrics (NoAnswerError)."""
+    """Read the counters from the first server's metrics (NoAnswerError; UncountedError: the metrics do not have them)."""
     left: dict[float, float] = {}
     failed = 0.0
     with api.lines("/metrics", _SILENCE_SECONDS, _LONGEST_SAMPLE) as lines:
@@ -269,6 +306,8 @@ def counters(api: Api) -> Counters:
                 left[float(match[1])] = float(match[2])
             elif match := _FAILED.fullmatch(line):
                 failed = float(match[1])
+    if math.inf not in left:
+        raise UncountedError("wanted the metric apiserver_client_certificate_expiration_seconds, found none")
     return Counters(left, failed)
 
 
@@ -332,6 +371,8 @@ def _counted(apis: Mapping[str, Api], now: Now) -> tuple[dict[str, _Look], list[
             counted = counters(api)
         except NoAnswerError as e:
             troubles.append(f"{name}: its metrics were not read: {e}")
+        except UncountedError as e:
+            troubles.append(f"{name}: its requests were not counted: {e}")
         else:
             counts[name] = (now(), begin, counted)
     return counts, troubles
@@ -342,16 +383,23 @@ _Look = tuple[datetime, datetime, Counters]
 
 
 def _lines(paths: Iterable[Path]) -> Iterator[bytes]:
-    """Yield the lines of files that may grow meanwhile; a line that is too long is empty (UnreadableLogError)."""
+    """Yield the lines of files, gzip or not, that may grow; a line that is too long is empty (UnreadableLogError)."""
     for path in paths:
         with (
             reasons(UnreadableLogError, f"{path}: wanted a log, found"),
             regular_file(path) as (descriptor, _),
             open(descriptor, "rb", closefd=False) as file,
         ):
-            is_rest = False
-            while line := file.readline(_LONGEST_LINE):
-                is_whole, was_rest = line.endswith(b"\n"), is_rest
-                is_rest = not is_whole and len(line) == _LONGEST_LINE
-                if not was_rest:
-                    yield b"" if is_rest else line
+            try:
+                yield from _lines_of(gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file)
+            except (EOFError, zlib.error) as e:
+                raise UnreadableLogError(f"{path}: wanted a whole gzip file, found: {e}") from e
+
+
+def _lines_of(file: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+    is_rest = False
+    while line := file.readline(_LONGEST_LINE):
+        is_whole, was_rest = line.endswith(b"\n"), is_rest
+        is_rest = not is_whole and len(line) == _LONGEST_LINE
+        if not was_rest:
+            yield b"" if is_rest else line

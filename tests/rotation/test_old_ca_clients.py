@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,22 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli.options import utc_now
-from bridge.cluster import of_gateway
+from bridge.cluster import ANONYMOUS, Server, of_gateway
 from bridge.cluster.api import Api
 from bridge.contract import SignRequest
 from bridge.node import inventory
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.rotation import Change, old_ca_clients
-from bridge.rotation.old_ca_clients import Counters, UnreadableLogError, Users, counters, refusals, requests, users
+from bridge.rotation.old_ca_clients import (
+    Counters,
+    UncountedError,
+    UnreadableLogError,
+    Users,
+    counters,
+    refusals,
+    requests,
+    users,
+)
 from bridge.specs import USER
 from bridge.state import Store
 from tests.kit import kube_api
@@ -36,8 +49,15 @@ ID = "authentication.kubernetes.io/credential-id"
 def event(digest: str = OLD, name: str = "jane", time: str = "2026-11-28T12:00:00.000000Z", **more: Any) -> str:
     """As an API server at the level Metadata writes it."""
     user = {"username": name, "groups": ["dev", "system:authenticated"], "extra": {ID: [f"X509SHA256={digest}"]}}
-    whole = {"kind": "Event", "stage": "ResponseComplete", "user": user, "sourceIPs": ["192.0.2.7"]}
-    return json.dumps({**whole, "userAgent": "kubectl/v1.37.2", "stageTimestamp": time, **more})
+    whole = {
+        "kind": "Event",
+        "apiVersion": "audit.k8s.io/v1",
+        "stage": "ResponseComplete",
+        "user": user,
+        "sourceIPs": ["192.0.2.7"],
+    }
+    event = {**whole, "userAgent": "kubectl/v1.37.2", "stageTimestamp": time, **more}
+    return json.dumps(event, separators=(",", ":"))
 
 
 def log(directory: Path, *lines: str) -> Path:
@@ -59,7 +79,9 @@ def test_a_certificate_that_is_not_known_is_named_with_its_last_request(tmp_path
         "jane (dev, system:authenticated), certificate aaaaaaaa, last at 2026-11-28T13:00:00.000000Z from 192.0.2.8, "
         "10.0.0.1 by kubectl/v1.37.2"
     )
-    assert users([path], {NEW, OLD}) == Users([], 0)
+    noon, last = "2026-11-28T12:00:00.000000Z", "2026-11-28T13:00:00.000000Z"
+    assert users([path], {NEW, OLD}) == Users([], 0, 6, noon, last)
+    assert users([path], {NEW, OLD}).read == f"6 events from {noon} to {last}"
     assert [user.name for user in users([path, path], {OLD}).users] == ["new"]
 
 
@@ -91,6 +113,44 @@ def test_a_line_of_another_shape_is_no_client(tmp_path: Path, line: str) -> None
     found = users([log(tmp_path, line, event())], set())
     assert [user.name for user in found.users] == ["jane"]
     assert found.unread == (not line.startswith('{"kind"'))
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    "content",
+    [
+        event().encode("utf-16"),
+        bytes(range(256)) * 20,
+        json.dumps({"log": event()}).encode(),
+        f'{{"log": {event()}}}'.encode(),
+        gzip.compress(b"no event\n"),
+        b"",
+    ],
+)
+def test_a_log_without_events_is_no_proof_that_the_old_ca_has_no_clients(tmp_path: Path, content: bytes) -> None:
+    """Another encoding, noise, a log shipper's lines and an empty file are errors, also beside a good log."""
+    good, bad = log(tmp_path, event()), tmp_path / "other.log"
+    bad.write_bytes(content)
+    for paths in ([bad], [good, bad]):
+        with pytest.raises(UnreadableLogError, match=r"other\.log: wanted an audit log, found no line"):
+            users(paths, {OLD})
+    with pytest.raises(UnreadableLogError, match=r"other\.log: wanted an API server's log, found no line"):
+        refusals([bad])
+
+
+@pytest.mark.attack
+def test_compressed_logs_are_read_and_a_cut_one_is_an_error(tmp_path: Path) -> None:
+    """As kube-apiserver's `--audit-log-compress` writes them; lines that are no events are counted."""
+    line = next(iter(REFUSED))
+    for name, text in (("audit.log.gz", f"{event()}\nno event\n"), ("server.log.gz", f"{line}\n")):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    audit = users([tmp_path / "audit.log.gz"], set())
+    assert ([user.name for user in audit.users], audit.unread, audit.events) == (["jane"], 1, 1)
+    assert [refusal.count for refusal in refusals([tmp_path / "server.log.gz"])] == [1]
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(f"{event()}\n".encode() * 1000)[:-20])
+    with pytest.raises(UnreadableLogError, match="wanted a whole gzip file"):
+        users([cut], {OLD})
 
 
 def test_words_of_others_steer_no_terminal_and_fill_no_memory(tmp_path: Path) -> None:
@@ -139,7 +199,7 @@ def test_certificates_of_the_new_ca_are_known_by_the_node_and_by_the_operator(tm
 REFUSED: Mapping[str, str] = {
     "2026-11-28T12:00:00Z stderr F I1128 12:00:00.0 1 log.go:245] http: TLS handshake error from 192.0.2.9:44321: "
     "remote error: tls: bad certificate": "a client at 192.0.2.9 does not trust the API server's certificate",
-    "http: TLS handshake error from [2001:db8::7]:1234: remote error: tls: unknown certificate authority": (
+    "I1128 12:00:00.0 1 log.go:245] http: TLS handshake error from [2001:db8::7]:1234: remote error: tls: unknown certificate authority": (
         "a client at [2001:db8::7] does not trust the API server's certificate"
     ),
     'E1128 authentication.go:75] "Unable to authenticate the request" err="[invalid bearer token, verifying certificate '
@@ -180,6 +240,55 @@ def test_requests_are_counted_by_the_ends_of_their_certificates(tmp_path: Path) 
         with pytest.raises(ValueError, match="cp-1: wanted one API server that counts, found that it was started anew"):
             requests("cp-1", after, before, [long])
         api.close()
+
+
+_BUCKET = "apiserver_client_certificate_expiration_seconds_bucket"
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    "page",
+    [
+        "",
+        "<html>sign in</html>\n",
+        f'{_BUCKET}{{zone="a",le="0"}} 0\n{_BUCKET}{{zone="a",le="+Inf"}} 7\n',
+        f'{_BUCKET}{{le="0"}} 0\n{_BUCKET}{{le="1800"}} 3\n',
+    ],
+)
+def test_a_server_without_the_metric_is_not_counted(page: str) -> None:
+    """A switched-off metric, a load balancer's page, a further label and a page without its end are no count of zero."""
+    whole = f'{_BUCKET}{{le="0"}} 0\n{_BUCKET}{{le="+Inf"}} 7\n'
+    with metrics(whole) as api:
+        assert counters(api) == Counters({0.0: 0.0, math.inf: 7.0}, 0.0)
+    with metrics(page) as api, pytest.raises(UncountedError, match="found none"):
+        counters(api)
+
+
+@contextmanager
+def metrics(page: str) -> Iterator[Api]:
+    """An API server whose metrics are this page."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/metrics"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        api = Api([ANONYMOUS], [Server(f"http://127.0.0.1:{server.server_port}")])
+        try:
+            yield api
+        finally:
+            api.close()
+            server.shutdown()
+            thread.join()
 
 
 def leaf(ca: Signer, *, days: int) -> x509.Certificate:
