@@ -20,10 +20,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bridge.cli.options import utc_now
-from bridge.cluster import ANONYMOUS, Server, of_gateway
+from bridge.cluster import ANONYMOUS, of_gateway
 from bridge.cluster.api import Api
 from bridge.contract import SignRequest
 from bridge.node import inventory
+from bridge.node.endpoints import Server
 from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.rotation import Change, old_ca_clients
 from bridge.rotation.old_ca_clients import (
