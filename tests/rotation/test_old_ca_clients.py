@@ -127,6 +127,7 @@ def test_a_line_of_another_shape_is_no_client(tmp_path: Path, line: str) -> None
         gzip.compress(b"no event\n"),
         b"",
     ],
+    ids=["utf-16", "noise", "shipped as text", "shipped as an object", "gzip", "empty"],  # a gzip head holds the time
 )
 def test_a_log_without_events_is_no_proof_that_the_old_ca_has_no_clients(tmp_path: Path, content: bytes) -> None:
     """Another encoding, noise, a log shipper's lines and an empty file are errors, also beside a good log."""
