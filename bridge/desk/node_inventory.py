@@ -11,7 +11,7 @@ from pathlib import Path
 from bridge.errors import SettingsProblem
 from bridge.pki.csr import address
 from bridge.pki.kubeadm_names import is_host_name, is_node_name
-from bridge.settings import opened
+from bridge.settings import network_of, opened
 
 _LOCAL = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 #: kubeadm's service of the API; each name with and without the rest.
@@ -58,9 +58,7 @@ class ClusterEntry:
             if address(text) is None and not is_host_name(text.lower()):
                 yield SettingsProblem("endpoints", "host names and IP addresses, without a port", repr(text))
         for text in self.service_networks:
-            try:
-                ipaddress.ip_network(text)
-            except ValueError:
+            if network_of(text) is None:
                 yield SettingsProblem("service_networks", "networks such as 10.96.0.0/12", repr(text))
         if not is_host_name(self.service_domain):
             yield SettingsProblem("service_domain", "a domain such as cluster.local", repr(self.service_domain))

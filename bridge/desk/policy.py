@@ -30,7 +30,7 @@ from bridge.pki.expiry import day, duration_text, minute
 from bridge.pki.kubeadm_names import is_host_name
 from bridge.pki.signatures import origin_problem, proof_problem, usages_problem
 from bridge.pki.user_rules import Limits, User
-from bridge.settings import Reader, opened
+from bridge.settings import Reader, network_of, opened
 from bridge.specs import (
     AUTHORITIES,
     EKU,
@@ -669,13 +669,12 @@ def _matches(kind: str, value: str, text: str) -> bool:
 
 def _san_rule(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | str | None:
     """A network (perhaps of one address), a name, or a suffix; None: invalid."""
-    try:
-        return ipaddress.ip_network(text)
-    except ValueError:
-        plain = text.removeprefix(".").removeprefix("*.")
-        is_name = plain and all(part and part.replace("-", "").replace("_", "").isalnum() for part in plain.split("."))
-        looks_like_address = all(part.isdigit() for part in plain.split("."))
-        return text if is_name and plain.isascii() and not looks_like_address else None
+    if (network := network_of(text)) is not None:
+        return network
+    plain = text.removeprefix(".").removeprefix("*.")
+    is_name = plain and all(part and part.replace("-", "").replace("_", "").isalnum() for part in plain.split("."))
+    looks_like_address = all(part.isdigit() for part in plain.split("."))
+    return text if is_name and plain.isascii() and not looks_like_address else None
 
 
 def _ekus(ekus: frozenset[EKU]) -> str:

@@ -11,6 +11,7 @@ modules of their own. No answer holds a secret: the bundle proves its sender, an
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import math
@@ -19,10 +20,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -34,6 +34,7 @@ from bridge.door.store import TO_SIGN, DatabaseError, DoorDatabase, EnrolmentErr
 from bridge.errors import BridgeError
 from bridge.pki.bundle import BundleError
 from bridge.pki.certificates import pem
+from bridge.settings import network_of
 from bridge.settings.tables import Settings
 from bridge.system.waiting import Rate, wait_until
 from bridge.words import one_line
@@ -59,6 +60,9 @@ _PART_AWAITING = 4
 _PART_UNJUDGED, _LONGEST_UNJUDGED_BYTES = 10, 64 << 10
 #: Requests of one node that may wait for people; a node that asks again has lost its keys, or hides others' requests.
 _MOST_UNDECIDED = 10
+_PIECE_BYTES = 64 << 10
+#: The page for monitors that names nodes.
+METRICS = "/metrics"
 _ID = re.compile(r"/v1/requests/([A-Za-z0-9_-]{43})")
 _CHAIN = "application/pem-certificate-chain"
 _CERTIFICATE = re.compile(r"/v1/certificates/([a-z0-9.-]{1,100})/([0-9a-f]{64})")
@@ -74,6 +78,7 @@ class Reply:
     body: bytes
     kind: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)  #: `retry_after` stands for the header Retry-After.
+    end: bytes = b""  #: The end of the body, which several answers may share.
 
     @classmethod
     def of(cls, status: HTTPStatus, document: Mapping[str, Any], **headers: str) -> Reply:
@@ -104,7 +109,7 @@ class Door:
         memory: DoorDatabase,
         signing: Signing,
         now: Callable[[], datetime],
-        pages: Mapping[str, Callable[[], tuple[int, str]]],
+        pages: Mapping[str, Callable[[], Reply]],
         asker: Callable[[Environ], str] = lambda _: "",
     ) -> None:
         """`pages` are the pages for monitors, by path; `asker` returns the approver who sends a request."""
@@ -117,6 +122,8 @@ class Door:
         self.signing = signing
         self.now = now
         self._rate = Rate(ours.requests_per_minute)
+        self._lines = Rate(1)  #: Log lines about one address that sends too much.
+        self._monitors = [network for text in ours.metrics_for if (network := network_of(text)) is not None]
         self._authorities = sorted(settings.authorities)
         self._pages = pages
         #: The handlers of GET, by path.
@@ -125,7 +132,7 @@ class Door:
             _CERTIFICATE: self._certificate,
             re.compile("/v1/authorities"): lambda: Reply.of(HTTPStatus.OK, {"authorities": self._authorities}),
             re.compile(f"/v1/authorities/({'|'.join(map(re.escape, self._authorities))})"): self._issuers,
-            **{re.compile(re.escape(path)): partial(_page, page) for path, page in pages.items()},
+            **{re.compile(re.escape(path)): page for path, page in pages.items()},
         }
         self.asker = asker
         self._mutex = threading.Lock()
@@ -134,12 +141,13 @@ class Door:
         #: The handlers of other paths, by prefix.
         self.below: dict[str, Callable[[Environ], Reply]] = {}
 
-    def __call__(self, environ: Environ, start: Callable[[str, list[tuple[str, str]]], Any]) -> list[bytes]:
+    def __call__(self, environ: Environ, start: Callable[[str, list[tuple[str, str]]], Any]) -> Iterable[bytes]:
         """Answer a WSGI request."""
         request_id, began = secrets.token_hex(8), time.monotonic()
+        method, path, peer = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
+        seconds = self._seconds_too_early(peer, began)
         try:
-            self._assert_slow(environ["REMOTE_ADDR"])
-            reply = self._reply(environ)
+            reply = self._too_early(seconds) if seconds else self._reply(environ)
         except TurnedAwayError as e:
             reply = e.reply
         except DatabaseError as e:
@@ -147,8 +155,12 @@ class Door:
             reply = Reply.error(HTTPStatus.SERVICE_UNAVAILABLE, _DATABASE, retry_after=str(_PAUSE_SECONDS))
         with self._mutex:
             self.answers[int(reply.status)] += 1
-        method, path, peer = (environ[key] for key in ("REQUEST_METHOD", "PATH_INFO", "REMOTE_ADDR"))
-        if path not in self._pages:
+            is_told = path not in self._pages and not seconds
+            is_news = bool(seconds) and not self._lines.take(peer, began)
+        if is_news:
+            text = "%s sends more than %d requests a minute; answers of 429 to all addresses so far: %d"
+            log.warning(text, peer, self._settings.requests_per_minute, self.answers[int(reply.status)])
+        if is_told:
             path_text = _ID.sub("/v1/requests/…", path)  # the id alone gets the answer
             text = "%s %s from %s: %d in %.0f ms"
             about = {"request": request_id, "requester": peer, "outcome": str(int(reply.status))}
@@ -156,27 +168,40 @@ class Door:
             log.info(
                 text, one_line(method, 20), one_line(path_text, 200), peer, reply.status, milliseconds, extra=about
             )
-        body = b"" if method == "HEAD" else reply.body
+        parts = () if method == "HEAD" else (reply.body, reply.end)
         headers = {
             "Content-Type": reply.kind,
-            "Content-Length": str(len(body)),
+            "Content-Length": str(sum(map(len, parts))),
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
             "X-Request-Id": request_id,
             **{name.replace("_", "-").title(): value for name, value in reply.headers.items()},
         }
         start(f"{int(reply.status)} {reply.status.phrase}", list(headers.items()))
-        return [body]
+        # cheroot copies each piece that it sends
+        return (part[at : at + _PIECE_BYTES] for part in parts for at in range(0, len(part), _PIECE_BYTES))
 
-    def _assert_slow(self, peer: str) -> None:
+    def _seconds_too_early(self, peer: str, now: float) -> float:
         with self._mutex:
-            seconds = self._rate.take(peer, time.monotonic())
-        if seconds:
-            text = f"wanted at most {self._settings.requests_per_minute} requests a minute from one address, found more"
-            raise away(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(math.ceil(seconds)))
+            return self._rate.take(peer, now)
+
+    def _too_early(self, seconds: float) -> Reply:
+        text = f"wanted at most {self._settings.requests_per_minute} requests a minute from one address, found more"
+        return Reply.error(HTTPStatus.TOO_MANY_REQUESTS, text, retry_after=str(math.ceil(seconds)))
+
+    def _assert_monitor(self, peer: str) -> None:
+        address = ipaddress.ip_address(peer)
+        address = getattr(address, "ipv4_mapped", None) or address  # as a socket for both families writes IPv4
+        if self._monitors and not any(address in network for network in self._monitors):
+            text = f"wanted an address that may read {METRICS}, found {peer}"
+            raise TurnedAwayError(
+                Reply.error(HTTPStatus.FORBIDDEN, BridgeError(text, hint="serve.metrics_for of the door"))
+            )
 
     def _reply(self, environ: Environ) -> Reply:
         path = environ["PATH_INFO"]
+        if path == METRICS:
+            self._assert_monitor(environ["REMOTE_ADDR"])
         if path == "/v1/requests":
             assert_method(environ, "POST")
             return self._post(environ)
@@ -374,6 +399,7 @@ def _note(kept: Kept) -> str:
     return f"request {kept.digest[:16]} waits for its turn"
 
 
-def _page(page: Callable[[], tuple[int, str]]) -> Reply:
-    (status, text), kind = page(), "text/plain; version=0.0.4; charset=utf-8"
-    return Reply(status=HTTPStatus(status), body=text.encode(), kind=kind)
+def monitors_page(status: int, text: str, end: bytes = b"") -> Reply:
+    """Return a page of `bridge.system.metrics` as an answer."""
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Reply(status=HTTPStatus(status), body=text.encode(), end=end, kind=kind)

@@ -25,7 +25,7 @@ from cryptography import x509
 
 from bridge.desk.approval import Trust
 from bridge.door import fleet
-from bridge.door.app import Door
+from bridge.door.app import METRICS, Door, Reply, monitors_page
 from bridge.door.approvals import Approvals, Pages
 from bridge.door.est import ROOT, Est
 from bridge.door.https import Https, serving
@@ -71,9 +71,7 @@ class Service:
         self._settings = settings
         self._now = now
         self.memory = open_memory(settings, may_make=True)
-        self._nodes = CachedResult(
-            lambda: fleet.metrics(fleet.fleet(self.memory, settings.renewal.before, now()), fleet.unnamed(self.memory))
-        )
+        self._nodes = CachedResult(self._nodes_metrics)  # one text for all who ask, of megabytes at 100,000 nodes
         self._secret = secret(Store(settings.node.state_dir))
         self._persons: tuple[x509.Certificate, ...] = ()
         self._signing = Signing(settings, self.memory, policy_file, now, self._trust)
@@ -85,7 +83,11 @@ class Service:
         served = [credentials.CredentialFile(credentials.SERVED, settings.serve.certificate)]
         for text in credentials.warnings(credentials.look(settings, served, None), settings, now()):
             log.warning("%s", text)
-        pages = {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
+        pages: dict[str, Callable[[], Reply]] = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            METRICS: self._metrics,
+        }
         approvals = Approvals(self.memory, self._signing)
         self._door = Door(settings, self.memory, self._signing, now, pages, approvals.asker)
         self._door.below |= {
@@ -196,14 +198,14 @@ class Service:
 
     # --- pages --------------------------------------------------------------------------------------------------------
 
-    def _healthz(self) -> tuple[int, str]:
+    def _healthz(self) -> Reply:
         has_ended = not (self._thread.is_alive() or self._door.ending.is_set())
-        return health(["the thread that signs has ended"] if has_ended else [], "ok\n")
+        return monitors_page(*health(["the thread that signs has ended"] if has_ended else [], "ok\n"))
 
-    def _readyz(self) -> tuple[int, str]:
+    def _readyz(self) -> Reply:
         """Report whether the door takes requests, which it does even while a CA is down."""
         down = "".join(f"{name} can't be used now; requests for it wait\n" for name in self._signing.troubles)
-        return health(self._unready(), f"ok\n{down}")
+        return monitors_page(*health(self._unready(), f"ok\n{down}"))
 
     def _unready(self) -> Iterator[str]:
         if self._door.ending.is_set():
@@ -215,12 +217,12 @@ class Service:
         except DatabaseError:
             yield "the database does not answer"
 
-    def _metrics(self) -> tuple[int, str]:
+    def _metrics(self) -> Reply:
         try:
             counts = self.memory.counts()
             nodes = self._nodes()
         except DatabaseError:
-            counts, nodes = {}, ""
+            counts, nodes = {}, b""
         connections = self._https.counts() if self._https is not None else {}
         by_one_label: list[tuple[str, str, str, Mapping[Any, float], str]] = [
             ("requests", "Requests by state.", "state", counts, "gauge"),
@@ -232,8 +234,12 @@ class Service:
         ]
         parts = [metric(f"{PREFIX}_{name}", text, by_label(label, values), kind)
                  for name, text, label, values, kind in by_one_label]  # fmt: skip
-        parts += [metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))]), nodes]
-        return HTTPStatus.OK, "".join(parts)
+        parts += [metric(f"{PREFIX}_signing", "Whether rounds succeed.", [("", int(not self._trouble))])]
+        return monitors_page(HTTPStatus.OK, "".join(parts), nodes)
+
+    def _nodes_metrics(self) -> bytes:
+        known = fleet.fleet(self.memory, self._settings.renewal.before, self._now())
+        return fleet.metrics(known, fleet.unnamed(self.memory)).encode()
 
 
 def secret(store: Store) -> bytes:

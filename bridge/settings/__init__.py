@@ -7,6 +7,7 @@ lines. `tables` has the dataclasses of the settings file; a CA's backend, a desk
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import shlex
 import tomllib
@@ -335,3 +336,11 @@ def address_of(text: str) -> tuple[str, int] | None:
     if match is None or int(match[2]) > _LAST_PORT:
         return None
     return match[1].strip("[]"), int(match[2])
+
+
+def network_of(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    """A network such as `10.0.0.0/8`, or of one address; None: it is another text."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError:
+        return None

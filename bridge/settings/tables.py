@@ -19,7 +19,7 @@ from bridge.pki.expiry import Before, duration_text
 from bridge.pki.kubeadm_names import is_host_name, is_node_name
 from bridge.pki.verify import Expectation
 from bridge.secret import GIVEN, Secret
-from bridge.settings import Source, address_of, command_words
+from bridge.settings import Source, address_of, command_words, network_of
 from bridge.settings.pair_tables import PairSettings
 from bridge.settings.windows import Jitter, Windows
 from bridge.specs import AUTHORITIES, DEFAULT_CLUSTER, SPECS, SUPER_ADMIN, Component, KeyAlgorithm
@@ -610,6 +610,8 @@ class ServeSettings:
     #: How many requests may wait for an answer; a tenth of them if the door has not reached their CA yet.
     waiting: int = 10000
     waiting_per_peer: int = 500  #: The same for one address.
+    #: The addresses and networks that may read `/metrics`, which has the nodes' names; if empty, all.
+    metrics_for: tuple[str, ...] = ()
     #: How long answered requests are kept with their answers, and certificates after their end.
     keep: timedelta = timedelta(days=90)
 
@@ -617,6 +619,8 @@ class ServeSettings:
         """An invalid address, and numbers that let no request in."""
         if address_of(self.listen) is None:
             yield SettingsProblem("listen", "an address and a port such as 0.0.0.0:9443", repr(self.listen))
+        for text in (text for text in self.metrics_for if network_of(text) is None):
+            yield SettingsProblem("metrics_for", "addresses, and networks such as 10.0.0.0/8", repr(text))
         for key in ("connections", "connections_per_peer", "requests_per_minute", "waiting", "waiting_per_peer"):
             if getattr(self, key) < 1:
                 yield SettingsProblem(key, "at least 1", str(getattr(self, key)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 
 from bridge.desk.node_identity import Identity
 from bridge.desk.workers import ReadBundle
-from bridge.door.app import Door
+from bridge.door.app import METRICS, Door, monitors_page
 from bridge.door.store import DoorDatabase, sqlite_url
 from bridge.pki.bundle import RequestBundle
 from bridge.pki.bundle_format import digest, dumps, loads_request
@@ -68,7 +69,13 @@ def unjudged(bundle: RequestBundle) -> ReadBundle:
 
 
 def make_application(
-    memory: DoorDatabase, *, is_judged: bool = True, a_minute: int = 1000, waiting: int = 10, **more: Any
+    memory: DoorDatabase,
+    *,
+    is_judged: bool = True,
+    a_minute: int = 1000,
+    waiting: int = 10,
+    nodes: bytes = b"nodes 1\n",
+    **more: Any,
 ) -> Door:
     serve = ServeSettings(waiting=waiting, waiting_per_peer=waiting, requests_per_minute=a_minute, **more)
     signing: Any = SimpleNamespace(
@@ -79,7 +86,58 @@ def make_application(
         judges=lambda _: is_judged,
         arrived=threading.Event(),
     )
-    return Door(Settings(source=Source(None, ""), serve=serve), memory, signing, now, {})
+    pages = {"/healthz": lambda: monitors_page(200, "ok\n"), METRICS: lambda: monitors_page(200, "up 1\n", nodes)}
+    return Door(Settings(source=Source(None, ""), serve=serve), memory, signing, now, pages)
+
+
+def got(door: Door, path: str, peer: str = "192.0.2.1") -> tuple[str, list[bytes]]:
+    """Status and pieces of the answer to a GET."""
+    statuses: list[str] = []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "REMOTE_ADDR": peer}
+    pieces = list(door(environ, lambda status, _: statuses.append(status)))
+    return statuses[0], pieces
+
+
+@pytest.mark.attack
+def test_one_address_writes_one_line_a_minute_about_its_rate(
+    memory: DoorDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each answer below the rate is a line; of a thousand above it one is, and the metrics count them."""
+    door = make_application(memory, a_minute=3)
+    with caplog.at_level(logging.INFO):
+        for _ in range(1000):
+            posted(door, b"text")
+        posted(door, b"text", peer="192.0.2.2")
+    about = [record.getMessage() for record in caplog.records]
+
+    assert sum("400 in" in text for text in about) == 4
+    assert [text for text in about if "429" in text] == [
+        "192.0.2.1 sends more than 3 requests a minute; answers of 429 to all addresses so far: 1"
+    ]
+    assert door.answers[429] == 997
+
+
+@pytest.mark.attack
+def test_the_settings_say_which_addresses_read_the_metrics(memory: DoorDatabase) -> None:
+    """Without the setting everyone; with it no stranger, also not one who asks by IPv6 for a part of an IPv4 network."""
+    monitors = ("192.0.2.0/28", "2001:db8::/64")
+    closed, all_read = make_application(memory, metrics_for=monitors), make_application(memory)
+    good, bad = ("192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1"), ("192.0.2.16", "::ffff:192.0.2.16", "2001:db8:0:1::")
+
+    assert {got(closed, METRICS, peer)[0] for peer in good} == {"200 OK"}
+    assert {got(closed, METRICS, peer)[0] for peer in bad} == {"403 Forbidden"}
+    assert {got(all_read, METRICS, peer)[0] for peer in bad} == {"200 OK"}
+    assert {got(closed, "/healthz", peer)[0] for peer in bad} == {"200 OK"}
+
+
+@pytest.mark.attack
+def test_a_long_page_is_sent_in_pieces(memory: DoorDatabase) -> None:
+    """Clients that read slowly share one text; cheroot would hold two copies of it for each of them."""
+    text = b"x" * 3_000_000
+    _, pieces = got(make_application(memory, nodes=text), METRICS)
+
+    assert b"".join(pieces) == b"up 1\n" + text
+    assert max(map(len, pieces)) <= 65536
 
 
 def test_one_address_has_a_rate(memory: DoorDatabase) -> None:
