@@ -54,7 +54,7 @@ def serve(common: Common, policy: PolicyOption = None) -> None:
     """
     Sign what nodes ask for over HTTPS, as far as the desk's policy allows: one door to the CA for all nodes.
 
-    It runs until SIGTERM; `ca-bridge help door` has its settings, addresses and metrics.
+    It runs until SIGTERM, SIGINT or SIGHUP; `ca-bridge help door` has its settings, addresses and metrics.
     """
     assert_installed("ca-bridge serve")
     settings = common.settings()
@@ -62,7 +62,7 @@ def serve(common: Common, policy: PolicyOption = None) -> None:
     store.prepare()
     with lock(store.door_lock, "ca-bridge serve"):  # other doors would take two with one state directory for one
         service = Service(settings, policy.absolute() if policy is not None else None, utc_now)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: service.stop())
         service.run(lambda port: log.info("serving at port %d", port))
 

@@ -3,10 +3,11 @@ HTTPS for a WSGI application; the only module that uses cheroot.
 
 This module adds what cheroot lacks. A worker thread does the handshake, because in cheroot's own thread one silent
 client would block all others. A connection gets a thread only when data has arrived, and in its address's turn. An
-exchange has a time limit, and the number of connections is limited for each address and in total. The server refuses a
-request that states its length twice. It accepts chunked bodies below one path only, and then closes the connection, so
-that no proxy before it can read another request from the same bytes. It loads its certificate again when the file
-changes.
+exchange has a time limit, and the number of connections is limited for each address and in total. Without a free
+descriptor for a new connection the server ends the one that is idle longest, and goes on. The server refuses a request
+that states its length twice, and a head with control characters or continued lines. It accepts chunked bodies below one
+path only, and then closes the connection, so that no proxy before it can read another request from the same bytes. It
+loads its certificate again when the file changes.
 
 A client may present a certificate from one of the anchors. The application finds it in the environ under `PEER`, and
 decides with `bridge.pki.verify.client_problem` what the anchor allows; without a certificate the key is absent.
@@ -15,10 +16,12 @@ decides with `bridge.pki.verify.client_problem` what the anchor allows; without 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import re
+import resource
 import socket
 import ssl
 import threading
@@ -42,7 +45,7 @@ from bridge.settings import address_of
 from bridge.settings.tables import ServeSettings
 from bridge.system.files import version
 from bridge.system.tls import TlsSocket
-from bridge.system.waiting import FairQueue
+from bridge.system.waiting import FairQueue, Rate
 
 log = logging.getLogger("ca-bridge")
 
@@ -54,6 +57,8 @@ Anchors = Callable[[], Sequence[x509.Certificate]]
 
 #: Limit of a request line with its headers; ours take a few hundred bytes.
 _LONGEST_HEAD_BYTES = 16 << 10
+#: RFC 9110 §5.5 without what programs disagree about: a control character (a bare CR, NUL), and a line that goes on.
+_HEAD_LINE = re.compile(rb"(?![ \t])[\t\x20-\x7e\x80-\xff]*\r\n")
 #: A chunk's size without extensions, because programs disagree about where extensions end.
 _CHUNK, _LONGEST_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,6})\r\n"), 16
 #: A million chunks of one byte would take seconds to read; real clients send kilobytes in each.
@@ -62,6 +67,11 @@ _BACKLOG = 128
 #: A connection without a request is closed after this time.
 _IDLE_SECONDS = 15
 _LOOK_SECONDS = 0.5
+#: Descriptors that are no connections: databases, CAs, programs, logs.
+_OTHER_FILES = 200
+#: accept(2): no descriptor or no memory is left.
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_PAUSE_WITHOUT_ROOM_SECONDS = 0.1
 
 
 class _Tls(Adapter):
@@ -152,6 +162,21 @@ class _UniqueHeaders(dict[bytes, bytes]):
         super().__setitem__(name, value)
 
 
+class _HeadLines:
+    """The lines of a request's head; one that programs read differently is a ValueError."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readline(self) -> bytes:
+        line: bytes = self._file.readline()
+        if line.endswith(b"\n") and not _HEAD_LINE.fullmatch(line):
+            raise ValueError(
+                "A line of a request's head has no control characters, does not go on, and ends with CRLF."
+            )
+        return line
+
+
 class _Request(cheroot_server.HTTPRequest):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -159,8 +184,20 @@ class _Request(cheroot_server.HTTPRequest):
         self.header_reader = _Headers()
         self._body: bytes | None = None  #: A body that came in chunks.
 
+    def read_request_line(self) -> bool:
+        self.rfile = _HeadLines(self.rfile)
+        try:
+            return bool(super().read_request_line())  # type: ignore[no-untyped-call]  # cheroot's stubs
+        except ValueError as e:
+            self.simple_response("400 Bad Request", e.args[0])
+            return False
+
     def read_request_headers(self) -> bool:
         if not super().read_request_headers():  # type: ignore[no-untyped-call]  # cheroot's stubs
+            return False
+        if self.response_protocol == "HTTP/1.1" and b"Host" not in self.inheaders:
+            self.close_connection = True
+            self.simple_response("400 Bad Request", "A request needs a Host.")
             return False
         if self._may_be_chunked():
             self.close_connection = True  # the server reads nothing after the body
@@ -212,7 +249,7 @@ def _unchunked(file: Any, most: int) -> bytes | None:
 
 
 class _Headers(cheroot_server.DropUnderscoreHeaderReader):
-    """Takes only names of RFC 9110 §5.1: programs disagree about a blank before the colon and a continued line."""
+    """Takes only names of RFC 9110 §5.1: programs disagree about a blank before the colon."""
 
     def _transform_key(self, key_name: bytes) -> bytes:
         if not key_name or key_name != key_name.strip() or b" " in key_name:
@@ -228,6 +265,7 @@ class _Connection(cheroot_server.HTTPConnection):
     admitted = False
     has_handshake = False
     began = 0.0  #: Start of the current exchange, by the monotonic clock.
+    idle_since: float | None = None  #: Since then it waits for a request, by the monotonic clock; None: it doesn't.
 
     def communicate(self) -> bool:
         """Serve one exchange in a worker thread; the first begins with the handshake."""
@@ -253,6 +291,23 @@ class _Connection(cheroot_server.HTTPConnection):
             super().close()
 
 
+class _Listener(socket.socket):
+    """The listening socket, which has room made where accept(2) finds none: cheroot would try again at once, for ever."""
+
+    def __init__(self, sock: socket.socket, make_room: Callable[[OSError], None]) -> None:
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self._make_room = make_room
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().accept()
+        except OSError as e:
+            if e.errno not in _NO_ROOM:
+                raise
+            self._make_room(e)
+            raise TimeoutError from None  # cheroot serves the other connections, and tries again
+
+
 class Https(wsgi.Server):
     """The HTTPS server; its methods, except `port` and `counts`, are for cheroot and our connections."""
 
@@ -276,6 +331,7 @@ class Https(wsgi.Server):
         self.peers: Counter[str] = Counter()
         self.shares = FairQueue[_Connection](settings.threads)
         self.turned_away = 0
+        self._warnings = Rate(1)
 
     @property
     def port(self) -> int:
@@ -288,6 +344,7 @@ class Https(wsgi.Server):
 
     def process_conn(self, conn: _Connection) -> None:
         """Let a new connection wait for data without a thread, and queue one with data for a thread."""
+        conn.idle_since = None
         if conn.admitted:
             with self.mutex:
                 self.shares.wait(str(conn.remote_addr), conn)
@@ -334,6 +391,7 @@ class Https(wsgi.Server):
         if self.ready and conn.has_handshake and conn.socket.pending():
             self.process_conn(conn)
         else:
+            conn.idle_since = time.monotonic()
             super().put_conn(conn)
 
     def forget(self, conn: _Connection) -> None:
@@ -346,18 +404,59 @@ class Https(wsgi.Server):
                 if not self.peers[peer]:
                     del self.peers[peer]
 
-    def end_slow(self) -> None:
-        """End exchanges that take too long; their threads wake up with an error."""
-        limit = time.monotonic() - self.exchange_seconds
+    def bind(self, family: int, type: int, proto: int = 0) -> socket.socket:  # noqa: A002 (cheroot's name)
+        """Listen with a socket that has room made for new connections."""
+        sock = self.socket = _Listener(super().bind(family, type, proto), self._make_room)
+        return sock
+
+    def _make_room(self, error: OSError) -> None:
+        """End the connection that is idle longest, after accept(2) failed; one line a minute says so."""
+        if not self._warnings.take("", time.monotonic()):
+            text = "no room for a new connection (%s): idle ones are ended; set LimitNOFILE higher, or serve.connections lower"
+            log.warning(text, error.strerror)
+        for _, conn in self._idle()[:1]:
+            _end(conn)
+        time.sleep(_PAUSE_WITHOUT_ROOM_SECONDS)
+
+    def _idle(self) -> list[tuple[float, _Connection]]:
+        """Return the connections that wait for a request, with the beginning of that, the oldest first."""
         with self.mutex:
-            slow = [conn for conn in self.working if conn.began < limit]
-        for conn in slow:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)  # not TLS's own, whose state is the thread's
+            idle = [(since, conn) for conn in self.open if (since := conn.idle_since) is not None]
+        return sorted(idle, key=lambda pair: pair[0])
+
+    def end_slow(self) -> None:
+        """
+        End exchanges that take too long, and connections that wait for a request too long.
+
+        cheroot ends the latter by the wall clock, which may be put back.
+        """
+        now = time.monotonic()
+        with self.mutex:
+            slow = [conn for conn in self.working if conn.began < now - self.exchange_seconds]
+        for conn in [*slow, *(conn for since, conn in self._idle() if since < now - _IDLE_SECONDS)]:
+            _end(conn)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
         """Log a client's mistake only with `-v`, and a bug as an error."""
         log.log(level if level >= logging.ERROR else logging.DEBUG, "https: %s", msg, exc_info=traceback or None)
+
+
+def _end(conn: _Connection) -> None:
+    """End a connection from another thread; its own wakes up, reads the end, and closes it."""
+    conn.idle_since = None
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)  # not TLS's own, whose state is the thread's
+
+
+def _assert_files(connections: int) -> None:
+    """Raise the limit of open files as far as we may (SettingsError: it is too low for so many connections)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if connections + _OTHER_FILES > hard:
+        wanted = (
+            f"at most {hard - _OTHER_FILES}: this process may open {hard} files (ulimit -Hn, LimitNOFILE of the unit)"
+        )
+        raise SettingsError([SettingsProblem("serve.connections", wanted, str(connections))])
 
 
 @contextlib.contextmanager
@@ -368,6 +467,7 @@ def serving(settings: ServeSettings, application: Any, anchors: Anchors, chunked
     Each connection calls `anchors`, from any thread. Below the path `chunked_below` a body may come in chunks, as Go's
     clients send a body of unknown length; empty: nowhere.
     """
+    _assert_files(settings.connections)
     server = Https(settings, application, anchors, chunked_below)
     os.environ.pop("LISTEN_PID", None)  # cheroot would take any descriptor 3 for its socket
     try:

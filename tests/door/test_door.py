@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -43,7 +44,7 @@ from tests.kit.cas import Bridge, live_certificates
 from tests.kit.desks import POLICY, SIGNING_STEPS, Desk, killing, make_desk
 from tests.kit.est import make_tls
 from tests.kit.pki import Pki, handmade_pki
-from tests.kit.serving import Answer, Database, ServeProgram, add_door, running
+from tests.kit.serving import CA_BRIDGE, Answer, Database, ServeProgram, add_door, running
 from tests.kit.small_disk import fill, needs_root, tmpfs
 
 NodeEnd = Callable[..., DoorBackend]
@@ -353,12 +354,15 @@ def test_a_killed_door_finds_what_openbao_has_signed(desk: Desk, pki: Pki, pairs
     assert desk.run("audit", "verify").returncode == 0
 
 
-def test_a_door_that_ends_answers_what_it_has_begun(desk: Desk, database: Database, pairs: Pairs) -> None:
-    """SIGTERM is an end with exit code 0; what waits is answered after the next start."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_door_that_ends_answers_what_it_has_begun(
+    desk: Desk, database: Database, pairs: Pairs, number: signal.Signals
+) -> None:
+    """Each of these signals is an end with exit code 0; what waits is answered after the next start."""
     door = add_door(desk.config, desk.directory, database.settings)
     with running(door):
         place = place_of(door.post(dumps(make_bundle(pairs))))
-        assert door.stop() == Exit.DONE
+        assert door.stop(number) == Exit.DONE
     with running(door):
         answer = awaited(door, place)
 
@@ -730,6 +734,16 @@ def raw(door: ServeProgram, data: bytes) -> bytes:
         b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: +0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n",
         b"POST /v1/requests HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\nHost : a\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: b\rGET /healthz HTTP/1.1\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: b\0c\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: b\vc\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: b\r\n c\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: b\r\n\tContent-Length: 44\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n X: b\r\nHost: a\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: b\n\r\n",
+        b"GET /healthz\r HTTP/1.1\r\nHost: a\r\n\r\n",
+        b" GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n\r\n",
     ],
 )
 def test_a_request_has_one_length(common: ServeProgram, head: bytes) -> None:
@@ -738,7 +752,8 @@ def test_a_request_has_one_length(common: ServeProgram, head: bytes) -> None:
 
     assert found.count(b"HTTP/1.1 ") == 1, found
     assert re.match(rb"HTTP/1.1 4(00|11) ", found), found
-    assert raw(common, _HEALTH % b"").startswith(b"HTTP/1.1 200 OK")
+    assert raw(common, _HEALTH % b"X: b\tc \xe4\r\n").startswith(b"HTTP/1.1 200 OK")
+    assert not [line for line in common.lines() if line["level"] == "error"]
 
 
 _HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n%s\r\n"
@@ -782,6 +797,36 @@ def test_a_reset_before_the_door_sees_the_connection_is_no_error(door: ServeProg
 
     assert seen["open"] == 1
     assert not [line for line in door.lines() if line["level"] == "error"]
+
+
+def test_a_door_without_files_for_more_connections_goes_on(door: ServeProgram) -> None:
+    """It ends the connections that are idle longest, says so in one line a minute, and answers the next client."""
+    assert door.process is not None
+    held = len(list(Path(f"/proc/{door.process.pid}/fd").iterdir()))
+    resource.prlimit(door.process.pid, resource.RLIMIT_NOFILE, (held + 16, held + 16))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", door.port))) for _ in range(40)]
+        wait_until(lambda: sum(map(is_closed, clients)) >= 30, bool, _PATIENCE, pause_seconds=0.1)
+        assert door.ask("GET", "/healthz").status == 200
+        assert not all(map(is_closed, clients))
+    assert door.ask("GET", "/healthz").status == 200
+
+    said = [line["message"] for line in door.lines()]
+    assert 1 <= sum("no room for a new connection" in text for text in said) <= 2
+    assert not [text for text in said if text.startswith("https: ")]
+
+
+def test_a_door_begins_only_with_files_for_its_connections(desk: Desk) -> None:
+    """A soft limit is raised; a hard one that is too low is an error of the settings, with the number that fits."""
+    limited = ["prlimit", "--nofile=64:800"]
+    with running(add_door(desk.config, desk.directory, "connections = 600"), [*limited, CA_BRIDGE]) as door:
+        assert door.ask("GET", "/healthz").status == 200
+    desk.config.write_text(desk.config.read_text().replace("connections = 600", "connections = 601"))
+    command = [*limited, CA_BRIDGE, "serve", "--config", str(desk.config)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+    assert run.returncode == Exit.USAGE
+    assert "serve.connections: wanted at most 600" in " ".join(run.stderr.split())
 
 
 def is_closed(client: socket.socket) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +152,24 @@ def test_the_anchors_are_those_of_now(tls: Tls, signers: Mapping[str, Signer]) -
         after = ask(tls, https.port, agent)
 
     assert (before, after) == ("none", "some")
+
+
+def test_an_idle_connection_ends_while_the_clock_stands(tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that was put back keeps no silent client connected."""
+
+    def application(_environ: Mapping[str, Any], start: Callable[..., Any]) -> list[bytes]:
+        start("200 OK", [("Content-Type", "text/plain")])
+        return [b"ok"]
+
+    monkeypatch.setattr("bridge.door.https._IDLE_SECONDS", 1)
+    monkeypatch.setattr("cheroot.connections.time", SimpleNamespace(time=lambda: 0.0, sleep=time.sleep))
+    with (
+        serving(settings(tls), application, tuple) as https,
+        socket.create_connection(("127.0.0.1", https.port)) as silent,
+    ):
+        silent.settimeout(180)
+        assert silent.recv(1) == b""
+        assert ask(tls, https.port) == "ok"
 
 
 def test_the_door_knows_its_clusters_cas_and_the_peoples(tmp_path: Path, tls: Tls) -> None:
