@@ -15,12 +15,13 @@ import typer
 from bridge.cli.declare import Common, argument, command, duration_option, group, option
 from bridge.cli.options import Output, OutputOption, PolicyOption, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_json, say_sentence, say_table, width_here, wrapped
-from bridge.desk.approval import Verdict, differences
+from bridge.desk.approval import Verdict, differences, sentence
 from bridge.door.client import Review, Reviewer
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle_format import describe, short_fingerprint
 from bridge.pki.csr import fingerprint_text
 from bridge.pki.expiry import minute
+from bridge.pki.signatures import proof_problem
 from bridge.state import Store
 from bridge.system.console import log, printable
 from bridge.system.locks import lock
@@ -308,7 +309,7 @@ def approve(
     """
     Approve a request: sign its digest with your key, and send the signature to the door.
 
-    `ca-bridge approvals show` shows what you sign. The door checks its policy once more before the CA signs.
+    It first prints what `ca-bridge approvals show` prints. The door checks its policy once more before the CA signs.
     """
     _decide(common, digest, "approved", reason, output)
 
@@ -330,15 +331,16 @@ def _reviewer(common: Common) -> Reviewer:
 
 def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: Output) -> None:
     with closing(_reviewer(common)) as reviewer:
-        review = reviewer.decide(reviewer.show(digest), verdict, reason)
+        review = reviewer.show(digest)
+        if verdict == "approved" and output is Output.TEXT:
+            _print(review)
+        review = reviewer.decide(review, verdict, reason)
     if output is Output.JSON:
         say_json(**_json(review))
         return
     document, fingerprint = review.document, short_fingerprint(review.bundle)
     text = f"{verdict} {review.digest[:_SHORT]} of {review.bundle.node} (fingerprint {fingerprint})"
     say_sentence(printable(f"{text}: {document.get('approvals')} approvals, the request is {document.get('state')}"))
-    for text in _refusals(document) if verdict == "approved" else ():
-        say_sentence(printable(text))
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:
@@ -346,7 +348,7 @@ def _dicts(value: object) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
-def _say_meanings(request: Mapping[str, Any], indent: str = "") -> None:
+def _say_meanings(request: Mapping[str, Any], indent: str) -> None:
     for certificate in _dicts(request.get("certificates")):
         say_sentence(printable(f"{certificate.get('name')}: {certificate.get('means')}"), indent)
 
@@ -358,21 +360,35 @@ def _refusals(document: Mapping[str, Any]) -> list[str]:
 
 
 def _print(review: Review) -> None:
-    for line in describe(review.bundle, utc_now(), review.cas).splitlines():
+    """Print what the bundle itself shows, and then, marked, what only the door says about it."""
+    bundle = review.bundle
+    for line in describe(bundle, utc_now(), review.cas).splitlines():
         say("\n".join(map(printable, wrapped(line, width_here(), VALUES_BEGIN))))
     say("")
-    _say_meanings(review.document)
-    for request in review.bundle.requests:
+    meanings = {
+        request.name: sentence(request, bundle.node, proven=proof_problem(request, bundle) is None, is_named=False)
+        for request in bundle.requests
+    }
+    for request in bundle.requests:
+        say_sentence(printable(f"{request.name}: {meanings[request.name]}"))
         for text in differences(request):
             say_sentence(printable(f"{request.name} differs: {text}"))
+    say("")
+    say("the door says, and nothing here proves it:")
+    if review.cas:
+        say_sentence(f"the certificates of these CAs: {', '.join(sorted(review.cas))}", "  ")
+    for certificate in _dicts(review.document.get("certificates")):
+        name, means = certificate.get("name"), certificate.get("means")
+        if means != meanings.get(str(name)):
+            say_sentence(printable(f"{name}: {means}"), "  ")
     for text in _refusals(review.document):
-        say_sentence(printable(text))
+        say_sentence(printable(text), "  ")
     for decision in _dicts(review.document.get("decisions")):
         text = f"{decision.get('approver')} {decision.get('verdict')} it {decision.get('decided')} ({decision.get('evidence')})"
-        say_sentence(printable(f"{text}: {decision.get('reason')}" if decision.get("reason") else text))
+        say_sentence(printable(f"{text}: {decision.get('reason')}" if decision.get("reason") else text), "  ")
     state, approvals = review.document.get("state"), review.document.get("approvals")
-    about = counted(len(review.bundle.requests), "certificate")
-    say_sentence(printable(f"{review.digest}: {about}, {state}, {approvals} approved"))
+    about = counted(len(bundle.requests), "certificate")
+    say_sentence(printable(f"{review.digest}: {about}, {state}, {approvals} approved"), "  ")
 
 
 def _json(review: Review) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -16,10 +17,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from bridge.cli.serve import _print
 from bridge.contract import Issued
 from bridge.desk.approval import Decision, Verdict
 from bridge.desk.node_identity import Identity
 from bridge.door import approvals
+from bridge.door.client import Review
 from bridge.door.store import DECISIONS, REQUESTS, DatabaseError, DecisionRow, DoorDatabase, sqlite_url
 from bridge.errors import Exit
 from bridge.pki import signatures
@@ -133,6 +136,9 @@ def test_a_request_waits_until_a_person_approves_it(own: Team, bundle: RequestBu
     whom = "a node that says it is cp-1, which nothing proves,"
     assert f"this gives {whom} the API server's certificate, as before, for 365d" in " ".join(listed.stdout.split())
     assert short_fingerprint(bundle) in shown.stdout
+    assert re.search(r"asks for +CN=kube-apiserver\b.*\napproved ", run.stdout, re.DOTALL), (
+        run.stdout
+    )  # seen, then signed
     assert run.returncode == Exit.DONE, run.stderr
     assert isinstance(answer.answers["apiserver"], Issued)
     assert "approved by alice (signed)" in answer.signer
@@ -140,6 +146,26 @@ def test_a_request_waits_until_a_person_approves_it(own: Team, bundle: RequestBu
     assert (line["approver"], line["reason"], line["evidence"]) == ("alice", "change 4711", "signature")
     assert digest(bundle) in line["result"]
     assert own.desk.run("audit", "verify").returncode == 0
+
+
+def test_what_only_the_door_says_is_marked(bundle: RequestBundle, capsys: pytest.CaptureFixture[str]) -> None:
+    """A door that lies about a certificate's meaning can't replace the sentence that the approver's host works out."""
+    means = "this gives cp-1 the scheduler's client certificate, as before, for 90d"
+    lie: dict[str, Any] = {
+        "certificates": [{"name": "apiserver", "means": means}],
+        "state": "undecided",
+        "approvals": "1 of 2",
+    }
+    lie["decisions"] = [{"approver": "bob", "verdict": "approved", "decided": "today", "evidence": "signature"}]
+    _print(Review(bundle=bundle, digest=digest(bundle), document=lie, cas={}))
+    computed, door = " ".join(capsys.readouterr().out.split()).split("the door says, and nothing here proves it:")
+
+    whom = "a node that says it is cp-1, which nothing proves,"
+    assert f"apiserver: this gives {whom} the API server's certificate, as before, for 365d" in computed
+    assert "bob" not in computed
+    assert "scheduler" not in computed
+    assert f"apiserver: {means}" in door
+    assert "bob approved it today (signature)" in door
 
 
 def _audit(team: Team) -> list[str]:
@@ -261,7 +287,7 @@ def test_the_policy_is_asked_again_while_people_decide(own: Team, bundle: Reques
 
 
 def test_a_person_reads_what_the_policy_refuses(team: Team, pairs: Pairs) -> None:
-    """In the terminal, before and after the approval of the others; a refusal by a person has no such line."""
+    """In the terminal, before the approval of the others; a refusal by a person has no such line."""
     alice, names = team.agent("alice"), ["apiserver", "etcd-server"]
     for verdict, expected in (("approve", 1), ("refuse", 0)):
         bundle = changed(make_bundle({name: pairs[name] for name in names}), "etcd-server", proof=None)
