@@ -186,7 +186,7 @@ def plan(common: Common, ca: CaOption = None) -> int:
     for one in found.values():
         end = minute(one.change.new.not_valid_after_utc)
         say_sentence(f"{one.name}: {text(one.change.old)}, then {text(one.change.new)}, until {end}")
-        for violation in planning.violations(one, found, settings, now):
+        for violation in planning.violations(one, settings, now):
             say_verdict(f"  {violation}", "error")
             trouble += 1
         for phase in one.change.path[1:]:

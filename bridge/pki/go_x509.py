@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from bridge.errors import Violation
 from bridge.pki import der
 from bridge.pki.certificates import UNREADABLE, extension, oid_label
-from bridge.pki.csr import address, issuer_line, subject_line
+from bridge.pki.csr import address, algorithm_name, issuer_line, subject_line
 from bridge.specs import EKU
 from bridge.words import one_line
 
 #: crypto/tls makes no connection if any certificate that is sent has a longer key.
 MAX_RSA_BITS = 8192
+
+#: The curves of crypto/x509; it reads no file with a certificate on another one (`parsePublicKey` in parser.go).
+_CURVES = (ec.SECP224R1, ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 #: crypto/tls reads no certificate message of more than 256 KiB; certificates of this kind have 1 to 2 KiB.
 MAX_CHAIN_BYTES = 64 * 1024
@@ -203,6 +206,12 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
     plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if fields[5].encoded != plain:
         yield Violation("public key", want="one in its usual encoding", got="one that Go can't read")
+    if not (
+        isinstance(key, rsa.RSAPublicKey | ed25519.Ed25519PublicKey)
+        or (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES))
+    ):
+        want = "RSA, ECDSA on P-224, P-256, P-384 or P-521, or Ed25519, which Kubernetes can read"
+        yield Violation("public key", want=want, got=algorithm_name(key))
     if isinstance(key, rsa.RSAPublicKey):
         exponent = key.public_numbers().e
         if key.key_size > MAX_RSA_BITS:
@@ -310,6 +319,18 @@ def path(
         yield Violation("chain", want="issuers that can be read", got=str(e))
 
 
+def limits(issuer: x509.Certificate, ekus: Iterable[EKU], names: Iterable[x509.GeneralName]) -> Iterator[Violation]:
+    """Limits of a CA by which no certificate with these usages and SANs can work below it."""
+    wanted = list(ekus)
+    listed = {usage.dotted_string for usage in extension(issuer, x509.ExtendedKeyUsage) or ()}
+    lacking = sorted(eku.label for eku in wanted if eku.value not in listed)
+    if ANY_EKU in listed and lacking:
+        got = "anyExtendedKeyUsage, which OpenSSL does not accept in a CA"
+        yield Violation("EKU", want=f"{' and '.join(lacking)}, or no EKU", got=got)
+    yield from _covers(issuer, "the CA", wanted)
+    yield from _outside(names, issuer)
+
+
 def _covers(issuer: x509.Certificate, who: str, ekus: Iterable[EKU]) -> Iterator[Violation]:
     """An issuer's EKUs, if it has any, limit those below it, anchors included (`checkChainForKeyUsage` in verify.go)."""
     listed = extension(issuer, x509.ExtendedKeyUsage)
@@ -379,15 +400,19 @@ def _policy_oids(certificate: x509.Certificate) -> set[str]:
 def _constrained(whole: Sequence[x509.Certificate]) -> Iterator[Violation]:
     """All SANs below a constrained issuer satisfy its constraints (RFC 5280 §4.2.1.10), as in Go."""
     for index, issuer in enumerate(whole):
-        constraints = extension(issuer, x509.NameConstraints)
-        if constraints is None:
-            continue
         for below in whole[:index]:
-            for name in extension(below, x509.SubjectAlternativeName) or ():
-                if isinstance(name, _NAMES) and not _is_within(name, constraints):
-                    got = one_line(repr(name.value), 80)
-                    want = f"names within the constraints of {subject_line(issuer)}"
-                    yield Violation("chain", want=want, got=got)
+            yield from _outside(extension(below, x509.SubjectAlternativeName) or (), issuer)
+
+
+def _outside(names: Iterable[x509.GeneralName], issuer: x509.Certificate) -> Iterator[Violation]:
+    """Names that an issuer's constraints exclude."""
+    constraints = extension(issuer, x509.NameConstraints)
+    if constraints is None:
+        return
+    for name in names:
+        if isinstance(name, _NAMES) and not _is_within(name, constraints):
+            want = f"names within the constraints of {subject_line(issuer)}"
+            yield Violation("chain", want=want, got=one_line(repr(name.value), 80))
 
 
 def _is_within(name: x509.GeneralName, constraints: x509.NameConstraints) -> bool:

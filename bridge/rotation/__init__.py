@@ -11,6 +11,7 @@ name, OpenSSL takes the first without a conflicting key identifier, and kubeadm 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from bridge.errors import Violation
 from bridge.pki import go_x509
 from bridge.pki.certificates import UNREADABLE, extension, fingerprint, is_ca, is_signed_by, name_text, spki
 from bridge.pki.expiry import minute
+from bridge.specs import CA, EKU, SPECS, Authority
 
 Bundle = tuple[x509.Certificate, ...]
 
@@ -157,15 +159,16 @@ OLD_ENOUGH = timedelta(hours=1)
 
 
 def new_ca_violations(
-    change: Change, leaves: Mapping[str, x509.Certificate], others: Mapping[str, Bundle], now: datetime
+    change: Change, authority: Authority, chains: Mapping[str, Bundle], others: Mapping[str, Bundle], now: datetime
 ) -> Iterator[Violation]:
     """Yield why the new CA can't replace the old one, by the old CA's leaves here and the cluster's other CAs."""
-    new = change.new
+    new, leaves = change.new, {name: chain[0] for name, chain in chains.items()}
     try:
         yield from _is_a_ca(new)
         yield from _valid(new, now)
         yield from _keys(new, others)
-        yield from _same_key(change) if change.keeps_key else _another_key(change, leaves)
+        yield from _kinds(new, authority, leaves)
+        yield from _same_key(change, chains) if change.keeps_key else _another_key(change, leaves)
         if change.cross is not None and not change.keeps_key:
             yield from _cross(change, change.cross, now)
     except UNREADABLE as e:
@@ -207,6 +210,31 @@ def _keys(new: x509.Certificate, others: Mapping[str, Bundle]) -> Iterator[Viola
     for name, certificates in others.items():
         if any(spki(certificate.public_key()) == key for certificate in certificates):
             yield Violation(subject="key", want=f"another than {name}'s", got="the same")
+
+
+#: A name that each API server's certificate has (kubeadm, `GetAPIServerAltNames`).
+_API_SERVER = x509.DNSName("kubernetes.default.svc")
+
+
+def _kinds(new: x509.Certificate, authority: Authority, leaves: Mapping[str, x509.Certificate]) -> Iterator[Violation]:
+    """A certificate of each kind must work below the new CA, also of kinds that this node does not have."""
+    ekus = {eku for spec in SPECS.values() if spec.authority == authority for eku in spec.ekus}
+    names = [name for leaf in leaves.values() for name in extension(leaf, x509.SubjectAlternativeName) or ()]
+    yield from go_x509.limits(new, ekus, dict.fromkeys([*names, _API_SERVER] if authority == CA else names))
+
+
+def stops_openssl(change: Change) -> bool:
+    """
+    Whether programs with OpenSSL's usual rules accepted the old CA, and refuse the new one.
+
+    Without X509_V_FLAG_PARTIAL_CHAIN a path has to end in a self-signed certificate (`verify_chain` of OpenSSL 3.0:
+    "unable to get issuer certificate"). Go, curl, and Python from 3.13 on accept any trusted certificate.
+    """
+    return _is_self_signed(change.old) and not _is_self_signed(change.new)
+
+
+def _is_self_signed(ca: x509.Certificate) -> bool:
+    return is_signed_by(ca, ca) and _authority_key_id(ca) in (None, _key_id(ca))
 
 
 def _cross(change: Change, cross: x509.Certificate, now: datetime) -> Iterator[Violation]:
@@ -256,7 +284,7 @@ def _another_key(change: Change, leaves: Mapping[str, x509.Certificate]) -> Iter
         yield Violation(subject="subjectKeyIdentifier", want=want, got="none")
 
 
-def _same_key(change: Change) -> Iterator[Violation]:
+def _same_key(change: Change, chains: Mapping[str, Bundle]) -> Iterator[Violation]:
     """If a CA keeps its key, old leaves must lead to it in Go (subject's bytes) and OpenSSL (key identifier)."""
     old, new = change.old, change.new
     if old.subject.public_bytes() != new.subject.public_bytes():
@@ -265,6 +293,23 @@ def _same_key(change: Change) -> Iterator[Violation]:
     if _key_id(new) not in (None, _key_id(old)):
         got = "another one for the same key"
         yield Violation(subject="subjectKeyIdentifier", want="the old CA's, or none", got=got)
+    for name, (leaf, *above) in chains.items():
+        yield from (dataclasses.replace(each, subject=f"{name} below it") for each in _still_works(leaf, above, new))
+
+
+def _still_works(
+    leaf: x509.Certificate, above: Bundle | list[x509.Certificate], new: x509.Certificate
+) -> Iterator[Violation]:
+    """A certificate in use, with its own usages, must work below the new certificate from the first moment."""
+    listed = {usage.dotted_string for usage in extension(leaf, x509.ExtendedKeyUsage) or ()}
+    intermediates = [ca for ca in above if spki(ca.public_key()) != spki(new.public_key())]
+    yield from go_x509.path(leaf, intermediates, new, [eku for eku in EKU if eku.value in listed])
+    last = [leaf, *intermediates][-1]
+    identifier = extension(last, x509.AuthorityKeyIdentifier)
+    serial = None if identifier is None else identifier.authority_cert_serial_number
+    if serial not in (None, new.serial_number):
+        want = f"the serial number {serial:x} of its CA, which its authorityKeyIdentifier names to OpenSSL"
+        yield Violation(subject="serial number", want=want, got=f"{new.serial_number:x}")
 
 
 def _key_id(ca: x509.Certificate) -> bytes | None:

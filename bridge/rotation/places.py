@@ -46,6 +46,7 @@ class Replaced:
     seen: Seen
     items: tuple[Item, ...]  #: The leaves of this CA on the node.
     confs: Mapping[str, bytes]  #: The kubeconfigs with CA data, by path.
+    others: Mapping[str, Bundle]  #: The certificates of each other CA of the cluster, and of its next one, by name.
 
     @property
     def name(self) -> str:
@@ -140,7 +141,17 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     change = Change(old or new, new, load_cross(Path(certified)) if certified is not None else None)
     leaves = {item.spec.name: anchor_of(item.certificates, (change.old, new)) for item in items}
     seen = Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves)
-    return Replaced(state=state, change=change, seen=seen, items=items, confs={place: confs[place] for place in held})
+    confs = {place: confs[place] for place in held}
+    others = dict(_others(settings, node, name))
+    return Replaced(state=state, change=change, seen=seen, items=items, confs=confs, others=others)
+
+
+def _others(settings: Settings, node: Node, name: str) -> Iterator[tuple[str, Bundle]]:
+    """Yield the other CAs of this node, whether they are replaced or not."""
+    here = {state.authority.name: state.certificates for state in node.authorities}
+    for other in {*here, *settings.authorities} - {name}:
+        keys = settings.authorities.get(other)
+        yield other, (*here.get(other, ()), *((new_ca(settings, other),) if keys is not None and keys.next else ()))
 
 
 def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -11,10 +11,12 @@ from typing import ClassVar
 
 from bridge.ca import registry
 from bridge.errors import BridgeError, Exit, Violation
+from bridge.pki.certificates import name_text
 from bridge.pki.expiry import minute
-from bridge.rotation import Phase, new_ca_violations, text, untimely
+from bridge.rotation import Phase, new_ca_violations, stops_openssl, text, untimely
 from bridge.rotation.places import Replaced
 from bridge.settings.tables import Settings
+from bridge.specs import CA
 
 
 class Verb(Enum):
@@ -111,26 +113,27 @@ def _of_no_phase(ca: Replaced) -> OrderError:
 VERBS = {Phase.TRUSTED: "trust", Phase.ISSUED: "issue", Phase.NEW: "drop"}
 
 
-def assert_possible(
-    steps: Sequence[Step], cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
-) -> None:
+def assert_possible(steps: Sequence[Step], settings: Settings, now: datetime, *, emergency: bool = False) -> None:
     """Refuse a new CA that can't work (NewCaError); `drop` ignores its cross certificate, since it makes no leaves."""
     for step in steps:
         ca = step.ca
         if step.target is Phase.NEW and not emergency:
             ca = dataclasses.replace(ca, change=dataclasses.replace(ca.change, cross=None))
-        if problems := list(violations(ca, cas, settings, now, emergency=emergency)):
+        if problems := list(violations(ca, settings, now, emergency=emergency)):
             raise NewCaError(f"{ca.name}: {text(ca.change.new)} can't take its place: {'; '.join(map(str, problems))}")
 
 
-def violations(
-    ca: Replaced, cas: Mapping[str, Replaced], settings: Settings, now: datetime, *, emergency: bool = False
-) -> Iterator[Violation]:
+def violations(ca: Replaced, settings: Settings, now: datetime, *, emergency: bool = False) -> Iterator[Violation]:
     """Yield why the new CA can't replace the old one here, or not yet; in an emergency its age does not count."""
-    others = {name: (each.change.old, each.change.new) for name, each in cas.items() if name != ca.name}
-    leaves = {item.spec.name: item.certificates[0] for item in ca.items}
+    chains = {item.spec.name: item.certificates for item in ca.items}
     if ca.change.old != ca.change.new:
-        yield from new_ca_violations(ca.change, leaves, others, now)
+        yield from new_ca_violations(ca.change, ca.state.authority, chains, ca.others, now)
+        if not emergency and _stops_pods(ca, settings):
+            want = (
+                "a self-signed certificate for this name and key, without which pods' programs with OpenSSL's usual rules "
+                'refuse the API server; if there are none, next.not_self_signed = "allowed"'
+            )
+            yield Violation(subject="issuer", want=want, got=name_text(ca.change.new.issuer))
         if ca.change.cross is not None and not registry.is_cross_long_enough(ca.change.cross, settings.renewal, now):
             want = f"later than renewal.before ({settings.renewal.before}) from now on, or no certificate gets it"
             got = minute(ca.change.cross.not_valid_after_utc)
@@ -138,3 +141,10 @@ def violations(
         if ca.standing.phase is Phase.OLD and not emergency:
             is_adoption = ca.state.key == "local" or settings.authorities[ca.name].names_next_alone
             yield from untimely(ca.change, now, outlasts=not is_adoption)
+
+
+def _stops_pods(ca: Replaced, settings: Settings) -> bool:
+    """Whether programs in pods, which trust this CA alone, would refuse new certificates, and the settings forbid that."""
+    is_ahead = ca.standing.phase in (Phase.OLD, Phase.TRUSTED)
+    is_allowed = settings.authorities[ca.name].next.get("not_self_signed") == "allowed"
+    return ca.state.authority == CA and is_ahead and not is_allowed and stops_openssl(ca.change)

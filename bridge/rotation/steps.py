@@ -70,7 +70,7 @@ def run(
             for ca in cas.values()
         )
         if verb is not Verb.BACK:
-            planning.assert_possible(steps, cas, settings, ours.now(), emergency=options.emergency)
+            planning.assert_possible(steps, settings, ours.now(), emergency=options.emergency)
             assert_readable(steps, node, options)
             assert_signs_itself(settings, steps, progress)
             assert_keys_can_leave(steps, node, settings, options)

@@ -457,7 +457,8 @@ class AuthoritySettings:
     #: other values for the backend's keys, such as `mount`, apply from the moment at which it signs. With `anchor`
     #: alone the backend already belongs to the next CA, which gets no request before `rotate-ca issue`. With `cross`
     #: (see below) no node has to trust the next CA before it signs. With `above = "allowed"` the anchor may be a CA
-    #: above the one that signs; nodes then trust all certificates below it.
+    #: above the one that signs; nodes then trust all certificates below it. With `not_self_signed = "allowed"` the
+    #: anchor may be an intermediate CA, which programs with OpenSSL's usual rules do not trust by itself.
     next: dict[str, str] = field(default_factory=dict)
     #: A file with a certificate that an earlier CA issued for this CA (the same name and key). ca-bridge appends it to
     #: each new certificate, so that clients that trust only the earlier CA accept the certificate.
@@ -481,7 +482,7 @@ class AuthoritySettings:
     @property
     def names_next_alone(self) -> bool:
         """Whether the backend belongs to the next CA, and none is named for the former CA."""
-        return bool(self.next) and set(self.next) <= {"anchor", "cross", "above"}
+        return bool(self.next) and set(self.next) <= {"anchor", "cross", "above", "not_self_signed"}
 
     @property
     def extra_subject(self) -> frozenset[tuple[str, str]]:
@@ -707,7 +708,7 @@ class Settings:
 
 
 #: Keys of the table that do not belong to the backend.
-_OURS = ("backend", "anchor", "cross", "above")
+_OURS = ("backend", "anchor", "cross", "above", "not_self_signed")
 
 
 def for_rehearsal(settings: Settings) -> Settings:

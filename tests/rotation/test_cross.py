@@ -31,7 +31,7 @@ from bridge.rotation import Change, Phase, places, planning
 from bridge.rotation.planning import Verb
 from bridge.settings.load import parse
 from bridge.settings.tables import Settings
-from bridge.specs import AUTHORITIES, EKU, Component
+from bridge.specs import AUTHORITIES, CA, EKU, Component
 from bridge.state import Store, backups
 from bridge.state.obligations import unproven_file
 from bridge.users import UserOrder, issue
@@ -284,7 +284,7 @@ def certified(
 
 def said(cross: x509.Certificate, old: Signer = OLD) -> str:
     change = Change(old.certificate, NEW.certificate, cross)
-    return "; ".join(map(str, rotation.new_ca_violations(change, {}, {}, NOW)))
+    return "; ".join(map(str, rotation.new_ca_violations(change, CA, {}, {}, NOW)))
 
 
 def test_the_right_one_passes() -> None:
@@ -324,8 +324,8 @@ def test_a_new_ca_without_a_key_identifier_is_refused() -> None:
     """`openssl ca` then writes issuer and serial number into certificates, which contradict a cross certificate's."""
     bare, wanted = Signer.make("kubernetes-2", key=NEW.key), "subjectKeyIdentifier: wanted one"
     with_it, without = Change(OLD.certificate, NEW.certificate), Change(OLD.certificate, bare.certificate)
-    assert wanted in "; ".join(map(str, rotation.new_ca_violations(without, {}, {}, NOW)))
-    assert wanted not in "; ".join(map(str, rotation.new_ca_violations(with_it, {}, {}, NOW)))
+    assert wanted in "; ".join(map(str, rotation.new_ca_violations(without, CA, {}, {}, NOW)))
+    assert wanted not in "; ".join(map(str, rotation.new_ca_violations(with_it, CA, {}, {}, NOW)))
 
 
 def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: Settings, pki: Pki) -> None:
@@ -343,9 +343,9 @@ def test_one_that_is_about_to_end_is_refused_and_left_out_of_renewals(settings: 
     leaf = load_pem_certificates((pki.pki_dir / "apiserver.crt").read_bytes())
     assert expiry.is_due(leaf, settings.renewal.before, settings.renewal.validity, soon)
     found = places.look(settings, read_node(settings.node), ["ca"])
-    texts = [str(one) for one in planning.violations(found["ca"], found, settings, soon)]
+    texts = [str(one) for one in planning.violations(found["ca"], settings, soon)]
     assert any("cross certificate's notAfter: wanted later than renewal.before" in one for one in texts)
-    assert not list(planning.violations(found["ca"], found, settings, utc_now()))
+    assert not list(planning.violations(found["ca"], settings, utc_now()))
     assert contents(pki) == before
 
 
@@ -433,7 +433,7 @@ def test_what_a_vault_mount_makes_is_a_cross_certificate(bao: OpenBao) -> None:
         signed = bao.write("cross-old/root/sign-intermediate", csr=csr, use_csr_values=True, ttl="19000h")["data"]
         [cross] = load_pem_certificates(signed["certificate"].encode())
         change = Change(old.certificate, new, cross)
-        return "; ".join(map(str, rotation.new_ca_violations(change, {}, {}, utc_now())))
+        return "; ".join(map(str, rotation.new_ca_violations(change, CA, {}, {}, utc_now())))
 
     assert found("kubernetes-2") == ""
     assert "cross certificate's subject" in found("kubernetes-3")
