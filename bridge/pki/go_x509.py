@@ -101,6 +101,8 @@ def form(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
         yield from _name("issuer", parts.fields[2], leaf=False)
         yield from _name("subject", parts.fields[4], leaf=leaf)
         yield from _encodings(certificate, parts.fields)
+        if not leaf:  # a leaf's key is ours
+            yield from _kind_of_key(certificate)
         yield from _extensions(certificate, leaf=leaf)
     except ValueError as e:
         yield Violation("form", want="DER that Kubernetes can read", got=str(e))
@@ -206,18 +208,20 @@ def _encodings(certificate: x509.Certificate, fields: Sequence[der.Element]) -> 
     plain = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if fields[5].encoded != plain:
         yield Violation("public key", want="one in its usual encoding", got="one that Go can't read")
-    if not (
-        isinstance(key, rsa.RSAPublicKey | ed25519.Ed25519PublicKey)
-        or (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES))
-    ):
-        want = "RSA, ECDSA on P-224, P-256, P-384 or P-521, or Ed25519, which Kubernetes can read"
-        yield Violation("public key", want=want, got=algorithm_name(key))
     if isinstance(key, rsa.RSAPublicKey):
         exponent = key.public_numbers().e
         if key.key_size > MAX_RSA_BITS:
             yield Violation("key size", want=f"RSA of at most {MAX_RSA_BITS} bits", got=f"{key.key_size} bits")
         if exponent % 2 == 0 or not 1 < exponent < 1 << 31:
             yield Violation("public key", want="an odd exponent below 2^31", got=f"{exponent:#x}"[:40])
+
+
+def _kind_of_key(ca: x509.Certificate) -> Iterator[Violation]:
+    key = ca.public_key()
+    is_curve = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES)
+    if not is_curve and not isinstance(key, rsa.RSAPublicKey | ed25519.Ed25519PublicKey):
+        want = "RSA, ECDSA on P-224, P-256, P-384 or P-521, or Ed25519, which Kubernetes can read"
+        yield Violation("public key", want=want, got=algorithm_name(key))
 
 
 def _extensions(certificate: x509.Certificate, *, leaf: bool) -> Iterator[Violation]:
