@@ -298,7 +298,7 @@ def _same_key(change: Change, chains: Mapping[str, Bundle]) -> Iterator[Violatio
 
 
 def _still_works(
-    leaf: x509.Certificate, above: Bundle | list[x509.Certificate], new: x509.Certificate
+    leaf: x509.Certificate, above: Sequence[x509.Certificate], new: x509.Certificate
 ) -> Iterator[Violation]:
     """A certificate in use, with its own usages, must work below the new certificate from the first moment."""
     listed = {usage.dotted_string for usage in extension(leaf, x509.ExtendedKeyUsage) or ()}

@@ -149,7 +149,7 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
 def _others(settings: Settings, node: Node, name: str) -> Iterator[tuple[str, Bundle]]:
     """Yield the other CAs of this node, whether they are replaced or not."""
     here = {state.authority.name: state.certificates for state in node.authorities}
-    for other in {*here, *settings.authorities} - {name}:
+    for other in (known for known in AUTHORITIES if known != name):
         keys = settings.authorities.get(other)
         yield other, (*here.get(other, ()), *((new_ca(settings, other),) if keys is not None and keys.next else ()))
 
