@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from bridge.diagnosis.installed import ca_end, private_file
 from bridge.errors import BackendUnavailableError, BridgeError, Exit, SettingsError
 from bridge.node.inventory import Item, Node
 from bridge.pki import csr, expiry, verify
+from bridge.pki.certificates import spki
 from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import named
 from bridge.renewal import verify_and_install
@@ -48,6 +50,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     yield from _windows(settings, now)
     yield from failures(settings)
     yield from replacements(node, settings, now)
+    yield from _shared_keys(node)
     items = [item for item in node.items if item.managed and item.state == "present" and not item.foreign]
     names = dict.fromkeys(item.spec.authority.name for item in items)
     if not settings.authorities:
@@ -91,6 +94,16 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
             yield Finding.note("ca-replacement", about, f"{new} has taken its place, {since}", hint)
         else:
             yield Finding.note("ca-replacement", about, f"{new} is to take its place; no phase has begun")
+
+
+def _shared_keys(node: Node) -> Iterator[Finding]:
+    """Yield an error about each pair of this node's CAs with one key: one opens all that the other one guards."""
+    keys = {s.authority.name: {spki(ca.public_key()) for ca in s.certificates} for s in node.authorities}
+    for first, second in itertools.combinations(keys, 2):
+        if keys[first] & keys[second]:
+            words = f"wanted a key of its own for {first} and for {second}, found one key in the files of both"
+            hint = f"have another CA made for {second}; `ca-bridge help replace-the-ca` says how it comes into use"
+            yield Finding.error("ca-shared-key", f"CA {second}", words, hint)
 
 
 def _question(items: Sequence[Item], expected: verify.Expectation, settings: Settings) -> Question:

@@ -20,13 +20,16 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 
-from bridge.errors import Violation
+from bridge.errors import BridgeError, Violation
 from bridge.pki import go_x509
 from bridge.pki.certificates import UNREADABLE, extension, fingerprint, is_ca, is_signed_by, name_text, spki
 from bridge.pki.expiry import minute
 from bridge.specs import CA, EKU, SPECS, Authority
 
 Bundle = tuple[x509.Certificate, ...]
+
+#: The certificates of the cluster's other CAs, and of their next ones, by name; an error: they can't be read.
+OtherCas = Mapping[str, Bundle | BridgeError]
 
 
 class Phase(enum.Enum):
@@ -159,16 +162,16 @@ OLD_ENOUGH = timedelta(hours=1)
 
 
 def new_ca_violations(
-    change: Change, authority: Authority, chains: Mapping[str, Bundle], others: Mapping[str, Bundle], now: datetime
+    change: Change, authority: Authority, chains: Mapping[str, Bundle], others: OtherCas, now: datetime
 ) -> Iterator[Violation]:
     """Yield why the new CA can't replace the old one, by the old CA's leaves here and the cluster's other CAs."""
     new, leaves = change.new, {name: chain[0] for name, chain in chains.items()}
     try:
-        yield from _is_a_ca(new)
-        yield from _valid(new, now)
+        unfit = [*_is_a_ca(new), *_valid(new, now), *_kinds(new, authority, leaves)]
+        yield from unfit
         yield from _keys(new, others)
-        yield from _kinds(new, authority, leaves)
-        yield from _same_key(change, chains) if change.keeps_key else _another_key(change, leaves)
+        # what no certificate can have below it is said once, and not for each certificate in use
+        yield from _same_key(change, {} if unfit else chains) if change.keeps_key else _another_key(change, leaves)
         if change.cross is not None and not change.keeps_key:
             yield from _cross(change, change.cross, now)
     except UNREADABLE as e:
@@ -204,11 +207,13 @@ def untimely(change: Change, now: datetime, *, outlasts: bool = True) -> Iterato
         yield Violation(subject="notAfter", want=want, got=minute(end))
 
 
-def _keys(new: x509.Certificate, others: Mapping[str, Bundle]) -> Iterator[Violation]:
+def _keys(new: x509.Certificate, others: OtherCas) -> Iterator[Violation]:
     """If two of the cluster's CAs share a key, each kubeconfig can open etcd, or be any user at the front proxy."""
     key = spki(new.public_key())
     for name, certificates in others.items():
-        if any(spki(certificate.public_key()) == key for certificate in certificates):
+        if isinstance(certificates, BridgeError):
+            yield Violation(subject="key", want=f"another than {name}'s", got=f"not known: {certificates}")
+        elif any(spki(certificate.public_key()) == key for certificate in certificates):
             yield Violation(subject="key", want=f"another than {name}'s", got="the same")
 
 

@@ -18,7 +18,7 @@ from bridge.node import endpoints, kubeconfig
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import anchor_of, load_pem_certificates, pem
-from bridge.rotation import Bundle, Change, Phase, Seen, Standing, standing
+from bridge.rotation import Bundle, Change, OtherCas, Phase, Seen, Standing, standing
 from bridge.settings.tables import NodeSettings, Settings
 from bridge.specs import AUTHORITIES, CA, SPECS, Component
 from bridge.state import Store, backups, copies
@@ -46,7 +46,7 @@ class Replaced:
     seen: Seen
     items: tuple[Item, ...]  #: The leaves of this CA on the node.
     confs: Mapping[str, bytes]  #: The kubeconfigs with CA data, by path.
-    others: Mapping[str, Bundle]  #: The certificates of each other CA of the cluster, and of its next one, by name.
+    others: OtherCas  #: The other CAs of this node, whether they are replaced or not.
 
     @property
     def name(self) -> str:
@@ -146,12 +146,14 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     return Replaced(state=state, change=change, seen=seen, items=items, confs=confs, others=others)
 
 
-def _others(settings: Settings, node: Node, name: str) -> Iterator[tuple[str, Bundle]]:
-    """Yield the other CAs of this node, whether they are replaced or not."""
+def _others(settings: Settings, node: Node, name: str) -> Iterator[tuple[str, Bundle | BridgeError]]:
     here = {state.authority.name: state.certificates for state in node.authorities}
     for other in (known for known in AUTHORITIES if known != name):
         keys = settings.authorities.get(other)
-        yield other, (*here.get(other, ()), *((new_ca(settings, other),) if keys is not None and keys.next else ()))
+        try:
+            yield other, (*here.get(other, ()), *((new_ca(settings, other),) if keys is not None and keys.next else ()))
+        except BridgeError as e:  # it stops the verbs, and no look at this CA
+            yield other, e
 
 
 def _confs(settings: Settings, node: Node) -> Iterator[tuple[str, bytes]]:

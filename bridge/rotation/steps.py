@@ -297,7 +297,9 @@ def _owe_reading(run: Run, transaction: Transaction, node: Node, steps: Sequence
     """Record, before the installation, the components to restart for these CAs and to prove on them."""
     seen_by = {reader.certificate for step in steps for reader in readers(node, step.ca)}
     seen_by |= {name for step in steps if step.ca.name == CLUSTER_CA.name for name in _KUBECONFIGS}
-    used = [(i.spec, i.certificates[0]) for i in node.items if i.spec.name in {*names, *seen_by} and i.certificates]
+    at_once = {item.spec.name for step in steps if step.ca.change.keeps_key for item in step.ca.items}
+    to_prove = {*names, *seen_by, *at_once}  # a certificate for the same key is the CA of all leaves from now on
+    used = [(i.spec, i.certificates[0]) for i in node.items if i.spec.name in to_prove and i.certificates]
     as_if_new = [Outcome(name=s.name, authority=s.authority.name, old=leaf, new=leaf) for s, leaf in used]
     transaction.owe_use(as_if_new)
     file = unproven_file(run.store)

@@ -12,12 +12,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bridge.cli.options import utc_now
 from bridge.errors import Exit
@@ -26,10 +28,10 @@ from bridge.pki.certificates import fingerprint, load_pem_certificates, pem
 from bridge.pki.csr import key_block, key_pem
 from bridge.rotation import objects
 from bridge.rotation.objects import KEYS, NodeStatement
-from bridge.specs import AUTHORITIES, CA, Component
+from bridge.specs import AUTHORITIES, CA, FRONT_PROXY_CA, Component
 from tests.kit import next_cas, nodes, shown
 from tests.kit.cas import add_openssl
-from tests.kit.issuing import signed_again
+from tests.kit.issuing import Signer, signed_again
 from tests.kit.next_cas import NextCa
 from tests.kit.node import AT_ONCE, Node
 from tests.kit.nodes import LiveBridge, NodePki, asked_by, wait_for
@@ -171,6 +173,38 @@ def test_an_emergency_ends_what_a_thief_of_the_key_can_do(
     assert "Unauthorized" in answer_to_a_thief(adopter, company[CA.name])
     file = (adopter.pki.pki_dir / CA.certificate_file).read_bytes()
     assert file == pem(newer[CA.name].signer.certificate)
+
+
+@pytest.mark.attack("E4")
+def test_a_certificate_for_the_same_key_is_judged_and_proven(adopter: LiveBridge, newer: dict[str, NextCa]) -> None:
+    """The front proxy's CA takes effect at once, without a restart: one of servers alone is refused, a good one proven."""
+    old = newer[FRONT_PROXY_CA.name].signer
+    key_id = old.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    servers = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    anchor = adopter.directory / "again.crt"
+    adopter.tables = [one for one in adopter.tables if ".next]" not in one]
+    adopter.add(f"authority.{FRONT_PROXY_CA.name}.next", {"anchor": str(anchor)})
+    (subject,) = old.certificate.subject
+    file = adopter.pki.pki_dir / FRONT_PROXY_CA.certificate_file
+    before = file.read_bytes()
+
+    def made_again(extra: x509.ExtensionType) -> None:
+        end = utc_now() + timedelta(days=6000)
+        again = Signer.make(str(subject.value), key=old.key, extra=extra, begin=utc_now() - timedelta(days=1), end=end)
+        anchor.write_bytes(pem(again.certificate))
+
+    made_again(servers)
+    run = adopter.run("rotate-ca", "trust")
+    assert run.returncode == Exit.REFUSED, run.stdout + run.stderr
+    assert "clientAuth" in run.stderr
+    assert file.read_bytes() == before
+    made_again(key_id)
+    run = adopter.run("rotate-ca", "trust")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "proven: " in run.stdout
+    assert file.read_bytes() == anchor.read_bytes()
+    assert adopter.run("rotate-ca", "back").returncode == 0
+    assert file.read_bytes() == before
 
 
 # --- the whole walk, with a worker -----------------------------------------------------------------------------------

@@ -224,15 +224,16 @@ def test_name_constraints_that_exclude_the_api_server_are_refused() -> None:
 def test_a_certificate_for_the_same_key_is_judged_by_those_in_use() -> None:
     """It takes their CA's place at once: EKUs, names, path lengths and OpenSSL's serial number count now."""
     old = Signer.make("kubernetes", end=NOW + timedelta(days=300))
-    leaf = leaf_of(old, authority_key_id=False, usages=_USAGES[1])
-    named = leaf_of(old, authority_key_id=True, usages=_USAGES[1], serial_of=old)
+    leaf = leaf_of(old, authority_key_id=False, usages=_USAGES[2])
+    named = leaf_of(old, authority_key_id=True, usages=_USAGES[2], serial_of=old)
 
     def judged(certificate: x509.Certificate, **different: Any) -> str:
-        return said(Signer.make("kubernetes", key=old.key, **different), old, {"apiserver-kubelet-client": certificate})
+        new = Signer.make("kubernetes", key=old.key, **different)
+        return said(new, old, {"front-proxy-client": certificate}, authority=FRONT_PROXY_CA)
 
     assert judged(leaf) == ""
-    text = judged(leaf, extra=SERVER)
-    assert "apiserver-kubelet-client below it: wanted issuers whose EKU covers clientAuth" in text
+    assert "front-proxy-client below it: wanted issuers whose EKU covers serverAuth" in judged(leaf, extra=CLIENT)
+    assert judged(leaf, extra=SERVER).count("issuers whose EKU") == 1  # the CA's own fault, said once
     assert "names to OpenSSL" in judged(named)
     assert judged(leaf, extra=BOTH) == ""
 

@@ -960,6 +960,34 @@ def test_doctor_says_in_which_phase_a_ca_is(settings: Settings, pki: Pki) -> Non
     assert any(one.level == "error" and "the files are of no phase" in one.text for one in found())
 
 
+@pytest.mark.attack("E1")
+def test_the_key_of_another_ca_of_the_node_is_refused(settings: Settings, pki: Pki) -> None:
+    """Whatever `--ca` names, and if the other CA is not replaced: each kubeconfig would open etcd. Its own new CA passes."""
+    keys = settings.authorities
+
+    def of_another(anchor: Path, **others: dict[str, str]) -> Settings:
+        table = {**keys["etcd-ca"].next, "anchor": str(anchor)}
+        tables = {"ca": {}, "front-proxy-ca": {}, "etcd-ca": table, **others}
+        named = {name: dataclasses.replace(keys[name], next=table) for name, table in tables.items()}
+        return dataclasses.replace(settings, authorities=named)
+
+    before, next_of_ca = contents(pki), Path(keys["ca"].next["anchor"])
+    shared = "key: wanted another than ca's, got the same"
+    for strange in (of_another(pki.pki_dir / "ca.crt"), of_another(next_of_ca, ca=keys["ca"].next)):
+        with pytest.raises(planning.NewCaError, match=shared):
+            run(strange, Verb.TRUST, ["etcd-ca"])
+        assert contents(pki) == before
+    broken = of_another(Path(keys["etcd-ca"].next["anchor"]), ca={"anchor": str(pki.root / "absent.crt")})
+    assert places.look(broken, read_node(broken.node), ["etcd-ca"])["etcd-ca"].standing.phase is Phase.OLD
+    with pytest.raises(planning.NewCaError, match=r"wanted another than ca's, got not known: .*absent\.crt"):
+        run(broken, Verb.TRUST, ["etcd-ca"])
+    assert run(of_another(Path(keys["etcd-ca"].next["anchor"])), Verb.TRUST, ["etcd-ca"]).exit_code == 0
+    assert [one for one in examine(settings, utc_now()) if one.check == "ca-shared-key"] == []
+    (pki.pki_dir / "etcd/ca.crt").write_bytes((pki.pki_dir / "ca.crt").read_bytes())
+    found = [one for one in examine(settings, utc_now()) if one.check == "ca-shared-key"]
+    assert [(one.level, one.about) for one in found] == [("error", "CA etcd-ca")]
+
+
 def test_a_plan_says_which_cas_are_being_replaced(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan has the words of `doctor`, which also warns of both CAs trusted for a quarter."""
 
