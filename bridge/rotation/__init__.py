@@ -170,7 +170,7 @@ def new_ca_violations(
         unfit = [*_is_a_ca(new), *_valid(new, now), *_kinds(new, authority, leaves)]
         yield from unfit
         yield from _keys(new, others)
-        # what no certificate can have below it is said once, and not for each certificate in use
+        # a fault of the CA itself appears once, and not again with each certificate in use
         yield from _same_key(change, {} if unfit else chains) if change.keeps_key else _another_key(change, leaves)
         if change.cross is not None and not change.keeps_key:
             yield from _cross(change, change.cross, now)
