@@ -183,7 +183,8 @@ def test_a_certificate_for_the_same_key_is_judged_and_proven(adopter: LiveBridge
     servers = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
     anchor = adopter.directory / "again.crt"
     adopter.tables = [one for one in adopter.tables if ".next]" not in one]
-    adopter.add(f"authority.{FRONT_PROXY_CA.name}.next", {"anchor": str(anchor)})
+    signs = newer[FRONT_PROXY_CA.name].table["dir"]
+    adopter.add(f"authority.{FRONT_PROXY_CA.name}.next", {"anchor": str(anchor), "dir": signs})
     (subject,) = old.certificate.subject
     file = adopter.pki.pki_dir / FRONT_PROXY_CA.certificate_file
     before = file.read_bytes()
