@@ -92,6 +92,7 @@ def status(common: Common, logs: _LogOptions, ca: CaOption = None, output: Outpu
         left = differences(one.seen, one.change, now.next).values() if now.next else now.differing
         for sentence in left:
             say_sentence(f"{one.name}: {sentence}", "  ")
+        say_sentences(_elsewhere(one), "  ")
         for held in _lagging(settings, node, one):
             say_sentence(f"{one.name}: {held.text}", "  ")
             say(f"    {held.command}" if held.command else "")
@@ -149,6 +150,12 @@ def _say_old_ca_clients(users: Users | None, refusals: Sequence[Refusal] | None)
         say_sentence("no client in the API server's log turned away, or was turned away", "  ")
 
 
+def _elsewhere(ca: Replaced) -> list[str]:
+    """Return sentences about CA files that ca-bridge does not write, and that do not fit this node's phase."""
+    phase = ca.standing.phase
+    return [] if phase is None else list(planning.unfit_elsewhere(ca, phase))
+
+
 def _lagging(settings: Settings, node: Node, ca: Replaced) -> list[trust_copies.Held]:
     """Return the cluster's objects that are behind this node's phase, if this node may read them."""
     phase = ca.standing.phase
@@ -168,6 +175,7 @@ def _json(ca: Replaced, lagging: Sequence[trust_copies.Held]) -> dict[str, Any]:
         "new": {"subject": name_text(ca.change.new.subject), "sha256": fingerprint(ca.change.new)},
         "since": ca.since,
         "odd": list(now.differing),
+        "elsewhere": _elsewhere(ca),
         "objects": [held.text for held in lagging],
         "commands": [held.command for held in lagging if held.command],
     }
@@ -189,6 +197,8 @@ def plan(common: Common, ca: CaOption = None) -> int:
         for violation in planning.violations(one, settings, now):
             say_verdict(f"  {violation}", "error")
             trouble += 1
+        for file in one.elsewhere:
+            say_sentence(f"by hand, before each phase: {file}", "  ")
         for phase in one.change.path[1:]:
             what = _SPARED if phase is one.change.spares else _effect(node, one, phase)
             say_sentence(f"{planning.VERBS[phase]}: {what}", "  ")
@@ -296,6 +306,7 @@ def _say_what_an_emergency_costs(settings: Settings, options: _Options) -> int:
     found = places.look(settings, node, options.ca or [])
     left = [ca for ca in found.values() if not planning.straight_to_the_new_ca(ca).is_there]
     sentences = [f"{ca.name}: {_effect(node, ca, Phase.NEW, at_once=True)}; {_EMERGENCY_COSTS[ca.name]}" for ca in left]
+    sentences += [sentence for ca in found.values() for sentence in planning.unfit_elsewhere(ca, Phase.NEW)]
     sentences += _EVERY_EMERGENCY
     if options.output is Output.JSON:
         say_json(exitCode=Exit.USAGE, costs=sentences)

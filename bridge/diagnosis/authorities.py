@@ -22,7 +22,7 @@ from bridge.pki.expiry import duration_text, minute
 from bridge.pki.kubeadm_names import named
 from bridge.renewal import verify_and_install
 from bridge.renewal.gate import Attempts
-from bridge.rotation import Phase, places, text
+from bridge.rotation import Phase, places, planning, text
 from bridge.settings.tables import Settings
 from bridge.settings.windows import ever_waits
 from bridge.specs import CertificateSpec
@@ -79,6 +79,9 @@ def replacements(node: Node, settings: Settings, now: datetime) -> Iterator[Find
         about, standing = f"CA {one.name}", one.standing
         since = f"since {minute(one.since)} ({duration_text(timedelta(days=max((now - one.since).days, 0)))})"
         old, new = text(one.change.old), text(one.change.new)
+        for problem in planning.unfit_elsewhere(one, standing.phase) if standing.phase is not None else ():
+            hint = "change the file by hand, and restart the component that reads it"
+            yield Finding.error("ca-replacement", about, problem.removeprefix(f"{one.name}: "), hint)
         if standing.phase is None:
             words = f"the files are of no phase: {'; '.join(standing.differing)}"
             yield Finding.error("ca-replacement", about, words, _OTHER_MEANS)

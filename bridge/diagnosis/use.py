@@ -7,7 +7,7 @@ import ipaddress
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from urllib.parse import urlsplit
 
@@ -18,7 +18,7 @@ from bridge.control_plane import restarts
 from bridge.diagnosis import Finding, Level, from_error
 from bridge.diagnosis.installed import chain, end, is_named, key_of, server
 from bridge.errors import BridgeError
-from bridge.node import endpoints, kubeadm_config, kubeconfig, pairs
+from bridge.node import ca_files, endpoints, kubeadm_config, kubeconfig, pairs
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeadm_config import KubeadmConfig
 from bridge.node.manifests import pod_name
@@ -46,16 +46,6 @@ _KEY_FLAGS = {
     "--peer-cert-file": "--peer-key-file",
     "--cert-file": "--key-file",
 }
-#: By component and flag, the CA whose certificate the flag's file must hold.
-_CA_FLAGS: Mapping[Component, Mapping[str, str]] = {
-    Component.APISERVER: {
-        "--client-ca-file": "ca",
-        "--etcd-cafile": "etcd-ca",
-        "--requestheader-client-ca-file": "front-proxy-ca",
-    },
-    Component.ETCD: {"--trusted-ca-file": "etcd-ca", "--peer-trusted-ca-file": "etcd-ca"},
-    Component.CONTROLLER_MANAGER: {"--client-ca-file": "ca", "--root-ca-file": "ca"},
-}
 
 
 def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -67,7 +57,7 @@ def look(node: Node, settings: Settings, now: datetime) -> Iterator[Finding]:
     for item in node.items:
         if item.state == "present" and item.managed:
             yield from _files(item, node, settings)
-    yield from _authorities(node)
+    yield from _authorities(node, settings)
     yield from look_at_names(node, settings, now)
     yield from _restarts(node, settings)
     yield from _not_in_use(node, settings, now)
@@ -95,24 +85,20 @@ def _files(item: Item, node: Node, settings: Settings) -> Iterator[Finding]:
             yield Finding.error("manifest-names-another-file", item.spec.name, text, hint)
 
 
-def _authorities(node: Node) -> Iterator[Finding]:
+def _authorities(node: Node, settings: Settings) -> Iterator[Finding]:
     """Check that the CA files that components trust hold this node's CAs."""
     cas = {state.authority.name: state for state in node.authorities if state.state == "present"}
-    for component, flags in _CA_FLAGS.items():
-        if (manifest := node.manifests.get(component)) is None:
+    for file in ca_files.of_components(node, settings.node):
+        if (state := cas.get(file.authority)) is None:
             continue
-        for flag, name in flags.items():
-            path, state = endpoints.file(manifest.flags, flag), cas.get(name)
-            if path is None or state is None:
-                continue
-            try:
-                what = "other certificates" if state.certificates[0] not in read_ca_file(path) else ""
-            except UnreadableError as e:
-                what = str(e)
-            if what:
-                text = f"wanted the CA of {state.path} in the file of {flag} ({path}), found {what}"
-                hint = "new certificates of this CA would not be accepted"
-                yield Finding.error("manifest-ca", component.value, text, hint)
+        try:
+            what = "other certificates" if state.certificates[0] not in read_ca_file(file.path) else ""
+        except UnreadableError as e:
+            what = str(e)
+        if what:
+            text = f"wanted the CA of {state.path} in the file of {file.setting} ({file.path}), found {what}"
+            hint = "new certificates of this CA would not be accepted"
+            yield Finding.error("manifest-ca", file.reader, text, hint)
 
 
 # --- restarts and hooks ----------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ _FLAGS = {
     "--hostname-override": "hostname",
     "--node-ip": "nodeIP",
     "--pod-manifest-path": "staticPodPath",
+    "--client-ca-file": "clientCAFile",
 }
 
 #: made: the kubelet makes a self-signed pair, unless it has one; named: `tlsCertFile`; asked: with
@@ -73,6 +74,7 @@ class KubeletFiles:
     key: Path  #: The key's file; the same file if it holds both.
     hostname: str  #: `--hostname-override`; empty: not set.
     addresses: tuple[str, ...]  #: `--node-ip`, without unspecified addresses.
+    client_ca: Path | None = None  #: `authentication.x509.clientCAFile`, the CA of its clients; None: not set.
     static_pods: Path | None = None  #: `staticPodPath`; None: no readable configuration sets it.
     trouble: str | None = None  #: Why its configuration can't be read; a missing one is no trouble.
 
@@ -105,6 +107,7 @@ class KubeletFiles:
             key=pair[1],
             hostname=found.get("hostname", ""),
             addresses=tuple(a for a in found.get("nodeIP", "").split(",") if a and a not in ("0.0.0.0", "::")),  # noqa: S104 (not bound)
+            client_ca=kubelet_dir / found["clientCAFile"] if found.get("clientCAFile") else None,
             static_pods=Path(found["staticPodPath"]) if found.get("staticPodPath") else None,
             trouble=trouble,
         )
@@ -129,7 +132,12 @@ def _configured(path: Path, keys: Sequence[str]) -> tuple[dict[str, str], str | 
     """The configuration's values, and why it can't be read."""
     try:
         root = configuration(path)
-        return ({}, None) if root is None else ({"kind": "KubeletConfiguration", **values(root, keys)}, None)
+        if root is None:
+            return {}, None
+        authentication = root.get("authentication")
+        x509 = None if authentication is None else authentication.get("x509")
+        client_ca = {} if x509 is None else values(x509, ("clientCAFile",))
+        return {"kind": "KubeletConfiguration", **values(root, keys), **client_ca}, None
     except (UnreadableError, YamlError) as e:
         return {}, f"wanted the kubelet's configuration in {path}, found: {e}"
 

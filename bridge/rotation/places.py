@@ -14,7 +14,8 @@ from cryptography import x509
 
 from bridge.ca.registry import load_cross
 from bridge.errors import BridgeError, Exit, SettingsError, SettingsProblem, converted
-from bridge.node import endpoints, kubeconfig
+from bridge.node import ca_files, endpoints, kubeconfig
+from bridge.node.ca_files import CaFile
 from bridge.node.inventory import AuthorityState, Item, Node
 from bridge.node.kubeconfig import KubeconfigError
 from bridge.pki.certificates import anchor_of, load_pem_certificates, pem
@@ -24,7 +25,7 @@ from bridge.specs import AUTHORITIES, CA, SPECS, Component
 from bridge.state import Store, backups, copies
 from bridge.state.install import CERTIFICATE_MASK, KUBECONFIG_MASK, Replacement
 from bridge.system.files import digest, reasons, sync_directory, write_atomically
-from bridge.system.paths import UnreadableError, exposure, own_text, read, real_path
+from bridge.system.paths import UnreadableError, exposure, own_text, read, read_ca_file, real_path
 
 #: Weeks with both CAs are normal; after this, the replacement was probably forgotten.
 LONG = timedelta(days=90)
@@ -47,6 +48,8 @@ class Replaced:
     items: tuple[Item, ...]  #: The leaves of this CA on the node.
     confs: Mapping[str, bytes]  #: The kubeconfigs with CA data, by path.
     others: OtherCas  #: The other CAs of this node, whether they are replaced or not.
+    #: Files other than the CA file from which components read this CA, and their certificates; no phase writes them.
+    elsewhere: Mapping[CaFile, Bundle | UnreadableError]
 
     @property
     def name(self) -> str:
@@ -142,8 +145,20 @@ def _look(settings: Settings, node: Node, state: AuthorityState) -> Replaced:
     leaves = {item.spec.name: anchor_of(item.certificates, (change.old, new)) for item in items}
     seen = Seen(bundle=state.certificates, kubeconfigs=held, leaves=leaves)
     confs = {place: confs[place] for place in held}
-    others = dict(_others(settings, node, name))
-    return Replaced(state=state, change=change, seen=seen, items=items, confs=confs, others=others)
+    others, elsewhere = dict(_others(settings, node, name)), dict(_elsewhere(settings.node, node, state))
+    return Replaced(state=state, change=change, seen=seen, items=items, confs=confs, others=others, elsewhere=elsewhere)
+
+
+def _elsewhere(
+    settings: NodeSettings, node: Node, state: AuthorityState
+) -> Iterator[tuple[CaFile, Bundle | UnreadableError]]:
+    real = os.path.realpath(state.path)
+    for file in (*ca_files.of_components(node, settings), *ca_files.of_kubeconfigs(node, settings)):
+        if file.authority == state.authority.name and os.path.realpath(file.path) != real:
+            try:
+                yield file, read_ca_file(file.path)
+            except UnreadableError as e:
+                yield file, e
 
 
 def _others(settings: Settings, node: Node, name: str) -> Iterator[tuple[str, Bundle | BridgeError]]:

@@ -11,12 +11,13 @@ from typing import ClassVar
 
 from bridge.ca import registry
 from bridge.errors import BridgeError, Exit, Violation
-from bridge.pki.certificates import name_text
+from bridge.pki.certificates import name_text, spki
 from bridge.pki.expiry import minute
-from bridge.rotation import Phase, new_ca_violations, stops_openssl, text, untimely
+from bridge.rotation import Phase, new_ca_violations, stops_openssl, text, texts, untimely
 from bridge.rotation.places import Replaced
 from bridge.settings.tables import Settings
 from bridge.specs import CA
+from bridge.system.paths import UnreadableError
 
 
 class Verb(Enum):
@@ -48,6 +49,16 @@ class Step:
     ca: Replaced
     target: Phase
     is_there: bool  #: Whether the files are in the phase already.
+
+
+class ElsewhereError(BridgeError):
+    """A component reads the CA from a file that no phase writes, and that does not fit the phase."""
+
+    exit_code: ClassVar[int] = Exit.USAGE
+    hint = (
+        "ca-bridge writes kubeadm's files alone: change these by hand, restart the components that read them, then the same "
+        "command again; no file of this phase was replaced"
+    )
 
 
 class NoWayBackError(BridgeError):
@@ -121,6 +132,27 @@ def assert_possible(steps: Sequence[Step], settings: Settings, now: datetime, *,
             ca = dataclasses.replace(ca, change=dataclasses.replace(ca.change, cross=None))
         if problems := list(violations(ca, settings, now, emergency=emergency)):
             raise NewCaError(f"{ca.name}: {text(ca.change.new)} can't take its place: {'; '.join(map(str, problems))}")
+
+
+def assert_fits_elsewhere(steps: Sequence[Step]) -> None:
+    """Refuse a phase that other CA files of this node would not follow (ElsewhereError)."""
+    if problems := [problem for step in steps for problem in unfit_elsewhere(step.ca, step.target)]:
+        raise ElsewhereError("; ".join(problems))
+
+
+def unfit_elsewhere(ca: Replaced, phase: Phase) -> Iterator[str]:
+    """Yield a sentence about each other CA file without a CA of this phase, or with the old CA's key after it."""
+    change, wanted = ca.change, ca.change.bundle(phase)
+    old_key, wanted_keys = spki(change.old.public_key()), {spki(each.public_key()): each for each in wanted}
+    for file, held in ca.elsewhere.items():
+        if isinstance(held, UnreadableError):
+            yield f"{ca.name}: wanted {texts(wanted)} in {file}, found: {held}"
+            continue
+        keys = {spki(each.public_key()) for each in held}
+        if lacking := [each for key, each in wanted_keys.items() if key not in keys]:
+            yield f"{ca.name}: wanted {texts(lacking)} in {file}, found {texts(held) or 'no certificate'}"
+        if old_key in keys and old_key not in wanted_keys:
+            yield f"{ca.name}: wanted no {text(change.old)} any more in {file}, found it"
 
 
 def violations(ca: Replaced, settings: Settings, now: datetime, *, emergency: bool = False) -> Iterator[Violation]:

@@ -75,10 +75,13 @@ def run(
             assert_signs_itself(settings, steps, progress)
             assert_keys_can_leave(steps, node, settings, options)
         to_do = [step for step in steps if not step.is_there]
+        if transaction.may_go_on and to_do:
+            options.assert_open(ours, node, to_do)
+        if transaction.may_go_on and verb is not Verb.BACK:
+            planning.assert_fits_elsewhere(steps)
         if not transaction.may_go_on or not to_do:
             result = _without_keys(ours, steps, transaction.with_earlier(Result()), options)
             return _done(ours, node, names, steps, result, is_over=transaction.may_go_on)
-        options.assert_open(ours, node, to_do)
         if verb is Verb.ISSUE or (options.emergency and any(_leaves_to_issue(step) for step in to_do)):
             result = _issue(ours, transaction, node, to_do, options)
         elif verb is Verb.BACK and any(_leaves_to_issue(step) for step in to_do):

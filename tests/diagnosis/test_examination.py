@@ -336,6 +336,15 @@ def manifest_trusts_another_ca(site: Site) -> None:
     )
 
 
+def kubelet_trusts_another_ca(site: Site) -> None:
+    kubelet = site.bridge.directory / "kubelet"
+    kubelet.mkdir()
+    other = site.pki.pki_dir / "etcd/ca.crt"
+    text = f"kind: KubeletConfiguration\nauthentication:\n  x509:\n    clientCAFile: {other}\n"
+    (kubelet / "config.yaml").write_text(text)
+    site.edit(site.bridge.config, f'name = "{NODE}"\n', f'name = "{NODE}"\nkubelet_dir = "{kubelet}"\n')
+
+
 def new_address(site: Site) -> None:
     site.edit(site.manifest("kube-apiserver"), "--advertise-address=192.0.2.10", "--advertise-address=192.0.2.77")
 
@@ -474,6 +483,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (manifest_names_another_file, "error", "manifest-names-another-file", "apiserver"),
     (manifest_names_another_key, "error", "manifest-names-another-file", "etcd-server"),
     (manifest_trusts_another_ca, "error", "manifest-ca", "kube-apiserver"),
+    (kubelet_trusts_another_ca, "error", "manifest-ca", "kubelet"),
     (new_address, "warning", "sans-of-manifest", "apiserver"),
     (new_address_of_etcd, "warning", "sans-of-manifest", "etcd-peer"),
     (no_command_for_the_kubelet, "error", "restart-command", "restart.commands.kubelet"),

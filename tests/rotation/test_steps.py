@@ -41,7 +41,7 @@ from bridge.renewal.selection import Changes, RunOptions
 from bridge.renewal.transaction import put_back_and_retire
 from bridge.rotation import Phase, places, planning, steps
 from bridge.rotation.planning import Verb
-from bridge.rotation.readiness import NotReadyEverywhereError, SplitError, has_asked
+from bridge.rotation.readiness import NotReadyEverywhereError, RotationOptions, SplitError, has_asked
 from bridge.settings.tables import Settings
 from bridge.specs import AUTHORITIES, CA, Component
 from bridge.state import Store, audit, backups, install
@@ -986,6 +986,65 @@ def test_the_key_of_another_ca_of_the_node_is_refused(settings: Settings, pki: P
     (pki.pki_dir / "etcd/ca.crt").write_bytes((pki.pki_dir / "ca.crt").read_bytes())
     found = [one for one in examine(settings, utc_now()) if one.check == "ca-shared-key"]
     assert [(one.level, one.about) for one in found] == [("error", "CA etcd-ca")]
+
+
+def kubelets_own_file(settings: Settings, file: Path) -> None:
+    """`clientCAFile` of the kubelet's configuration."""
+    config = settings.node.kubelet_dir / "config.yaml"
+    config.parent.mkdir()
+    x509_config = {"kind": "KubeletConfiguration", "authentication": {"x509": {"clientCAFile": str(file)}}}
+    config.write_text(yaml.safe_dump(x509_config))
+
+
+def file_in_a_kubeconfig(settings: Settings, file: Path) -> None:
+    """`certificate-authority`, relative to the kubeconfig."""
+    conf = settings.node.kubeconfig_dir / "scheduler.conf"
+    relative = os.path.relpath(file, conf.parent)
+    conf.write_text(
+        re.sub("certificate-authority-data: .*", f"certificate-authority: {relative}", conf.read_text(), count=1)
+    )
+
+
+@pytest.mark.attack("E3")
+@pytest.mark.parametrize("named", [kubelets_own_file, file_in_a_kubeconfig])
+def test_a_ca_file_that_no_phase_writes_holds_each_phase_up(
+    named: Callable[[Settings, Path], None], settings: Settings, pki: Pki
+) -> None:
+    """A thief's certificates would pass there after `drop`, in an emergency too; a link to the CA file is no other file."""
+    node = dataclasses.replace(settings.node, kubelet_dir=pki.root / "kubelet")
+    settings = dataclasses.replace(settings, node=node)
+    ca, other = pki.pki_dir / "ca.crt", pki.root / "other-ca.crt"
+    other.symlink_to(ca)
+    named(settings, other)
+    assert places.look(settings, read_node(settings.node), ["ca"])["ca"].elsewhere == {}
+    other.unlink()
+    old, new = ca.read_bytes(), Path(settings.authorities["ca"].next["anchor"]).read_bytes()
+
+    def refused(verb: Verb, words: str, options: RotationOptions | None = None) -> None:
+        before = contents(pki)
+        with pytest.raises(planning.ElsewhereError, match=words):
+            run(settings, verb, ["ca"], options)
+        assert contents(pki) == before
+
+    def findings() -> list[str]:
+        found = examine(settings, utc_now())
+        return [one.text for one in found if (one.check, one.level, one.about) == ("ca-replacement", "error", "CA ca")]
+
+    refused(Verb.TRUST, "other-ca.crt, which .* names, found: No such file")
+    other.write_bytes(old)
+    refused(Verb.TRUST, r"wanted CN=ca-2 \(.*\) in .*other-ca.crt, which .* names, found CN=kubernetes ")
+    assert findings() == []
+    other.write_bytes(old + new)
+    for verb in (Verb.TRUST, Verb.ISSUE):
+        assert run(settings, verb, ["ca"]).exit_code == 0
+    refused(Verb.DROP, "wanted no CN=kubernetes .* any more in .*other-ca.crt")
+    refused(Verb.DROP, "wanted no CN=kubernetes", Open(emergency=True))
+    other.write_bytes(new)
+    assert run(settings, Verb.DROP, ["ca"]).exit_code == 0
+    assert findings() == []
+    other.write_bytes(new + old)
+    refused(Verb.DROP, "wanted no CN=kubernetes")
+    assert "wanted no CN=kubernetes" in "".join(findings())
 
 
 def test_a_plan_says_which_cas_are_being_replaced(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
