@@ -81,8 +81,7 @@ class SplitError(BridgeError):
     exit_code: ClassVar[int] = Exit.USAGE
     hint = (
         "`ca-bridge rotate-ca trust --ca etcd-ca` on every member, then `issue`, then `drop`: no need to wait for clients, and "
-        "etcd goes on (`ca-bridge restart --force` does not wait for restart.min_interval); name the other CAs with --ca "
-        "meanwhile; nothing was replaced"
+        "etcd goes on; name the other CAs with --ca meanwhile; nothing was replaced"
     )
 
 

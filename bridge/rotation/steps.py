@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from bridge import control_plane
 from bridge.ca import CA, registry
@@ -60,6 +61,8 @@ def run(
 ) -> Done:
     """Bring this node's CAs (without names: all with a next CA) to a verb's phase; an error: nothing was replaced."""
     places.assert_has_next(settings)
+    # the operator begins each phase, and a repeat after a kill restarts at once: no loop to hold back
+    settings = dataclasses.replace(settings, restart=dataclasses.replace(settings.restart, min_interval=timedelta()))
     with begun(settings, now, progress, options.wait) as (ours, as_found):
         transaction = Transaction(ours, RunOptions())
         node = transaction.settle_earlier(as_found)

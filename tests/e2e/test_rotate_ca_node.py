@@ -86,7 +86,7 @@ def bridge_on(node: Node, directory: Path) -> LiveBridge:
     """The program on a node, which restarts what has to be."""
     pki = NodePki(root=node.root, external=True, keys=directory / "ca-keys")
     bridge = LiveBridge(pki=pki, directory=directory / "bridge", node=node)
-    bridge.add("restart", {"method": "static-pods", "min_interval": "1s", "prove_for": "5m"})
+    bridge.add("restart", {"method": "static-pods", "prove_for": "5m"})
     bridge.add("restart.commands", {"kubelet": bridge.kubelet_command()})
     return bridge
 

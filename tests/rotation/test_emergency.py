@@ -31,7 +31,7 @@ from tests.kit.loopback import free_port
 from tests.kit.pairs import assert_pairs
 from tests.kit.pki import Pki, kubeadm_pki
 from tests.kit.renewing import Quiet
-from tests.kit.rotating import contents, phases, reach, run, with_next
+from tests.kit.rotating import FORWARD, contents, phases, reach, run, with_next
 from tests.kit.tripwire import kill
 
 pytestmark = pytest.mark.usefixtures("no_process_here")
@@ -182,6 +182,19 @@ def test_nothing_goes_back_by_itself(pki: Pki, tmp_path: Path) -> None:
     stop.unlink()
     assert run(settings, Verb.DROP, ["ca"], AT_ONCE).exit_code == 0
     assert not Store(settings.node.state_dir).unproven.exists()
+
+
+def test_a_phase_waits_for_no_interval_between_restarts(pki: Pki, tmp_path: Path) -> None:
+    """`drop` may follow `trust` within ten minutes, and a repeat after a kill too; a renewal does wait."""
+    settings, stop = failing(pki, tmp_path)
+    settings = dataclasses.replace(
+        settings, restart=dataclasses.replace(settings.restart, min_interval=timedelta(hours=1))
+    )
+    stop.unlink()
+    for verb, phase in FORWARD:
+        assert (run(settings, verb, ["ca"]).exit_code, phases(settings)["ca"]) == (0, phase)
+    late = renew.run(settings, RunOptions(names=("kubelet.conf",)), utc_now, Quiet())[0]
+    assert "restart.min_interval" in str(late.errors[0])
 
 
 def test_without_haste_it_goes_back(pki: Pki, tmp_path: Path) -> None:
