@@ -73,7 +73,7 @@ class Archive:
         self.directory.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
         if self.directory.is_symlink():
             found = "a symbolic link"
-        elif (exposed := exposure(self.directory)) is not None:
+        elif (exposed := exposure(self.directory, new_files=True)) is not None:
             found = exposed.found if exposed.path == self.directory else f"{exposed.path} with {exposed.found}"
         else:
             remove_unfinished(self._answers, ".*.json.*")

@@ -21,11 +21,12 @@ from bridge.contract import Issued, Pending, PlannedCertificate, SignRequest
 from bridge.errors import BackendError, SettingsError, SettingsProblem
 from bridge.gateway.rules import PodSignerRules, patterns
 from bridge.pki import verify
+from bridge.pki.certificates import spki
 from bridge.pki.csr import Naming
 from bridge.pki.kubeadm_names import sample
 from bridge.pki.verify import Expectation, Verified
-from bridge.settings.tables import Settings
-from bridge.specs import KEY_ALGORITHMS, PODS, SIGNING_AUTHORITIES, CertificateSpec
+from bridge.settings.tables import NodeSettings, Settings
+from bridge.specs import AUTHORITIES, KEY_ALGORITHMS, PODS, SIGNING_AUTHORITIES, Authority, CertificateSpec
 from bridge.system.paths import UnreadableError, assert_ours, read_ca_file
 
 log = logging.getLogger("ca-bridge")
@@ -42,9 +43,10 @@ class AuthorityOfSigners:
         self.rest = NoWaitPolicy()
         self.ca = CA.of(configured, self.rest)
         self._settings = settings
-        self._anchor_file = settings.node.pki_dir / SIGNING_AUTHORITIES[configured.authority].certificate_file
+        self._authority = SIGNING_AUTHORITIES[configured.authority]
+        self._anchor_file = settings.node.pki_dir / self._authority.certificate_file
         self._mutex = threading.Lock()
-        self._anchors, self._read_at = read_anchors(self._anchor_file), time.monotonic()
+        self._anchors, self._read_at = read_anchors(settings.node, self._authority), time.monotonic()
         self._issuer_end: datetime | None = None
         self.identity = ""  #: Our name at the CA as of the last check, if the CA reports it.
         self._min_validity, self._signer = settings.gateway.min_validity, self._anchors[0]
@@ -71,7 +73,7 @@ class AuthorityOfSigners:
             if time.monotonic() - self._read_at >= _ANCHOR_SECONDS:
                 self._read_at = time.monotonic()
                 try:
-                    self._anchors = read_anchors(self._anchor_file)
+                    self._anchors = read_anchors(self._settings.node, self._authority)
                 except SettingsError as e:
                     log.error("%s; the certificates that were read before still count", e)  # noqa: TRY400
             return self._anchors
@@ -171,8 +173,29 @@ def _or_raise(answer: Answer) -> Issued | Pending:
     return answer
 
 
-def read_anchors(path: Path) -> tuple[x509.Certificate, ...]:
-    """Read the certificates of a CA file (SettingsError: there are none, or other users can write the file)."""
+def read_anchors(settings: NodeSettings, authority: Authority) -> tuple[x509.Certificate, ...]:
+    """
+    Read the certificates of a CA's file.
+
+    Raises:
+        SettingsError: There are none, other users can write the file, or the CA of pods shares a key with a CA of the cluster.
+    """
+    path = settings.pki_dir / authority.certificate_file
+    anchors = _certificates(path)
+    if authority == PODS:
+        keys = {spki(anchor.public_key()) for anchor in anchors}
+        files = {other.name: settings.pki_dir / other.certificate_file for other in AUTHORITIES.values()}
+        cas = {name: _certificates(file) for name, file in files.items() if file.exists()}
+        if shared := [name for name, own in cas.items() if any(spki(ca.public_key()) in keys for ca in own)]:
+            wanted = f"a CA for pods that has its own key: the API server takes clients' names from {shared[0]}"
+            found = f"{path} with the key of {', '.join(shared)}"
+            raise SettingsError(
+                [SettingsProblem("node.pki_dir", wanted, found)], hint="have a separate CA made for pods"
+            )
+    return anchors
+
+
+def _certificates(path: Path) -> tuple[x509.Certificate, ...]:
     try:
         assert_ours(path)
         return read_ca_file(path)

@@ -148,7 +148,7 @@ def _is_ours(document: Mapping[str, Any]) -> bool:
 def publish(settings: Settings, signers: Sequence[str], remove: Sequence[str]) -> dict[str, Outcome | BridgeError]:
     """Publish the roots of `signers`, or of the policy's, and remove others' bundles; by signer (SettingsError)."""
     wanted_bundles = _wanted_bundles(settings, signers, remove)
-    text = text_of(read_anchors(settings.node.pki_dir / PODS.certificate_file)) if any(wanted_bundles.values()) else ""
+    text = text_of(read_anchors(settings.node, PODS)) if any(wanted_bundles.values()) else ""
     found: dict[str, Outcome | BridgeError] = {}
     with contextlib.closing(_api(settings)) as api:
         roots = Roots(api)

@@ -190,7 +190,7 @@ def _obstacle_at(files: PairFiles) -> BridgeError | None:
     for _, path in files.paths():
         if not path.parent.is_dir():
             return PairPlaceError(f"there is no directory for {path}", hint=f"mkdir -p {path.parent}")
-        trouble = foreign_link(path) or exposure(real_path(path).parent)
+        trouble = foreign_link(path) or exposure(real_path(path).parent, new_files=True)
         if trouble is not None:
             wanted = f"wanted {path} in a directory that only root can change, found {trouble}"
             return PairPlaceError(wanted, hint=f"{trouble.hint}; the file itself may belong to another user (owner)")

@@ -206,10 +206,18 @@ class Exposure:
         return f"{self.path}: wanted {self.wanted}, found {self.found}"
 
 
-def exposure(path: Path, also: int | None = None) -> Exposure | None:
-    """How a user other than root, the effective user and `also` (a uid) could change what a path leads to (OSError)."""
+def exposure(path: Path, also: int | None = None, *, new_files: bool = False) -> Exposure | None:
+    """
+    How a user other than root, the effective user and `also` (a uid) could change what a path leads to (OSError).
+
+    Args:
+        path: A file, perhaps a missing one, or a directory.
+        also: A further user who may change it.
+        new_files: The path is a directory for new files, in which no other user may make one first.
+    """
     trusted = trusted_users() | ({also} if also is not None else set())
-    weaknesses = (_exposed(step, trusted, also) for step in _steps(path) if step.status is not None)
+    walk = ((step, new_files and step.is_last) for step in _steps(path) if step.status is not None)
+    weaknesses = (_exposed(step, trusted, also, new_files=is_open) for step, is_open in walk)
     return next(filter(None, weaknesses), None)
 
 
@@ -270,7 +278,7 @@ def trusted_users() -> set[int]:
     return users
 
 
-def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | None:
+def _exposed(step: _Step, trusted: set[int], also: int | None, *, new_files: bool) -> Exposure | None:
     path, status = step.path, step.judged
     us = os.geteuid()
     if status.st_uid not in trusted:
@@ -278,7 +286,8 @@ def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | Non
         wanted = " or ".join(["it to belong to root", *(f"user {uid}" for uid in others)])
         hint = f"chown -h {us} {path}, after a look at it"
         return Exposure(path=path, wanted=wanted, found=f"user {status.st_uid}", hint=hint)
-    if stat.S_ISLNK(status.st_mode) or not _others_can_change(status):
+    is_open = bool(status.st_mode & 0o022) if new_files else _others_can_change(status)
+    if stat.S_ISLNK(status.st_mode) or not is_open:
         return None
     return Exposure(
         path=path,
@@ -289,7 +298,7 @@ def _exposed(step: _Step, trusted: set[int], also: int | None) -> Exposure | Non
 
 
 def _others_can_change(status: os.stat_result) -> bool:
-    # the sticky bit in /tmp keeps others from renaming our files
+    # the sticky bit in /tmp keeps others from renaming our files, and not from making one first
     is_shared = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     return bool(status.st_mode & 0o022) and not is_shared
 

@@ -12,10 +12,11 @@ import pytest
 from cryptography import x509
 
 from bridge.contract import Backend, BackendSettings, Issued, SignRequest
-from bridge.errors import BackendRefusedError
-from bridge.gateway.authorities import AuthorityOfSigners
+from bridge.errors import BackendRefusedError, SettingsError
+from bridge.gateway.authorities import AuthorityOfSigners, read_anchors
 from bridge.pki.certificates import pem
 from bridge.settings import load
+from bridge.specs import PODS
 from tests.kit import issuing
 from tests.kit.forged import validity, with_field
 from tests.kit.issuing import Signer
@@ -63,6 +64,23 @@ def test_a_cas_other_certificates_shorten_no_life(tmp_path: Path) -> None:
         with pytest.raises(BackendRefusedError, match="wanted the CA of ca"):
             authority.check(now)
         assert authority.end() == root.certificate.not_valid_after_utc
+
+
+@pytest.mark.attack("E12")
+@pytest.mark.parametrize("file", ["ca.crt", "front-proxy-ca.crt", "etcd/ca.crt"])
+def test_the_ca_of_pods_shares_no_key_with_a_ca_of_the_cluster(tmp_path: Path, file: str) -> None:
+    """Its certificates would be users of the API server, which takes their names from these CAs; a name of its own is no help."""
+    of_the_cluster, own = Signer.make("kubernetes"), Signer.make("pods")
+    same_key = Signer.make("pods", key=of_the_cluster.key)
+    node = load.parse(f'[node]\npki_dir = "{tmp_path}"\n').node
+    (tmp_path / "etcd").mkdir()
+    (tmp_path / file).write_bytes(pem(of_the_cluster.certificate))
+    (tmp_path / "pods.crt").write_bytes(pem(own.certificate))
+    assert read_anchors(node, PODS) == (own.certificate,)
+    for shared in (of_the_cluster, same_key):
+        (tmp_path / "pods.crt").write_bytes(pem(own.certificate, shared.certificate))
+        with pytest.raises(SettingsError, match="a CA for pods that has its own key"):
+            read_anchors(node, PODS)
 
 
 def test_of_two_roots_for_pods_the_one_that_signs_counts(tmp_path: Path) -> None:

@@ -371,6 +371,26 @@ def test_a_disk_of_a_pair_alone_stops_no_other_certificate(tmp_path: Path, optio
 
 
 @as_root
+@pytest.mark.attack("E11")
+@pytest.mark.parametrize("mode", [0o1777, 0o1770])
+def test_no_key_is_put_where_another_user_may_make_its_file_first(bridge: Bridge, place: Path, mode: int) -> None:
+    """In a directory with the sticky bit the file and its new key would stay the other user's; one above it harms nothing."""
+    add(bridge, place)
+    place.chmod(mode)
+    os.chown(place, 0, 1)
+    (place / "tls.key").touch(mode=0o600)
+    os.chown(place / "tls.key", 1, 1)
+    run = bridge.run("renew")
+    assert run.returncode == Exit.USAGE, run.stderr
+    assert f"found mode {mode:04o}" in run.stderr
+    assert (place / "tls.key").read_bytes() == b""
+    (place / "tls.key").unlink()
+    place.chmod(0o755)
+    place.parent.chmod(0o1777)
+    assert bridge.run("renew").returncode == 0
+
+
+@as_root
 def test_a_place_that_others_can_change_is_refused(bridge: Bridge, place: Path) -> None:
     """A directory of another user, a link in it, and a link to kubeadm's files: nothing is asked for, nothing replaced."""
     add(bridge, place)

@@ -194,7 +194,7 @@ def test_a_phase_waits_for_no_interval_between_restarts(
         settings, restart=dataclasses.replace(settings.restart, min_interval=timedelta(hours=1))
     )
     stop.unlink()
-    for verb, phase in FORWARD:
+    for verb, phase in FORWARD[:2]:
         assert (run(settings, verb, ["ca"]).exit_code, phases(settings)["ca"]) == (0, phase)
     late = renew.run(settings, RunOptions(names=("kubelet.conf",)), utc_now, Quiet())[0]
     assert "restart.min_interval" in str(late.errors[0])

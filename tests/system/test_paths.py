@@ -37,6 +37,17 @@ def test_what_is_ours_alone_is_not_exposed(place: Path) -> None:
     assert exposure(place.with_name("none")) is None
     place.parent.chmod(0o1777)
     assert exposure(place) is None
+    assert exposure(place.parent) is None
+
+
+def test_where_others_can_make_files_is_named(place: Path) -> None:
+    """The sticky bit keeps others from renaming files, and not from making one first; a directory above may have it."""
+    place.parent.parent.chmod(0o1777)
+    assert exposure(place.parent, new_files=True) is None
+    place.parent.chmod(0o1777)
+    found = exposure(place.parent, new_files=True)
+    assert found is not None
+    assert (found.path, found.found) == (place.parent, "mode 1777")
 
 
 @pytest.mark.parametrize("up", [0, 1, 2])
