@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import gzip
 import io
 import os
 import re
@@ -30,6 +29,7 @@ from bridge.diagnosis import Finding, Level
 from bridge.errors import BridgeError
 from bridge.node import endpoints
 from bridge.node.inventory import Node
+from bridge.pki import der
 from bridge.pki.certificates import UNREADABLE, spki
 from bridge.settings.tables import Settings
 from bridge.specs import Component
@@ -46,14 +46,22 @@ _REMOTE = re.compile(r"nfs4?|cifs|smb3|ceph|lustre|afs|gpfs|beegfs|glusterfs|fus
 _PIECE = 1 << 20
 #: The limit for each file, and for a gzip file's decompressed content.
 _MOST_PIECES = 64
+#: The size of a gzip file's pieces, and the limit for them and for its members.
+_PACKED, _MOST_PACKED = 1 << 12, 1 << 16
 #: The longest text of a key of 16,384 bits, base64-encoded twice.
 _LONGEST_KEY = 32_000
 _BEGIN = re.compile(rb"-----BEGIN ([A-Z ]{0,20}PRIVATE KEY)-----")
-#: Base64 of text that begins with a PEM block, as in a YAML or JSON file.
-_BASE64 = re.compile(rb"LS0tLS1CRUdJTi[A-Za-z0-9+/\s]{100,}")
+#: Base64 of text that begins with a PEM block, as in a YAML or JSON file, with line ends or JSON's escapes for them.
+_BASE64 = re.compile(rb"LS0tLS1CRUdJTi(?:[A-Za-z0-9+/\s]|\\[nrt]){100,}")
+#: Base64 of a key in DER: a SEQUENCE (with a length of one, two or three bytes) that begins with a version.
+_BASE64_DER = re.compile(
+    rb"M(?:[A-H][A-Za-z0-9+/]CA|I[E-H][A-Za-z0-9+/]Ag[E-H]|I[I-L][A-Za-z0-9+/]{2}[AQgw]IB)(?:[A-Za-z0-9+/\s]|\\[nrt]){40,}"
+)
 #: Characters to remove from base64, among them line ends as JSON escapes them.
 _NOT_BASE64 = re.compile(rb"\\[nrt]|[^A-Za-z0-9+/]")
-_GZIP, _SEQUENCE = b"\x1f\x8b", b"\x30"
+_LINE_END = re.compile(rb"\n|\\n")
+_GZIP, _SEQUENCE = b"\x1f\x8b\x08", b"\x30"
+_GZIP_BITS = 16 + zlib.MAX_WBITS
 
 
 @dataclass(slots=True)
@@ -64,6 +72,7 @@ class Held:
     is_encrypted: bool = False  #: A key has a passphrase.
     is_closed: bool = False  #: The file can't be read.
     is_cut: bool = False  #: The file is longer than the part that was read.
+    is_broken: bool = False  #: The rest of a gzip file can't be decompressed.
 
     @classmethod
     def by_file(cls, path: Path) -> Held:
@@ -80,18 +89,44 @@ class Held:
 
     def read(self, file: BinaryIO) -> None:
         """Read a file as it is and, if it is a gzip file, decompressed."""
-        self._read(file)
+        self._read(iter(lambda: file.read(_PIECE), b""))
         file.seek(0)
-        if file.read(2) == _GZIP:
+        if file.read(len(_GZIP)) == _GZIP:
             file.seek(0)
-            with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error):
-                self._read(gzip.GzipFile(fileobj=file))
+            self._read(self._decompressed(file))
 
-    def _read(self, file: BinaryIO | gzip.GzipFile) -> None:
+    def _decompressed(self, file: BinaryIO) -> Iterator[bytes]:
+        """Yield whatever a gzip file holds up to its end, a wrong byte, or the place where it is cut off."""
+        stream, piece, packed = zlib.decompressobj(_GZIP_BITS), b"", b""
+        for _ in range(_MOST_PACKED):
+            packed = packed or file.read(_PACKED)
+            if not packed:
+                break
+            before = stream.copy()
+            try:
+                piece += stream.decompress(packed, _PIECE)
+            except zlib.error:
+                self.is_broken = True
+                piece += _up_to_the_error(before, packed)
+                break
+            packed = stream.unconsumed_tail
+            if stream.eof:  # another member may follow, and what else follows was searched as it is
+                packed = stream.unused_data + file.read(_PACKED if len(stream.unused_data) < len(_GZIP) else 0)
+                if not packed.startswith(_GZIP):
+                    break
+                stream = zlib.decompressobj(_GZIP_BITS)
+            if len(piece) >= _PIECE:
+                yield piece
+                piece = b""
+        else:
+            self.is_cut = True
+        yield piece
+
+    def _read(self, pieces: Iterator[bytes]) -> None:
         kept = b""
-        for _ in range(_MOST_PIECES):
-            piece = file.read(_PIECE)
-            if not piece:
+        for number, piece in enumerate(pieces):
+            if number == _MOST_PIECES:
+                self.is_cut = True
                 return
             if not kept and piece[:1] == _SEQUENCE and len(piece) < _LONGEST_KEY:
                 self._add_key(piece)
@@ -99,8 +134,9 @@ class Held:
             self._add_text(text)
             for match in _BASE64.finditer(text):
                 self._add_text(_decoded(match[0]))
+            for match in _BASE64_DER.finditer(text):
+                self._add_key(_decoded(match[0][:_LONGEST_KEY]))
             kept = text[-_LONGEST_KEY:]
-        self.is_cut |= bool(file.read(1))
 
     def _add_text(self, text: bytes) -> None:
         for match in _BEGIN.finditer(text):
@@ -109,15 +145,27 @@ class Held:
             if b"DEK-Info" in body:  # RFC 1421; PKCS #8 marks encryption in the DER
                 self.is_encrypted = True
             else:
-                self._add_key(_decoded(body))
+                # Go and OpenSSL also read a block with header lines, which contain a colon
+                self._add_key(_decoded(b"".join(line for line in _LINE_END.split(body) if b":" not in line)))
 
-    def _add_key(self, der: bytes) -> None:
+    def _add_key(self, encoded: bytes) -> None:
+        """Add a key in DER, perhaps with something behind it."""
         try:
-            self.public.add(spki(load_der_private_key(der, None, unsafe_skip_rsa_key_validation=True).public_key()))
+            encoded = der.first(encoded).encoded
+            self.public.add(spki(load_der_private_key(encoded, None, unsafe_skip_rsa_key_validation=True).public_key()))
         except TypeError:
             self.is_encrypted = True
         except (ValueError, UnsupportedAlgorithm):
             pass
+
+
+def _up_to_the_error(stream: zlib._Decompress, packed: bytes) -> bytes:
+    """Decompress the bytes before the wrong one, whose output the library drops together with the error."""
+    done = b""
+    with contextlib.suppress(zlib.error):
+        for byte in packed:
+            done += stream.decompress(bytes([byte]))
+    return done
 
 
 def _decoded(text: bytes) -> bytes:
@@ -203,6 +251,7 @@ class _Search:
         self._seen: set[tuple[int, int]] = set()
         self._remote: set[str] = set()  #: Mount points of remote file systems, which are not searched.
         self._found = self._closed = self._cut = self._secrets = 0
+        self._broken: list[str] = []
         self._encrypted: list[str] = []
 
     def below(self, root: Path, level: Level, passed: Collection[Path] = ()) -> Iterator[Finding]:
@@ -269,6 +318,8 @@ class _Search:
         """Return the names of the CAs whose keys the file or Secret has, and note an encrypted key."""
         if held.is_encrypted:
             self._encrypted.append(one_line(place, _LONGEST_PATH))
+        if held.is_broken:
+            self._broken.append(one_line(place, _LONGEST_PATH))
         names = [name for name, publics in self._cas.items() if publics & held.public]
         self._found += bool(names)
         return ", ".join(names)
@@ -282,6 +333,9 @@ class _Search:
         for place in self._encrypted:
             text = "has an encrypted key, which can't be compared with the CAs'"
             yield Finding.warning("ca-key-search", place, text, "find out whose it is, and delete a CA's")
+        for place in self._broken:
+            text = "is a gzip file with a wrong byte, behind which nothing could be read"
+            yield Finding.warning("ca-key-search", place, text, "find out what it held, and delete it if in doubt")
         if self._closed:
             text = f"{self._closed} files or directories could not be read"
             yield Finding.warning("ca-key-search", f"{root}, closed", text, "run it as root; a disk may be broken")

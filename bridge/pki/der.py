@@ -33,14 +33,18 @@ def elements(data: bytes) -> list[Element]:
     """Split concatenated values."""
     found, position = [], 0
     while position < len(data):
-        begin, tag = position, data[position]
-        length, position = _length(data, position + 1)
-        end = position + length
-        if tag & _LONG_TAG == _LONG_TAG or end > len(data):
-            raise ValueError("not DER")
-        found.append(Element(tag, data[position:end], data[begin:end]))
-        position = end
+        found.append(first(data, position))
+        position += len(found[-1].encoded)
     return found
+
+
+def first(data: bytes, begin: int = 0) -> Element:
+    """Read the value that begins there; anything may follow it."""
+    length, position = _length(data, begin + 1)
+    end = position + length
+    if data[begin] & _LONG_TAG == _LONG_TAG or end > len(data):
+        raise ValueError("not DER")
+    return Element(data[begin], data[position:end], data[begin:end])
 
 
 def _length(data: bytes, position: int) -> tuple[int, int]:

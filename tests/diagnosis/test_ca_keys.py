@@ -111,6 +111,11 @@ def another_form(path: Path, key: bytes, encoding: Encoding, password: bytes = b
     path.write_bytes(load_pem_private_key(key, None).private_bytes(encoding, PrivateFormat.PKCS8, algorithm))
 
 
+def der_of(key: bytes) -> bytes:
+    form = PrivateFormat.PKCS8 if b"BEGIN PRIVATE" in key else PrivateFormat.TraditionalOpenSSL
+    return load_pem_private_key(key, None).private_bytes(Encoding.DER, form, NoEncryption())
+
+
 _CA = TestCA.make("other", "ecdsa-p256")
 CERTIFICATE, OTHER_KEY = _CA.certificate_pem, _CA.key_pem
 #: How a key is written to a file.
@@ -126,6 +131,20 @@ FORMS: dict[str, Callable[[Path, bytes], object]] = {
     "behind a megabyte": lambda path, key: path.write_bytes(b"x" * ((1 << 20) - 60) + key),
     "in an archive": tar_gz,
     "behind gzip's first bytes": lambda path, key: path.write_bytes(b"\x1f\x8b" + key),
+    "in lines of base64 in a JSON file": lambda path, key: path.write_text(
+        json.dumps({"key": base64.encodebytes(key).decode()})
+    ),
+    "in DER in base64": lambda path, key: path.write_text(f"key={base64.b64encode(der_of(key)).decode()} and more"),
+    "in DER in lines of base64": lambda path, key: path.write_bytes(b"x" + base64.encodebytes(der_of(key))),
+    "with header lines": lambda path, key: path.write_bytes(
+        key.replace(b"PRIVATE KEY-----\n", b"PRIVATE KEY-----\nOwner: a company\nUse: CA\n\n", 1)
+    ),
+    "cut off in an archive": lambda path, key: path.write_bytes(gzip.compress(key + os.urandom(9999))[:-999]),
+    "before a wrong byte in an archive": lambda path, key: path.write_bytes(
+        gzip.compress(key + b"x" * 99)[:-9] + b"y" * 9
+    ),
+    "before something else in an archive": lambda path, key: path.write_bytes(gzip.compress(key) + b"more"),
+    "in the second part of an archive": lambda path, key: path.write_bytes(gzip.compress(b"x") + gzip.compress(key)),
     "compressed": lambda path, key: path.write_bytes(gzip.compress(b"data:\n  k: " + base64.b64encode(key))),
 }
 
@@ -327,6 +346,12 @@ def test_files_of_nothing_but_beginnings_are_read_to_an_end(tmp_path: Path) -> N
     assert Held.by_file(tmp_path / "g") == Held(is_encrypted=True)
     (tmp_path / "e").write_bytes(gzip.compress(b"x" * 999)[:-9])
     assert Held.by_file(tmp_path / "e") == Held()
+    packed = bytearray(gzip.compress(os.urandom(1 << 20) + old))
+    packed[1 << 19 :] = bytes(len(packed) - (1 << 19))
+    (tmp_path / "h").write_bytes(packed)
+    assert Held.by_file(tmp_path / "h") == Held(is_broken=True)
+    (tmp_path / "i").write_bytes(gzip.compress(b"") * (1 << 17))
+    assert Held.by_file(tmp_path / "i") == Held(is_cut=True)
 
 
 def test_a_key_of_another_ca_is_a_note(pki: KubeadmPki, tmp_path: Path) -> None:
