@@ -26,6 +26,7 @@ from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import HTTPError
 from urllib3.util import SKIP_HEADER
+from urllib3.util.wait import wait_for_read
 
 from bridge.system import tls
 from bridge.words import one_line
@@ -174,6 +175,10 @@ class _Connection(HTTPConnection):
     def connect(self) -> None:
         """Open the socket, with TLS if the server has it."""
         self.sock = self._peer.connected(self._exchange.seconds_left())
+        is_plain = self._peer.tls is None  # TLS has the records of a session to read
+        if is_plain and wait_for_read(self.sock, 0) and self.sock.recv(1, socket.MSG_PEEK):
+            self.close()
+            raise HTTPException("an answer before the request")
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any) -> None:
         """Send a request whose headers have one line each; urllib3's own name is not among them."""

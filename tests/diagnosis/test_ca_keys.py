@@ -149,6 +149,7 @@ FORMS: dict[str, Callable[[Path, bytes], object]] = {
 }
 
 
+@pytest.mark.attack("E10")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_copy_is_known_by_its_key(tmp_path: Path, form: str) -> None:
     """A copy is known in any form; the same file with another key counts as that one's."""

@@ -98,7 +98,7 @@ def got(door: Door, path: str, peer: str = "192.0.2.1") -> tuple[str, list[bytes
     return statuses[0], pieces
 
 
-@pytest.mark.attack
+@pytest.mark.attack("D8")
 def test_one_address_writes_one_line_a_minute_about_its_rate(
     memory: DoorDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,7 +117,7 @@ def test_one_address_writes_one_line_a_minute_about_its_rate(
     assert door.answers[429] == 997
 
 
-@pytest.mark.attack
+@pytest.mark.attack("D11")
 def test_the_settings_say_which_addresses_read_the_metrics(memory: DoorDatabase) -> None:
     """Without the setting everyone; with it no stranger, also not one who asks by IPv6 for a part of an IPv4 network."""
     monitors = ("192.0.2.0/28", "2001:db8::/64")
@@ -130,7 +130,7 @@ def test_the_settings_say_which_addresses_read_the_metrics(memory: DoorDatabase)
     assert {got(closed, "/healthz", peer)[0] for peer in bad} == {"200 OK"}
 
 
-@pytest.mark.attack
+@pytest.mark.attack("D11")
 def test_a_long_page_is_sent_in_pieces(memory: DoorDatabase) -> None:
     """Clients that read slowly share one text; cheroot would hold two copies of it for each of them."""
     text = b"x" * 3_000_000

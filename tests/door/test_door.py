@@ -726,6 +726,7 @@ def raw(door: ServeProgram, data: bytes) -> bytes:
         return found
 
 
+@pytest.mark.attack("D10")
 @pytest.mark.parametrize(
     "head",
     [
@@ -782,6 +783,7 @@ def test_silent_clients_keep_no_others_out(desk: Desk) -> None:
     assert over["turned_away"] > 0
 
 
+@pytest.mark.attack("D9")
 def test_a_reset_before_the_door_sees_the_connection_is_no_error(door: ServeProgram) -> None:
     """Strangers may do this as often as they like; it leaves no line in the log and no open connection."""
     assert door.process is not None
@@ -799,6 +801,7 @@ def test_a_reset_before_the_door_sees_the_connection_is_no_error(door: ServeProg
     assert not [line for line in door.lines() if line["level"] == "error"]
 
 
+@pytest.mark.attack("D3")
 def test_a_door_without_files_for_more_connections_goes_on(door: ServeProgram) -> None:
     """It ends the connections that are idle longest, says so in one line a minute, and answers the next client."""
     assert door.process is not None
@@ -817,6 +820,7 @@ def test_a_door_without_files_for_more_connections_goes_on(door: ServeProgram) -
     assert not [line for line in door.said if "https: " in line]
 
 
+@pytest.mark.attack("D3")
 def test_a_door_begins_only_with_files_for_its_connections(desk: Desk) -> None:
     """A soft limit is raised; a hard one that is too low is an error of the settings, with the number that fits."""
     limited = ["prlimit", "--nofile=64:800"]

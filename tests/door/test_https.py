@@ -154,6 +154,7 @@ def test_the_anchors_are_those_of_now(tls: Tls, signers: Mapping[str, Signer]) -
     assert (before, after) == ("none", "some")
 
 
+@pytest.mark.attack("D10")
 def test_an_idle_connection_ends_while_the_clock_stands(tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wall clock that was put back keeps no silent client connected."""
 

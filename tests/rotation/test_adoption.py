@@ -283,6 +283,7 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.attack("E6")
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 @pytest.mark.parametrize("again", [".", "etcd"])
 @pytest.mark.rotation("a CA's key on a node")
@@ -307,6 +308,7 @@ def test_a_pki_directory_that_is_mounted_twice_loses_no_key(
     assert left >= {*keys.values()}
 
 
+@pytest.mark.attack("E15")
 def test_a_linked_directory_gives_up_its_keys_at_once(settings: Settings, pki: Pki, disk: Path, tmp_path: Path) -> None:
     """Where the directory of kubeadm's place is a link, its path and its real path are one file: removed once, without an error."""
     (pki.pki_dir / "etcd").rename(tmp_path / "etcd")

@@ -140,7 +140,7 @@ def test_a_log_without_events_is_no_proof_that_the_old_ca_has_no_clients(tmp_pat
         refusals([bad])
 
 
-@pytest.mark.attack
+@pytest.mark.attack("E2")
 def test_compressed_logs_are_read_and_a_cut_one_is_an_error(tmp_path: Path) -> None:
     """As kube-apiserver's `--audit-log-compress` writes them; lines that are no events are counted."""
     line = next(iter(REFUSED))
@@ -247,7 +247,7 @@ def test_requests_are_counted_by_the_ends_of_their_certificates(tmp_path: Path) 
 _BUCKET = "apiserver_client_certificate_expiration_seconds_bucket"
 
 
-@pytest.mark.attack
+@pytest.mark.attack("E8")
 @pytest.mark.parametrize(
     "page",
     [

@@ -645,15 +645,22 @@ def test_an_answer_whose_source_was_closed_before_it_is_closed_without_a_word() 
     """As the garbage collector may do it after a cut-off answer: Python 3.13 printed a traceback on the operator's terminal."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        theirs.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe")
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe"
+
+        def serve() -> None:
+            theirs.recv(65536)
+            theirs.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
         with mock.patch.object(Peer, "connected", return_value=ours), Exchange(180):
             response = begin(pool(Peer(host="h", port=1)), "GET", "/", {})
-        answer = response._original_response  # type: ignore[attr-defined]
-        answer.fp.close()
-        answer.close()
-        assert answer.closed
+        read = response._original_response  # type: ignore[attr-defined]
+        read.fp.close()
+        read.close()
+        assert read.closed
 
 
+@pytest.mark.attack("E7")
 @pytest.mark.parametrize("dead", [0, 2])
 def test_dead_addresses_of_a_name_leave_the_others_time(monkeypatch: pytest.MonkeyPatch, dead: int) -> None:
     """A switched-off server behind a round-robin name drops packets, as a listener does whose queue is full."""

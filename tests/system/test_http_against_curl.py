@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,69 @@ def test_the_comparison_can_fail(curls: Sequence[Verdict], monkeypatch: pytest.M
 
 
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
+IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+#: The flaws of a review, by its number, each beside the answer without it.
+FLAWS = {
+    "E13-a length of -1": (IN_CHUNKS + b"-1\r\ngood\r\n0\r\n\r\n", IN_CHUNKS + b"4\r\ngood\r\n0\r\n\r\n"),
+    "E13-a length of -2": (IN_CHUNKS + b"-2\r\ngood\r\n0\r\n\r\n", IN_CHUNKS + b"04\r\ngood\r\n0\r\n\r\n"),
+    "E14-a length of 0x4": (IN_CHUNKS + b"0x4\r\ngood\r\n0\r\n\r\n", IN_CHUNKS + b"004\r\ngood\r\n0\r\n\r\n"),
+    "E14-a length of +4": (IN_CHUNKS + b"+4\r\ngood\r\n0\r\n\r\n", IN_CHUNKS + b"4;a=b\r\ngood\r\n0\r\n\r\n"),
+    "E14-a length of 0_4": (IN_CHUNKS + b"0_4\r\ngood\r\n0\r\n\r\n", IN_CHUNKS + b"4 \r\ngood\r\n0\r\n\r\n"),
+    "E14-a wrong end of a chunk": (
+        IN_CHUNKS + b"4\r\ngoodXX0\r\n\r\n",
+        IN_CHUNKS + b"2\r\ngo\r\n2\r\nod\r\n0\r\n\r\n",
+    ),
+    "E14-an end within a padded length": (
+        IN_CHUNKS + b"4\r\ngood\r\n0000",
+        IN_CHUNKS + b"4\r\ngood\r\n0000\r\n\r\n",
+    ),
+    "E14-a trailer without an end": (
+        IN_CHUNKS + b"4\r\ngood\r\n0\r\nX: y\r\n",
+        IN_CHUNKS + b"4\r\ngood\r\n0\r\nX: y\r\n\r\n",
+    ),
+    "E14-two fields of codings": (
+        IN_CHUNKS.replace(b"Transfer", b"Transfer-Encoding: gzip\r\nTransfer", 1) + b"4\r\ngood\r\n0\r\n\r\n",
+        IN_CHUNKS.replace(b"Transfer", b"X-Encoding: gzip\r\nTransfer", 1) + b"4\r\ngood\r\n0\r\n\r\n",
+    ),
+    "E14-an end before its length": (GOOD[:-1], GOOD),
+}
+
+
+@pytest.mark.attack("E13", "E14")
+@pytest.mark.parametrize("name", FLAWS)
+def test_each_flaw_of_a_review_is_refused_as_by_curl(name: str, tmp_path: Path) -> None:
+    """Neither client has a body of it; without the flaw both have the same. No other kind of exception gets through."""
+    with serving(FLAWS[name]) as peer:
+        flawed, whole = (by_us(peer, number) for number in (0, 1))
+        assert (flawed.is_whole, by_curl(peer, 0, tmp_path).is_whole) == (False, False)
+        assert whole == by_curl(peer, 1, tmp_path) == Verdict(is_whole=True, status=200, body=b"good")
+
+
+@pytest.mark.attack("E16")
+@pytest.mark.parametrize("is_early", [True, False])
+def test_an_answer_before_the_request_is_none(is_early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """curl takes it, since no client can know of an answer that comes later; ours takes none that is there already."""
+    connected = Peer.connected
+
+    def slowly(peer: Peer, seconds: float) -> socket.socket:
+        opened = connected(peer, seconds)
+        time.sleep(0.3)
+        return opened
+
+    monkeypatch.setattr(Peer, "connected", slowly)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with listening.accept()[0] as opened, contextlib.suppress(OSError):
+                opened.sendall(GOOD if is_early else b"")
+                opened.recv(65536)
+                opened.sendall(b"" if is_early else GOOD)
+
+        threading.Thread(target=serve, daemon=True).start()
+        verdict = by_us(Peer(host="127.0.0.1", port=listening.getsockname()[1]), 0)
+    assert verdict.is_whole is not is_early
+
+
 NEXT = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nNEXT"
 CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\ngood\r\n0\r\n\r\n"
 FIRST = {
