@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,11 +15,12 @@ import typer
 from bridge.cli.declare import Common, argument, command, duration_option, group, option
 from bridge.cli.options import Output, OutputOption, PolicyOption, utc_now
 from bridge.cli.printing import VALUES_BEGIN, say, say_json, say_sentence, say_table, width_here, wrapped
+from bridge.cli.results import print_errors
 from bridge.desk.approval import Verdict, differences, sentence
 from bridge.door.client import Review, Reviewer
 from bridge.errors import BridgeError, Exit
 from bridge.pki.bundle_format import describe, short_fingerprint
-from bridge.pki.csr import fingerprint_text
+from bridge.pki.csr import fingerprint_text, issuer_line, subject_line
 from bridge.pki.expiry import minute
 from bridge.pki.signatures import proof_problem
 from bridge.state import Store
@@ -158,7 +159,7 @@ def restored(common: Common) -> None:
 
 
 @command(database, "again")
-def again(common: Common, request: Annotated[str, argument("The first digits of its digest.")]) -> None:
+def again(common: Common, request: Annotated[str, argument("The first 16 digits of its digest, or all.")]) -> None:
     """Have a request signed that was left to people, once you know that its CA has not signed it."""
     assert_installed("ca-bridge serve-database")
     doors.again(common.settings(), request)
@@ -262,6 +263,9 @@ _SHORT = 16
 DigestArgument = Annotated[
     str, argument("The request's digest, or its first 16 digits: `ca-bridge approvals list`.", "DIGEST")
 ]
+WholeDigestArgument = Annotated[
+    str, argument("All 64 digits of the request's digest, or the first 16 of the only one that waits.", "DIGEST")
+]
 
 
 @command(approvals_group, "list")
@@ -302,14 +306,14 @@ def show(common: Common, digest: DigestArgument, output: OutputOption = Output.T
 @command(approvals_group, "approve")
 def approve(
     common: Common,
-    digest: DigestArgument,
+    digest: WholeDigestArgument,
     reason: Annotated[str, option("For the record.", "TEXT")] = "",
     output: OutputOption = Output.TEXT,
 ) -> None:
     """
     Approve a request: sign its digest with your key, and send the signature to the door.
 
-    It first prints what `ca-bridge approvals show` prints. The door checks its policy once more before the CA signs.
+    It first prints what `ca-bridge approvals show` prints, all digits of the digest among it. The door checks its policy once more before the CA signs.
     """
     _decide(common, digest, "approved", reason, output)
 
@@ -317,12 +321,40 @@ def approve(
 @command(approvals_group, "refuse")
 def refuse(
     common: Common,
-    digest: DigestArgument,
     reason: Annotated[str, option("For the node and the record.", "TEXT")],
+    digest: Annotated[str, argument("As for `show`; not with --node.", "[DIGEST]")] = "",
+    node: Annotated[str, option("Refuse all requests that wait and say that they are of this node.", "NAME")] = "",
     output: OutputOption = Output.TEXT,
-) -> None:
-    """Refuse a request; the node gets an answer with your reason and your name."""
-    _decide(common, digest, "refused", reason, output)
+) -> int:
+    """Refuse a request, or all of one node; the node gets an answer with your reason and your name."""
+    if bool(digest) == bool(node):
+        raise typer.BadParameter("wanted a request's digest, or --node, found both or neither")
+    if digest:
+        _decide(common, digest, "refused", reason, output)
+        return Exit.DONE
+    return _refuse_all(common, node, reason, output)
+
+
+def _refuse_all(common: Common, node: str, reason: str, output: Output) -> int:
+    refused: list[str] = []
+    errors: list[BridgeError] = []
+    with closing(_reviewer(common)) as reviewer:
+        while left := [
+            digest for digest in reviewer.of_node(node) if digest not in refused
+        ]:  # the door lists 200 at once
+            for digest in left:
+                try:
+                    reviewer.decide(reviewer.show(digest), "refused", reason)
+                except BridgeError as e:  # it was decided meanwhile, or the door has no word for it
+                    errors.append(e)
+            refused += left
+    done = len(refused) - len(errors)
+    if output is Output.JSON:
+        say_json(node=node, refused=done)
+    else:
+        say_sentence(printable(f"refused {counted(done, 'request')} of {node}"))
+    print_errors((), errors)
+    return Exit.worst([error.exit_code for error in errors])
 
 
 def _reviewer(common: Common) -> Reviewer:
@@ -331,7 +363,7 @@ def _reviewer(common: Common) -> Reviewer:
 
 def _decide(common: Common, digest: str, verdict: Verdict, reason: str, output: Output) -> None:
     with closing(_reviewer(common)) as reviewer:
-        review = reviewer.show(digest)
+        review = reviewer.show(digest, is_alone=verdict == "approved")
         if verdict == "approved" and output is Output.TEXT:
             _print(review)
         review = reviewer.decide(review, verdict, reason)
@@ -373,7 +405,19 @@ def _print(review: Review) -> None:
         say_sentence(printable(f"{request.name}: {meanings[request.name]}"))
         for text in differences(request):
             say_sentence(printable(f"{request.name} differs: {text}"))
+    unproven = []
+    for decision in _dicts(review.document.get("decisions")):
+        if (signer := review.signer_of(decision)) is None:
+            unproven.append(decision)
+            continue
+        who = f"the key of {subject_line(signer)} (a certificate of {issuer_line(signer)})"
+        say_sentence(printable(f"{decision.get('verdict')} by {who}: {decision.get('reason') or 'without a reason'}"))
+    say_sentence(f"digest {review.digest}")
     say("")
+    _print_the_doors_words(review, meanings, unproven)
+
+
+def _print_the_doors_words(review: Review, meanings: Mapping[str, str], unproven: Sequence[Mapping[str, Any]]) -> None:
     say("the door says, and nothing here proves it:")
     if review.cas:
         say_sentence(f"the certificates of these CAs: {', '.join(sorted(review.cas))}", "  ")
@@ -383,12 +427,11 @@ def _print(review: Review) -> None:
             say_sentence(printable(f"{name}: {means}"), "  ")
     for text in _refusals(review.document):
         say_sentence(printable(text), "  ")
-    for decision in _dicts(review.document.get("decisions")):
+    for decision in unproven:
         text = f"{decision.get('approver')} {decision.get('verdict')} it {decision.get('decided')} ({decision.get('evidence')})"
         say_sentence(printable(f"{text}: {decision.get('reason')}" if decision.get("reason") else text), "  ")
     state, approvals = review.document.get("state"), review.document.get("approvals")
-    about = counted(len(bundle.requests), "certificate")
-    say_sentence(printable(f"{review.digest}: {about}, {state}, {approvals} approved"), "  ")
+    say_sentence(printable(f"{state}, {approvals} approved"), "  ")
 
 
 def _json(review: Review) -> dict[str, Any]:

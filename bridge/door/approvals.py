@@ -281,6 +281,8 @@ class Approvals:
             "decisions": [
                 {"approver": decision.approver, "verdict": decision.verdict, "reason": decision.reason}
                 | {"decided": rfc3339(decision.decided), "evidence": decision.evidence}
+                # a signature is for everyone; the door's own code is for the door alone
+                | ({"proof": json.loads(decision.evidence_bytes())} if decision.evidence == "signature" else {})
                 for decision in case.standing.decisions
             ],
         }

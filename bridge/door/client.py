@@ -11,7 +11,7 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from bridge.system.tls import Peer, context
 from bridge.words import one_line
 
 _SECONDS = 30.0
+#: A person's signature does not cover the time.
+_UNSIGNED_TIME = datetime.min.replace(tzinfo=UTC)
 _LONGEST = 8 << 20
 #: The fewest hex digits of a digest that no forged request can share, and all digits of a digest.
 FEWEST_DIGITS, _DIGITS = 16, 64
@@ -54,6 +56,20 @@ class Review:
     digest: str
     document: Mapping[str, Any]  #: The door's JSON; print its text with `printable` only.
     cas: Mapping[str, list[x509.Certificate]]  #: By authority, as the door sends them.
+
+    def signer_of(self, decision: Mapping[str, Any]) -> x509.Certificate | None:
+        """Return the certificate whose key signed one of the document's decisions; None: no signature proves it."""
+        try:
+            kept = Decision.kept(
+                approver="", verdict=str(decision.get("verdict")), reason=str(decision.get("reason")), decided=_UNSIGNED_TIME,
+                evidence=json.dumps(decision.get("proof")).encode(),
+            )  # fmt: skip
+        except ValueError:
+            return None
+        is_signed = kept.evidence == "signature" and signatures.is_by(
+            kept.certificate.public_key(), kept.proof, kept.message(self.digest)
+        )
+        return kept.certificate if is_signed else None
 
 
 class Reviewer:
@@ -92,10 +108,25 @@ class Reviewer:
             raise DoorError("the door: wanted a list of requests, found something else")
         return found
 
-    def show(self, start: str) -> Review:
-        """Return the request whose digest begins with `start` (DoorError: the door sent a different one)."""
-        wanted = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start)
+    def show(self, start: str, *, is_alone: bool = False) -> Review:
+        """
+        Return the request whose digest begins with `start`.
+
+        Args:
+            start: All digits, or some.
+            is_alone: Some digits count only if no other request waits: an attacker can make two requests whose digests begin
+                with the same 16 digits, show one, and have the other approved.
+
+        Raises:
+            DoorError: The door sent another request.
+            SettingsError: There is no such request, or the digits are not enough.
+        """
+        wanted = start if re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", start) else self._whole(start, is_alone=is_alone)
         return self._verified(self._ask("GET", f"/v1/approvals/{wanted}"), wanted)
+
+    def of_node(self, node: str) -> list[str]:
+        """Return the digests of requests that wait and say that they are of this node; the door may know more of them."""
+        return [str(each.get("digest")) for each in self.waiting(node)["requests"] if each.get("node") == node]
 
     def decide(self, review: Review, verdict: Verdict, reason: str) -> Review:
         """Sign a decision about the reviewed request, and send it."""
@@ -107,13 +138,18 @@ class Reviewer:
         body = {"verdict": verdict, "reason": decision.reason, "signature": signature}
         return self._verified(self._ask("POST", f"/v1/approvals/{review.digest}", body), review.digest)
 
-    def _whole(self, start: str) -> str:
-        found = [one.get("digest") for one in self.waiting(start)["requests"]]
-        fitting = [one for one in found if isinstance(one, str) and one.startswith(start)]
-        if len(fitting) != 1 or len(start) < FEWEST_DIGITS:
-            wanted = f"{FEWEST_DIGITS} or more digits of one request that waits, or all {_DIGITS}"
+    def _whole(self, start: str, *, is_alone: bool) -> str:
+        waiting = self.waiting("" if is_alone else start)
+        digests = [each.get("digest") for each in waiting["requests"]]
+        fitting = [each for each in digests if isinstance(each, str) and each.startswith(start)]
+        is_one = len(fitting) == 1 and (not is_alone or waiting.get("waiting") == 1)
+        if not is_one or len(start) < FEWEST_DIGITS:
+            wanted = f"all {_DIGITS} digits of a request, or {FEWEST_DIGITS} or more of the only one that waits"
+            hint = f"`ca-bridge approvals show {start}` prints all digits of it" if fitting else ""
+            if not is_alone:
+                wanted = f"{FEWEST_DIGITS} or more digits of one request that waits, or all {_DIGITS}"
             problem = SettingsProblem("DIGEST", wanted, one_line(start, 100))
-            raise SettingsError([problem], hint="`ca-bridge approvals list` has them")
+            raise SettingsError([problem], hint=hint or "`ca-bridge approvals list` has them")
         return fitting[0]
 
     def _verified(self, document: Mapping[str, Any], wanted: str) -> Review:

@@ -53,7 +53,7 @@ from bridge.system.state_file import OnDamage, coded
 
 #: How long to wait for a `sign` or a round on the same state directory.
 _WAIT = timedelta(minutes=1)
-_LEAST_DIGITS = 8
+_LEAST_DIGITS = 16
 
 #: The number of PostgreSQL's advisory lock that the signing door holds.
 _TURN_LOCK = 0x0CAB_0002
@@ -174,8 +174,13 @@ class Doors:
             return int(number), set(connection.execute(claimed).scalars())
 
     def again(self, digest: str) -> int:
-        """Let left requests whose digest begins with this be signed without asking the CA first; return their number."""
-        which = sa.and_(REQUESTS.c.state == "left", REQUESTS.c.digest.startswith(digest, autoescape=True))
+        """Let the one left request whose digest begins with this be signed without asking the CA first; 0: not just one."""
+        others = REQUESTS.alias()
+        count = sa.select(sa.func.count()).where(
+            others.c.state == "left", others.c.digest.startswith(digest, autoescape=True)
+        )
+        left = sa.and_(REQUESTS.c.state == "left", REQUESTS.c.digest.startswith(digest, autoescape=True))
+        which = sa.and_(left, count.scalar_subquery() == 1)
         return self._memory.change(REQUESTS.update().where(which).values(state="waiting", signer="", note=""))
 
     def judge_again(self, before: datetime | None = None) -> None:
@@ -354,12 +359,12 @@ def reconcile(settings: Settings, now: Callable[[], datetime]) -> int:
 
 
 def again(settings: Settings, digest: str) -> None:
-    """Have requests signed that were left to an operator (UpkeepError: there is none)."""
+    """Have a request signed that was left to an operator (UpkeepError: there is none, or the digits are of several)."""
     if len(digest) < _LEAST_DIGITS:
         raise UpkeepError(f"wanted at least {_LEAST_DIGITS} digits of a request's digest, found {len(digest)}")
     with opened(settings) as (_, doors), recording(settings, _WAIT) as (_, record):
         if not doors.again(digest):
-            raise UpkeepError(f"there is no request {digest} that was left to people")
+            raise UpkeepError(f"wanted the digits of one request that was left to people, found {digest}")
         record.add(audit.AGAIN, result=f"request {digest[:16]}: a person says that no CA has signed it")
 
 

@@ -631,7 +631,7 @@ class ServeSettings:
             yield SettingsProblem("exchange_for", "at least 1s", duration_text(self.exchange_for))
         if self.keep < timedelta(days=1):
             yield SettingsProblem("keep", "at least 1d", duration_text(self.keep))
-        if self.database and not re.match(r"(postgresql(\+psycopg)?|sqlite)://", self.database):
+        if self.database and not re.match(r"postgresql(\+psycopg)?://", self.database):
             yield SettingsProblem("database", "a URL such as postgresql://USER@HOST/NAME", "another text")
         # the part of a URL that parsers take for a password, which may have any character
         if re.match(r"\w[^:]*://.*:.*@", self.database) or re.search(r"[?&][^=]*password=", self.database):

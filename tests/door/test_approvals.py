@@ -168,6 +168,66 @@ def test_what_only_the_door_says_is_marked(bundle: RequestBundle, capsys: pytest
     assert "bob approved it today (signature)" in door
 
 
+@pytest.mark.attack("D6")
+def test_a_signature_over_another_request_proves_no_decision(
+    bundle: RequestBundle, pairs: Pairs, tmp_path: Path, pki: Pki, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A door may send a person's signature over something else: it stays the door's word; over this digest it is proof."""
+    alice = make_team(tmp_path, pki).agent("alice")
+    leaf, other = alice["client_cert"].read_text(), make_bundle({"etcd-server": pairs["etcd-server"]})
+    for asked, is_proof in ((bundle, True), (other, False)):
+        body = signed(alice, digest(asked), reason="yes")
+        proof = {"kind": "signature", "certificate": leaf, "proof": body["signature"]}
+        decision = {
+            "approver": "alice",
+            "verdict": "approved",
+            "reason": "yes",
+            "evidence": "signature",
+            "proof": proof,
+        }
+        _print(Review(bundle=bundle, digest=digest(bundle), document={"decisions": [decision]}, cas={}))
+        proven, doors = " ".join(capsys.readouterr().out.split()).split("the door says, and nothing here proves it:")
+        assert ("approved by the key of CN=alice" in proven) is is_proof
+        assert ("alice approved it" in doors) is not is_proof
+
+
+@pytest.mark.attack("D6")
+def test_some_digits_approve_the_only_request_that_waits(own: Team, pairs: Pairs) -> None:
+    """Beside another one all digits are needed, which `show` prints; a refusal needs only some."""
+    alice = own.agent("alice")
+    first, second = (make_bundle({name: pairs[name]}) for name in ("apiserver", "etcd-server"))
+    with running(own.door):
+        for bundle in (first, second):
+            brought(own.door, bundle)
+        short = own.run(alice, "approve", digest(first)[:16])
+        shown = own.run(alice, "show", digest(first)[:16])
+        whole = own.run(alice, "approve", digest(first))
+        alone = own.run(alice, "approve", digest(second)[:16])
+
+    assert short.returncode == Exit.USAGE
+    assert "wanted all 64 digits of a request, or 16 or more of the only one that waits" in short.stderr
+    assert digest(first) in "".join(shown.stdout.split())
+    assert (whole.returncode, alone.returncode) == (0, 0), whole.stderr + alone.stderr
+
+
+@pytest.mark.attack("D2")
+def test_all_requests_of_a_node_are_refused_at_once(own: Team, pairs: Pairs) -> None:
+    """Those of another node go on waiting; the command wants a digest or a node."""
+    alice = own.agent("alice")
+    with running(own.door):
+        places = [brought(own.door, make_bundle({"etcd-server": pairs["etcd-server"]})) for _ in range(3)]
+        kept = brought(own.door, make_bundle({"front-proxy-client": pairs["front-proxy-client"]}, node="cp-9"))
+        both = own.run(alice, "refuse", "0" * 64, "--node", "cp-1", "--reason", "stolen")
+        run = own.run(alice, "refuse", "--node", "cp-1", "--reason", "stolen")
+        answers = [awaited(own.door, place).answers["etcd-server"] for place in places]
+        other = _state(own.door.ask("GET", kept))
+
+    assert both.returncode == Exit.USAGE
+    assert (run.returncode, run.stdout) == (0, "refused 3 requests of cp-1\n"), run.stderr
+    assert answers == [Refusal(reason="not approved: stolen (alice)")] * 3
+    assert other == "undecided"
+
+
 def _audit(team: Team) -> list[str]:
     return (team.desk.state / "audit.jsonl").read_text().splitlines()
 
@@ -214,10 +274,14 @@ def test_two_of_a_group(tmp_path: Path, pki: Pki, bundle: RequestBundle) -> None
         first = team.run(alice, "approve", digest(bundle))
         again = team.run(alice, "approve", digest(bundle))
         state = _state(team.door.ask("GET", place))
+        shown = team.run(bob, "show", digest(bundle))
         second = team.run(bob, "approve", digest(bundle))
         answer = awaited(team.door, place)
 
     assert "1 of 2" in first.stdout
+    proven, doors = " ".join(shown.stdout.split()).split("the door says")
+    assert "approved by the key of CN=alice (a certificate of CN=" in proven
+    assert "alice" not in doors
     assert again.returncode == Exit.REFUSED
     assert state == "undecided"
     assert second.returncode == Exit.DONE, second.stderr
