@@ -289,6 +289,7 @@ def test_any_value_anywhere_is_settings_or_a_settings_error(table: str, key: str
         "postgresql://door@db/door?password=s3cret",
         "postgresql://db/door?sslmode=require&sslpassword=s3cret",
         "mysql://door@db/door",
+        "sqlite:////var/lib/door.db",
         "s3cret",
     ],
 )
